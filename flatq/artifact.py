@@ -1,0 +1,201 @@
+"""What a run leaves on disk: widths, tensors, codes, and where they came from.
+
+The folder is a Hugging Face model folder (``config.json`` with ``model_type: flatq``, safetensors shards, an
+index, the tokenizer), so that transformers loads it as it is. Every block of a layer is a shard of its own: it
+is written the moment the block is finished, which is what makes a killed run resumable and the memory small.
+
+A quantized linear is stored as three tensors, ``NAME.codes`` (uint8, one code a byte), ``NAME.scale`` (float16)
+and ``NAME.zero`` (uint8); ``config.json`` lists its grid under ``grids``. Nothing in the folder depends on the
+clock or the machine's name: the same recipe gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from flatq.decoder import DecoderConfig
+from flatq.errors import ArtifactError
+from flatq.quantize.grid import Grid, QuantizedWeight
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "manifest.json"
+PARTS = ("codes", "scale", "zero")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Make ``path`` appear whole or not at all, also if the machine loses power."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline, atomically; refuses NaN, which is no JSON."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def save_shard(path: Path, tensors: Mapping[str, Tensor | QuantizedWeight]) -> None:
+    """Write one safetensors file atomically; a quantized ``X.weight`` becomes ``X.codes``, ``X.scale``, ``X.zero``."""
+    flat: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, QuantizedWeight):
+            stem = name.removesuffix(".weight")
+            flat |= {f"{stem}.{part}": getattr(tensor, part).contiguous().cpu() for part in PARTS}
+        else:
+            flat[name] = tensor.contiguous().cpu()
+    partial = path.with_name(path.name + ".partial")
+    safetensors.torch.save_file(flat, partial, metadata={"format": "pt"})
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class Artifact:
+    """A finished model folder, read lazily; satisfies ``Weights``."""
+
+    def __init__(self, root: Path, settings: dict[str, Any], manifest: dict[str, Any], index: dict[str, str]) -> None:
+        self.root, self.settings, self.manifest = root, settings, manifest
+        self._config = DecoderConfig.from_dict(settings["decoder"])
+        self.grids = {name: Grid(**grid) for name, grid in settings["grids"].items()}
+        self._index = index
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, root: Path | str) -> Artifact:
+        """Open a folder that ``finish`` wrote (or a run folder that holds one).
+
+        Raises:
+            ArtifactError: a file is missing or is not what flatq writes.
+        """
+        root = Path(root)
+        if not (root / MANIFEST).exists() and (root / "artifact" / MANIFEST).exists():
+            root = root / "artifact"
+        try:
+            settings = json.loads((root / "config.json").read_text())
+            manifest = json.loads((root / MANIFEST).read_text())
+            index = json.loads((root / INDEX).read_text())["weight_map"]
+        except FileNotFoundError as missing:
+            raise ArtifactError(
+                f"{root} is no flatq artifact: {missing.filename} is missing; give the folder that `flatq run` wrote"
+            ) from missing
+        except (json.JSONDecodeError, KeyError) as damaged:
+            raise ArtifactError(
+                f"{root}: damaged artifact ({damaged!r}); run the recipe again with --fresh"
+            ) from damaged
+        for file in set(index.values()):
+            if Path(file).name != file:
+                raise ArtifactError(
+                    f"{root / INDEX}: {file!r} is not a plain file name; the folder is not to be trusted"
+                )
+        return cls(root, settings, manifest, index)
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Widths and switches of the compressed model."""
+        return self._config
+
+    def names(self) -> list[str]:
+        """Names of all tensors, a quantized linear once, as ``X.weight``."""
+        stems = {name.removesuffix(".codes") + ".weight" for name in self._index if name.endswith(".codes")}
+        plain = {name for name in self._index if not name.endswith(tuple(f".{part}" for part in PARTS))}
+        return sorted(stems | plain)
+
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+        """One tensor, read now."""
+        stem = name.removesuffix(".weight")
+        if stem in self.grids:
+            codes, scale, zero = (self._read(f"{stem}.{part}") for part in PARTS)
+            return QuantizedWeight(codes, scale, zero, self.grids[stem])
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self._index:
+            raise ArtifactError(f"{self.root}: no tensor {name!r}; the artifact is damaged, run again with --fresh")
+        file = self._index[name]
+        if file not in self._open:
+            self._open[file] = safetensors.safe_open(self.root / file, framework="pt")
+        tensor: Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+    def bytes(self) -> int:
+        """Size of the tensors as packed codes (``bits`` per code), scales and plain tensors: what a deployment stores."""
+        total = 0
+        for name in self.names():
+            tensor = self.tensor(name)
+            if isinstance(tensor, QuantizedWeight):
+                zeros = 0 if tensor.grid.symmetric else -(-tensor.zero.numel() * tensor.grid.bits // 8)
+                total += -(-tensor.codes.numel() * tensor.grid.bits // 8) + 2 * tensor.scale.numel() + zeros
+            else:
+                total += tensor.numel() * tensor.element_size()
+        return total
+
+    def verify(self) -> None:
+        """Compare every file with the checksum in the manifest.
+
+        Raises:
+            ArtifactError: names each file that differs or is missing.
+        """
+        wrong = [
+            file
+            for file, digest in self.manifest["files"].items()
+            if not (self.root / file).exists() or file_digest(self.root / file) != digest
+        ]
+        if wrong:
+            raise ArtifactError(f"{self.root}: damaged files: {', '.join(wrong)}; run the recipe again with --fresh")
+
+
+def finish(
+    partial: Path,
+    root: Path,
+    *,
+    config: DecoderConfig,
+    grids: Mapping[str, Grid],
+    settings: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    weight_files: Sequence[str],
+) -> Artifact:
+    """Turn a folder of shards into an artifact: index, config and manifest, then one rename.
+
+    Args:
+        partial: folder that holds ``weight_files`` and the tokenizer's files.
+        settings: extra top-level keys of ``config.json`` (token ids, dtype).
+        manifest: provenance; file checksums are added here.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in weight_files:
+        with safetensors.safe_open(partial / file, framework="pt") as shard:
+            weight_map |= {name: file for name in shard.keys()}  # noqa: SIM118 (a safetensors handle is no dict)
+        total += (partial / file).stat().st_size
+    write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    described = {
+        "model_type": "flatq",
+        "architectures": ["FlatqForCausalLM"],
+        **settings,
+        "decoder": config.to_dict(),
+        "grids": {name: asdict(grid) for name, grid in sorted(grids.items())},
+    }
+    write_json(partial / "config.json", described)
+    files = {path.name: file_digest(path) for path in sorted(partial.iterdir()) if path.name != MANIFEST}
+    write_json(partial / MANIFEST, {**manifest, "files": files})
+    partial.replace(root)
+    return Artifact.open(root)

@@ -1,0 +1,1 @@
+"""FLAT low-rank compression: tensors in ``heads``, ``mlp`` and ``allocate``, the model only in ``stage``."""

@@ -1,0 +1,1 @@
+"""GPTQ post-training quantization: tensors in ``gptq`` and ``grid``, the model only in ``stage``."""
