@@ -1,3 +1,39 @@
-"""flatq makes a large language model small and fast without training it."""
+"""flatq makes a large language model small and fast without training it.
+
+The public names are loaded when they are first used: reading a recipe must not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flatq.autoload import register_with_transformers
+
+if TYPE_CHECKING:
+    from flatq.artifact import Artifact
+    from flatq.hf import load
+    from flatq.pipeline import run
+    from flatq.recipe import Recipe
 
 __version__ = "0.1.0"
+__all__ = ["Artifact", "Recipe", "__version__", "load", "run"]
+
+_HOMES = {
+    "Artifact": "flatq.artifact",
+    "Recipe": "flatq.recipe",
+    "load": "flatq.hf",
+    "run": "flatq.pipeline",
+}
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flatq' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -137,7 +137,7 @@ class Artifact:
         return tensor
 
     def bytes(self) -> int:
-        """Size of the tensors as packed codes (``bits`` per code), scales and plain tensors: what a deployment stores."""
+        """Size of all tensors with ``bits`` per code: what a deployment stores."""
         total = 0
         for name in self.names():
             tensor = self.tensor(name)
@@ -184,7 +184,7 @@ def finish(
     total = 0
     for file in weight_files:
         with safetensors.safe_open(partial / file, framework="pt") as shard:
-            weight_map |= {name: file for name in shard.keys()}  # noqa: SIM118 (a safetensors handle is no dict)
+            weight_map |= dict.fromkeys(shard.keys(), file)
         total += (partial / file).stat().st_size
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     described = {

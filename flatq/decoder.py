@@ -21,41 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ATTENTION_LINEARS = ("q", "k", "v", "o")
-MLP_LINEARS = ("gate", "up", "down")
-LINEARS = ATTENTION_LINEARS + MLP_LINEARS
+from flatq.dims import ATTENTION_LINEARS, LINEARS, MLP_LINEARS, LayerDims
 
-
-@dataclass(frozen=True, slots=True)
-class LayerDims:
-    """The widths of one decoder layer: what a model has, a plan wants, an artifact states."""
-
-    heads: int
-    kv_heads: int
-    d_qk: int
-    d_v: int
-    d_ff: int
-
-    @property
-    def group(self) -> int:
-        """Query heads per key/value head; 1 is multi-head attention."""
-        return self.heads // self.kv_heads
-
-    def shape(self, linear: str, d_model: int) -> tuple[int, int]:
-        """Weight shape (out_features, in_features) of one of the layer's seven linears."""
-        return {
-            "q": (self.heads * self.d_qk, d_model),
-            "k": (self.kv_heads * self.d_qk, d_model),
-            "v": (self.kv_heads * self.d_v, d_model),
-            "o": (d_model, self.heads * self.d_v),
-            "gate": (self.d_ff, d_model),
-            "up": (self.d_ff, d_model),
-            "down": (d_model, self.d_ff),
-        }[linear]
-
-    def parameters(self, d_model: int) -> int:
-        """Weights of the seven linears (biases and norms are not counted, as in the paper)."""
-        return sum(math.prod(self.shape(name, d_model)) for name in LINEARS)
+__all__ = [
+    "ATTENTION_LINEARS",
+    "LINEARS",
+    "MLP_LINEARS",
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderLayer",
+    "GrowingCache",
+    "LayerDims",
+    "Positions",
+    "RMSNorm",
+    "Rope",
+    "locate",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +225,19 @@ def locate(
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP of one layer; ``None`` in place of a half that is not loaded."""
+    """Attention and MLP of one layer, or only one of them, when ``halves`` says so."""
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    attention_norm: RMSNorm
+    q_norm: RMSNorm
+    k_norm: RMSNorm
+    mlp_norm: RMSNorm
 
     def __init__(self, config: DecoderConfig, index: int, halves: Sequence[str] = ("attention", "mlp")) -> None:
         super().__init__()

@@ -92,6 +92,10 @@ class Exporter(Protocol):
         """Size of the files that ``write`` would make, estimated from shapes alone."""
         ...
 
+    def dense(self, options: Any) -> Any | None:
+        """Options that write the model before compression for the same runtime; None if there is no such form."""
+        ...
+
     def write(self, artifact: Artifact, out: Path, options: Any) -> Exported:
         """Write the files into the empty folder ``out``."""
         ...

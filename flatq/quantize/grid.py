@@ -37,7 +37,7 @@ class Grid:
     @property
     def levels(self) -> int:
         """Largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
@@ -65,6 +65,7 @@ class Grid:
             w: one group of columns, float [o, n].
             importance: weight of each column's error, [n] or [o, n]; all ones if None.
             clips: factors of the group's range to try; ``(1.0,)`` is plain min-max.
+
         Returns:
             scale [o] (float32 holding float16 values) and zero [o] (float32 holding codes).
         """
@@ -80,7 +81,8 @@ class Grid:
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-        assert best_scale is not None and best_zero is not None
+        assert best_scale is not None
+        assert best_zero is not None
         return best_scale, best_zero
 
     def _range(self, w: Tensor, clip: float) -> tuple[Tensor, Tensor]:

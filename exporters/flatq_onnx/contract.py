@@ -1,0 +1,108 @@
+"""What a program must know to run the graph, in a file of its own beside it: ``flatq_onnx.json``.
+
+The graph's inputs carry the same shapes, but the ids that end a text, the widths of each layer and the limits of
+a layout are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flatq.artifact import Artifact, write_json
+from flatq.errors import ExportError
+from flatq_onnx.options import OnnxOptions
+
+CONTRACT = "flatq_onnx.json"
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+
+
+class CacheShape(BaseModel):
+    """One layer's cache: keys [b, heads, t, key_width] and values [b, heads, t, value_width], float32."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    heads: int
+    key_width: int
+    value_width: int
+
+
+class Contract(BaseModel):
+    """Inputs, outputs and limits of the graph.
+
+    Attributes:
+        left_padding: whether a left-padded batch is right; if not, padding must stand on the right.
+        shared_cache: whether past and present may be one buffer, longer than what it holds.
+        context_length: positions that the graph can place; None is no limit of the graph.
+        token_ids: the model's bos, eos and pad ids as its own configuration has them.
+        layers: widths of each layer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    model: str = MODEL
+    attention: str
+    precision: str
+    left_padding: bool
+    shared_cache: bool
+    context_length: int | None
+    sliding_window: int | None
+    vocab: int
+    token_ids: dict[str, Any]
+    inputs: list[str]
+    optional_inputs: list[str]
+    outputs: list[str]
+    layers: list[dict[str, int]]
+    cache: list[CacheShape]
+
+    @classmethod
+    def of(cls, artifact: Artifact, options: OnnxOptions) -> Contract:
+        """The contract of an artifact's export."""
+        config = artifact.config
+        wide = options.attention == "gqa"
+        pairs = [f"{index}.{part}" for index in range(len(config.layers)) for part in ("key", "value")]
+        return cls(
+            attention=options.attention,
+            precision=options.precision,
+            left_padding=not options.fused_rope,
+            shared_cache=wide,
+            context_length=(options.context_length or config.max_positions) if options.fused_rope else None,
+            sliding_window=config.sliding_window,
+            vocab=config.vocab,
+            token_ids={name: value for name, value in artifact.settings.items() if name.endswith("_token_id")},
+            inputs=["input_ids", "attention_mask", *(f"past_key_values.{pair}" for pair in pairs)],
+            optional_inputs=["logits_from"],
+            outputs=["logits", *(f"present.{pair}" for pair in pairs)],
+            layers=[asdict(dims) for dims in config.layers],
+            cache=[
+                CacheShape(heads=dims.kv_heads, key_width=dims.d_qk, value_width=dims.d_qk if wide else dims.d_v)
+                for dims in config.layers
+            ],
+        )
+
+    def save(self, root: Path) -> Path:
+        """Write it into a folder."""
+        path = root / CONTRACT
+        write_json(path, self.model_dump())
+        return path
+
+    @classmethod
+    def load(cls, root: Path) -> Contract:
+        """Read it from the folder of an export.
+
+        Raises:
+            ExportError: the file is missing or is not what ``save`` writes.
+        """
+        path = root / CONTRACT
+        try:
+            return cls.model_validate(json.loads(path.read_text()))
+        except FileNotFoundError as missing:
+            raise ExportError(f"{path} is missing; give the folder that the onnx exporter wrote") from missing
+        except (json.JSONDecodeError, ValidationError) as damaged:
+            raise ExportError(f"{path} is damaged ({damaged}); export the model again") from damaged

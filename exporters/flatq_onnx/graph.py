@@ -1,0 +1,102 @@
+"""The whole decoder as one ONNX graph, drawn straight from the configuration.
+
+No tracing: a traced graph of the same model has four times as many nodes, cannot name its cache, and knows no
+MatMulNBits. Inputs are ``input_ids`` [b, s], ``attention_mask`` [b, t] (1 = valid) and the cache; outputs are
+``logits`` and the new cache. ``logits_from`` may be left out: logits are made for positions from there on (-1 is
+the last one only), which spares a long prompt the head's work at positions whose logits nobody reads.
+
+Norms are RMSNormalization of opset 23, because onnx's checker rejects onnxruntime's older
+SimplifiedLayerNormalization, which claims to be a standard operator; both are equally fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flatq.decoder import DecoderConfig
+from flatq.quantize.grid import Grid
+from flatq_onnx.attention import Attention, Grouped, Reduced
+from flatq_onnx.builder import FLOAT, INT64, Builder, Dims, ints
+from flatq_onnx.matmul import TOKENS, Linears, Part, Read
+from flatq_onnx.options import OnnxOptions
+
+
+def draw(
+    config: DecoderConfig, grids: Mapping[str, Grid], read: Read, options: OnnxOptions, metadata: dict[str, str]
+) -> Any:
+    """The model, an ``onnx_ir.Model`` whose weights are read when it is saved.
+
+    Args:
+        config: widths and switches.
+        grids: grid of each quantized linear; not looked at with ``precision: fp32``.
+        read: reads a tensor by its name.
+        options: layout and precision.
+        metadata: written as the model's metadata_props.
+    """
+    return _Sheet(config, grids if options.precision == "int4" else {}, read, options).model(metadata)
+
+
+class _Sheet:
+    def __init__(self, config: DecoderConfig, grids: Mapping[str, Grid], read: Read, options: OnnxOptions) -> None:
+        self.config, self.options = config, options
+        self.builder = Builder()
+        self.linears = Linears(self.builder, grids, read, options.accuracy_level)
+
+    def model(self, metadata: dict[str, str]) -> Any:
+        build, config = self.builder, self.config
+        tokens = build.input("input_ids", TOKENS, INT64)
+        valid = build.input("attention_mask", ["batch", "total"], INT64)
+        attention = self._attention(tokens, valid)
+        pasts = [self._past(attention, index) for index in range(len(config.layers))]
+        first = build.optional_input("logits_from", ints(-1 if self.options.last_logits_only else 0))
+        stream = self.linears.embed(tokens, config)
+        presents = []
+        for index, past in enumerate(pasts):
+            stream, *present = self._layer(attention, stream, index, past)
+            presents.append(present)
+        lead: Dims = ("batch", "kept")
+        end = build.constant("const.end", ints(2**62))
+        kept = build.op("Slice", [stream, first, end, build.constant("const.1", ints(1))], [*lead, config.d_model])
+        build.output(self.linears.head(self._norm(kept, "norm", lead), config, lead), "logits")
+        for index, (keys, values) in enumerate(presents):
+            build.output(keys, f"present.{index}.key")
+            build.output(values, f"present.{index}.value")
+        return build.model("flatq", metadata)
+
+    def _attention(self, tokens: Any, valid: Any) -> Attention:
+        parts = self.builder, self.linears, self.config, tokens, valid
+        if self.options.attention == "reduced":
+            return Reduced(*parts)
+        limit = self.options.context_length or self.config.max_positions
+        return Grouped(*parts, positions=limit if self.options.fused_rope else None)
+
+    def _past(self, attention: Attention, index: int) -> tuple[Any, Any]:
+        dims = self.config.layers[index]
+        widths = {"key": dims.d_qk, "value": attention.value_width(dims)}
+        keys, values = (
+            self.builder.input(f"past_key_values.{index}.{part}", ["batch", dims.kv_heads, "past", width], FLOAT)
+            for part, width in widths.items()
+        )
+        return keys, values
+
+    def _layer(self, attention: Attention, x: Any, index: int, past: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+        """Both halves of a layer on the residual stream, and its new cache."""
+        name, shape = f"layers.{index}", [*TOKENS, self.config.d_model]
+        mixed, keys, values = attention.mix(self._norm(x, f"{name}.attention_norm"), index, past)
+        out = self.linears.stacked(mixed, [Part.of(self.config, index, "o")])
+        x = self.builder.op("Add", [x, out], shape)
+        normed = self._norm(x, f"{name}.mlp_norm")
+        gate, up = self.linears.project(normed, [Part.of(self.config, index, part) for part in ("gate", "up")])
+        wide = [*TOKENS, self.config.layers[index].d_ff]
+        active = self.builder.op("Mul", [gate, self.builder.op("Sigmoid", [gate], wide)], wide)
+        product = self.builder.op("Mul", [active, up], wide)
+        down = self.linears.stacked(product, [Part.of(self.config, index, "down")])
+        return self.builder.op("Add", [x, down], shape), keys, values
+
+    def _norm(self, x: Any, name: str, lead: Dims = TOKENS) -> Any:
+        weight = self.linears.vector(f"{name}.weight", self.config.d_model)
+        shape = [*lead, self.config.d_model]
+        return self.builder.op(
+            "RMSNormalization", [x, weight], shape, axis=-1, epsilon=self.config.norm_eps, stash_type=1
+        )

@@ -1,0 +1,122 @@
+"""Opening a graph in onnxruntime so that it runs where it was asked to run, and saying so if it does not.
+
+onnxruntime answers a wish for CUDA that it cannot fulfil with a warning and the CPU, and moves single nodes to the
+CPU without a word. Both are found out here: providers are compared after loading, and the session's record of
+which node went where is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+
+from flatq.errors import ExportError
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+WORK = frozenset(  # the operators that take the time; a few shape computations may sit on the CPU by right
+    {
+        "Attention",
+        "FusedMatMul",
+        "GatherBlockQuantized",
+        "Gemm",
+        "GroupQueryAttention",
+        "MatMul",
+        "MatMulNBits",
+        "RMSNormalization",
+        "RotaryEmbedding",
+        "SimplifiedLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An open session.
+
+    Attributes:
+        wanted: the provider that was to run everything.
+        fallbacks: names of working nodes that another provider got.
+    """
+
+    ort: Any
+    wanted: str
+    fallbacks: tuple[str, ...]
+
+    @property
+    def provider(self) -> str:
+        """What really runs the nodes, with the exceptions."""
+        if not self.fallbacks:
+            return self.wanted
+        shown = ", ".join(self.fallbacks[:3]) + (", ..." if len(self.fallbacks) > 3 else "")
+        return f"{self.wanted} (but {len(self.fallbacks)} nodes elsewhere: {shown})"
+
+
+def open_session(path: Path, *, provider: str = "auto", threads: int = 0, exact: bool = False) -> Session:
+    """Load a graph.
+
+    Args:
+        path: the graph's file.
+        provider: ``auto`` is CUDA where there is one.
+        threads: 0 is one per physical core.
+        exact: let MatMulNBits compute with float32 activations.
+
+    Raises:
+        ExportError: the file cannot be loaded, or CUDA was asked for and cannot be had.
+    """
+    wanted = _choose(provider)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # warnings speak of our optional input; errors are raised
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    source: str | bytes = str(path)
+    if exact:
+        source = _with_float_activations(path)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        session = ort.InferenceSession(source, options, providers=[wanted] if wanted == CPU else [wanted, CPU])
+    except Exception as problem:  # onnxruntime's own exceptions have no common type but this
+        raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {problem}") from problem
+    if wanted not in session.get_providers():
+        if provider == "cuda":
+            raise ExportError(_no_cuda("its libraries could not be loaded"))
+        wanted = CPU
+    return Session(session, wanted, _elsewhere(session, wanted))
+
+
+def _choose(provider: str) -> str:
+    present = ort.get_available_providers()
+    if provider not in ("auto", "cpu", "cuda"):
+        raise ExportError(f"onnx: provider {provider!r} is unknown; use auto, cpu or cuda")
+    if provider == "cuda" and CUDA not in present:
+        raise ExportError(_no_cuda(f"this build of onnxruntime has {', '.join(present)}"))
+    return CUDA if provider != "cpu" and CUDA in present else CPU
+
+
+def _no_cuda(why: str) -> str:
+    return f"onnx: provider cuda was asked for but cannot be had: {why}; install flatq[gpu] or use provider cpu"
+
+
+def _with_float_activations(path: Path) -> bytes:
+    """The graph with every MatMulNBits at accuracy level 0; weights in a file of their own stay there."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 0
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def _elsewhere(session: Any, wanted: str) -> tuple[str, ...]:
+    return tuple(
+        node.name
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != wanted
+        for node in part.get_nodes()
+        if node.op_type in WORK
+    )

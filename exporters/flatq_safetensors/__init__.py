@@ -1,0 +1,68 @@
+"""Hugging Face folders: dense, compressed-tensors, GPTQ; with their code, tokenizer and model card.
+
+Read ``packing.py`` first: bytes that other programs must agree with. ``layout.py`` says which tensors a folder holds,
+``configs.py`` what its ``config.json`` says, ``padding.py`` makes value heads whole again, ``writing.py`` writes,
+``runner.py`` runs the result in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from flatq.artifact import Artifact
+from flatq.decoder import DecoderConfig
+from flatq.errors import ExportError
+from flatq.export import Exported, Runner
+from flatq.quantize.grid import Grid
+from flatq_safetensors.layout import Layout
+from flatq_safetensors.options import SafetensorsOptions, objections
+
+__all__ = ["SafetensorsExporter", "SafetensorsOptions"]
+
+
+class SafetensorsExporter:
+    """Writes ``config.json``, ``model*.safetensors`` and what belongs beside them."""
+
+    Options = SafetensorsOptions
+
+    def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
+        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
+        return objections(config, grids, options)
+
+    def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> int:
+        """Size of the weights, from shapes; what is neither quantized nor given a ``dtype`` is taken as 16 bit."""
+        layout = Layout.of(config, grids, options, torch.bfloat16)
+        return sum(plan.bytes for name in layout.names() for plan in layout.planned(name).values())
+
+    def write(self, artifact: Artifact, out: Path, options: SafetensorsOptions) -> Exported:
+        """Write the folder; ``config.json`` appears last, when all that it promises is there.
+
+        Raises:
+            ExportError: ``check`` objects, or a tensor cannot be stored as the format wants it.
+        """
+        problems = self.check(artifact.config, artifact.grids, options)
+        if problems:
+            raise ExportError("\n".join(problems))
+        from flatq_safetensors.writing import write_folder
+
+        return write_folder(artifact, out, options)
+
+    def open(
+        self,
+        exported: Path,
+        options: SafetensorsOptions,
+        *,
+        provider: str = "auto",
+        threads: int = 0,
+        exact: bool = False,
+    ) -> Runner:
+        """Open what ``write`` wrote in transformers; see ``flatq.export.Exporter.open``.
+
+        It computes in float32, so ``exact`` changes nothing.
+        """
+        from flatq_safetensors.runner import TransformersRunner
+
+        return TransformersRunner(exported, provider=provider, threads=threads)

@@ -1,0 +1,142 @@
+"""``README.md`` of an exported folder: how it was made, how good it is, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from flatq import __version__
+from flatq.artifact import Artifact
+from flatq.quantize.grid import Grid
+from flatq_safetensors.layout import Layout
+
+CARD = """\
+---
+{% if license %}license: {{ license }}
+{% endif %}{% if base %}base_model: {{ base }}
+{% endif %}library_name: transformers
+pipeline_tag: text-generation
+tags: [flatq{% if grids %}, quantized{% endif %}]
+---
+# {{ title }}
+
+A {{ family }} model made small without training by flatq {{ version }}:
+{{ parameters }} parameters in {{ layers }} layers.
+{% if license %}
+The base model's license, `{{ license }}`, applies to these weights too.
+{% else %}
+The base model's files state no license; look it up where the model came from before you share these weights.
+{% endif %}
+## Load it
+
+```python
+{{ load }}
+```
+
+{{ needs }}
+
+## How it was made
+
+Value widths per layer: {{ d_v }}. MLP widths per layer: {{ d_ff }}.
+{% if grids %}
+| quantized linears | bits | group size | symmetric |
+|---|---|---|---|
+{% for grid, count in grids %}| {{ count }} | {{ grid.bits }} | {{ grid.group_size }} | {{ grid.symmetric }} |
+{% endfor %}{% endif %}{% for note in notes %}
+- {{ note }}{% endfor %}
+{% if recipe %}
+The recipe, run with `flatq run`:
+
+```yaml
+{{ recipe }}
+```
+{% endif %}{% if quality %}
+## Measured quality
+
+| what | value |
+|---|---|
+{% for key, value in quality %}| {{ key }} | {{ value }} |
+{% endfor %}{% endif %}"""
+
+LOAD = """\
+import torch
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder{trust}, dtype=torch.{dtype})
+tokenizer = AutoTokenizer.from_pretrained(folder)"""
+
+
+def model_card(artifact: Artifact, layout: Layout, notes: Sequence[str]) -> str:
+    """The card as Markdown.
+
+    Reads ``license``, ``model`` (origin or its description), ``recipe`` and ``quality`` (name -> number) from the
+    artifact's manifest, as far as they are there.
+    """
+    manifest = artifact.manifest
+    model = manifest.get("model")
+    origin = model.get("origin", model.get("name")) if isinstance(model, Mapping) else model
+    license_ = manifest.get("license") or (model.get("license") if isinstance(model, Mapping) else None)
+    base = str(origin) if origin and str(origin).count("/") == 1 and ":" not in str(origin) else None
+    dims = layout.source.layers
+    card = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(CARD)
+    return card.render(
+        title=str(origin or layout.config.family) + ", compressed",
+        base=base,
+        license=license_,
+        family=layout.config.family,
+        version=__version__,
+        parameters=f"{layout.source.parameters():,}",
+        layers=len(dims),
+        d_v=_runs([dim.d_v for dim in dims]),
+        d_ff=_runs([dim.d_ff for dim in dims]),
+        load=_load(layout),
+        needs=_needs(layout),
+        grids=_counts(layout.grids),
+        notes=notes,
+        recipe=_text(manifest.get("recipe")),
+        quality=sorted(manifest.get("quality", {}).items()),
+    )
+
+
+def _load(layout: Layout) -> str:
+    trust = "" if layout.plain else ", trust_remote_code=True"
+    imports = "" if layout.plain else "# with `import flatq` here, trust_remote_code is not needed\n"
+    dtype = "float32" if layout.dtype.itemsize == 4 else "float16"
+    return LOAD.format(imports=imports, trust=trust, dtype=dtype)
+
+
+def _needs(layout: Layout) -> str:
+    code = (
+        "The layers have the same widths, so no extra code is needed."
+        if layout.plain
+        else "Layers differ in width, which stock classes cannot express; the code travels with the folder."
+    )
+    if not layout.grids:
+        return code
+    package = "compressed-tensors>=0.15" if layout.options.gptq_version is None else "gptqmodel optimum"
+    return f"Needs `pip install {package}`. {code}"
+
+
+def _counts(grids: Mapping[str, Grid]) -> list[tuple[Grid, int]]:
+    distinct = dict.fromkeys(grids.values())
+    return [(grid, sum(other == grid for other in grids.values())) for grid in distinct]
+
+
+def _runs(values: Sequence[int]) -> str:
+    """``64 64 48`` -> ``64 (2 layers), 48``."""
+    runs: list[tuple[int, int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, runs[-1][1] + 1)
+        else:
+            runs.append((value, 1))
+    return ", ".join(f"{value} ({count} layers)" if count > 1 else str(value) for value, count in runs)
+
+
+def _text(recipe: Any) -> str:
+    if not recipe:
+        return ""
+    return recipe.strip() if isinstance(recipe, str) else json.dumps(recipe, indent=2)

@@ -1,0 +1,187 @@
+"""``config.json`` and ``quantize_config.json``: what each loader needs to read to find every tensor.
+
+Two kinds of folder. A model whose layers are all alike is a plain checkpoint of its family. One with its own widths
+per layer is ``model_type: flatq_hub``: its code travels with it (``auto_map``), and flatq itself knows it.
+
+Widths per layer stand under the key ``decoder``. transformers' own key ``per_layer_config`` is avoided on purpose:
+with it any reader that asks for ``intermediate_size`` gets an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flatq import __version__
+from flatq.decoder import LINEARS, DecoderConfig, Rope
+from flatq.errors import FlatqError
+from flatq.families import FAMILIES, config_from_hf
+from flatq.quantize.grid import Grid
+
+NAMES = FAMILIES["llama"].names
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+AUTO_MAP = {
+    "AutoConfig": "modeling_flatq.FlatqHubConfig",
+    "AutoModelForCausalLM": "modeling_flatq.FlatqHubForCausalLM",
+}
+
+
+def hub_module(stem: str) -> str:
+    """``layers.3.q`` -> ``model.layers.3.self_attn.q_proj``."""
+    return NAMES.to_hf(f"{stem}.weight").removesuffix(".weight")
+
+
+def family_settings(config: DecoderConfig) -> dict[str, Any] | None:
+    """``config.json`` of a plain checkpoint of the model's family; None if the family cannot say all of it."""
+    alike = len(set(config.layers)) == 1 and config.layers[0].d_v == config.layers[0].d_qk
+    if not alike or config.family not in ARCHITECTURES:
+        return None
+    dims = config.layers[0]
+    settings: dict[str, Any] = {
+        "model_type": config.family,
+        "architectures": [f"{ARCHITECTURES[config.family]}ForCausalLM"],
+        "hidden_size": config.d_model,
+        "intermediate_size": dims.d_ff,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": dims.heads,
+        "num_key_value_heads": dims.kv_heads,
+        "head_dim": dims.d_qk,
+        "vocab_size": config.vocab,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tied_head,
+        **_rope(config.rope),
+        **_window(config),
+    }
+    if config.family in ("llama", "qwen3"):
+        settings["attention_bias"] = config.qkv_bias
+    if config.family == "llama":
+        settings["mlp_bias"] = config.mlp_bias
+    try:
+        return settings if config_from_hf(settings) == config else None
+    except FlatqError:
+        return None
+
+
+def _rope(rope: Rope) -> dict[str, Any]:
+    # The spelling of transformers 4, which version 5 and every other reader understand.
+    if rope.scaling is None:
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling == "llama3":
+        scaling |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def _window(config: DecoderConfig) -> dict[str, Any]:
+    if config.family == "mistral":
+        return {"sliding_window": config.sliding_window}
+    if config.family in ("qwen2", "qwen3"):
+        used = config.sliding_window is not None
+        return {"use_sliding_window": used, "sliding_window": config.sliding_window, "max_window_layers": 0}
+    return {}
+
+
+def hub_settings(config: DecoderConfig) -> dict[str, Any]:
+    """``config.json`` of a model with its own widths in every layer."""
+    return {
+        "model_type": "flatq_hub",
+        "architectures": ["FlatqHubForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "decoder": config.to_dict(),
+    }
+
+
+def compressed_tensors_config(config: DecoderConfig, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    """``quantization_config`` for compressed-tensors: one group of modules per distinct grid."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{number}": {
+                "targets": _targets(config, grids, grid),
+                "weights": {
+                    "num_bits": grid.bits,
+                    "type": "int",
+                    "symmetric": grid.symmetric,
+                    "strategy": "channel" if grid.group_size == -1 else "group",
+                    "group_size": None if grid.group_size == -1 else grid.group_size,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+            for number, grid in enumerate(_distinct(grids))
+        },
+        "ignore": [hub_module(stem) for stem in _dense(config, grids)] + ["lm_head"],
+    }
+
+
+def _targets(config: DecoderConfig, grids: Mapping[str, Grid], grid: Grid) -> list[str]:
+    """Modules of one grid: a pattern for a linear that has it in all layers, else full names."""
+    targets = []
+    for linear in LINEARS:
+        stems = [f"layers.{index}.{linear}" for index in range(len(config.layers))]
+        found = [stem for stem in stems if grids.get(stem) == grid]
+        if len(found) == len(stems):
+            leaf = hub_module(stems[0]).split(".", 3)[3]
+            targets.append(rf"re:.*\.{re.escape(leaf)}$")
+        else:
+            targets += [hub_module(stem) for stem in found]
+    return targets
+
+
+def gptq_config(config: DecoderConfig, grids: Mapping[str, Grid], version: int) -> dict[str, Any]:
+    """``quantization_config`` for GPTQ readers; the commonest grid is the rule, ``dynamic`` holds the exceptions."""
+    rule = _distinct(grids)[0]
+    dynamic: dict[str, dict[str, Any]] = {}
+    for stem, grid in grids.items():
+        if grid != rule:
+            pattern = f"+:^{re.escape(hub_module(stem))}$"
+            dynamic[pattern] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+    for stem in _dense(config, grids):
+        dynamic[f"-:^{re.escape(hub_module(stem))}$"] = {}
+    kind = "gptq" if version == 1 else "gptq_v2"
+    described: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": rule.bits,
+        "group_size": rule.group_size,
+        "sym": rule.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "format": kind,
+        "checkpoint_format": kind,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"flatq:{__version__}"]},
+    }
+    if dynamic:
+        described["dynamic"] = dynamic
+    everywhere = [
+        linear for linear in LINEARS if all(f"layers.{i}.{linear}" in grids for i in range(len(config.layers)))
+    ]
+    if len(everywhere) < len(LINEARS):
+        # optimum knows no patterns, only which linears of a block are quantized.
+        names = [hub_module(f"layers.0.{linear}").split(".", 3)[3] for linear in everywhere]
+        described["modules_in_block_to_quantize"] = [[name] for name in names]
+    return described
+
+
+def _distinct(grids: Mapping[str, Grid]) -> list[Grid]:
+    """Each grid once, the commonest first."""
+    counts: dict[Grid, int] = {}
+    for grid in grids.values():
+        counts[grid] = counts.get(grid, 0) + 1
+    return sorted(counts, key=lambda grid: -counts[grid])
+
+
+def _dense(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
+    """Stems of the linears inside the layers that are not quantized."""
+    stems = [f"layers.{index}.{linear}" for index in range(len(config.layers)) for linear in LINEARS]
+    return [stem for stem in stems if stem not in grids]

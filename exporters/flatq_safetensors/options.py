@@ -1,0 +1,128 @@
+"""What a recipe may say about a Hugging Face folder, and the objections to a model that cannot be written so.
+
+Nothing here needs transformers: a recipe is checked on a machine that only has the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flatq.decoder import LINEARS, DecoderConfig
+from flatq.quantize.grid import Grid
+from flatq_safetensors.configs import family_settings
+from flatq_safetensors.padding import padded_config, padded_grid, regroups
+
+GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+GPTQ_MULTIPLE = 32
+
+
+class SafetensorsOptions(BaseModel):
+    """Options of ``exports: - safetensors: {...}``.
+
+    Attributes:
+        format: ``compressed-tensors`` keeps the codes and is what transformers reads on any machine (package
+            ``compressed-tensors``) and vLLM runs; ``gptq`` (v1) and ``gptq_v2`` keep them for GPTQModel and all who
+            read AutoGPTQ's files; ``bf16``, ``fp16`` and ``fp32`` are dense, codes decoded.
+        dtype: of the tensors that are not quantized, in the formats that keep codes; None is as in the artifact.
+        pad_values: pad value heads with zeros to the width of the key heads. With one MLP width in all layers the
+            folder is then a plain checkpoint of its family, which needs no extra code and saves nothing on v and o.
+        max_shard_size: bytes of weights in one file, unless a single tensor is larger.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["compressed-tensors", "gptq", "gptq_v2", "bf16", "fp16", "fp32"] = "compressed-tensors"
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    pad_values: bool = False
+    max_shard_size: int = Field(default=5_000_000_000, ge=1)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether quantized linears stay quantized in the files."""
+        return self.format in ("compressed-tensors", "gptq", "gptq_v2")
+
+    @property
+    def gptq_version(self) -> int | None:
+        """1 or 2; None for the formats that are not GPTQ's."""
+        return {"gptq": 1, "gptq_v2": 2}.get(self.format)
+
+
+def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
+    """Everything that stands against writing this model so, each with the way out."""
+    problems = _padding(config, options)
+    if not options.keeps_codes:
+        if options.dtype is not None:
+            problems.append(f"dtype {options.dtype}: format {options.format} already says it; leave dtype out")
+        return problems
+    if not any(stem.startswith("layers.") for stem in grids):
+        problems.append(f"format {options.format}: no linear is quantized; write format bf16 or fp16, or add gptq")
+    written = padded_config(config) if options.pad_values else config
+    found: dict[str, list[str]] = {}
+    for index, dims in enumerate(config.layers):
+        for linear in LINEARS:
+            stem = f"layers.{index}.{linear}"
+            if stem not in grids:
+                continue
+            rows, columns = written.layers[index].shape(linear, config.d_model)
+            grid = grids[stem]
+            if linear == "o" and options.pad_values and not regroups(dims, grid):
+                found.setdefault(
+                    f"pad_values moves columns across groups of {grid.group_size}; d_v and the head size must be "
+                    "multiples of the group size, or the group size -1",
+                    [],
+                ).append(stem)
+                continue
+            for problem in _linear(rows, columns, padded_grid(grid, dims.shape(linear, config.d_model)[1]), options):
+                found.setdefault(problem, []).append(stem)
+    return problems + [f"{_some(stems)}: {problem}" for problem, stems in found.items()]
+
+
+def _padding(config: DecoderConfig, options: SafetensorsOptions) -> list[str]:
+    if not options.pad_values:
+        return []
+    widths = sorted({dims.d_ff for dims in config.layers})
+    if len(widths) > 1:
+        return [
+            f"pad_values: a plain {config.family} checkpoint has one MLP width, this model has {len(widths)} "
+            f"({widths[0]} to {widths[-1]}); plan with uniform: true, or leave pad_values out"
+        ]
+    if family_settings(padded_config(config)) is None:
+        return [
+            f"pad_values: the switches of this model are not those of a {config.family} checkpoint; "
+            "leave pad_values out"
+        ]
+    return []
+
+
+def _linear(rows: int, columns: int, grid: Grid, options: SafetensorsOptions) -> list[str]:
+    problems = []
+    if columns % grid.width(columns):
+        problems.append(
+            f"{columns} inputs are not a multiple of group_size {grid.group_size}, which {options.format} asks for; "
+            "plan widths in multiples of it (round_to), or choose a smaller group"
+        )
+    if options.gptq_version is None:
+        return problems
+    if rows % GPTQ_MULTIPLE or columns % GPTQ_MULTIPLE:
+        problems.append(
+            f"shape {rows} x {columns}: GPTQ files pack in blocks of {GPTQ_MULTIPLE} outputs and inputs; plan "
+            f"widths in multiples of {GPTQ_MULTIPLE}, or write format compressed-tensors"
+        )
+    if grid.group_size not in (-1, *GPTQ_GROUPS):
+        problems.append(
+            f"group_size {grid.group_size}: GPTQ readers know -1 and {', '.join(map(str, GPTQ_GROUPS))}; choose one of "
+            "them, or write format compressed-tensors"
+        )
+    if options.gptq_version == 1 and not grid.symmetric:
+        problems.append(
+            "format gptq (v1) stores zero - 1 and cannot hold the zero of a group without negative weights; write "
+            "format gptq_v2 or compressed-tensors, or quantize with symmetric: true"
+        )
+    return problems
+
+
+def _some(stems: list[str]) -> str:
+    return stems[0] if len(stems) == 1 else f"{stems[0]} and {len(stems) - 1} more"

@@ -1,0 +1,84 @@
+"""Value heads padded back to the width of the key heads, so that programs with one head size read the model.
+
+A value column of zeros meets an output column that is multiplied by it: nothing changes in the logits, and nothing
+is saved on v and o. Quantized weights are padded in codes: a code equal to its zero decodes to exactly 0. In ``o``
+the new columns stand inside each head, so groups keep their columns only if they end where heads end.
+
+Axes: h query heads, kv key/value heads, r d_v, d d_qk, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flatq.decoder import DecoderConfig, LayerDims
+from flatq.quantize.grid import Grid, QuantizedWeight
+
+
+def padded_config(config: DecoderConfig) -> DecoderConfig:
+    """The same decoder with values as wide as keys in every layer."""
+    return config.with_layers([replace(dims, d_v=dims.d_qk) for dims in config.layers])
+
+
+def padded_grid(grid: Grid, columns: int) -> Grid:
+    """The grid with -1 for a group that is the whole row (``columns``, before padding), as formats call it."""
+    return replace(grid, group_size=-1) if grid.group_size >= columns else grid
+
+
+def regroups(dims: LayerDims, grid: Grid) -> bool:
+    """Whether ``o`` can be padded inside its heads without a group losing or gaining a foreign column."""
+    whole = dims.d_v == dims.d_qk or grid.groups(dims.heads * dims.d_v) == 1
+    return whole or (dims.d_v % grid.group_size == 0 and dims.d_qk % grid.group_size == 0)
+
+
+def pad_dense(tensor: Tensor, name: str, dims: LayerDims) -> Tensor:
+    """``v.weight``, ``v.bias`` or ``o.weight`` with zeros in the new places; other tensors as they are."""
+    missing = dims.d_qk - dims.d_v
+    linear, kind = name.rsplit(".", 2)[-2:]
+    if linear == "v":
+        heads = tensor.reshape(dims.kv_heads, dims.d_v, -1)  # [kv, r, m] or [kv, r, 1]
+        rows = F.pad(heads, (0, 0, 0, missing)).flatten(0, 1)
+        return rows[:, 0] if kind == "bias" else rows
+    if linear == "o" and kind == "weight":
+        return _pad_columns(tensor, dims.heads, missing)
+    return tensor
+
+
+def pad_quantized(weight: QuantizedWeight, linear: str, dims: LayerDims) -> QuantizedWeight:
+    """``v`` or ``o`` with codes in the new places that decode to 0; other linears as they are."""
+    grid, missing = weight.grid, dims.d_qk - dims.d_v
+    if missing == 0 or linear not in ("v", "o"):
+        return weight
+    if linear == "v":
+        return QuantizedWeight(
+            _pad_rows(weight.codes, dims.kv_heads, missing, grid.middle),
+            _pad_rows(weight.scale, dims.kv_heads, missing, 1),
+            _pad_rows(weight.zero, dims.kv_heads, missing, grid.middle),
+            grid,
+        )
+    if weight.scale.shape[1] == 1:
+        rows, heads = weight.codes.shape[0], dims.heads
+        silent = weight.zero[:, None].expand(rows, heads, missing)
+        codes = torch.cat([weight.codes.view(rows, heads, -1), silent], 2).flatten(1)
+        return QuantizedWeight(codes, weight.scale, weight.zero, replace(grid, group_size=-1))
+    groups = missing // grid.group_size
+    return QuantizedWeight(
+        _pad_columns(weight.codes, dims.heads, missing, grid.middle),
+        _pad_columns(weight.scale, dims.heads, groups, 1),
+        _pad_columns(weight.zero, dims.heads, groups, grid.middle),
+        grid,
+    )
+
+
+def _pad_rows(tensor: Tensor, heads: int, missing: int, value: float) -> Tensor:
+    """[heads * r, n] -> [heads * d, n]."""
+    return F.pad(tensor.view(heads, -1, tensor.shape[1]), (0, 0, 0, missing), value=value).flatten(0, 1)
+
+
+def _pad_columns(tensor: Tensor, heads: int, missing: int, value: float = 0) -> Tensor:
+    """[n, heads * r] -> [n, heads * d]."""
+    return F.pad(tensor.view(tensor.shape[0], heads, -1), (0, missing), value=value).flatten(1)

@@ -1,0 +1,196 @@
+"""An exported folder run by transformers, through the auto class, as a user would load it.
+
+GPTQ folders are loaded by transformers only where GPTQModel is installed, and its kernels want to compile C++ first.
+So for them, and for compressed-tensors where that package is missing, the packed file is decoded here by the format's
+own formula and the dense result handed to the same model class; ``provider`` says which way it went.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import flatq.hf  # noqa: F401 (teaches the auto classes about flatq_hub)
+from flatq.artifact import INDEX
+from flatq.errors import ExportError
+from flatq.export import FloatArray, IntArray
+from flatq.modeling_flatq import loading_faults
+from flatq.quantize.grid import Grid
+from flatq_safetensors.packing import GptqLinear, dequantize_gptq, unpack_compressed
+
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+class TransformersRunner:
+    """Satisfies ``flatq.export.Runner``; computes in float32."""
+
+    def __init__(self, folder: Path, *, provider: str = "auto", threads: int = 0) -> None:
+        self.device = _device(provider)
+        if threads:
+            torch.set_num_threads(threads)
+        self.model, how = load_strictly(folder)
+        self.model.to(self.device).eval()
+        self.provider = f"transformers on {self.device}{how}"
+        self._cache: Any = None
+
+    @torch.inference_mode()
+    def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
+        """See ``flatq.export.Runner.logits``."""
+        mask = None if valid is None else self._tensor(valid)
+        return _array(self.model(self._tensor(tokens), attention_mask=mask, use_cache=False).logits)
+
+    @torch.inference_mode()
+    def start(self, tokens: IntArray, capacity: int) -> FloatArray:
+        """See ``flatq.export.Runner.start``; the cache grows, so ``capacity`` is not needed."""
+        self._cache = DynamicCache()
+        return self._advance(self._tensor(tokens))
+
+    @torch.inference_mode()
+    def step(self, tokens: IntArray) -> FloatArray:
+        """See ``flatq.export.Runner.step``."""
+        if self._cache is None:
+            raise ExportError("step: there is no prompt to go on from; call start first")
+        return self._advance(self._tensor(tokens)[:, None])
+
+    def close(self) -> None:
+        """Free the model."""
+        self.model = self._cache = None
+
+    def _advance(self, tokens: Tensor) -> FloatArray:
+        return _array(self.model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1])
+
+    def _tensor(self, array: IntArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def load_strictly(folder: Path) -> tuple[Any, str]:
+    """The folder's model in float32, and how it was read if not by transformers alone.
+
+    Raises:
+        ExportError: a tensor is missing, misshapen or unknown (transformers would only log it).
+    """
+    described = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    how = "" if described is None or _reads(described) else f" ({described['quant_method']} decoded by flatq)"
+    try:
+        if how:
+            model, faults = _from_state(folder, decoded_state(folder, described))
+        else:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with all other faults
+                local_files_only=True,
+            )
+            faults = loading_faults(found)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as fault:
+        raise ExportError(f"{folder}: transformers cannot load what was written: {fault}") from fault
+    if faults:
+        raise ExportError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
+    return model, how
+
+
+def _reads(described: dict[str, Any]) -> bool:
+    """Whether transformers can unpack this on any machine with what is installed."""
+    return described["quant_method"] == "compressed-tensors" and bool(importlib.util.find_spec("compressed_tensors"))
+
+
+def _from_state(folder: Path, state: dict[str, Tensor]) -> tuple[Any, list[str]]:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if getattr(config, "tie_word_embeddings", False):
+        shapes.pop("lm_head.weight", None)
+    faults = loading_faults(
+        {
+            "missing_keys": shapes.keys() - state.keys(),
+            "unexpected_keys": state.keys() - shapes.keys(),
+            "mismatched_keys": [
+                (name, state[name].shape, shapes[name])
+                for name in shapes.keys() & state.keys()
+                if state[name].shape != shapes[name]
+            ],
+        }
+    )
+    if not faults:
+        model.load_state_dict(state, strict=False)  # names were compared above; a tied head is not among them
+    return model, faults
+
+
+def decoded_state(folder: Path, described: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a packed folder, quantized modules decoded to float32.
+
+    Args:
+        folder: what ``SafetensorsExporter.write`` wrote.
+        described: its ``quantization_config``.
+    """
+    state = _read_all(folder)
+    gptq = described["quant_method"] == "gptq"
+    mark, parts = ("qweight", GPTQ_PARTS) if gptq else ("weight_packed", COMPRESSED_PARTS)
+    for module in [name.removesuffix(f".{mark}") for name in state if name.endswith(f".{mark}")]:
+        packed = {part: state.pop(f"{module}.{part}") for part in parts if f"{module}.{part}" in state}
+        if gptq:
+            weight = dequantize_gptq(
+                GptqLinear(**packed), gptq_grid(module, described), version=2 if described["format"] == "gptq_v2" else 1
+            )
+        else:
+            weight = unpack_compressed(packed, compressed_grid(module, described)).dequantize()
+        state[f"{module}.weight"] = weight
+    return state
+
+
+def gptq_grid(module: str, described: dict[str, Any]) -> Grid:
+    """The grid that a GPTQ configuration gives to a module."""
+    rule = {key: described[key] for key in ("bits", "group_size", "sym")}
+    for pattern, exception in described.get("dynamic", {}).items():
+        if pattern.startswith("+:") and re.match(pattern.removeprefix("+:"), module):
+            rule |= exception
+    return Grid(rule["bits"], rule["group_size"], rule["sym"])
+
+
+def compressed_grid(module: str, described: dict[str, Any]) -> Grid:
+    """The grid that a compressed-tensors configuration gives to a module.
+
+    Raises:
+        ExportError: no group of modules claims it.
+    """
+    for group in described["config_groups"].values():
+        for target in group["targets"]:
+            pattern = target.removeprefix("re:") if target.startswith("re:") else re.escape(target) + "$"
+            if re.match(pattern, module):
+                weights = group["weights"]
+                size = -1 if weights["strategy"] == "channel" else weights["group_size"]
+                return Grid(weights["num_bits"], size, weights["symmetric"])
+    raise ExportError(f"{module}: holds codes, but no config_group of config.json names it")
+
+
+def _read_all(folder: Path) -> dict[str, Tensor]:
+    index = folder / INDEX
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    state: dict[str, Tensor] = {}
+    for file in sorted(files):
+        state |= load_file(folder / file)
+    return state
+
+
+def _device(provider: str) -> str:
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise ExportError("safetensors: provider cuda was asked for and torch sees no CUDA device; use cpu or auto")
+    return "cuda" if provider == "cuda" or (provider == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def _array(logits: Tensor) -> FloatArray:
+    array: FloatArray = logits.float().cpu().numpy()
+    return array

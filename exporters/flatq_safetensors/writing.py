@@ -1,0 +1,148 @@
+"""The folder on disk: shards with an index, configuration, code, tokenizer, model card.
+
+One tensor of the artifact is in memory at a time beside the shard that is being filled. Files appear atomically and
+``config.json`` last: a folder without it is an export that did not finish.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatq.artifact import INDEX, MANIFEST, Artifact, save_shard, write_atomically, write_json
+from flatq.errors import ExportError
+from flatq.export import Exported
+from flatq_safetensors.card import model_card
+from flatq_safetensors.configs import (
+    compressed_tensors_config,
+    family_settings,
+    gptq_config,
+    hub_settings,
+)
+from flatq_safetensors.layout import Layout
+from flatq_safetensors.options import SafetensorsOptions
+
+SINGLE = "model.safetensors"
+CODE = ("modeling_flatq", "decoder", "dims")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_folder(artifact: Artifact, out: Path, options: SafetensorsOptions) -> Exported:
+    """Write everything; see ``SafetensorsExporter.write``."""
+    out.mkdir(parents=True, exist_ok=True)
+    stored = getattr(torch, str(artifact.settings.get("dtype", "float32")))
+    layout = Layout.of(artifact.config, artifact.grids, options, stored)
+    files = _write_weights(artifact, layout, out)
+    if not layout.plain:
+        files += [_write(out / f"{name}.py", travelling_source(name)) for name in CODE]
+    files += _copy_beside(artifact, out)
+    notes = _notes(artifact, layout)
+    files.append(_write(out / "README.md", model_card(artifact, layout, notes)))
+    settings = _settings(artifact, layout)
+    if options.gptq_version is not None:
+        write_json(out / "quantize_config.json", settings["quantization_config"])
+        files.append(out / "quantize_config.json")
+    write_json(out / "config.json", settings)
+    return Exported(out, (*files, out / "config.json"), notes=tuple(notes), details={"plain": layout.plain})
+
+
+def travelling_source(name: str) -> str:
+    """Source of one of flatq's own modules, its imports turned to the files beside it."""
+    spec = importlib.util.find_spec(f"flatq.{name}")
+    if spec is None or spec.origin is None:
+        raise ExportError(f"flatq/{name}.py is not there to be copied; reinstall flatq from a wheel or a checkout")
+    source = re.sub(r"^from flatq\.", "from .", Path(spec.origin).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return source
+
+
+def _write(path: Path, text: str) -> Path:
+    write_atomically(path, text.encode())
+    return path
+
+
+def _settings(artifact: Artifact, layout: Layout) -> dict[str, Any]:
+    settings = family_settings(layout.config) or hub_settings(layout.config)
+    settings |= {key: artifact.settings[key] for key in TOKEN_IDS if key in artifact.settings}
+    settings["dtype"] = settings["torch_dtype"] = str(layout.dtype).removeprefix("torch.")
+    if layout.grids:
+        version = layout.options.gptq_version
+        settings["quantization_config"] = (
+            compressed_tensors_config(layout.config, layout.grids)
+            if version is None
+            else gptq_config(layout.config, layout.grids, version)
+        )
+    return settings
+
+
+def _shards(layout: Layout) -> list[list[str]]:
+    """The artifact's names, cut where a file would grow beyond ``max_shard_size``."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in layout.names():
+        size = sum(plan.bytes for plan in layout.planned(name).values())
+        if shards[-1] and filled + size > layout.options.max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_weights(artifact: Artifact, layout: Layout, out: Path) -> list[Path]:
+    shards, total = _shards(layout), 0
+    where: dict[str, str] = {}
+    files: list[Path] = []
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = dict(_tensors(artifact, layout, names))
+        save_shard(out / file, tensors)
+        where |= dict.fromkeys(tensors, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        files.append(out / file)
+    if len(shards) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+        files.append(out / INDEX)
+    return files
+
+
+def _tensors(artifact: Artifact, layout: Layout, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        yield from layout.made(name, artifact.tensor(name)).items()
+
+
+def _copy_beside(artifact: Artifact, out: Path) -> list[Path]:
+    """Tokenizer, chat template and generation settings, as they lie in the artifact."""
+    own = {"config.json", MANIFEST, INDEX, "README.md"}
+    copied = []
+    for path in sorted(artifact.root.iterdir()):
+        if path.is_file() and path.name not in own and path.suffix not in (".safetensors", ".partial", ".py"):
+            write_atomically(out / path.name, path.read_bytes())
+            copied.append(out / path.name)
+    if not (out / "generation_config.json").exists():
+        ids = {key: artifact.settings[key] for key in TOKEN_IDS if key in artifact.settings}
+        write_json(out / "generation_config.json", ids)
+        copied.append(out / "generation_config.json")
+    return copied
+
+
+def _notes(artifact: Artifact, layout: Layout) -> list[str]:
+    notes = []
+    ends = sorted(stem for stem in artifact.grids if not stem.startswith("layers."))
+    if ends and layout.options.keeps_codes:
+        notes.append(f"written dense, for the readers of this format know no quantized {' or '.join(ends)}")
+    if layout.options.keeps_codes and layout.dtype is torch.bfloat16:
+        notes.append(
+            "transformers computes in bfloat16 unless told otherwise and then rounds the scales to it; "
+            "dtype=torch.float16 or float32 keeps them exact"
+        )
+    if layout.options.pad_values and artifact.config != layout.config:
+        notes.append("value heads are padded with zeros: v and o take the room of the original model")
+    if layout.options.gptq_version is not None and len(set(layout.grids.values())) > 1:
+        notes.append("linears differ in bits or group size; readers must know the key `dynamic` (GPTQModel, vLLM)")
+    return notes

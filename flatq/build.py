@@ -1,0 +1,153 @@
+"""From a dense model and a plan to an artifact: one walk, every finished block on disk at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatq.artifact import Artifact, finish, save_shard, write_json
+from flatq.compress.stage import FlatStage, RankPlan
+from flatq.decoder import DecoderConfig
+from flatq.load import Source
+from flatq.progress import progress
+from flatq.quantize.grid import QuantizedWeight
+from flatq.quantize.stage import GptqStage, planned_grids, quantize_table
+from flatq.recipe import Recipe
+from flatq.walk import Block, blocks_done, walk
+from flatq.weights import HALVES, half_names
+
+log = logging.getLogger(__name__)
+ENDS = "ends.safetensors"
+
+
+def shard_name(index: int, half: str) -> str:
+    """File of one block."""
+    return f"layer-{index:05d}-{half}.safetensors"
+
+
+def build(
+    source: Source,
+    tokens: Tensor,
+    plan: RankPlan,
+    recipe: Recipe,
+    *,
+    partial: Path,
+    root: Path,
+    work: Path,
+    provenance: Mapping[str, Any],
+    device: str = "cpu",
+) -> Artifact:
+    """Compress and quantize block by block; resumes where a killed run of the same folders stopped.
+
+    Args:
+        tokens: calibration tokens, int64 [samples, seq].
+        partial: folder in which the artifact grows; renamed to ``root`` at the end.
+        work: hidden states and the per-block reports.
+        provenance: goes into the manifest; must not hold anything that differs between two runs.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    config = source.config.with_layers(plan.layers)
+    grids = planned_grids(config, recipe.gptq)
+    stages: list[FlatStage | GptqStage] = []
+    if recipe.flat is not None:
+        stages.append(FlatStage(recipe.flat, plan))
+    if recipe.gptq is not None:
+        stages.append(GptqStage(recipe.gptq))
+
+    ends: dict[str, Tensor | QuantizedWeight] = {}
+    for name in ("embed.weight", "norm.weight", *(() if config.tied_head else ("head.weight",))):
+        grid = grids.get(name.removesuffix(".weight"))
+        ends[name] = source.tensor(name) if grid is None else quantize_table(source, name, grid)
+    save_shard(partial / ENDS, ends)
+
+    def save(block: Block) -> None:
+        _save_block(block, source.dtype, partial, work)
+
+    total = len(config.layers) * len(HALVES)
+    with progress("compress", total) as advance:
+        advance(blocks_done(work))
+        for block in walk(
+            source,
+            tokens,
+            work,
+            save,
+            embed=ends["embed.weight"],
+            precision=recipe.calibration.precision,
+            device=device,
+        ):
+            for stage in stages:
+                stage.apply(block)
+            advance()
+
+    files = [ENDS, *(shard_name(index, half) for index, half in _halves(config))]
+    for stray in partial.glob("*.partial"):
+        stray.unlink()
+    source.tokenizer().save_pretrained(str(partial))
+    settings = {**source.settings(), "dtype": str(source.dtype).removeprefix("torch.")}
+    manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work)}
+    return finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
+
+
+def dense_artifact(source: Source, root: Path) -> Artifact:
+    """The model as it was, in the form that exporters read: what a compressed one is compared with."""
+    config = source.config
+    partial = root.with_name(root.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    shards = {shard_name(index, half): half_names(config, index, half) for index, half in _halves(config)}
+    inside = {name for names in shards.values() for name in names}
+    shards[ENDS] = [name for name in source.names() if name not in inside]
+    for file, names in shards.items():
+        save_shard(partial / file, {name: source.tensor(name) for name in names})
+    return finish(
+        partial,
+        root,
+        config=config,
+        grids={},
+        settings=source.settings(),
+        manifest={"recipe": ""},
+        weight_files=list(shards),
+    )
+
+
+def _halves(config: DecoderConfig) -> list[tuple[int, str]]:
+    return [(index, half) for index in range(len(config.layers)) for half in HALVES]
+
+
+def block_reports(work: Path) -> list[dict[str, Any]]:
+    """What each finished block reported, in order: place, widths, errors, notes."""
+    return [json.loads(path.read_text()) for path in sorted((work / "blocks").glob("*.json"))]
+
+
+def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> None:
+    """Write a block's tensors and its report; what is not quantized runs on with the precision it is stored in."""
+    tensors: dict[str, Tensor | QuantizedWeight] = {}
+    for name, parameter in block.layer.named_parameters():
+        linear = name.removesuffix(".weight")
+        full = f"layers.{block.index}.{name}"
+        if name.endswith(".weight") and linear in block.quantized:
+            tensors[full] = block.quantized[linear]
+            continue
+        stored = parameter.detach().to(dtype)
+        parameter.data = stored.float()
+        tensors[full] = stored
+    save_shard(partial / shard_name(block.index, block.half), tensors)
+    (work / "blocks").mkdir(exist_ok=True)
+    report = {
+        "layer": block.index,
+        "half": block.half,
+        "shapes": {name: list(module.weight.shape) for name, module in _linears(block)},
+        "errors": block.errors,
+        "notes": block.notes,
+    }
+    write_json(work / "blocks" / f"{block.index:05d}-{HALVES.index(block.half)}.json", report)
+
+
+def _linears(block: Block) -> list[tuple[str, nn.Linear]]:
+    return [(name, module) for name, module in block.layer.named_children() if isinstance(module, nn.Linear)]

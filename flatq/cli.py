@@ -1,0 +1,245 @@
+"""The command line: each verb is a few lines that call the library.
+
+What changes a number is in the recipe; here are only places, the device, resuming and how much is said. torch is
+imported inside the verbs that compute, so that ``--help``, ``check --help`` and ``schema`` answer at once.
+
+Exit codes: 0 done, 2 the recipe or what it names is wrong, 3 a stage failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+from typer.core import TyperGroup
+
+import flatq
+from flatq.errors import FlatqError, RecipeError
+
+INTERRUPTED = 130
+
+
+class Verbs(TyperGroup):
+    """All verbs; turns what flatq raises into a paragraph on stderr and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the verb that was asked for."""
+        stderr = Console(stderr=True, soft_wrap=True)
+        try:
+            return super().invoke(ctx)
+        except FlatqError as error:
+            if ctx.params.get("debug"):
+                stderr.print_exception()
+            stderr.print(Text(str(error), style="red"))
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            stderr.print("interrupted; the same command goes on from here")
+            raise typer.Exit(INTERRUPTED) from interrupt
+
+
+app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
+Provider = Annotated[str, typer.Option(help="Where the runtime computes: auto, cpu or cuda.")]
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        print(f"flatq {flatq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def settings(
+    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; twice for details.")] = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make a large language model small and fast without training it.
+
+    Start with: flatq check recipes/smollm2-135m-flat20-int4.yaml
+    """
+    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=verbose > 0, markup=False)
+    logging.basicConfig(
+        level=logging.WARNING if verbose < 2 else logging.INFO, handlers=[handler], format="%(message)s"
+    )
+    logging.getLogger("flatq").setLevel(level)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE-DIGEST if not given.")] = None,
+    device: Device = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+) -> None:
+    """Compress, export, verify and measure a model; resumes where an earlier run stopped."""
+    from flatq.recipe import Recipe
+
+    checked = Recipe.load(recipe)
+    from flatq import pipeline
+
+    print(pipeline.run(checked, out, device=device, fresh=fresh))
+
+
+@app.command()
+def check(recipe: RecipeFile) -> None:
+    """Explain a recipe, or list everything that is wrong with it; the model is not opened."""
+    from flatq.recipe import Recipe
+
+    checked = Recipe.load(recipe)
+    from flatq import pipeline
+
+    print("\n".join(pipeline.check(checked)))
+
+
+@app.command()
+def plan(recipe: RecipeFile, device: Device = "auto") -> None:
+    """Predict parameters, file sizes, memory and time; reads the model's shapes, not its weights."""
+    from flatq.recipe import Recipe
+
+    checked = Recipe.load(recipe)
+    from flatq import pipeline
+
+    print(pipeline.plan(checked, device=device))
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="A run folder or its artifact folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", show_default=False)],
+    format: Annotated[str, typer.Option(help="Name of an installed exporter.", show_default=False)],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE for the exporter; repeatable.")
+    ] = None,
+) -> None:
+    """Write one more format of a finished artifact, and verify it."""
+    options = parse_options(option or [])
+    from flatq import pipeline
+
+    print("\n".join(str(path) for path in pipeline.export(artifact, out, format, options)))
+
+
+@app.command()
+def bench(
+    paths: Annotated[list[Path], typer.Argument(help="Export folders, measured in turn.", show_default=False)],
+    provider: Provider = "auto",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated one by one.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements, of which the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")] = 0,
+) -> None:
+    """Measure tokens per second, first-token latency, load time and memory of exports."""
+    from flatq import pipeline
+
+    wanted: dict[str, Any] = {"new_tokens": new_tokens, "batch": batch, "repeats": repeats, "threads": threads}
+    print(pipeline.bench_exports(paths, provider=provider, prompt=prompt, **wanted))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Artifact, export, or a model as in a recipe.", show_default=False)],
+    dataset: Annotated[str, typer.Option(help="wikitext2, c4, alpaca, python-docs or text.")] = "python-docs",
+    path: Annotated[Path | None, typer.Option(help="The .txt or .jsonl file of dataset text.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in all.")] = 8192,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
+) -> None:
+    """Measure perplexity on held-out text."""
+    from flatq import pipeline
+
+    print(f"{pipeline.evaluate(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len):.4f}")
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="Artifact, run or export folder.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.", show_default=False)],
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 42,
+    provider: Provider = "auto",
+) -> None:
+    """Let a compressed model write."""
+    from flatq import pipeline
+
+    sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    for piece in pipeline.generate(path, prompt, provider=provider, **sampling):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command(name="ls")
+def list_recipes(
+    folder: Annotated[Path, typer.Argument(help="Where to look for .yaml files.")] = Path("recipes"),
+) -> None:
+    """List the recipes in a folder."""
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise RecipeError(f"{folder}: holds no .yaml file; give the folder that your recipes are in")
+    width = max(len(str(file)) for file in files)
+    for file in files:
+        print(f"{file!s:{width}}  {summary(file)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: versions, devices, runtimes, exporters, memory."""
+    from flatq import pipeline
+
+    print("\n".join(pipeline.doctor()))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from flatq.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def summary(file: Path) -> str:
+    """A recipe in one line, or the first thing that is wrong with it."""
+    from flatq.recipe import Recipe
+
+    try:
+        recipe = Recipe.load(file)
+    except RecipeError as error:
+        return f"not usable: {error.problems[0]}"
+    flat = [f"flat keeps {recipe.flat.keep_ratio:.0%}"] if recipe.flat else []
+    gptq = [f"gptq {recipe.gptq.bits} bit, groups of {recipe.gptq.group_size}"] if recipe.gptq else []
+    exports = [f"to {', '.join(export.name for export in recipe.exports)}"] if recipe.exports else []
+    return f"{recipe.model.path}: {'; '.join(flat + gptq + exports)}"
+
+
+def parse_options(given: Sequence[str]) -> dict[str, Any]:
+    """``["precision=int4", "opset=23"]`` as exporter options, values read as in a recipe.
+
+    Raises:
+        RecipeError: an entry is not ``KEY=VALUE``, or a key comes twice.
+    """
+    from flatq.strict_yaml import Unreadable, read
+
+    options: dict[str, Any] = {}
+    for entry in given:
+        key, equals, value = entry.partition("=")
+        if not key or not equals or key in options:
+            raise RecipeError(f"--option {entry}: {'given twice' if key in options else 'write it as KEY=VALUE'}")
+        try:
+            options[key] = read(value).value
+        except Unreadable as error:
+            raise RecipeError(f"--option {entry}: {error}") from error
+    return options

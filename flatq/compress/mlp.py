@@ -1,0 +1,58 @@
+"""A narrower MLP: keep some channels, and let the output projection make up for the others.
+
+Axes: m d_model, f d_ff before, s d_ff after.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
+    """Ridge leverage score of each channel, float64 [f], in [0, 1].
+
+    Args:
+        gram: second moment of the inner activation, [f, f].
+        ridge: relative to the mean diagonal of ``gram``.
+    Source: FLAT-LLM (arXiv 2505.23966), MLP part: ``diag(C (C + ridge I)^-1)``.
+    Differs from the authors' code, which adds 1 to the raw sum over tokens, whatever its scale.
+    """
+    c = gram.double()
+    shift = ridge * float(c.diagonal().mean()) or 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(c + shift * torch.eye(len(c), dtype=c.dtype)))
+    return 1 - shift * inverse.diagonal()
+
+
+def leading_channels(scores: Tensor, width: int) -> Tensor:
+    """Indices of the ``width`` best channels, ascending, int64 [s]."""
+    return torch.sort(torch.topk(scores, width).indices).values
+
+
+def nystroem(w_down: Tensor, gram: Tensor, keep: Tensor, ridge: float = 1e-6) -> Tensor:
+    """Output projection that reads the kept channels in place of all: ``W C[:, S] C[S, S]^-1``, [m, s].
+
+    The least-squares choice: no other [m, s] matrix has a smaller output error on the calibration tokens (up to the
+    ridge, which is relative to the mean diagonal).
+    """
+    c = gram.double()
+    inside = c[keep][:, keep]
+    shift = ridge * float(inside.diagonal().mean()) or 1.0
+    inside = inside + shift * torch.eye(len(keep), dtype=c.dtype)
+    right = c[keep] @ w_down.double().T + shift * w_down.double().T[keep]  # [s, m], pulled towards plain selection
+    return torch.cholesky_solve(right, torch.linalg.cholesky(inside)).T.to(w_down.dtype)
+
+
+def output_error(w: Tensor, gram: Tensor, w_new: Tensor, keep: Tensor) -> float:
+    """Share of the output's energy that is lost by reading only ``keep`` with ``w_new``; 0 is perfect."""
+    difference = w.double().clone()
+    difference[:, keep] -= w_new.double()
+    return relative_energy(difference, w, gram)
+
+
+def relative_energy(difference: Tensor, w: Tensor, gram: Tensor) -> float:
+    """``E||x D^T||^2 / E||x W^T||^2`` on a Gram of x."""
+    c = gram.double()
+    total = float(((w.double() @ c) * w.double()).sum())
+    lost = float(((difference.double() @ c) * difference.double()).sum())
+    return max(lost, 0.0) / total if total > 0 else 0.0

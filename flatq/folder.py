@@ -1,0 +1,137 @@
+"""The run folder: what is finished, what is cached, and how long each phase took.
+
+    DIR/recipe.yaml          the recipe's text, as given
+    DIR/work/                cached phases, hidden states, resume state; removed when the run is finished
+    DIR/artifact/            the compressed model (artifact.partial/ while it grows)
+    DIR/exports/NAME/        one folder per export
+    DIR/report.{json,md,html}
+
+A phase is a named computation with a JSON result. It is written down when it ends, so a killed run repeats no phase.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flatq.artifact import write_atomically, write_json
+from flatq.errors import ArtifactError, FlatqError, RecipeError
+from flatq.memory import peak_rss_bytes
+from flatq.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """One run of one recipe on disk."""
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        self.root, self.recipe = root, recipe
+        self.work = root / "work"
+        self.artifact = root / "artifact"
+        self.partial = root / "artifact.partial"
+        self.exports = root / "exports"
+
+    @classmethod
+    def open(cls, out: Path | None, recipe: Recipe, *, fresh: bool = False) -> RunFolder:
+        """The folder of this recipe, checked but not yet created.
+
+        Raises:
+            RecipeError: the folder holds another recipe's run, is not flatq's, or cannot be written.
+        """
+        folder = cls(out or Path("runs") / f"{recipe.name}-{recipe.digest()[:8]}", recipe)
+        root = folder.root
+        if fresh and folder.owned:
+            shutil.rmtree(root)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            if not folder.owned:
+                raise RecipeError(f"--out {root}: exists and is no run folder of flatq; choose another place")
+            if folder.digest() != recipe.digest():
+                raise RecipeError(
+                    f"--out {root}: holds the run of another recipe; choose another place, or --fresh to replace it"
+                )
+        parent = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+        if not os.access(parent, os.W_OK):
+            raise RecipeError(f"--out {root}: {parent} is not writable; choose another place")
+        return folder
+
+    @property
+    def owned(self) -> bool:
+        """Whether flatq made the folder."""
+        return (self.root / "run.json").is_file()
+
+    def digest(self) -> str:
+        """Digest of the recipe that the folder was made for."""
+        return str(json.loads((self.root / "run.json").read_text())["digest"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether a former run wrote its report."""
+        return (self.root / "report.json").is_file()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Create the folder for the enclosed work; an error before anything of worth exists removes it again."""
+        new = not self.root.exists()
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_json(self.root / "run.json", {"digest": self.recipe.digest()})
+            write_atomically(self.root / "recipe.yaml", self.recipe.text.encode())
+            yield
+        except BaseException as error:
+            if isinstance(error, Exception) and new and not (self.work / "state.json").exists():
+                shutil.rmtree(self.root, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ArtifactError(
+                    f"{self.root}: the disk is full ({error.strerror}); free some space and run again, "
+                    "finished blocks are kept"
+                ) from error
+            raise
+        shutil.rmtree(self.work)
+
+    def phase(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Result of a phase, computed now or read from where an earlier run of this folder left it."""
+        path = self.work / "phases" / f"{name}.json"
+        if path.exists():
+            log.info("%s: already done", name)
+            return json.loads(path.read_text())["result"]
+        started = time.monotonic()
+        result = compute()
+        path.parent.mkdir(exist_ok=True)
+        seconds = time.monotonic() - started
+        write_json(path, {"result": result, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()})
+        log.info("%s: %.1f s", name, seconds)
+        return result
+
+    def timing(self) -> dict[str, float]:
+        """Seconds per finished phase, in the order of finishing."""
+        phases = sorted((self.work / "phases").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return {path.stem: round(json.loads(path.read_text())["seconds"], 2) for path in phases}
+
+    def peak_rss_bytes(self) -> int:
+        """Largest resident memory of this process over all phases, earlier processes of a resumed run included."""
+        noted = [json.loads(path.read_text())["peak_rss_bytes"] for path in (self.work / "phases").glob("*.json")]
+        return max([peak_rss_bytes(), *map(int, noted)])
+
+
+def require_space(root: Path, wanted: int, what: str) -> None:
+    """Fail early if the disk cannot hold what is to be written.
+
+    Raises:
+        FlatqError: names the place, what is needed and what is free.
+    """
+    existing = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < wanted:
+        raise FlatqError(
+            f"{existing}: {what} needs about {wanted / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "free some space or choose another place with --out"
+        )

@@ -1,0 +1,64 @@
+"""How much memory this process holds, asked from the system that knows.
+
+On Linux the peak is ``VmHWM`` and not ``getrusage``'s ``ru_maxrss``: the latter survives ``exec``, so a small child of
+a large parent would report the parent's peak as its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def rss_bytes() -> int:
+    """Resident memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process since it started its program."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_memory_bytes(pid: int) -> int | None:
+    """Memory that a process holds on all NVIDIA devices; None if there is no way to know (never a guess).
+
+    NVML counts every library's allocations. Without it (package ``nvidia-ml-py``), torch knows its own.
+    """
+    held = _nvml_bytes(pid)
+    torch = sys.modules.get("torch")
+    if held is None and torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        held = sum(torch.cuda.max_memory_reserved(index) for index in range(torch.cuda.device_count())) or None
+    return held
+
+
+def _nvml_bytes(pid: int) -> int | None:
+    if importlib.util.find_spec("pynvml") is None:
+        return None
+    nvml = importlib.import_module("pynvml")
+    try:
+        nvml.nvmlInit()
+        found = [
+            process.usedGpuMemory
+            for index in range(nvml.nvmlDeviceGetCount())
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index))
+            if process.pid == pid and process.usedGpuMemory is not None
+        ]
+        nvml.nvmlShutdown()
+    except nvml.NVMLError:
+        return None  # no driver, or one that does not tell
+    return sum(found) if found else None

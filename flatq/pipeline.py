@@ -1,0 +1,269 @@
+"""The table of contents: a recipe in, a verified and measured model out.
+
+    load -> baseline -> importance -> rank plan -> walk (FLAT, GPTQ) -> artifact -> exports -> verify -> bench -> report
+
+Each step is one call below; each is a phase of the run folder, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flatq.doctor
+from flatq import planning
+from flatq.artifact import Artifact
+from flatq.build import build
+from flatq.calibrate import Tokens, token_batches
+from flatq.compress.importance import layer_importance
+from flatq.compress.stage import RankPlan, plan_ranks
+from flatq.decoder import DecoderConfig
+from flatq.delivery import PlannedExport, deliver, measured, opened, planned_exports, reopened, side_by_side
+from flatq.device import resolve_device
+from flatq.errors import ArtifactError, RecipeError
+from flatq.evaluate import perplexity
+from flatq.export import Runner, exporter_named
+from flatq.folder import RunFolder, require_space
+from flatq.generate import DecoderRunner, stream
+from flatq.load import Source, open_model
+from flatq.progress import progress
+from flatq.quantize.stage import objections, planned_grids
+from flatq.recipe import BenchSpec, CalibrationSpec, EvaluationSpec, Recipe
+from flatq.report import write_report
+from flatq.summary import provenance, summarize
+from flatq.weights import HALVES, Weights
+
+log = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, out: Path | None, *, device: str = "auto", fresh: bool = False) -> Path:
+    """Do everything that the recipe says; returns the run folder.
+
+    Args:
+        recipe: what to do.
+        out: run folder; None is ``runs/NAME-DIGEST``. A finished one is left alone, an unfinished one is resumed.
+        device: where to compute.
+        fresh: remove what an earlier run left in the folder.
+
+    Raises:
+        FlatqError: with ``exit_code`` 2 where the recipe or what it names is wrong, 3 where a stage failed.
+    """
+    exports = planned_exports(recipe)
+    device = resolve_device(device)
+    folder = RunFolder.open(out, recipe, fresh=fresh)
+    if folder.finished:
+        log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
+        return folder.root
+    source = open_source(recipe)
+    with folder.working():
+        tokens = token_batches(recipe.calibration, recipe.evaluation, source.tokenizer())
+        baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
+        plan = rank_plan(recipe, source, tokens, folder, device)
+        refuse(recipe, source.config.with_layers(plan.layers), exports)
+        artifact = compressed(recipe, source, tokens, plan, folder, device)
+        result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"))
+        written = [exported(item, artifact, tokens, folder) for item in exports]
+        bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports))
+        report = summarize(
+            recipe,
+            source,
+            tokens,
+            artifact,
+            baseline=baseline,
+            result=result,
+            exports=written,
+            bench=bench,
+            timing=folder.timing(),
+            peak_rss_bytes=folder.peak_rss_bytes(),
+        )
+        write_report(report, folder.root)
+    return folder.root
+
+
+def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
+    """The model that the recipe names, checked for completeness (its weights are not yet read)."""
+    model = recipe.model
+    source = open_model(model.path, revision=model.revision, dtype=model.dtype, need_weights=need_weights)
+    if need_weights:
+        source.validate()
+    return source
+
+
+def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
+    """Perplexity on the held-out tokens."""
+    with progress(what, len(weights.config.layers) * len(HALVES)) as advance:
+        return perplexity(weights, tokens.heldout, device=device, on_half=advance).value
+
+
+def rank_plan(recipe: Recipe, source: Source, tokens: Tokens, folder: RunFolder, device: str) -> RankPlan:
+    """Widths of the compressed model; measures the layers' importance where the allocation needs it."""
+    if recipe.flat is None:
+        return RankPlan(source.config.layers, 1.0, 1.0)
+
+    def measure() -> list[float]:
+        precision = recipe.calibration.precision
+        return layer_importance(source, tokens.calibration, folder.work, precision=precision, device=device)
+
+    needed = recipe.flat.allocation == "iprs" and recipe.flat.keep_ratio < 1
+    return plan_ranks(source.config, recipe.flat, folder.phase("importance", measure) if needed else [])
+
+
+def refuse(recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport]) -> None:
+    """Hear every objection to the planned model now, before hours of work.
+
+    Raises:
+        RecipeError: all objections at once.
+    """
+    grids = planned_grids(config, recipe.gptq)
+    problems = objections(config, recipe.gptq)
+    for item in exports:
+        problems += [f"exports.{item.name}: {words}" for words in item.exporter.check(config, grids, item.options)]
+    if problems:
+        raise RecipeError(problems)
+
+
+def compressed(
+    recipe: Recipe, source: Source, tokens: Tokens, plan: RankPlan, folder: RunFolder, device: str
+) -> Artifact:
+    """The artifact, made by one walk over the blocks, or finished by an earlier run."""
+
+    def make() -> None:
+        if folder.artifact.exists():
+            return
+        needed = planning.disk_bytes(source.config.with_layers(plan.layers), recipe, source.dtype.itemsize)
+        require_space(folder.root, needed, "the artifact and the hidden states")
+        build(
+            source,
+            tokens.calibration,
+            plan,
+            recipe,
+            partial=folder.partial,
+            root=folder.artifact,
+            work=folder.work,
+            provenance=provenance(recipe, source, tokens),
+            device=device,
+        )
+
+    folder.phase("compress", make)
+    artifact = Artifact.open(folder.artifact)
+    artifact.verify()
+    return artifact
+
+
+def exported(item: PlannedExport, artifact: Artifact, tokens: Tokens, folder: RunFolder) -> Any:
+    """One export, written and verified, or done by an earlier run."""
+    return folder.phase(
+        f"export-{item.name}", lambda: deliver(item, artifact, folder.exports / item.name, tokens.heldout)
+    )
+
+
+# The other verbs of the command line.
+
+
+def check(recipe: Recipe) -> list[str]:
+    """The recipe in words; the model is not opened.
+
+    Raises:
+        RecipeError: an exporter is missing or refuses its options.
+    """
+    planned_exports(recipe)
+    return planning.explanation(recipe)
+
+
+def plan(recipe: Recipe, *, device: str = "auto") -> str:
+    """Parameters, sizes, memory and time to expect, from the model's shapes alone.
+
+    Raises:
+        RecipeError: an exporter objects to the planned model.
+    """
+    exports = planned_exports(recipe)
+    source = open_source(recipe, need_weights=False)
+    config = source.config
+    ranks = RankPlan(config.layers, 1.0, 1.0)
+    if recipe.flat is not None:
+        ranks = plan_ranks(config, recipe.flat, [1.0] * len(config.layers))
+    refuse(recipe, config.with_layers(ranks.layers), exports)
+    return planning.forecast(recipe, config, ranks, exports, source.dtype.itemsize, resolve_device(device))
+
+
+def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> list[Path]:
+    """Write one more format of a finished artifact and verify it; returns its files.
+
+    Raises:
+        RecipeError: unknown exporter or options, or ``out`` exists.
+        ExportError: it cannot be written, or its runtime disagrees.
+    """
+    if out.exists():
+        raise RecipeError(f"--out {out}: exists; choose another place")
+    model = Artifact.open(artifact)
+    exporter = exporter_named(format)
+    item = PlannedExport(out.name, format, exporter, planning.checked_options(exporter, options))
+    problems = exporter.check(model.config, model.grids, item.options)
+    if problems:
+        raise RecipeError(problems)
+    return [out / file for file in deliver(item, model, out, None)["files"]]
+
+
+def bench_exports(
+    paths: list[Path], *, provider: str, prompt: int, new_tokens: int, batch: int, repeats: int, threads: int
+) -> str:
+    """Measure export folders in turns; a table."""
+    spec = BenchSpec.model_validate(
+        {
+            "provider": provider,
+            "prompt": prompt,
+            "new_tokens": new_tokens,
+            "batch": batch,
+            "repeats": repeats,
+            "threads": threads,
+        }
+    )
+    entries = {}
+    for path in paths:
+        item, artifact = reopened(path)
+        entries[str(path)] = (item, path)
+    vocab = Artifact.open(artifact).config.vocab
+    return planning.bench_table(side_by_side(entries, spec, vocab))
+
+
+def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_len: int) -> float:
+    """Perplexity of an artifact or of a pretrained model on held-out text."""
+    calibration = CalibrationSpec.model_validate(
+        {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
+    )
+    evaluation = EvaluationSpec(tokens=tokens, seq_len=seq_len)
+    weights: Artifact | Source
+    try:
+        artifact = Artifact.open(model)
+        weights, tokenizer = artifact, planning.tokenizer_in(artifact.root)
+    except ArtifactError:
+        source = open_model(model)
+        source.validate()
+        weights, tokenizer = source, source.tokenizer()
+    return score(weights, token_batches(calibration, evaluation, tokenizer), "cpu", "evaluate")
+
+
+def generate(
+    path: Path, prompt: str, *, new_tokens: int, temperature: float, seed: int, provider: str
+) -> Iterator[str]:
+    """Text from an export in its runtime, or from an artifact in torch."""
+    runner: Runner
+    if (path / "export.json").exists():
+        runner = opened(path, provider)
+        artifact = Artifact.open(reopened(path)[1])
+    else:
+        artifact = Artifact.open(path)
+        runner = DecoderRunner(artifact)
+    ends = artifact.settings.get("eos_token_id")
+    eos = set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set[int]()
+    tokenizer = planning.tokenizer_in(artifact.root)
+    pieces = stream(runner, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed, eos=eos)
+    yield from pieces
+    log.info("%s tokens/s", pieces.result.tokens_per_second)
+
+
+def doctor() -> list[str]:
+    """What this machine has."""
+    return flatq.doctor.doctor()

@@ -1,0 +1,156 @@
+"""GPTQ: round one input column after another, and let the columns still to come make up for each rounding.
+
+Choices, with their numbers in docs/decisions.md:
+
+- The scale of a group matters more than the order of its columns, so the clip factor of every group is searched by
+  squared error weighted with the column's activation energy.
+- Groups are static: scales are fixed before the first column is rounded. Columns can then be visited by descending
+  activation energy (``act_order``) and still be stored in their own order, which every export format needs.
+- All linears that read the same activation (q, k, v; gate, up) are solved in one call, their rows stacked.
+
+Axes: o out_features, i in_features, G groups.
+Source: GPTQ (arXiv 2210.17323), Algorithm 1, sections 3.2 and 3.3 (lazy batches, Cholesky).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatq.errors import NumericsError
+from flatq.quantize.grid import Grid, QuantizedWeight
+
+CLIPS = tuple(round(0.40 + 0.025 * step, 3) for step in range(29))  # shares of the group's range, 0.40 to 1.10
+DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn when the solve breaks down
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GptqResult:
+    """What came out.
+
+    Attributes:
+        weight: codes, scales and zeros.
+        lost, total: energy of the output's change and of the output itself on the calibration tokens, float64 [o].
+        dead: input columns that never carried anything; they keep their nearest codes.
+        damping: relative damping that the solve needed; None if every step of the ladder failed and the weight was
+            rounded to nearest instead, which the caller must report.
+    """
+
+    weight: QuantizedWeight
+    lost: Tensor
+    total: Tensor
+    dead: int
+    damping: float | None
+
+    def error_of(self, rows: slice = slice(None)) -> float:
+        """Share of the output's energy that is lost in some of the rows."""
+        total = float(self.total[rows].sum())
+        return max(0.0, float(self.lost[rows].sum())) / total if total > 0 else 0.0
+
+
+def gptq(
+    w: Tensor,
+    gram: Tensor,
+    grid: Grid,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    clip_search: bool = True,
+    block_size: int = 128,
+) -> GptqResult:
+    """Quantize a weight so that its outputs on the calibration tokens change least.
+
+    Args:
+        w: [o, i].
+        gram: second moment of the inputs, [i, i].
+        damping: added to the diagonal, relative to its mean over live columns.
+        block_size: columns whose corrections are applied one by one; the rest follows in one product.
+
+    Raises:
+        NumericsError: the weight or the Gram is not finite.
+    """
+    if not (torch.isfinite(w).all() and torch.isfinite(gram).all()):
+        raise NumericsError("GPTQ: the weight or the second moment of its inputs is not finite")
+    w, h = w.float(), gram.double()
+    energy = h.diagonal().clamp(min=0).float()
+    dead = energy == 0
+    scale, zero = static_groups(w, grid, energy if clip_search else None)
+    order = torch.argsort(energy, descending=True, stable=True) if act_order else torch.arange(len(h), device=w.device)
+    factor, used = _inverse_factor(h, dead, order, damping)
+    group = grid.group_index(w.shape[1], w.device)
+    if factor is None:
+        codes = grid.encode(w, scale[:, group], zero[:, group])
+    else:
+        codes = _sweep(w, factor, order, scale[:, group], zero[:, group], grid, block_size)
+    weight = QuantizedWeight(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid)
+    difference = w - weight.dequantize()
+    return GptqResult(weight, _energy(difference, h), _energy(w, h), int(dead.sum()), used)
+
+
+def _energy(w: Tensor, h: Tensor) -> Tensor:
+    """Mean square of each output row, [o, i] on [i, i] -> [o]."""
+    return ((w.double() @ h) * w).sum(1)
+
+
+def static_groups(w: Tensor, grid: Grid, energy: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero of every group of the unchanged weight, both float32 [o, G].
+
+    Args:
+        energy: mean square of each input, [i], to search the clip factor with; None takes the whole range.
+    """
+    width = grid.width(w.shape[1])
+    scales, zeros = [], []
+    for start in range(0, w.shape[1], width):
+        part = w[:, start : start + width]
+        weight = None if energy is None else energy[start : start + width]
+        if weight is not None and not weight.any():
+            weight = None
+        scale, zero = grid.fit(part, importance=weight, clips=(1.0,) if energy is None else (1.0, *CLIPS))
+        scales.append(scale)
+        zeros.append(zero)
+    return torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None, float | None]:
+    """Upper Cholesky factor of the damped inverse in visiting order, float32 [i, i], and the damping it took."""
+    live = h.diagonal()[~dead]
+    if not len(live):
+        return None, None
+    h = h.clone()
+    h.diagonal()[dead] = live.mean()  # a dead column correlates with nothing: any positive number will do
+    for rung in DAMPING_LADDER:
+        relative = damping * rung
+        damped = h[order][:, order]
+        damped.diagonal().add_(relative * float(live.mean()))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and torch.isfinite(upper).all():
+            return upper.float(), relative
+    return None, None
+
+
+def _sweep(
+    w: Tensor, factor: Tensor, order: Tensor, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
+) -> Tensor:
+    """Codes of every column in stored order, float32 [o, i]; ``scale`` and ``zero`` are per column, [o, i]."""
+    rest = w[:, order].T.contiguous()  # [i, o]: a column of the weight is a contiguous row here
+    scale, zero = scale[:, order].T.contiguous(), zero[:, order].T.contiguous()
+    codes = torch.empty_like(rest)
+    for start in range(0, len(rest), block_size):
+        stop = min(start + block_size, len(rest))
+        errors = torch.empty_like(rest[start:stop])
+        for column in range(start, stop):
+            value = rest[column]
+            code = grid.encode(value, scale[column], zero[column])
+            codes[column] = code
+            error = (value - scale[column] * (code - zero[column])) / factor[column, column]
+            errors[column - start] = error
+            rest[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+        rest[stop:] -= factor[start:stop, stop:].T @ errors
+    stored = torch.empty_like(codes)
+    stored[order] = codes
+    return stored.T

@@ -1,0 +1,99 @@
+"""What a run leaves to read: provenance for the manifest, and the report put together from the phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flatq.artifact import Artifact
+from flatq.calibrate import Tokens
+from flatq.decoder import DecoderConfig
+from flatq.load import Source
+from flatq.recipe import Recipe
+from flatq.report import Environment, LayerReport, Measure, ModelInfo, Report, version_of
+
+SCHEMA_VERSION = 1
+
+
+def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]:
+    """Where an artifact comes from: nothing in it differs between two runs of one recipe on one machine."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": recipe.text,
+        "recipe_digest": recipe.digest(),
+        "source": {"origin": source.origin, "files": source.digests(), "license": source.license},
+        "tokens": tokens.description,
+        "versions": {name: version_of(name) for name in ("flatq", "torch", "transformers", "numpy")},
+        "seed": recipe.calibration.seed,
+    }
+
+
+def summarize(
+    recipe: Recipe,
+    source: Source,
+    tokens: Tokens,
+    artifact: Artifact,
+    *,
+    baseline: float,
+    result: float,
+    exports: Sequence[Mapping[str, Any]],
+    bench: Sequence[Mapping[str, Any]],
+    timing: Mapping[str, float],
+    peak_rss_bytes: int,
+) -> Report:
+    """The report of a finished run.
+
+    Args:
+        recipe: what was asked for.
+        source: the model before.
+        tokens: what perplexities were measured on.
+        artifact: the model after.
+        baseline: perplexity before.
+        result: perplexity after.
+        exports: JSON-ready ``ExportReport`` of each export.
+        bench: JSON-ready ``BenchResult`` of each runner.
+        timing: seconds per phase.
+        peak_rss_bytes: of this process.
+    """
+    scored = tokens.heldout.shape[0] * (tokens.heldout.shape[1] - 1)
+    config = source.config
+    return Report.model_validate(
+        {
+            "model": ModelInfo(
+                name=source.origin,
+                family=config.family,
+                d_model=config.d_model,
+                vocab=config.vocab,
+                layers=len(config.layers),
+            ),
+            "recipe": recipe.model_dump(mode="json"),
+            "environment": Environment.collect(),
+            "baseline": _measure(config, config.parameters() * source.dtype.itemsize, baseline, scored),
+            "result": _measure(artifact.config, artifact.bytes(), result, scored),
+            "layers": _layers(config, artifact),
+            "exports": list(exports),
+            "bench": list(bench),
+            "timing": dict(timing),
+            "peak_rss_bytes": peak_rss_bytes,
+        }
+    )
+
+
+def _measure(config: DecoderConfig, size: int, perplexity: float, tokens: int) -> Measure:
+    return Measure(
+        parameters=config.parameters(),
+        decoder_parameters=config.decoder_parameters(),
+        bytes=size,
+        perplexity=perplexity,
+        perplexity_tokens=tokens,
+    )
+
+
+def _layers(dense: DecoderConfig, artifact: Artifact) -> list[LayerReport]:
+    rows = []
+    for index, (before, after) in enumerate(zip(dense.layers, artifact.config.layers, strict=True)):
+        blocks = [block for block in artifact.manifest["blocks"] if block["layer"] == index]
+        errors = {name: error for block in blocks for name, error in block["errors"].items()}
+        notes = [note for block in blocks for note in block["notes"]]
+        rows.append(LayerReport(index=index, dims=after, dense=before, errors=errors, notes=notes))
+    return rows

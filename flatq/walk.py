@@ -1,0 +1,222 @@
+"""One block after another, each with the inputs that the deployed model will give it.
+
+A block is half a layer (attention, or MLP). ``walk`` yields it with its inputs for all calibration tokens; what the
+loop body does to the block decides what the following blocks see, because on resumption the walk sends the inputs
+through the changed block. Error propagation is not a switch here, it is how the loop works.
+
+Hidden states live in two memory-mapped files that take turns: a block reads one and writes the other. Only when the
+block's weights are on disk and its outputs are complete does ``state.json`` name the next block, so a run killed
+anywhere goes on with the block it was in and ends with the same bytes.
+
+Everything is float32, but where the processor multiplies bfloat16 matrices in hardware the operands of the forward
+pass are rounded to bfloat16 on the way in (products are summed in float32): 2.4 times faster on the CPU that this was
+measured on, see docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flatq.artifact import write_json
+from flatq.decoder import DecoderLayer, LayerDims, Positions, locate
+from flatq.errors import NumericsError
+from flatq.quantize.grid import QuantizedWeight
+from flatq.statistics import Gram
+from flatq.weights import HALVES, Weights, dense, load_half
+
+BATCH_TOKENS = 8192  # tokens per forward pass: enough for the matrix kernels, little enough for memory
+
+
+@contextmanager
+def forward_precision(precision: str = "auto") -> Iterator[None]:
+    """Matrix products of the enclosed forward passes in ``float32`` or with ``bfloat16`` operands.
+
+    ``auto`` takes bfloat16 where the CPU has instructions for it (AVX512-BF16, AMX). Solves belong outside.
+    """
+    if precision == "auto":
+        precision = "bfloat16" if torch.backends.mkldnn.is_available() and _has_bfloat16() else "float32"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else "highest")
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _has_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class Feed:
+    """Hidden states of all calibration tokens, float32 [samples, seq, d_model], in a memory-mapped file."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.path = path
+        count = shape[0] * shape[1] * shape[2]
+        self.states = torch.from_file(str(path), shared=True, size=count, dtype=torch.float32).view(shape)
+
+    def flush(self) -> None:
+        """Wait until the states are on the disk: the resume state must never be ahead of them."""
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of samples, at most ``BATCH_TOKENS`` tokens each (at least one sample)."""
+        step = max(1, BATCH_TOKENS // self.states.shape[1])
+        for start in range(0, self.states.shape[0], step):
+            yield slice(start, start + step)
+
+
+@dataclass
+class Block:
+    """Half a layer with its inputs; stages change ``layer`` and ``grams`` together."""
+
+    index: int
+    half: str
+    layer: DecoderLayer
+    feed: Feed
+    positions: Callable[[int], Positions]
+    precision: str = "auto"
+    device: str = "cpu"
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    grams: dict[str, Gram] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """For messages, e.g. ``layer 7 attention``."""
+        return f"layer {self.index} {self.half}"
+
+    @property
+    def dims(self) -> LayerDims:
+        """Widths of the model that the block was read from."""
+        return self.layer.config.layers[self.index]
+
+    def observe(self) -> dict[str, Gram]:
+        """Grams of the block as it is now, measured once.
+
+        ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
+        [kv_heads blocks of d_v] are the value heads.
+        """
+        if not self.grams:
+            with forward_precision(self.precision):
+                for batch in self.feed.batches():
+                    self._observe(self.feed.states[batch].to(self.device))
+            for name, gram in self.grams.items():
+                if not torch.isfinite(gram.total).all():
+                    raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
+        return self.grams
+
+    def _observe(self, x: Tensor) -> None:
+        layer, dims = self.layer, self.dims
+        if self.half == "attention":
+            normed = layer.attention_norm(x)
+            inner = layer.mix(normed, self.positions(x.shape[0]))
+            self._gram("values", layer.v(normed), dims.kv_heads)
+        else:
+            normed = layer.mlp_norm(x)
+            inner = layer.widen(normed)
+        self._gram("input", normed)
+        self._gram("inner", inner)
+
+    def _gram(self, name: str, x: Tensor, blocks: int = 1) -> None:
+        if name not in self.grams:
+            self.grams[name] = Gram(x.shape[-1] // blocks, blocks, x.device)
+        self.grams[name].update(x)
+
+    def advance(self, out: Feed) -> None:
+        """Send the inputs through the block as it is now."""
+        with forward_precision(self.precision):
+            for batch in self.feed.batches():
+                y = self._forward(self.feed.states[batch].to(self.device))
+                if not torch.isfinite(y).all():
+                    bad = batch.start + int((~torch.isfinite(y)).flatten(1).any(1).nonzero()[0])
+                    raise NumericsError(
+                        f"{self.place}: the output for calibration sample {bad} is not finite; {REMEDY}"
+                    )
+                out.states[batch] = y
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.half == "attention":
+            return self.layer.attend(x, self.positions(x.shape[0]))
+        return self.layer.transform(x)
+
+    def narrow(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Replace a linear by one of another shape; the only way to change a width."""
+        rows, columns = weight.shape
+        narrowed = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+        narrowed.weight = nn.Parameter(weight.float(), requires_grad=False)
+        if bias is not None:
+            narrowed.bias = nn.Parameter(bias.float(), requires_grad=False)
+        setattr(self.layer, linear, narrowed)
+
+    def quantize(self, linear: str, weight: QuantizedWeight) -> None:
+        """Put codes in place of a linear's weight; what runs from now on is what the codes decode to."""
+        self.quantized[linear] = weight
+        getattr(self.layer, linear).weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+
+
+REMEDY = "check the weights for damage, or choose other calibration text"
+
+
+def walk(
+    weights: Weights,
+    tokens: Tensor,
+    work: Path,
+    save: Callable[[Block], None],
+    *,
+    embed: Tensor | QuantizedWeight | None = None,
+    precision: str = "auto",
+    device: str = "cpu",
+) -> Iterator[Block]:
+    """Yield every block in order; ``save`` is called with each block after the loop body has changed it.
+
+    Args:
+        tokens: calibration tokens, int64 [samples, seq].
+        embed: the embedding of the deployed model, if it differs from the model's own.
+        work: folder for the hidden states and the resume state; may hold those of a killed run.
+    """
+    config = weights.config
+    samples, length = tokens.shape
+    shape = (samples, length, config.d_model)
+    work.mkdir(parents=True, exist_ok=True)
+    feeds = [Feed(work / f"states-{turn}.f32", shape) for turn in (0, 1)]
+    order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
+    start = blocks_done(work)
+    if start == 0:
+        table = dense(weights.tensor("embed.weight") if embed is None else embed)
+        feeds[0].states[:] = nn.functional.embedding(tokens, table)
+        del table
+    for done in range(start, len(order)):
+        index, half = order[done]
+        layer = load_half(weights, index, half, device=device)
+        block = Block(
+            index,
+            half,
+            layer,
+            feeds[done % 2],
+            lambda batch: locate(config, batch, length, device=torch.device(device)),
+            precision,
+            device,
+        )
+        yield block
+        save(block)
+        block.advance(feeds[(done + 1) % 2])
+        feeds[(done + 1) % 2].flush()
+        write_json(work / "state.json", {"blocks_done": done + 1})
+
+
+def blocks_done(work: Path) -> int:
+    """How many blocks a killed run had finished in this folder."""
+    state = work / "state.json"
+    return int(json.loads(state.read_text())["blocks_done"]) if state.exists() else 0

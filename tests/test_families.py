@@ -1,0 +1,172 @@
+"""The family table: every key that matters is read, everything else is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flatq.decoder import Rope
+from flatq.errors import UnsupportedModel
+from flatq.families import FAMILIES, config_from_hf
+from flatq.weights import tensor_shapes
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 16}
+QWEN2 = {**LLAMA, "model_type": "qwen2"}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 32}
+ROWS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_every_family_has_a_case_here() -> None:
+    assert set(ROWS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_widths_are_read(name: str) -> None:
+    config = config_from_hf(ROWS[name])
+    dims = config.layers[2]
+    assert (config.family, config.d_model, config.vocab, len(config.layers)) == (name, 64, 100, 3)
+    assert (dims.heads, dims.kv_heads, dims.d_ff) == (4, 2, 96)
+    assert dims.d_qk == dims.d_v == ROWS[name].get("head_dim", 16)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_names_translate_there_and_back(name: str) -> None:
+    config = replace(config_from_hf(ROWS[name]), tied_head=False)
+    names = FAMILIES[name].names
+    for ours in tensor_shapes(config):
+        assert names.from_hf(names.to_hf(ours)) == ours
+        assert names.from_gguf(names.to_gguf(ours)) == ours
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    ["model.layers.x.mlp.up_proj.weight", "model.layers.0.mlp.experts.0.weight", "lm_head", "lm_head.scale", ""],
+)
+def test_a_strange_tensor_has_no_name(stranger: str) -> None:
+    assert FAMILIES["llama"].names.from_hf(stranger) is None
+
+
+def test_a_name_that_is_not_ours_cannot_be_translated() -> None:
+    with pytest.raises(KeyError):
+        FAMILIES["llama"].names.to_hf("layers.0.query.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "expected"),
+    [
+        ("llama", {}, (False, False, False, False)),
+        ("llama", {"attention_bias": True}, (True, True, False, False)),
+        ("llama", {"mlp_bias": True}, (False, False, True, False)),
+        ("mistral", {}, (False, False, False, False)),
+        ("qwen2", {}, (True, False, False, False)),
+        ("qwen3", {}, (False, False, False, True)),
+        ("qwen3", {"attention_bias": True}, (True, True, False, True)),
+    ],
+)
+def test_switches_follow_the_family(name: str, more: dict[str, Any], expected: tuple[bool, ...]) -> None:
+    config = config_from_hf({**ROWS[name], **more})
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "rope"),
+    [
+        ({}, Rope(10000.0)),
+        ({"rope_theta": 500000, "rope_scaling": None}, Rope(500000.0)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, Rope(1e6)),
+        ({"rope_theta": 5.0, "rope_scaling": {"type": "linear", "factor": 2}}, Rope(5.0, "linear", 2.0)),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, Rope(1e4, "llama3", 8.0, 1.0, 4.0, 8192)),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, Rope(5e5, "llama3", 8.0)),
+    ],
+)
+def test_rope_is_read_in_the_old_and_the_new_style(more: dict[str, Any], rope: Rope) -> None:
+    assert config_from_hf({**LLAMA, **more}).rope == rope
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "window"),
+    [
+        ("llama", {"sliding_window": 8}, None),  # transformers' Llama does not look at it either
+        ("mistral", {}, 16),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 8}, None),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}, None),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 3}, 8),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention"] * 3}, None),
+    ],
+)
+def test_the_window_follows_the_family(name: str, more: dict[str, Any], window: int | None) -> None:
+    assert config_from_hf({**ROWS[name], **more}).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"model_type": "lama"}, ["'lama'", "nearest: llama", "qwen3"]),
+        ({"model_type": "gpt_neox"}, ["'gpt_neox'", "supported: llama, mistral"]),
+        ({"model_type": None}, ["None"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "linear, llama3"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, ["rope_scaling.low_freq_factor is missing"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor is missing"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["one rope per kind of layer"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, ["rope_theta", "'big'"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads 4", "num_key_value_heads 3"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads"]),
+        ({"num_hidden_layers": "3"}, ["num_hidden_layers", "'3'"]),
+        ({"hidden_size": 66}, ["hidden_size 66"]),
+        ({"head_dim": 7}, ["head_dim 7 is odd"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["already quantized"]),
+        ({"hidden_act": "relu", "vocab_size": -1}, ["hidden_act", "vocab_size"]),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(changed: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UnsupportedModel) as refused:
+        config_from_hf({**LLAMA, **changed}, where="folder/config.json")
+    for word in ["folder/config.json", *words]:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("llama", key) for key in LLAMA if key not in ("model_type", "num_key_value_heads")]
+    + [("mistral", "sliding_window"), ("mistral", "num_key_value_heads"), ("qwen3", "head_dim")],
+)
+def test_a_missing_key_is_named(name: str, key: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"{key} is missing"):
+        config_from_hf({k: v for k, v in ROWS[name].items() if k != key})
+
+
+def test_llama_without_kv_heads_is_multi_head() -> None:
+    config = config_from_hf({k: v for k, v in LLAMA.items() if k != "num_key_value_heads"})
+    assert config.layers[0].group == 1
+
+
+@pytest.mark.parametrize(
+    "more", [{"max_window_layers": 1}, {"layer_types": ["full_attention", "sliding_attention"]}, {}]
+)
+def test_layers_with_different_windows_are_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="max_window_layers"):
+        config_from_hf({**QWEN2, "use_sliding_window": True, "sliding_window": 8, **more})

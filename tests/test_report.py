@@ -1,0 +1,201 @@
+"""The report says what was measured, what got worse, and opens from disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from flatq.bench import BenchResult, Spread
+from flatq.decoder import LayerDims
+from flatq.report import (
+    Environment,
+    ExportReport,
+    LayerReport,
+    Measure,
+    ModelInfo,
+    Report,
+    findings,
+    read_report,
+    seconds,
+    size,
+    write_report,
+)
+from flatq.verify import Agreement, Verification
+
+DENSE = LayerDims(heads=9, kv_heads=3, d_qk=64, d_v=64, d_ff=1536)
+
+
+def layer(index: int) -> LayerReport:
+    share = 0.55 + 0.4 * abs(math.sin(0.4 * index + 0.3))
+    dims = LayerDims(9, 3, 64, 4 * round(16 * share), 32 * round(48 * share))
+    linears = ("q", "k", "v", "o", "gate", "up", "down")
+    errors = {name: 0.004 + 0.003 * place + 0.002 * math.sin(index + place) for place, name in enumerate(linears)}
+    narrowing = {"value": 0.02 + 0.1 * (1 - share), "mlp": 0.03 + 0.25 * (1 - share) + 0.002 * index}
+    notes = ["3 inputs of down never fired"] if index == 7 else []
+    return LayerReport(index=index, dims=dims, dense=DENSE, errors=narrowing | errors, notes=notes)
+
+
+def speeds(name: str, decode: float, prefill: float, rss: float) -> BenchResult:
+    return BenchResult(
+        name=name,
+        provider="CPUExecutionProvider",
+        threads=2,
+        batch=1,
+        prompt=128,
+        new_tokens=64,
+        repeats=5,
+        load_seconds=0.83,
+        first_token_seconds=Spread(128 / prefill, 127 / prefill, 133 / prefill),
+        prefill_tokens_per_second=Spread(prefill, 0.96 * prefill, 1.02 * prefill),
+        decode_tokens_per_second=Spread(decode, 0.94 * decode, 1.03 * decode),
+        rss_before_bytes=251_000_000,
+        peak_rss_bytes=int(rss),
+        device_memory_bytes=None,
+    )
+
+
+def export(name: str, count: int, verified: bool = True) -> ExportReport:
+    exact = Agreement("CPUExecutionProvider", 132, 2.1e-4, 2.2e-5, 1.9e-4, 1.0, 1, 3.1e-9)
+    deployed = Agreement("CPUExecutionProvider", 132, 0.61, 0.07, 0.58, 0.955, 0, 6.3e-3)
+    return ExportReport(
+        name=name,
+        files=["model.onnx", "model.onnx.data"],
+        bytes=count,
+        sha256={"model.onnx": "ab" * 32, "model.onnx.data": "cd" * 32},
+        verify=Verification(spread=3.2, limit=0.016, exact=exact, deployed=deployed) if verified else None,
+        notes=["the value cache is padded to 64 in this layout"] if "gqa" in name else [],
+    )
+
+
+@pytest.fixture
+def report() -> Report:
+    return Report(
+        model=ModelInfo(name="HuggingFaceTB/SmolLM2-135M", family="llama", d_model=576, vocab=49152, layers=30),
+        recipe={
+            "version": 1,
+            "model": "HuggingFaceTB/SmolLM2-135M",
+            "calibration": {"dataset": "wikitext2", "samples": 32, "seq_len": 512, "seed": 42},
+            "stages": [{"flat": {"keep_ratio": 0.8}}, {"gptq": {"bits": 4, "group_size": 32}}],
+            "exports": [{"onnx": {"attention": "reduced"}}, {"safetensors": {"format": "gptq"}}],
+        },
+        environment=Environment.collect(),
+        baseline=Measure(
+            parameters=134_515_008, decoder_parameters=106_168_320, bytes=269_030_016, perplexity=14.41,
+            perplexity_tokens=16352,
+        ),
+        result=Measure(
+            parameters=113_280_000, decoder_parameters=84_934_656, bytes=72_500_000, perplexity=21.87,
+            perplexity_tokens=16352,
+        ),
+        layers=[layer(index) for index in range(30)],
+        exports=[export("onnx", 74_100_000), export("onnx-gqa", 74_300_000), export("safetensors", 81_000_000, False)],
+        bench=[
+            speeds("baseline", 41.2, 512.0, 1.21e9),
+            speeds("onnx", 96.4, 418.0, 0.52e9),
+            speeds("onnx-gqa", 99.1, 431.0, 0.53e9),
+        ],
+        timing={"load": 1.2, "importance": 31.0, "compress": 214.5, "export": 9.1, "verify": 6.0, "bench": 71.3},
+        peak_rss_bytes=1_720_000_000,
+    )  # fmt: skip
+
+
+class References(HTMLParser):
+    """Everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+
+
+def test_json_has_the_contracts_keys_and_comes_back_equal(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert set(written) == {
+        "schema_version", "model", "recipe", "environment", "baseline", "result", "layers", "exports", "bench",
+        "timing", "peak_rss_bytes",
+    }  # fmt: skip
+    assert {"parameters", "decoder_parameters", "bytes", "perplexity"} <= set(written["result"])
+    assert {"files", "bytes", "sha256", "verify"} <= set(written["exports"][0])
+    assert read_report(tmp_path / "report.json") == report
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_page_is_one_file_that_fetches_nothing(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    references = References()
+    references.feed(page)
+    assert references.tags.count("svg") == 3
+    assert "script" not in references.tags
+    assert all(reference.startswith("#") for reference in references.found)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+    assert "@import" not in page
+    assert "#0a0b" not in page  # every marker colour became one of the page's
+
+
+def test_the_page_is_the_same_each_time(report: Report, tmp_path: Path) -> None:
+    short = report.model_copy(update={"layers": report.layers[:2], "bench": []})
+    write_report(short, tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    write_report(short, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+
+
+def test_what_got_worse_is_said_plainly(report: Report, tmp_path: Path) -> None:
+    found = findings(report)
+    assert any("14.41 → 21.87" in line and "+0.417 nats" in line for line in found.costs)
+    assert any(line.startswith("onnx prefill") for line in found.costs)
+    assert any(line.startswith("onnx decode") for line in found.gains)
+    assert any(line.startswith("safetensors: not verified") for line in found.costs)
+    assert any(line.startswith("Value cache") for line in found.gains)
+    write_report(report, tmp_path)
+    for name in ("report.html", "report.md"):
+        assert all(line in (tmp_path / name).read_text() for line in found.costs)
+
+
+def test_markup_in_a_models_name_stays_text(report: Report, tmp_path: Path) -> None:
+    sly = report.model_copy(update={"model": report.model.model_copy(update={"name": "<script>alert(1)</script>"})})
+    write_report(sly, tmp_path)
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("missing", ["baseline", "bench", "exports", "perplexity", "everything"])
+def test_what_was_not_measured_is_called_so(report: Report, tmp_path: Path, missing: str) -> None:
+    empty = {"baseline": None, "bench": [], "exports": []}
+    blind = {"result": report.result.model_copy(update={"perplexity": None})}
+    changes = {"everything": empty | blind, "perplexity": blind}.get(missing) or {missing: empty[missing]}
+    partial = report.model_copy(update={"layers": [], **changes})
+    write_report(partial, tmp_path)
+    assert read_report(tmp_path / "report.json") == partial
+    if missing in ("baseline", "perplexity", "everything"):
+        assert "not measured" in (tmp_path / "report.html").read_text()
+        assert not any("Perplexity:" in line for line in findings(partial).costs)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(ValidationError, match="perplexity"):
+        Measure(parameters=1, decoder_parameters=1, bytes=1, perplexity=value)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (135e6, "135 MB"), (16e9, "16 GB"), (2e12, "2 TB")]
+)
+def test_bytes_are_written_for_people(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(("duration", "text"), [(0.34, "340 ms"), (12.06, "12.1 s"), (432.4, "7 min 12 s")])
+def test_seconds_are_written_for_people(duration: float, text: str) -> None:
+    assert seconds(duration) == text

@@ -1,0 +1,97 @@
+"""The shape of the house: who may import whom, and how long things may get."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted((ROOT / "flatq").rglob("*.py"))
+EXPORTERS = sorted(folder.name for folder in (ROOT / "exporters").iterdir() if (folder / "__init__.py").exists())
+SOURCES = [*CORE, *sorted((ROOT / "exporters").rglob("*.py"))]
+NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gptq", "quantize/grid"]
+WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors"]
+MOST_LINES, MOST_FUNCTION_LINES = 350, 60
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, at whatever depth; ``from a import b`` counts as ``a.b``."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{named(path)}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(imported: set[str], package: str) -> set[str]:
+    return {name for name in imported if f"{name}.".startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize("path", CORE, ids=named)
+def test_the_core_never_imports_an_exporter_or_its_runtime(path: Path) -> None:
+    for package in (*EXPORTERS, "onnx", "onnx_ir", "onnxruntime"):
+        assert not within(imports(path), package)
+
+
+@pytest.mark.parametrize("module", NUMERICS)
+def test_numerics_know_neither_model_nor_recipe(module: str) -> None:
+    imported = imports(ROOT / "flatq" / f"{module}.py")
+    for package in ("flatq.decoder", "flatq.recipe", "flatq.pipeline", "flatq.weights", "transformers"):
+        assert not within(imported, package)
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_a_module_that_must_be_quick_brings_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_no_module_hides_a_public_name() -> None:
+    import flatq
+
+    modules = {path.stem if path.name != "__init__.py" else path.parent.name for path in (ROOT / "flatq").glob("*.py")}
+    assert not modules & set(flatq.__all__), "importing flatq.X would replace the function flatq.X by the module"
+
+
+def test_every_public_name_is_there() -> None:
+    import flatq
+
+    for name in flatq.__all__:
+        assert getattr(flatq, name) is not None
+        assert name in dir(flatq)
+
+
+def test_a_wrong_public_name_is_an_attribute_error_that_lists_the_right_ones() -> None:
+    import flatq
+
+    with pytest.raises(AttributeError, match="public names: Artifact, Recipe"):
+        _ = flatq.Recipee
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_a_file_and_its_functions_are_short_enough_to_read(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = (node.body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert lines <= MOST_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_a_file_starts_by_saying_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert path.stem not in {"utils", "helpers", "common", "base", "manager"}

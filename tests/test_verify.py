@@ -1,0 +1,159 @@
+"""A right export passes; every way of being wrong is found and named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flatq.artifact import Artifact
+from flatq.errors import ExportError, RecipeError
+from flatq.export import FloatArray, IntArray
+from flatq.generate import DecoderRunner
+from flatq.quantize.grid import Grid
+from flatq.verify import EXACT_SHARE, Limits, verify
+from tests.models import RandomWeights, tiny_artifact, tiny_config
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    config = tiny_config(d_v=(12, 5), d_ff=(64, 96))
+    return tiny_artifact(tmp_path_factory.mktemp("verify") / "artifact", config, grid=Grid(4, 32))
+
+
+class Shifted(DecoderRunner):
+    """Adds ``by`` to the logit of token 3 at one place."""
+
+    def __init__(self, artifact: Artifact, by: float, *, at_step: int | None = None) -> None:
+        super().__init__(artifact)
+        self.by, self.at_step, self.steps = by, at_step, 0
+
+    def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
+        logits = super().logits(tokens, valid)
+        if self.at_step is None:
+            logits[1, 5, 3] += self.by
+        return logits
+
+    def step(self, tokens: IntArray) -> FloatArray:
+        logits = super().step(tokens)
+        self.steps += 1
+        if self.steps == self.at_step:
+            logits[1, 3] += self.by
+        return logits
+
+
+class Noisy(DecoderRunner):
+    """An approximation: noise of a given size on all logits."""
+
+    def __init__(self, artifact: Artifact, noise: float) -> None:
+        super().__init__(artifact)
+        self.noise, self.random = noise, np.random.default_rng(0)
+
+    def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
+        clean = super().logits(tokens, valid)
+        return clean + self.noise * self.random.standard_normal(clean.shape, dtype=np.float32)
+
+
+class Forgetful(DecoderRunner):
+    """Reads a prompt rightly, and loses its cache with each step."""
+
+    def step(self, tokens: IntArray) -> FloatArray:
+        return self.start(tokens[:, None], 1)
+
+
+class Wrong(DecoderRunner):
+    """Returns logits of the last position only."""
+
+    def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
+        return super().logits(tokens, valid)[:, -1:]
+
+
+def test_the_decoder_agrees_with_itself(artifact: Artifact) -> None:
+    found = verify(artifact, DecoderRunner(artifact))
+    assert max(found.exact.max_abs, found.exact.decode_max_abs) < 1e-4
+    assert found.exact.top1 == 1
+    assert found.exact.kl < 1e-8
+    assert found.exact.provider == "torch:cpu"
+    assert found.exact.positions == 2 * (24 + 9)
+    assert found.limit == pytest.approx(EXACT_SHARE * found.spread)
+    assert found.deployed is None
+
+
+def test_real_text_is_compared_too(artifact: Artifact) -> None:
+    text = torch.arange(5 * 40).reshape(5, 40) % artifact.config.vocab
+    assert verify(artifact, DecoderRunner(artifact), tokens=text).exact.positions == 4 * (24 + 9)
+
+
+@pytest.mark.parametrize("length", [0, 31])
+def test_text_that_is_too_short_is_an_error(artifact: Artifact, length: int) -> None:
+    with pytest.raises(RecipeError, match="rows of 32 or more"):
+        verify(artifact, DecoderRunner(artifact), tokens=torch.zeros(2, length, dtype=torch.int64))
+
+
+def test_other_weights_are_found(artifact: Artifact) -> None:
+    with pytest.raises(ExportError, match=r"onnx, prefill: the logit of token \d+ at row \d, position \d+ differs"):
+        verify(artifact, DecoderRunner(RandomWeights(artifact.config, seed=5)), name="onnx")
+
+
+def test_one_wrong_logit_of_prefill_is_named(artifact: Artifact) -> None:
+    with pytest.raises(ExportError, match=r"prefill: the logit of token 3 at row 1, position 5 differs .* 1 of 48"):
+        verify(artifact, Shifted(artifact, 1.0))
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_one_wrong_logit_of_decode_is_named(artifact: Artifact, step: int) -> None:
+    with pytest.raises(ExportError, match=rf"decode: the logit of token 3 at row 1, position {23 + step} differs"):
+        verify(artifact, Shifted(artifact, 1.0, at_step=step))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_no_number_is_found(artifact: Artifact, value: float) -> None:
+    with pytest.raises(ExportError, match="position 5 differs"):
+        verify(artifact, Shifted(artifact, value))
+    with pytest.raises(ExportError, match="KL divergence of"):
+        verify(artifact, Shifted(artifact, value), exact_runner=DecoderRunner(artifact))
+
+
+def test_a_cache_that_forgets_is_found(artifact: Artifact) -> None:
+    with pytest.raises(ExportError, match="decode: the logit"):
+        verify(artifact, Forgetful(artifact))
+
+
+def test_logits_of_another_shape_are_found(artifact: Artifact) -> None:
+    with pytest.raises(ExportError, match=r"shape \[2, 1, 128\] instead of \[2, 24, 128\]"):
+        verify(artifact, Wrong(artifact))
+
+
+def test_an_approximation_is_held_to_its_divergence(artifact: Artifact) -> None:
+    exact = DecoderRunner(artifact)
+    found = verify(artifact, Noisy(artifact, 0.1), exact_runner=exact)
+    assert found.deployed is not None
+    assert found.deployed.max_abs > found.limit > found.exact.max_abs
+    assert found.exact.kl < found.deployed.kl < 0.05
+    with pytest.raises(ExportError, match=r"KL divergence .* at most 0.05"):
+        verify(artifact, Noisy(artifact, 40.0), exact_runner=exact)
+
+
+def test_an_approximation_without_an_exact_twin_is_held_to_the_exact_limits(artifact: Artifact) -> None:
+    with pytest.raises(ExportError, match="differs from the artifact's"):
+        verify(artifact, Noisy(artifact, 0.1))
+    wide = verify(artifact, Noisy(artifact, 0.01), limits=Limits(max_abs=0.5, kl=0.05))
+    assert wide.exact.max_abs > EXACT_SHARE * 0.5
+    assert wide.limit == pytest.approx(0.5 * wide.spread)
+
+
+def test_tokens_closer_than_the_limit_are_a_tie(tmp_path: Path) -> None:
+    twins = RandomWeights(tiny_config(tied_head=False))
+    twins.tensors["head.weight"][1::2] = twins.tensors["head.weight"][::2]  # every token has a twin of equal logit
+
+    class Second(DecoderRunner):
+        def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
+            logits = super().logits(tokens, valid)
+            logits[..., 1::2] += 1e-3
+            return logits
+
+    found = verify(twins, Second(twins))
+    assert found.exact.top1 == 1
+    assert found.exact.ties == 2 * 24
