@@ -41,10 +41,14 @@ def file_digest(path: Path) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Make ``path`` appear whole or not at all, also if the machine loses power."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
 
 
@@ -54,7 +58,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor | QuantizedWeight]) -> None:
-    """Write one safetensors file atomically; a quantized ``X.weight`` becomes ``X.codes``, ``X.scale``, ``X.zero``."""
+    """Write one safetensors file atomically; a quantized ``X.weight`` becomes ``X.codes``, ``X.scale``, ``X.zero``.
+
+    Raises:
+        ArtifactError: it cannot be written, most often because the disk is full.
+    """
     flat: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, QuantizedWeight):
@@ -63,7 +71,13 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor | QuantizedWeight]) -> N
         else:
             flat[name] = tensor.contiguous().cpu()
     partial = path.with_name(path.name + ".partial")
-    safetensors.torch.save_file(flat, partial, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(flat, partial, metadata={"format": "pt"})
+    except (safetensors.SafetensorError, OSError) as failed:  # the library has a type of its own for a full disk
+        partial.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path}: cannot be written ({failed}); free some space or choose another place with --out, and run again"
+        ) from failed
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
-from flatq.errors import ExportError, RecipeError
+from flatq.errors import ExportError, FlatqError, RecipeError
 from flatq.memory import device_memory_bytes, peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:  # a measured process must not load torch for the sake of a type
@@ -202,7 +202,7 @@ class _Child:
                 "bench one model at a time, or on a machine with more memory"
             ) from gone
         if failed:
-            raise ExportError(f"bench of {self.name}: {order!r} failed in its process:\n{answer}")
+            raise ExportError(f"bench of {self.name}: {order!r} failed in its process: {answer}")
         return answer
 
     def result(self, threads: int) -> BenchResult:
@@ -249,7 +249,9 @@ def serve(pipe: Connection, open_runner: OpenRunner, load: Load) -> None:
                 memory = device_memory_bytes(os.getpid()) if "cpu" not in facts["provider"].lower() else None
                 answer = {**facts, "peak_rss_bytes": peak_rss_bytes(), "device_memory_bytes": memory}
             pipe.send((False, answer))
-        except Exception:  # every failure of a runtime goes to the parent, which raises it
+        except FlatqError as error:
+            pipe.send((True, str(error)))
+        except Exception:  # every other failure of a runtime goes to the parent, which raises it
             pipe.send((True, traceback.format_exc(limit=-3)))
     if runner is not None:
         runner.close()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flatq.artifact import Artifact, finish, save_shard, write_json
 from flatq.compress.stage import FlatStage, RankPlan
 from flatq.decoder import DecoderConfig
-from flatq.load import Source
+from flatq.source import Source
 from flatq.progress import progress
 from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import GptqStage, planned_grids, quantize_table

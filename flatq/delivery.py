@@ -23,9 +23,9 @@ from flatq.artifact import Artifact, file_digest, write_json
 from flatq.bench import BenchResult, Load, bench_side_by_side
 from flatq.build import dense_artifact
 from flatq.errors import ArtifactError, ExportError, RecipeError
-from flatq.export import Exporter, Runner, exporter_named
+from flatq.export import Exported, Exporter, Runner, exporter_named
 from flatq.folder import RunFolder
-from flatq.load import Source
+from flatq.source import Source
 from flatq.progress import progress
 from flatq.recipe import BenchSpec, Recipe, explain_options
 from flatq.report import BASELINE
@@ -81,14 +81,11 @@ def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor 
     growing = out.with_name(out.name + ".partial")
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
-    exported = item.exporter.write(artifact, growing, item.options)
-    description = {
-        "format": item.format,
-        "options": item.options.model_dump(mode="json"),
-        "artifact": os.path.relpath(artifact.root, out),
-    }
-    write_json(growing / DESCRIPTION, description)
-    verification = _verified(item, artifact, growing, heldout)
+    try:
+        exported, verification = _written(item, artifact, growing, os.path.relpath(artifact.root, out), heldout)
+    except BaseException:
+        shutil.rmtree(growing, ignore_errors=True)
+        raise
     files = sorted(path.relative_to(exported.root) for path in exported.files)
     shutil.rmtree(out, ignore_errors=True)
     growing.rename(out)
@@ -100,6 +97,15 @@ def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor 
         "verify": verification,
         "notes": list(exported.notes),
     }
+
+
+def _written(
+    item: PlannedExport, artifact: Artifact, root: Path, origin: str, heldout: Tensor | None
+) -> tuple[Exported, dict[str, Any] | None]:
+    exported = item.exporter.write(artifact, root, item.options)
+    description = {"format": item.format, "options": item.options.model_dump(mode="json"), "artifact": origin}
+    write_json(root / DESCRIPTION, description)
+    return exported, _verified(item, artifact, root, heldout)
 
 
 def _verified(item: PlannedExport, artifact: Artifact, root: Path, heldout: Tensor | None) -> dict[str, Any] | None:

@@ -59,6 +59,8 @@ class RunFolder:
                     f"--out {root}: holds the run of another recipe; choose another place, or --fresh to replace it"
                 )
         parent = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+        if not parent.is_dir():
+            raise RecipeError(f"--out {root}: {parent} is a file, no folder can be made below it; choose another place")
         if not os.access(parent, os.W_OK):
             raise RecipeError(f"--out {root}: {parent} is not writable; choose another place")
         return folder
@@ -80,15 +82,16 @@ class RunFolder:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Create the folder for the enclosed work; an error before anything of worth exists removes it again."""
-        new = not self.root.exists()
+        new = [place for place in (self.root, *self.root.absolute().parents) if not place.exists()]
+        blank = bool(new) or not any(self.root.iterdir())
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             write_json(self.root / "run.json", {"digest": self.recipe.digest()})
             write_atomically(self.root / "recipe.yaml", self.recipe.text.encode())
             yield
         except BaseException as error:
-            if isinstance(error, Exception) and new and not (self.work / "state.json").exists():
-                shutil.rmtree(self.root, ignore_errors=True)
+            if isinstance(error, Exception) and blank and not (self.work / "state.json").exists():
+                self._vanish(new)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise ArtifactError(
                     f"{self.root}: the disk is full ({error.strerror}); free some space and run again, "
@@ -96,6 +99,16 @@ class RunFolder:
                 ) from error
             raise
         shutil.rmtree(self.work)
+
+    def _vanish(self, new: list[Path]) -> None:
+        """Leave the disk as it was: ``new`` are the folder and its parents, as far as they were made for this run."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        if not new:
+            self.root.mkdir(exist_ok=True)
+        for parent in new[1:]:
+            if any(parent.iterdir()):
+                break
+            parent.rmdir()
 
     def phase(self, name: str, compute: Callable[[], Any]) -> Any:
         """Result of a phase, computed now or read from where an earlier run of this folder left it."""
@@ -108,7 +121,7 @@ class RunFolder:
         path.parent.mkdir(exist_ok=True)
         seconds = time.monotonic() - started
         write_json(path, {"result": result, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()})
-        log.info("%s: %.1f s", name, seconds)
+        log.info("%s: %.1f s, peak memory so far %.2f GB", name, seconds, peak_rss_bytes() / 1e9)
         return result
 
     def timing(self) -> dict[str, float]:

@@ -55,7 +55,7 @@ class StoredBlocks:
 
 
 class GgufFile:
-    """A GGUF file, read lazily; satisfies ``flatq.load.Storage``."""
+    """A GGUF file, read lazily; satisfies ``flatq.source.Storage``."""
 
     has_weights = True
 
@@ -167,7 +167,7 @@ class GgufFile:
 
     @cached_property
     def tensors(self) -> dict[str, StoredBlocks]:
-        """See ``flatq.load.Storage``."""
+        """See ``flatq.source.Storage``."""
         named = {self.family.names.from_gguf(name): entry for name, entry in self._blocks.items()}
         return {name: entry for name, entry in named.items() if name is not None}
 
@@ -190,7 +190,7 @@ class GgufFile:
         ]
 
     def read(self, name: str) -> Tensor:
-        """See ``flatq.load.Storage``."""
+        """See ``flatq.source.Storage``."""
         entry = self.tensors[name].tensor
         try:
             values = gguf.quants.dequantize(entry.data, entry.tensor_type)
@@ -208,7 +208,7 @@ class GgufFile:
         return tensor
 
     def tokenizer(self) -> Any:
-        """See ``flatq.load.Source``."""
+        """See ``flatq.source.Source``."""
         if self._reader.get_field("tokenizer.ggml.tokens") is None:
             raise RecipeError(f"model: {self.path} holds no tokenizer; get a complete GGUF file, or use the HF folder")
         from transformers import AutoTokenizer
@@ -216,7 +216,7 @@ class GgufFile:
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
 
     def settings(self) -> dict[str, Any]:
-        """See ``flatq.load.Source``."""
+        """See ``flatq.source.Source``."""
         found = {name: self._value(f"tokenizer.ggml.{kind}_token_id") for kind, name in TOKEN_IDS.items()}
         return {name: value for name, value in found.items() if value is not None}
 

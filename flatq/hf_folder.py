@@ -50,7 +50,7 @@ class StoredTensor:
 
 
 class HfFolder:
-    """A model folder, read lazily; satisfies ``flatq.load.Storage``."""
+    """A model folder, read lazily; satisfies ``flatq.source.Storage``."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -124,7 +124,7 @@ class HfFolder:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """See ``flatq.load.Storage``."""
+        """See ``flatq.source.Storage``."""
         named = {self._names.from_hf(name): entry for name, entry in self._headers[0].items()}
         return {name: entry for name, entry in named.items() if name is not None}
 
@@ -138,7 +138,7 @@ class HfFolder:
         return next((dtype for dtype in STORED_DTYPES.values() if str(dtype) == stated), torch.float32)
 
     def damage(self) -> list[str]:
-        """See ``flatq.load.Storage``."""
+        """See ``flatq.source.Storage``."""
         return list(self._headers[1])
 
     def objections(self) -> list[str]:
@@ -163,7 +163,7 @@ class HfFolder:
         return both and not torch.equal(self.read("head.weight"), self.read("embed.weight"))
 
     def read(self, name: str) -> Tensor:
-        """See ``flatq.load.Storage``."""
+        """See ``flatq.source.Storage``."""
         entry = self.tensors[name]
         if entry.dtype not in STORED_DTYPES:
             raise UnsupportedModel(
@@ -173,7 +173,7 @@ class HfFolder:
         return tensor
 
     def tokenizer(self) -> Any:
-        """See ``flatq.load.Source``."""
+        """See ``flatq.source.Source``."""
         if not any(all((self.root / name).is_file() for name in names) for names in TOKENIZER_SETS):
             raise RecipeError(
                 f"model: {self.root} has no tokenizer; add tokenizer.json and tokenizer_config.json "
@@ -184,7 +184,7 @@ class HfFolder:
         return AutoTokenizer.from_pretrained(self.root, local_files_only=True, trust_remote_code=False)
 
     def settings(self) -> dict[str, Any]:
-        """See ``flatq.load.Source``."""
+        """See ``flatq.source.Source``."""
         generation = self.root / "generation_config.json"
         known = {**(_read_json(generation) if generation.is_file() else {}), **_stated(self._hf)}
         return {key: known[key] for key in TOKEN_IDS if known.get(key) is not None}

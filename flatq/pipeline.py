@@ -27,7 +27,7 @@ from flatq.evaluate import perplexity
 from flatq.export import Runner, exporter_named
 from flatq.folder import RunFolder, require_space
 from flatq.generate import DecoderRunner, stream
-from flatq.load import Source, open_model
+from flatq.source import Source, open_model
 from flatq.progress import progress
 from flatq.quantize.stage import objections, planned_grids
 from flatq.recipe import BenchSpec, CalibrationSpec, EvaluationSpec, Recipe
@@ -57,6 +57,7 @@ def run(recipe: Recipe, out: Path | None, *, device: str = "auto", fresh: bool =
         log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
         return folder.root
     source = open_source(recipe)
+    refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
     with folder.working():
         tokens = token_batches(recipe.calibration, recipe.evaluation, source.tokenizer())
         baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))

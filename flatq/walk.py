@@ -57,11 +57,16 @@ def _has_bfloat16() -> bool:
 
 
 class Feed:
-    """Hidden states of all calibration tokens, float32 [samples, seq, d_model], in a memory-mapped file."""
+    """Hidden states of all calibration tokens, float32 [samples, seq, d_model], in a memory-mapped file.
+
+    Its blocks are allocated before it is mapped: a full disk is then an ``OSError`` now. Written through the map,
+    a sparse file would end the process with SIGBUS in the middle of the walk.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self.path = path
         count = shape[0] * shape[1] * shape[2]
+        _allocate(path, 4 * count)
         self.states = torch.from_file(str(path), shared=True, size=count, dtype=torch.float32).view(shape)
 
     def flush(self) -> None:
@@ -74,6 +79,18 @@ class Feed:
         step = max(1, BATCH_TOKENS // self.states.shape[1])
         for start in range(0, self.states.shape[0], step):
             yield slice(start, start + step)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Give a file real blocks on disk for ``size`` bytes; what it holds stays."""
+    path.touch()
+    with path.open("rb+") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        missing = size - file.seek(0, os.SEEK_END)
+        while missing > 0:
+            missing -= file.write(bytes(min(missing, 1 << 24)))
 
 
 @dataclass

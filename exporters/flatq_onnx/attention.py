@@ -1,7 +1,8 @@
 """Two ways to draw attention, for two kinds of program that will run it.
 
 ``Reduced`` is opset 23's Attention: its value heads may be narrower than its key heads, so a rank-reduced model
-has a rank-reduced cache and the fewest operations. Who runs it must make the cache's shapes from the graph's.
+has a rank-reduced cache and the fewest operations, which tells in prompts. But every call copies the cache into a
+new tensor, which tells in long contexts, and who runs it must make the cache's shapes from the graph's.
 
 ``Grouped`` is onnxruntime's GroupQueryAttention, with one head size for keys and values and a cache that is
 updated in place. Value heads are filled up to the key's width with zero rows in the packed projection (a product

@@ -67,9 +67,10 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
         found.append(f"onnx: layers have different d_qk {head_sizes}; one rotary table serves all, so keep d_qk equal")
     if any(size % 2 for size in head_sizes):
         found.append(f"onnx: d_qk {head_sizes} is odd; the rotary embedding needs pairs of columns")
-    if options.attention == "gqa" and any(size % 8 for size in head_sizes):
+    step = 16 if options.fused_rope else 8  # what the kernels refuse; the narrower limit is that of their own rope
+    if options.attention == "gqa" and any(size % step for size in head_sizes):
         found.append(
-            f"onnx: attention: gqa needs d_qk to be a multiple of 8, it is {head_sizes}; use attention: reduced"
+            f"onnx: attention: gqa needs d_qk to be a multiple of {step}, it is {head_sizes}; use attention: reduced"
         )
     wide = [index for index, dims in enumerate(config.layers) if dims.d_v > dims.d_qk]
     if options.attention == "gqa" and wide:

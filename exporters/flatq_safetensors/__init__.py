@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from flatq.artifact import Artifact
 from flatq.decoder import DecoderConfig
 from flatq.errors import ExportError
-from flatq.export import Exported, Runner
+from flatq.export import Exported
 from flatq.quantize.grid import Grid
 from flatq_safetensors.layout import Layout
 from flatq_safetensors.options import SafetensorsOptions, objections
+
+if TYPE_CHECKING:
+    from flatq_safetensors.runner import TransformersRunner
 
 __all__ = ["SafetensorsExporter", "SafetensorsOptions"]
 
@@ -58,7 +62,7 @@ class SafetensorsExporter:
         provider: str = "auto",
         threads: int = 0,
         exact: bool = False,
-    ) -> Runner:
+    ) -> TransformersRunner:
         """Open what ``write`` wrote in transformers; see ``flatq.export.Exporter.open``.
 
         It computes in float32, so ``exact`` changes nothing.

@@ -11,6 +11,7 @@ import jinja2
 from flatq import __version__
 from flatq.artifact import Artifact
 from flatq.quantize.grid import Grid
+from flatq_safetensors.configs import Versions
 from flatq_safetensors.layout import Layout
 
 CARD = """\
@@ -72,13 +73,12 @@ tokenizer = AutoTokenizer.from_pretrained(folder)"""
 def model_card(artifact: Artifact, layout: Layout, notes: Sequence[str]) -> str:
     """The card as Markdown.
 
-    Reads ``license``, ``model`` (origin or its description), ``recipe`` and ``quality`` (name -> number) from the
-    artifact's manifest, as far as they are there.
+    Reads ``source`` (``origin``, ``license``), ``recipe`` and ``quality`` (name -> number) from the artifact's
+    manifest, as far as they are there.
     """
     manifest = artifact.manifest
-    model = manifest.get("model")
-    origin = model.get("origin", model.get("name")) if isinstance(model, Mapping) else model
-    license_ = manifest.get("license") or (model.get("license") if isinstance(model, Mapping) else None)
+    source = manifest.get("source", {})
+    origin, license_ = source.get("origin"), source.get("license")
     base = str(origin) if origin and str(origin).count("/") == 1 and ":" not in str(origin) else None
     dims = layout.source.layers
     card = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(CARD)
@@ -116,7 +116,8 @@ def _needs(layout: Layout) -> str:
     )
     if not layout.grids:
         return code
-    package = "compressed-tensors>=0.15" if layout.options.gptq_version is None else "gptqmodel optimum"
+    gptq = layout.options.gptq_version is not None
+    package = "gptqmodel optimum" if gptq else f"'{Versions.reading(layout.grids.values())}'"
     return f"Needs `pip install {package}`. {code}"
 
 

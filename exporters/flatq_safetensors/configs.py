@@ -10,7 +10,8 @@ with it any reader that asks for ``intermediate_size`` gets an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flatq import __version__
@@ -21,6 +22,7 @@ from flatq.quantize.grid import Grid
 
 NAMES = FAMILIES["llama"].names
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CHANGED = (0, 18)  # see Versions
 AUTO_MAP = {
     "AutoConfig": "modeling_flatq.FlatqHubConfig",
     "AutoModelForCausalLM": "modeling_flatq.FlatqHubForCausalLM",
@@ -122,6 +124,37 @@ def compressed_tensors_config(config: DecoderConfig, grids: Mapping[str, Grid]) 
         },
         "ignore": [hub_module(stem) for stem in _dense(config, grids)] + ["lm_head"],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Which releases of compressed-tensors unpack a folder in transformers: ``since`` <= version < ``before``.
+
+    Found by trying 0.15.0, 0.17.1, 0.18.0 and 0.20.0 with transformers 5.23. Since 0.18 three-bit codes are a dense
+    stream (before: ten to a word), and a model that is being loaded expects unpacked zeros where files hold packed
+    ones, so that asymmetric weights do not load.
+    """
+
+    since: tuple[int, int] = (0, 15)
+    before: tuple[int, int] | None = None
+
+    @classmethod
+    def reading(cls, grids: Iterable[Grid]) -> Versions | None:
+        """The releases that read all of these grids; None if there is none."""
+        grids = list(grids)
+        dense_stream = any(grid.bits == 3 for grid in grids)
+        asymmetric = not all(grid.symmetric for grid in grids)
+        if dense_stream and asymmetric:
+            return None
+        return cls(CHANGED if dense_stream else (0, 15), CHANGED if asymmetric else None)
+
+    def __contains__(self, version: str) -> bool:
+        release = tuple(int(part) for part in version.split(".")[:2])
+        return self.since <= release and (self.before is None or release < self.before)
+
+    def __str__(self) -> str:
+        upper = "" if self.before is None else f",<{self.before[0]}.{self.before[1]}"
+        return f"compressed-tensors>={self.since[0]}.{self.since[1]}{upper}"
 
 
 def _targets(config: DecoderConfig, grids: Mapping[str, Grid], grid: Grid) -> list[str]:

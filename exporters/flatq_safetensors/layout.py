@@ -14,14 +14,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flatq.decoder import DecoderConfig
+from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import ExportError
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.weights import dense, tensor_shapes
 from flatq_safetensors.configs import NAMES, family_settings
+from flatq_safetensors.grouping import split_groups, written_grid
 from flatq_safetensors.options import SafetensorsOptions
 from flatq_safetensors.packing import pack_compressed, pack_gptq, words
-from flatq_safetensors.padding import pad_dense, pad_quantized, padded_config, padded_grid
+from flatq_safetensors.padding import pad_dense, pad_quantized, padded_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,7 +47,7 @@ class Layout:
     Attributes:
         source: the artifact's widths.
         config: the widths as written, after padding.
-        grids: by stem, what stays quantized; -1 for groups as long as a row.
+        grids: by stem, what stays quantized, in groups that divide a row; -1 is one group per row.
         dtype: of the tensors that are not quantized, and of the decoded ones.
     """
 
@@ -63,7 +64,7 @@ class Layout:
         """The layout of one export; ``stored`` is the artifact's own dtype."""
         written = padded_config(config) if options.pad_values else config
         kept = {
-            stem: padded_grid(grid, tensor_columns(config, stem))
+            stem: written_grid(grid, *_place(config, stem), config.d_model, pad_values=options.pad_values)
             for stem, grid in sorted(grids.items())
             if options.keeps_codes and stem.startswith("layers.")
         }
@@ -125,8 +126,9 @@ class Layout:
         assert isinstance(stored, QuantizedWeight)
         stem = name.removesuffix(".weight")
         _, index, linear = stem.split(".")
-        weight = pad_quantized(stored, linear, self.source.layers[int(index)]) if self.options.pad_values else stored
-        weight = QuantizedWeight(weight.codes, weight.scale, weight.zero, self.grids[stem])
+        weight = split_groups(stored, self.grids[stem])
+        if self.options.pad_values:
+            weight = pad_quantized(weight, linear, self.source.layers[int(index)])
         if self.options.gptq_version is None:
             parts = pack_compressed(weight)
         else:
@@ -152,7 +154,7 @@ def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return tensor_shapes(config)
 
 
-def tensor_columns(config: DecoderConfig, stem: str) -> int:
-    """Inputs of a linear inside the layers."""
+def _place(config: DecoderConfig, stem: str) -> tuple[str, LayerDims]:
+    """Which of the seven linears a stem is, and the widths of its layer."""
     _, index, linear = stem.split(".")
-    return config.layers[int(index)].shape(linear, config.d_model)[1]
+    return linear, config.layers[int(index)]

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flatq.decoder import LINEARS, DecoderConfig
 from flatq.quantize.grid import Grid
-from flatq_safetensors.configs import family_settings
-from flatq_safetensors.padding import padded_config, padded_grid, regroups
+from flatq_safetensors.configs import Versions, family_settings
+from flatq_safetensors.grouping import LEAST, written_grid
+from flatq_safetensors.padding import padded_config
 
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 GPTQ_MULTIPLE = 32
@@ -57,26 +58,24 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: Safete
         if options.dtype is not None:
             problems.append(f"dtype {options.dtype}: format {options.format} already says it; leave dtype out")
         return problems
-    if not any(stem.startswith("layers.") for stem in grids):
+    inside = [grid for stem, grid in grids.items() if stem.startswith("layers.")]
+    if not inside:
         problems.append(f"format {options.format}: no linear is quantized; write format bf16 or fp16, or add gptq")
+    if options.format == "compressed-tensors" and Versions.reading(inside) is None:
+        problems.append(
+            "format compressed-tensors: no release of that package reads 3 bits and asymmetric weights in one model; "
+            "quantize with symmetric: true, or write format gptq_v2"
+        )
     written = padded_config(config) if options.pad_values else config
     found: dict[str, list[str]] = {}
     for index, dims in enumerate(config.layers):
         for linear in LINEARS:
             stem = f"layers.{index}.{linear}"
-            if stem not in grids:
-                continue
-            rows, columns = written.layers[index].shape(linear, config.d_model)
-            grid = grids[stem]
-            if linear == "o" and options.pad_values and not regroups(dims, grid):
-                found.setdefault(
-                    f"pad_values moves columns across groups of {grid.group_size}; d_v and the head size must be "
-                    "multiples of the group size, or the group size -1",
-                    [],
-                ).append(stem)
-                continue
-            for problem in _linear(rows, columns, padded_grid(grid, dims.shape(linear, config.d_model)[1]), options):
-                found.setdefault(problem, []).append(stem)
+            if stem in grids:
+                rows, columns = written.layers[index].shape(linear, config.d_model)
+                grid = written_grid(grids[stem], linear, dims, config.d_model, pad_values=options.pad_values)
+                for problem in _linear(rows, columns, grids[stem], grid, options):
+                    found.setdefault(problem, []).append(stem)
     return problems + [f"{_some(stems)}: {problem}" for problem, stems in found.items()]
 
 
@@ -97,12 +96,12 @@ def _padding(config: DecoderConfig, options: SafetensorsOptions) -> list[str]:
     return []
 
 
-def _linear(rows: int, columns: int, grid: Grid, options: SafetensorsOptions) -> list[str]:
+def _linear(rows: int, columns: int, quantized: Grid, grid: Grid, options: SafetensorsOptions) -> list[str]:
     problems = []
-    if columns % grid.width(columns):
+    if 0 < grid.group_size < LEAST:
         problems.append(
-            f"{columns} inputs are not a multiple of group_size {grid.group_size}, which {options.format} asks for; "
-            "plan widths in multiples of it (round_to), or choose a smaller group"
+            f"groups of {quantized.group_size} among {columns} inputs can only be written as groups of "
+            f"{grid.group_size}; plan widths in multiples of {LEAST} or more (round_to), or choose group_size -1"
         )
     if options.gptq_version is None:
         return problems
@@ -113,8 +112,9 @@ def _linear(rows: int, columns: int, grid: Grid, options: SafetensorsOptions) ->
         )
     if grid.group_size not in (-1, *GPTQ_GROUPS):
         problems.append(
-            f"group_size {grid.group_size}: GPTQ readers know -1 and {', '.join(map(str, GPTQ_GROUPS))}; choose one of "
-            "them, or write format compressed-tensors"
+            f"{columns} inputs in groups of {quantized.group_size} would be written as groups of {grid.group_size}; "
+            f"GPTQ readers know -1 and {', '.join(map(str, GPTQ_GROUPS))}; plan widths in multiples of the group "
+            "size, or write format compressed-tensors"
         )
     if options.gptq_version == 1 and not grid.symmetric:
         problems.append(

@@ -48,7 +48,13 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of ``pack_rows``, int32 [n, w] -> uint8 [n, count]."""
+    """Inverse of ``pack_rows``, int32 [n, w] -> uint8 [n, count].
+
+    Raises:
+        ValueError: w is not what so many codes take.
+    """
+    if packed.shape[1] != words(count, bits):
+        raise ValueError(f"{packed.shape[1]} words; {count} codes of {bits} bits take {words(count, bits)}")
     raw = np.ascontiguousarray(packed.cpu().numpy()).view(np.uint8)
     stream = np.unpackbits(raw, axis=1, bitorder="little")[:, : count * bits]
     codes = np.zeros((raw.shape[0], count), dtype=np.uint8)

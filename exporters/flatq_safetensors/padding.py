@@ -2,7 +2,7 @@
 
 A value column of zeros meets an output column that is multiplied by it: nothing changes in the logits, and nothing
 is saved on v and o. Quantized weights are padded in codes: a code equal to its zero decodes to exactly 0. In ``o``
-the new columns stand inside each head, so groups keep their columns only if they end where heads end.
+the new columns stand inside each head, so groups must end where heads end, which ``grouping`` has seen to.
 
 Axes: h query heads, kv key/value heads, r d_v, d d_qk, G groups.
 """
@@ -16,23 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flatq.decoder import DecoderConfig, LayerDims
-from flatq.quantize.grid import Grid, QuantizedWeight
+from flatq.quantize.grid import QuantizedWeight
 
 
 def padded_config(config: DecoderConfig) -> DecoderConfig:
     """The same decoder with values as wide as keys in every layer."""
     return config.with_layers([replace(dims, d_v=dims.d_qk) for dims in config.layers])
-
-
-def padded_grid(grid: Grid, columns: int) -> Grid:
-    """The grid with -1 for a group that is the whole row (``columns``, before padding), as formats call it."""
-    return replace(grid, group_size=-1) if grid.group_size >= columns else grid
-
-
-def regroups(dims: LayerDims, grid: Grid) -> bool:
-    """Whether ``o`` can be padded inside its heads without a group losing or gaining a foreign column."""
-    whole = dims.d_v == dims.d_qk or grid.groups(dims.heads * dims.d_v) == 1
-    return whole or (dims.d_v % grid.group_size == 0 and dims.d_qk % grid.group_size == 0)
 
 
 def pad_dense(tensor: Tensor, name: str, dims: LayerDims) -> Tensor:

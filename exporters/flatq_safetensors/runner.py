@@ -1,8 +1,9 @@
 """An exported folder run by transformers, through the auto class, as a user would load it.
 
 GPTQ folders are loaded by transformers only where GPTQModel is installed, and its kernels want to compile C++ first.
-So for them, and for compressed-tensors where that package is missing, the packed file is decoded here by the format's
-own formula and the dense result handed to the same model class; ``provider`` says which way it went.
+So for them, and for compressed-tensors where no release that reads the folder is installed, the packed file is
+decoded here by the format's own formula, and the dense result handed to the same model class; ``provider`` says which
+way it went.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,13 @@ from flatq.errors import ExportError
 from flatq.export import FloatArray, IntArray
 from flatq.modeling_flatq import loading_faults
 from flatq.quantize.grid import Grid
+from flatq_safetensors.configs import Versions
 from flatq_safetensors.packing import GptqLinear, dequantize_gptq, unpack_compressed
 
-GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+PARTS = (
+    *("qweight", "qzeros", "scales", "g_idx"),
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+)
 
 
 class TransformersRunner:
@@ -103,7 +108,10 @@ def load_strictly(folder: Path) -> tuple[Any, str]:
 
 def _reads(described: dict[str, Any]) -> bool:
     """Whether transformers can unpack this on any machine with what is installed."""
-    return described["quant_method"] == "compressed-tensors" and bool(importlib.util.find_spec("compressed_tensors"))
+    if described["quant_method"] != "compressed-tensors" or not importlib.util.find_spec("compressed_tensors"):
+        return False
+    readers = Versions.reading(_grid_of(group) for group in described["config_groups"].values())
+    return readers is not None and version("compressed-tensors") in readers
 
 
 def _from_state(folder: Path, state: dict[str, Tensor]) -> tuple[Any, list[str]]:
@@ -138,17 +146,25 @@ def decoded_state(folder: Path, described: dict[str, Any]) -> dict[str, Tensor]:
     """
     state = _read_all(folder)
     gptq = described["quant_method"] == "gptq"
-    mark, parts = ("qweight", GPTQ_PARTS) if gptq else ("weight_packed", COMPRESSED_PARTS)
+    mark, decode = ("qweight", _decoded_gptq) if gptq else ("weight_packed", _decoded_compressed)
     for module in [name.removesuffix(f".{mark}") for name in state if name.endswith(f".{mark}")]:
-        packed = {part: state.pop(f"{module}.{part}") for part in parts if f"{module}.{part}" in state}
-        if gptq:
-            weight = dequantize_gptq(
-                GptqLinear(**packed), gptq_grid(module, described), version=2 if described["format"] == "gptq_v2" else 1
-            )
-        else:
-            weight = unpack_compressed(packed, compressed_grid(module, described)).dequantize()
-        state[f"{module}.weight"] = weight
+        packed = {part: state.pop(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in state}
+        try:
+            state[f"{module}.weight"] = decode(module, packed, described)
+        except KeyError as missing:
+            raise ExportError(f"{folder}: {module}.{missing.args[0]} is missing; export again") from missing
+        except (ValueError, IndexError, RuntimeError) as fault:
+            raise ExportError(f"{folder}: {module}: its parts do not fit each other ({fault}); export again") from fault
     return state
+
+
+def _decoded_gptq(module: str, packed: dict[str, Tensor], described: dict[str, Any]) -> Tensor:
+    linear = GptqLinear(packed["qweight"], packed["qzeros"], packed["scales"], packed["g_idx"])
+    return dequantize_gptq(linear, gptq_grid(module, described), version=2 if described["format"] == "gptq_v2" else 1)
+
+
+def _decoded_compressed(module: str, packed: dict[str, Tensor], described: dict[str, Any]) -> Tensor:
+    return unpack_compressed(packed, compressed_grid(module, described)).dequantize()
 
 
 def gptq_grid(module: str, described: dict[str, Any]) -> Grid:
@@ -170,10 +186,14 @@ def compressed_grid(module: str, described: dict[str, Any]) -> Grid:
         for target in group["targets"]:
             pattern = target.removeprefix("re:") if target.startswith("re:") else re.escape(target) + "$"
             if re.match(pattern, module):
-                weights = group["weights"]
-                size = -1 if weights["strategy"] == "channel" else weights["group_size"]
-                return Grid(weights["num_bits"], size, weights["symmetric"])
+                return _grid_of(group)
     raise ExportError(f"{module}: holds codes, but no config_group of config.json names it")
+
+
+def _grid_of(group: dict[str, Any]) -> Grid:
+    weights = group["weights"]
+    size = -1 if weights["strategy"] == "channel" else weights["group_size"]
+    return Grid(weights["num_bits"], size, weights["symmetric"])
 
 
 def _read_all(folder: Path) -> dict[str, Tensor]:

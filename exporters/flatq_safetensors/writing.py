@@ -20,6 +20,7 @@ from flatq.errors import ExportError
 from flatq.export import Exported
 from flatq_safetensors.card import model_card
 from flatq_safetensors.configs import (
+    Versions,
     compressed_tensors_config,
     family_settings,
     gptq_config,
@@ -49,7 +50,8 @@ def write_folder(artifact: Artifact, out: Path, options: SafetensorsOptions) -> 
         write_json(out / "quantize_config.json", settings["quantization_config"])
         files.append(out / "quantize_config.json")
     write_json(out / "config.json", settings)
-    return Exported(out, (*files, out / "config.json"), notes=tuple(notes), details={"plain": layout.plain})
+    details = {"plain": layout.plain, "rounded": _rounded(artifact, layout, stored)}
+    return Exported(out, (*files, out / "config.json"), notes=tuple(notes), details=details)
 
 
 def travelling_source(name: str) -> str:
@@ -131,16 +133,27 @@ def _copy_beside(artifact: Artifact, out: Path) -> list[Path]:
     return copied
 
 
+def _rounded(artifact: Artifact, layout: Layout, stored: torch.dtype) -> bool:
+    """Whether weights were rounded once more on the way, so that logits cannot be the artifact's to the last digit."""
+    decoded = any(stem not in layout.grids for stem in artifact.grids)
+    return layout.dtype is not torch.float32 and (decoded or layout.dtype is not stored)
+
+
 def _notes(artifact: Artifact, layout: Layout) -> list[str]:
     notes = []
     ends = sorted(stem for stem in artifact.grids if not stem.startswith("layers."))
     if ends and layout.options.keeps_codes:
         notes.append(f"written dense, for the readers of this format know no quantized {' or '.join(ends)}")
+    finer = sum(0 < grid.group_size < artifact.grids[stem].group_size for stem, grid in layout.grids.items())
+    if finer:
+        notes.append(f"{finer} linears are written in smaller groups that share scales, so that the size divides them")
     if layout.options.keeps_codes and layout.dtype is torch.bfloat16:
         notes.append(
             "transformers computes in bfloat16 unless told otherwise and then rounds the scales to it; "
             "dtype=torch.float16 or float32 keeps them exact"
         )
+    if layout.options.format == "compressed-tensors" and (readers := Versions.reading(layout.grids.values())):
+        notes.append(f"to load it into transformers: {readers}")
     if layout.options.pad_values and artifact.config != layout.config:
         notes.append("value heads are padded with zeros: v and o take the room of the original model")
     if layout.options.gptq_version is not None and len(set(layout.grids.values())) > 1:

@@ -76,7 +76,8 @@ def gptq(
     w, h = w.float(), gram.double()
     energy = h.diagonal().clamp(min=0).float()
     dead = energy == 0
-    scale, zero = static_groups(w, grid, energy if clip_search else None)
+    clips = (1.0, *CLIPS) if clip_search else (1.0,)
+    scale, zero = grid.fit(w, importance=energy, clips=clips)
     order = torch.argsort(energy, descending=True, stable=True) if act_order else torch.arange(len(h), device=w.device)
     factor, used = _inverse_factor(h, dead, order, damping)
     group = grid.group_index(w.shape[1], w.device)
@@ -92,25 +93,6 @@ def gptq(
 def _energy(w: Tensor, h: Tensor) -> Tensor:
     """Mean square of each output row, [o, i] on [i, i] -> [o]."""
     return ((w.double() @ h) * w).sum(1)
-
-
-def static_groups(w: Tensor, grid: Grid, energy: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero of every group of the unchanged weight, both float32 [o, G].
-
-    Args:
-        energy: mean square of each input, [i], to search the clip factor with; None takes the whole range.
-    """
-    width = grid.width(w.shape[1])
-    scales, zeros = [], []
-    for start in range(0, w.shape[1], width):
-        part = w[:, start : start + width]
-        weight = None if energy is None else energy[start : start + width]
-        if weight is not None and not weight.any():
-            weight = None
-        scale, zero = grid.fit(part, importance=weight, clips=(1.0,) if energy is None else (1.0, *CLIPS))
-        scales.append(scale)
-        zeros.append(zero)
-    return torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
 def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None, float | None]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+WEIGHTS_AT_ONCE = 1 << 20  # weights in the working set of a clip search: small enough to stay in the processor's cache
 SMALLEST_SCALE = 2.0**-24  # the least positive float16: an all-zero group still has a scale to divide by
 
 
@@ -59,47 +60,58 @@ class Grid:
     def fit(
         self, w: Tensor, *, importance: Tensor | None = None, clips: tuple[float, ...] = (1.0,)
     ) -> tuple[Tensor, Tensor]:
-        """Scale and zero of one group, the clip factor chosen by least weighted squared error.
+        """Scale and zero of every group, the clip factor chosen by least weighted squared error.
 
         Args:
-            w: one group of columns, float [o, n].
-            importance: weight of each column's error, [n] or [o, n]; all ones if None.
-            clips: factors of the group's range to try; ``(1.0,)`` is plain min-max.
-
+            w: float32 [o, i].
+            importance: weight of each column's error, [i]; all ones if None.
+            clips: factors of the group's range to try, the first one preferred; ``(1.0,)`` is plain min-max.
         Returns:
-            scale [o] (float32 holding float16 values) and zero [o] (float32 holding codes).
+            scale (float32 holding float16 values) and zero (float32 holding codes), both [o, G].
         """
-        best_error = best_scale = best_zero = None
-        for clip in clips:
-            scale, zero = self._range(w, clip)
-            error = (self.round_trip(w, scale[:, None], zero[:, None]) - w).square()
-            error = (error if importance is None else error * importance).sum(1)
-            if best_error is None or best_scale is None or best_zero is None:
-                best_error, best_scale, best_zero = error, scale, zero
-                continue
+        columns, width = w.shape[1], self.width(w.shape[1])
+        missing = self.groups(columns) * width - columns  # a short last group is filled up with columns that weigh 0
+        weight = torch.ones(columns, device=w.device) if importance is None else importance.float()
+        weight = torch.nn.functional.pad(weight, (0, missing)).view(-1, width)  # [G, n]
+        rows = max(1, WEIGHTS_AT_ONCE // columns)
+        parts = [
+            self._fit_rows(torch.nn.functional.pad(part, (0, missing)).view(len(part), -1, width), weight, clips)
+            for part in w.split(rows)
+        ]
+        return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+
+    def _fit_rows(self, w: Tensor, weight: Tensor, clips: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        """Search over ``clips`` for groups [o, G, n] with column weights [G, n]."""
+        low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+        best_scale, best_zero = self._range(low, high, clips[0])
+        if len(clips) == 1:
+            return best_scale, best_zero
+        best_error = self._error(w, best_scale, best_zero, weight)
+        for clip in clips[1:]:
+            scale, zero = self._range(low, high, clip)
+            error = self._error(w, scale, zero, weight)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-        assert best_scale is not None
-        assert best_zero is not None
         return best_scale, best_zero
 
-    def _range(self, w: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    def _range(self, low: Tensor, high: Tensor, clip: float) -> tuple[Tensor, Tensor]:
         if self.symmetric:
-            scale = as_half(2 * clip * w.abs().amax(1) / self.levels)
+            scale = as_half(2 * clip * torch.maximum(-low, high) / self.levels)
             return scale, torch.full_like(scale, float(self.middle))
-        low, high = clip * w.amin(1).clamp(max=0), clip * w.amax(1).clamp(min=0)
-        scale = as_half((high - low) / self.levels)
-        return scale, torch.round(-low / scale).clamp(0, self.levels)
+        scale = as_half(clip * (high - low) / self.levels)
+        return scale, torch.round(-clip * low / scale).clamp_(0, self.levels)
+
+    def _error(self, w: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> Tensor:
+        """Weighted squared rounding error of each group, [o, G]; in place, for this is where the time goes."""
+        centre = zero[..., None]
+        rounded = (w / scale[..., None]).add_(centre).round_().clamp_(0, self.levels).sub_(centre)
+        return rounded.mul_(scale[..., None]).sub_(w).square_().mul_(weight).sum(-1)
 
     def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest codes, as float; all arguments broadcast."""
         return torch.round(w / scale + zero).clamp(0, self.levels)
-
-    def round_trip(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """``decode(encode(w))``."""
-        return scale * (self.encode(w, scale, zero) - zero)
 
 
 def as_half(scale: Tensor) -> Tensor:
@@ -137,10 +149,11 @@ class QuantizedWeight:
 def round_to_nearest(w: Tensor, grid: Grid, *, clips: tuple[float, ...] = (1.0,)) -> QuantizedWeight:
     """Quantize each weight by itself, [o, i]; the baseline that GPTQ has to beat, and the rule for embeddings."""
     w = w.float()
-    width = grid.width(w.shape[1])
-    fitted = [grid.fit(part, clips=clips) for part in w.split(width, dim=1)]
-    scale = torch.stack([scale for scale, _ in fitted], 1)
-    zero = torch.stack([zero for _, zero in fitted], 1)
+    scale, zero = grid.fit(w, clips=clips)
     group = grid.group_index(w.shape[1], w.device)
-    codes = grid.encode(w, scale[:, group], zero[:, group])
-    return QuantizedWeight(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid)
+    rows = max(1, WEIGHTS_AT_ONCE // w.shape[1])
+    codes = [
+        grid.encode(part, s[:, group], z[:, group]).to(torch.uint8)
+        for part, s, z in zip(w.split(rows), scale.split(rows), zero.split(rows), strict=True)
+    ]
+    return QuantizedWeight(torch.cat(codes), scale.half(), zero.to(torch.uint8), grid)

@@ -362,6 +362,20 @@ def test_the_size_is_known_beforehand(make_artifact: MakeArtifact, layout: str, 
     assert estimate == pytest.approx(exported.bytes, rel=0.02)
 
 
+def test_the_same_artifact_gives_the_same_bytes(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config(d_v=(16, 11)), grid=Grid(4, 32), embed_grid=Grid(8, 32))
+    first, second = ([path.read_bytes() for path in export(artifact)[0].files] for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("layout", "d_qk"), [("reduced", 2), ("reduced", 24), ("gqa-left", 8), ("gqa-left", 24), ("gqa", 48)]
+)
+def test_small_and_uneven_heads_are_drawn(make_artifact: MakeArtifact, layout: str, d_qk: int) -> None:
+    artifact = make_artifact(tiny_config(d_qk=d_qk, d_v=(1, d_qk)), grid=Grid(4, 32))
+    assert_says_what_the_artifact_says(artifact, opened(artifact, **LAYOUTS[layout]))
+
+
 def test_an_interrupted_export_leaves_no_graph(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = make_artifact(tiny_config())
     read = artifact.tensor
@@ -384,7 +398,13 @@ def test_an_interrupted_export_leaves_no_graph(make_artifact: MakeArtifact, monk
         (tiny_config(), {}, {}, "nothing is quantized; add a gptq stage"),
         (tiny_config(), {"layers.0.q": Grid(4, 24)}, {}, "layers.0.q has group_size 24"),
         (tiny_config(), {"layers.0.q": Grid(5, 32)}, {}, "5 bits"),
-        (tiny_config(d_qk=12, d_v=(8, 8)), {}, {"attention": "gqa", "precision": "fp32"}, "multiple of 8"),
+        (tiny_config(d_qk=24, d_v=(8, 8)), {}, {"attention": "gqa", "precision": "fp32"}, "multiple of 16"),
+        (
+            tiny_config(d_qk=12, d_v=(8, 8)),
+            {},
+            {"attention": "gqa", "precision": "fp32", "left_padding": True},
+            "multiple of 8",
+        ),
         (tiny_config(d_qk=16, d_v=(16, 24)), {}, {"attention": "gqa", "precision": "fp32"}, r"layers \[1\]"),
         (tiny_config(d_qk=15, d_v=(8, 8)), {}, {"precision": "fp32"}, "odd"),
         (tiny_config(), {}, {"precision": "fp32", "left_padding": True}, "reduced always handles it"),

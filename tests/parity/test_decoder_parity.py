@@ -12,7 +12,7 @@ from torch import Tensor
 from flatq.calibrate import python_docs, tokenise
 from flatq.decoder import Decoder, GrowingCache
 from flatq.errors import RecipeError
-from flatq.load import Source, open_model
+from flatq.source import Source, open_model
 from flatq.weights import load_decoder
 
 transformers = pytest.importorskip("transformers")
@@ -88,6 +88,7 @@ def tiny(case: str, **more: Any) -> Any:
     return model
 
 
+@pytest.fixture(scope="module")
 def smollm2() -> Source:
     """The real model, where its package is installed."""
     try:
@@ -181,8 +182,8 @@ def test_half_precision_weights_are_read_as_stored(dtype: torch.dtype, tmp_path:
 
 @pytest.mark.smollm2
 @torch.no_grad()
-def test_real_smollm2_equals_transformers_own_gguf_loader() -> None:
-    source = smollm2()
+def test_real_smollm2_equals_transformers_own_gguf_loader(smollm2: Source) -> None:
+    source = smollm2
     file = source.files[0]
     # What from_pretrained(gguf_file=...) does inside; that door itself wants accelerate installed.
     config = transformers.LlamaConfig(**SMOLLM2_CONFIG)
@@ -199,8 +200,8 @@ def test_real_smollm2_equals_transformers_own_gguf_loader() -> None:
 
 
 @pytest.mark.smollm2
-def test_real_smollm2_brings_its_tokenizer_and_chat_template() -> None:
-    source = smollm2()
+def test_real_smollm2_brings_its_tokenizer_and_chat_template(smollm2: Source) -> None:
+    source = smollm2
     source.validate()
     tokenizer = source.tokenizer()
     assert tokenizer("Hello world, it's 2024!")["input_ids"] == [19556, 905, 28, 357, 506, 216, 34, 32, 34, 36, 17]

@@ -25,7 +25,7 @@ from flatq.decoder import DecoderConfig, Rope
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.families import FAMILIES
 from flatq.gguf_file import halves_from_pairs, pairs_from_halves
-from flatq.load import Source, open_model
+from flatq.source import Source, open_model
 from flatq.weights import load_decoder, tensor_shapes
 from tests.models import RandomWeights, tiny_config
 

@@ -1,0 +1,65 @@
+"""GGUF export: files that an unchanged llama.cpp runs (and with it Ollama, LM Studio and others).
+
+Read ``layouts.py`` first: which architecture a narrowed model borrows and what that costs. ``placement.py`` says where
+rows and columns go, ``blocks.py`` carries codes into ggml's blocks, ``contents.py`` plans and makes the tensors,
+``tokenizer.py`` and ``metadata.py`` say the rest, ``runner.py`` runs the result in llama.cpp. Importing this package
+does not need llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flatq.artifact import Artifact
+from flatq.decoder import DecoderConfig
+from flatq.errors import ExportError
+from flatq.export import Exported, Runner
+from flatq.quantize.grid import Grid
+from flatq_gguf.contents import Contents
+from flatq_gguf.layouts import objections
+from flatq_gguf.options import GgufOptions
+from flatq_gguf.writing import estimated_bytes, write_file
+
+__all__ = ["GgufExporter", "GgufOptions"]
+
+
+class GgufExporter:
+    """Writes one ``.gguf`` file, or numbered parts of one."""
+
+    Options = GgufOptions
+
+    def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions) -> list[str]:
+        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
+        return objections(config, grids, options)
+
+    def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions) -> int:
+        """Size of the files, from shapes."""
+        return estimated_bytes(Contents.of(config, grids, options))
+
+    def dense(self, options: GgufOptions) -> GgufOptions:
+        """The family's own architecture in the type that ``baseline`` names."""
+        return options.model_copy(update={"precision": options.baseline, "layout": "auto"})
+
+    def write(self, artifact: Artifact, out: Path, options: GgufOptions) -> Exported:
+        """Write the file into ``out``; it appears when it is whole.
+
+        Raises:
+            ExportError: ``check`` objects, or the tokenizer cannot be described to llama.cpp.
+        """
+        problems = self.check(artifact.config, artifact.grids, options)
+        if problems:
+            raise ExportError("\n".join(problems))
+        return write_file(artifact, out, Contents.of(artifact.config, artifact.grids, options))
+
+    def open(
+        self, exported: Path, options: GgufOptions, *, provider: str = "auto", threads: int = 0, exact: bool = False
+    ) -> Runner | None:
+        """Open what ``write`` wrote in llama.cpp; None where llama-cpp-python is not installed."""
+        from importlib.util import find_spec
+
+        if find_spec("llama_cpp") is None:
+            return None
+        from flatq_gguf.runner import LlamaCppRunner
+
+        return LlamaCppRunner(exported, provider=provider, threads=threads, exact=exact)

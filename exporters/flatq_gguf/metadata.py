@@ -1,0 +1,130 @@
+"""What a GGUF file says about itself: architecture, widths, tokenizer, where it came from, and its file name."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+from flatq.artifact import Artifact
+from flatq.decoder import DecoderConfig
+from flatq_gguf.contents import Contents, Planned
+from flatq_gguf.layouts import FULL_WINDOW
+from flatq_gguf.tokenizer import Vocabulary
+
+# ``general.file_type`` by the type of most weights: llama.cpp's LlamaFileType.
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+
+
+def most_common(planned: list[Planned]) -> str:
+    """The type that holds most weights inside the layers: what a file is called after."""
+    weights: dict[str, int] = {}
+    for tensor in planned:
+        if len(tensor.shape) == 2 and tensor.source.startswith("layers."):
+            weights[tensor.kind] = weights.get(tensor.kind, 0) + tensor.shape[0] * tensor.shape[1]
+    return max(weights, key=lambda kind: weights[kind])
+
+
+def model_name(artifact: Artifact, contents: Contents) -> str:
+    """``name`` of the options, else the last part of where the model came from."""
+    if contents.options.name is not None:
+        return contents.options.name
+    origin = str(artifact.manifest.get("source", {}).get("origin", ""))
+    last = PurePath(origin.removeprefix("package:")).name.removesuffix(".gguf")
+    return last or contents.config.family
+
+
+def file_name(artifact: Artifact, contents: Contents, kind: str) -> str:
+    """As llama.cpp names files: ``Name-Finetune-TYPE.gguf``."""
+    import gguf
+
+    return f"{gguf.naming_convention(model_name(artifact, contents), None, 'flatq', None, None, kind)}.gguf"
+
+
+def describe(writer: Any, artifact: Artifact, contents: Contents, kind: str) -> None:
+    """``general.*``: what the file is and where it came from."""
+    import gguf
+
+    source = artifact.manifest.get("source", {})
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(model_name(artifact, contents))
+    writer.add_finetune("flatq")
+    writer.add_size_label(gguf.size_label(contents.config.parameters(), 0, 0, 0))
+    if source.get("license"):
+        writer.add_license(source["license"])
+    writer.add_quantized_by(f"flatq {artifact.manifest.get('versions', {}).get('flatq', '')}".strip())
+    writer.add_description(
+        f"{contents.config.family} model compressed by flatq; written as architecture {contents.architecture.name}"
+    )
+    origin = str(source.get("origin", ""))
+    if origin.count("/") == 1 and not origin.startswith((".", "/", "package:")):
+        organization, _, name = origin.partition("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        writer.add_base_model_organization(0, organization)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{origin}")
+    if kind not in ("F32", "F16", "BF16"):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(FILE_TYPES[kind])
+
+
+def context_length(contents: Contents) -> int:
+    """Positions that the file announces: llama.cpp ignores these families' sliding window, so it ends there."""
+    limit = contents.options.context_length or contents.config.max_positions
+    window = contents.config.sliding_window
+    return limit if window is None else min(limit, window)
+
+
+def dimension(writer: Any, contents: Contents) -> None:
+    """Widths and switches below the architecture's name."""
+    config, chosen = contents.config, contents.architecture
+    layers, first = chosen.written.layers, chosen.written.layers[0]
+    by_layer = chosen.name == "deci"
+    writer.add_vocab_size(config.vocab)
+    writer.add_context_length(context_length(contents))
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(len(layers))
+    writer.add_feed_forward_length([dims.d_ff for dims in layers] if by_layer else first.d_ff)
+    writer.add_head_count([dims.heads for dims in layers] if by_layer else first.heads)
+    writer.add_head_count_kv([dims.kv_heads for dims in layers] if by_layer else first.kv_heads)
+    writer.add_key_length(first.d_qk)
+    writer.add_value_length(first.d_v)
+    writer.add_rope_dimension_count(first.d_qk)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.rope.scaling == "linear":
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope.factor)
+    if chosen.name == "mimo2":
+        _dress_mimo2(writer, config)
+
+
+def _dress_mimo2(writer: Any, config: DecoderConfig) -> None:
+    """Keys without which that architecture does not load; none of them changes what is computed."""
+    writer.add_expert_feed_forward_length(0)
+    writer.add_sliding_window(FULL_WINDOW)
+    writer.add_sliding_window_pattern([True] + [False] * (len(config.layers) - 1))
+    writer.add_float32(f"{writer.arch}.rope.freq_base_swa", config.rope.theta)
+
+
+def tokenize(writer: Any, vocabulary: Vocabulary | None) -> None:
+    """``tokenizer.*``; a file without a tokenizer says so, for llama.cpp insists on the key."""
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_tokenizer_model(vocabulary.model)
+    if vocabulary.pre is not None:
+        writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    for name, index in vocabulary.ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+    for name, value in vocabulary.flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)

@@ -1,0 +1,41 @@
+"""What a recipe may say about a GGUF file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Precision = Literal["codes", "f32", "f16", "bf16", "q8_0", "q5_0", "q4_1", "q4_0"]
+
+
+class GgufOptions(BaseModel):
+    """Options of ``exports: - gguf: {...}``.
+
+    Attributes:
+        layout: ``auto`` is the family's own architecture when no layer was narrowed, else ``deci``; ``deci`` takes
+            any width per layer, its value heads filled up with zeros; ``compact`` (architecture ``mimo2``) has truly
+            narrower value heads and a smaller V cache, for untied models with plain rope and one rank in all layers.
+        precision: ``codes`` carries the artifact's own codes bit for bit in Q4_0, Q5_0 or Q8_0. All others write
+            every matrix in that type, quantized ones by plain rounding with embedding and head in Q8_0.
+        otherwise: with ``codes``, the type of a matrix that has none, or whose codes no block type can carry.
+        ffn_multiple: MLP widths are filled up to a multiple of this with zero channels; 256 is what K-quants need,
+            if the file is to go through llama-quantize.
+        context_length: positions the file announces; None is the model's own limit.
+        baseline: type of the model before compression that ``bench`` measures beside this export.
+        name: ``general.name`` and the beginning of the file name; None derives it from the recipe's model.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer, for a tokenizer that is not recognized.
+        split_above: bytes of tensors in one file, unless a single tensor is larger; 0 never splits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: Literal["auto", "deci", "compact"] = "auto"
+    precision: Precision = "codes"
+    otherwise: Literal["f32", "f16", "bf16", "q8_0"] = "q8_0"
+    ffn_multiple: Literal[32, 256] = 32
+    context_length: int | None = Field(default=None, ge=1)
+    baseline: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
+    name: str | None = Field(default=None, pattern=r"^[^/\\\0]+$")
+    pre_tokenizer: str | None = Field(default=None, min_length=1)
+    split_above: int = Field(default=40_000_000_000, ge=0)

@@ -1,0 +1,211 @@
+"""A Hugging Face ``tokenizer.json`` as GGUF metadata.
+
+llama.cpp tokenizes by itself: it is told the pieces, their types and the merges or scores, and by name one of the
+pre-tokenizers that are built into it. A wrong name gives other tokens and slightly worse text that nobody traces back,
+so the name is either certain or refused.
+
+How the name is found. llama.cpp's converter tokenizes one fixed text and looks the hash of the token numbers up, which
+needs a row for every vocabulary. The pre-tokenizer itself is written down in tokenizer.json, so it is read here: its
+steps, with regular expressions known by their hash. The same splitting rule has the same name whatever the vocabulary.
+
+Byte-level BPE becomes model ``gpt2``. BPE with byte fallback (Llama 2, Mistral) becomes ``llama``, where llama.cpp
+merges the adjacent pair of the highest score: the negated rank of the merge that makes a piece is that score.
+WordPiece and Unigram were left out: no supported family has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flatq.errors import ExportError
+
+FILE = "tokenizer.json"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# First 16 digits of SHA-256 of a Split step's regular expression, and whether whole words skip the merges.
+SPLITS = {
+    ("d98f9631be1e9607", True): "llama-bpe",
+    ("d98f9631be1e9607", False): "smaug-bpe",
+    ("1ff7f41064896984", False): "qwen2",
+    ("1d64a9a8eaf9f1bd", True): "tekken",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Everything under ``tokenizer.`` in a GGUF file.
+
+    Attributes:
+        model: ``gpt2`` or ``llama``.
+        pre: name of the pre-tokenizer; None for ``llama``, which has none.
+        tokens: one piece per row of the embedding.
+        types: NORMAL and so on, per piece.
+        merges: ``left right``, best first; empty for ``llama``.
+        scores: per piece; empty for ``gpt2``.
+        ids: ``bos``, ``eos``, ``unknown``, ``padding`` where the model has them.
+        flags: ``add_bos_token`` and so on.
+    """
+
+    model: str
+    pre: str | None
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    scores: list[float]
+    ids: dict[str, int]
+    flags: dict[str, bool]
+    chat_template: str | None
+
+
+def read_vocabulary(root: Path, size: int, settings: dict[str, Any], pre: str | None) -> Vocabulary | None:
+    """The tokenizer beside an artifact; None if there is none.
+
+    Args:
+        root: the artifact's folder.
+        size: rows of the embedding; pieces beyond the tokenizer's are marked unused.
+        settings: the artifact's ``config.json``, for the token ids.
+        pre: name of the pre-tokenizer given by the user.
+
+    Raises:
+        ExportError: a tokenizer that GGUF cannot hold or whose pre-tokenizer has no known name.
+    """
+    path = root / FILE
+    if not path.exists():
+        return None
+    described = json.loads(path.read_text(encoding="utf-8"))
+    kind = described["model"].get("type")
+    if kind != "BPE":
+        raise ExportError(f"gguf: {path}: tokenizers of type {kind} are not supported; supported: BPE")
+    beside = root / "tokenizer_config.json"
+    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    tokens, types = _pieces(described, size, path)
+    ids = _ids({token: index for index, token in enumerate(tokens)}, config, settings, described["model"])
+    adds_bos, adds_eos = _frame(path, ids)
+    flags = {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
+    template = _chat_template(root, config)
+    if described["model"].get("byte_fallback"):
+        if ids.get("unknown") is not None:
+            types[ids["unknown"]] = UNKNOWN
+        flags["add_space_prefix"] = _prefixes_space(described)
+        scores = _scores(tokens, types, described["model"]["merges"])
+        return Vocabulary("llama", None, tokens, types, [], scores, ids, flags, template)
+    flags["add_space_prefix"] = False
+    name = pre or pre_tokenizer_name(described, path)
+    return Vocabulary("gpt2", name, tokens, types, merges, [], ids, flags, template)
+
+
+def pre_tokenizer_name(described: dict[str, Any], where: Path) -> str:
+    """llama.cpp's name of a byte-level tokenizer's splitting rule.
+
+    Args:
+        described: the parsed ``tokenizer.json``.
+        where: for the message.
+
+    Raises:
+        ExportError: the rule is none of the known ones.
+    """
+    steps = _steps(described.get("pre_tokenizer"))
+    kinds = [step["type"] for step in steps]
+    unprefixed = not any(step.get("add_prefix_space") for step in steps)
+    whole = bool(described["model"].get("ignore_merges"))
+    name = None
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not whole:
+        name = "gpt-2"
+    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+        name = None if whole else "smollm"
+    elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        rule = steps[0].get("pattern", {}).get("Regex", "")
+        if steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+            name = SPLITS.get((hashlib.sha256(rule.encode()).hexdigest()[:16], whole))
+    if name is None or not unprefixed:
+        raise ExportError(
+            f"gguf: {where}: llama.cpp's name for this pre-tokenizer ({' + '.join(kinds) or 'none'}) is not known; known: "
+            f"gpt-2, smollm, {', '.join(SPLITS.values())}. Look it up in the model's own GGUF files (key "
+            "tokenizer.ggml.pre) and set it as the option pre_tokenizer"
+        )
+    return name
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [step for inner in part["pretokenizers"] for step in _steps(inner)]
+    return [part]
+
+
+def _pieces(described: dict[str, Any], size: int, path: Path) -> tuple[list[str], list[int]]:
+    tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
+    entries = [(piece, index, NORMAL) for piece, index in described["model"]["vocab"].items()]
+    added = described.get("added_tokens", [])
+    entries += [(e["content"], e["id"], CONTROL if e["special"] else USER_DEFINED) for e in added]
+    for piece, index, kind in entries:
+        if index >= size:
+            raise ExportError(
+                f"gguf: {path}: piece {piece!r} has number {index}, but the embedding has {size} rows; "
+                "the tokenizer belongs to another model"
+            )
+        tokens[index], types[index] = piece, kind
+    if described["model"].get("byte_fallback"):
+        for index, piece in enumerate(tokens):
+            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                types[index] = BYTE
+    return tokens, types
+
+
+def _ids(
+    number: dict[str, int], config: dict[str, Any], settings: dict[str, Any], model: dict[str, Any]
+) -> dict[str, int]:
+    """Numbers of the special tokens: what the tokenizer says, else what the model says."""
+    found = {}
+    for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"), ("unknown", "unk_token")):
+        piece = config.get(key)
+        piece = piece.get("content") if isinstance(piece, dict) else piece
+        index = number.get(piece) if piece is not None else None
+        if index is None and name == "unknown":
+            index = number.get(model.get("unk_token") or "")
+        if index is None:
+            stated = settings.get(f"{key}_id")
+            index = stated[0] if isinstance(stated, list) else stated
+        if index is not None:
+            found[name] = int(index)
+    return found
+
+
+def _frame(path: Path, ids: dict[str, int]) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before and eos behind a text, found by asking it."""
+    from tokenizers import Tokenizer
+
+    framed = Tokenizer.from_file(str(path)).encode("a").ids
+    starts = bool(framed) and framed[0] == ids.get("bos")
+    return starts, len(framed) > 1 and framed[-1] == ids.get("eos")
+
+
+def _prefixes_space(described: dict[str, Any]) -> bool:
+    parts = [described.get("normalizer"), *_steps(described.get("pre_tokenizer"))]
+    flat = [step for part in parts if part for step in part.get("normalizers", [part])]
+    return any(
+        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in flat
+    )
+
+
+def _scores(tokens: list[str], types: list[int], merges: list[Any]) -> list[float]:
+    rank: dict[str, int] = {}
+    for index, pair in enumerate(merges):
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        rank.setdefault(left + right, index)
+    last = len(merges)
+    return [float(-rank.get(piece, last)) if kind == NORMAL else 0.0 for piece, kind in zip(tokens, types, strict=True)]
+
+
+def _chat_template(root: Path, config: dict[str, Any]) -> str | None:
+    beside = root / "chat_template.jinja"
+    if beside.exists():
+        return beside.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,112 @@
+"""The file on disk: header and table first, from shapes; then one tensor after another; then a rename.
+
+gguf's own writer does the bytes. It is fed tensor by tensor, so that a large model needs the memory of its largest
+table. A folder with a ``.growing`` inside is an export that did not finish.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from flatq.artifact import Artifact
+from flatq.export import Exported
+from flatq_gguf.contents import ALIGNMENT, Contents, Planned
+from flatq_gguf.metadata import context_length, describe, dimension, file_name, most_common, tokenize
+from flatq_gguf.tokenizer import Vocabulary, read_vocabulary
+
+METADATA_BYTES = 4000  # names, widths and the table's fixed part, as measured
+TENSOR_ENTRY_BYTES = 60  # name, shape, type and offset of a tensor
+PIECE_BYTES = 32  # a piece of the vocabulary with its type and its merge, as measured on 49,152 pieces
+
+
+def write_file(artifact: Artifact, out: Path, contents: Contents) -> Exported:
+    """Write everything; see ``GgufExporter.write``."""
+    import gguf
+
+    planned = list(contents.planned())
+    kind = most_common(planned)
+    options = contents.options
+    vocabulary = read_vocabulary(artifact.root, contents.config.vocab, artifact.settings, options.pre_tokenizer)
+    growing = out / ".growing"
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
+    with closing(gguf.GGUFWriter(None, contents.architecture.name, split_max_size=options.split_above)) as writer:
+        describe(writer, artifact, contents, kind)
+        dimension(writer, contents)
+        tokenize(writer, vocabulary)
+        for tensor in planned:
+            ggml = gguf.GGMLQuantizationType[tensor.kind]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, ggml)
+        writer.write_header_to_file(growing / file_name(artifact, contents, kind))
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in planned:
+            writer.write_tensor_data(np.ascontiguousarray(contents.tensor(tensor, artifact)))
+        writer.flush()
+        for file in writer.fout:
+            os.fsync(file.fileno())
+    files = []
+    for path in sorted(growing.iterdir()):
+        files.append(path.replace(out / path.name))
+    growing.rmdir()
+    details = {"architecture": contents.architecture.name, "rounded": [t.name for t in planned if rounds(t)]}
+    return Exported(out, tuple(files), notes=tuple(_notes(contents, planned, vocabulary, files)), details=details)
+
+
+def rounds(tensor: Planned) -> bool:
+    """Whether a tensor's numbers may be rounded once more on the way into the file."""
+    return tensor.kind != "F32" and not tensor.carries_codes
+
+
+def estimated_bytes(contents: Contents) -> int:
+    """Size of the files from shapes alone."""
+    total = METADATA_BYTES + contents.config.vocab * PIECE_BYTES
+    for tensor in contents.planned():
+        total += TENSOR_ENTRY_BYTES + -(-tensor.bytes // ALIGNMENT) * ALIGNMENT
+    return total
+
+
+def _notes(contents: Contents, planned: list[Planned], vocabulary: Vocabulary | None, files: list[Path]) -> list[str]:
+    config, written = contents.config, contents.architecture.written
+    notes = [f"architecture in the file: {contents.architecture.name}"]
+    if any(a.d_v != b.d_v for a, b in zip(config.layers, written.layers, strict=True)):
+        notes.append("value heads are filled up with zeros: v, o and the V cache take the room of the original model")
+    wider = [b.d_ff - a.d_ff for a, b in zip(config.layers, written.layers, strict=True)]
+    if any(wider):
+        notes.append(f"{sum(wider)} zero MLP channels were added, to fill blocks or to make all layers alike")
+    if contents.options.precision == "codes":
+        notes += _uncarried(contents, planned)
+    if context_length(contents) < (contents.options.context_length or config.max_positions):
+        notes.append(
+            f"context length {context_length(contents)}: llama.cpp does not apply this model's sliding window, and up "
+            "to there it makes no difference"
+        )
+    if vocabulary is None:
+        notes.append("the artifact has no tokenizer.json, so the file has no tokenizer: programs can feed it numbers only")
+    if contents.options.precision in ("f32", "f16", "bf16"):
+        model = files[0].name
+        notes.append(f"for K-quants: llama-quantize {model} {model.rsplit('-', 1)[0]}-Q4_K_M.gguf Q4_K_M")
+    return notes
+
+
+def _uncarried(contents: Contents, planned: list[Planned]) -> list[str]:
+    """Which matrices are not the artifact's codes, and why."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for tensor in planned:
+        if tensor.source and len(tensor.shape) == 2 and not tensor.carries_codes:
+            stem = tensor.source.removesuffix(".weight")
+            why = (
+                "for blocks of 32 columns would span groups of two scales; rank_multiple: 32 in the flat stage avoids it"
+                if stem in contents.grids
+                else "for they have no codes"
+            )
+            found.setdefault((tensor.kind, why), []).append(stem)
+    return [
+        f"stored as {kind}, {why}: {stems[0]}{f' and {len(stems) - 1} more' if len(stems) > 1 else ''}"
+        for (kind, why), stems in found.items()
+    ]

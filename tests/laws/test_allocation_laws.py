@@ -1,0 +1,149 @@
+"""Who keeps how much: budgets are met, bounds and multiples are kept, importance is respected."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from flatq.compress.allocate import Costs, iprs, share_of_the_rest, uniform, widths
+from flatq.compress.stage import plan_ranks
+from flatq.dims import LayerDims
+from flatq.errors import RecipeError
+from flatq.recipe import FlatSpec
+from tests.models import tiny_config
+
+IMPORTANCE = st.lists(st.floats(1e-3, 1), min_size=1, max_size=40)
+KEEP = st.floats(0.05, 1)
+
+
+@given(IMPORTANCE, KEEP)
+def test_iprs_keeps_what_was_asked_for_on_average(importance: list[float], keep: float) -> None:
+    shares = iprs(importance, keep)
+    assert math.fsum(shares) / len(shares) == pytest.approx(keep)
+    assert all(0 < share <= 1 for share in shares)
+
+
+@given(IMPORTANCE, KEEP)
+def test_iprs_gives_the_more_important_layer_no_less(importance: list[float], keep: float) -> None:
+    ranked = [share for _, share in sorted(zip(importance, iprs(importance, keep), strict=True))]
+    assert all(low <= high + 1e-12 for low, high in zip(ranked, ranked[1:], strict=False))
+
+
+@given(IMPORTANCE, KEEP, st.floats(1e-3, 1e3))
+def test_iprs_knows_no_unit_of_importance(importance: list[float], keep: float, unit: float) -> None:
+    scaled = [unit * value for value in importance]
+    assert iprs(scaled, keep) == pytest.approx(iprs(importance, keep))
+
+
+def test_iprs_by_hand() -> None:
+    """Budget 0.7 x 4 = 2.8: shares .28 .56 .84 1.12, so the last is fixed at 1; then 1.8 is shared 1 : 2 : 3."""
+    assert iprs([1, 2, 3, 4], 0.7) == pytest.approx([0.3, 0.6, 0.9, 1.0])
+
+
+def test_iprs_by_hand_in_two_rounds() -> None:
+    """Budget 3: 10 takes 2.4 and is fixed; of the 2 left 1.5 : 1 gives 5 / 2.5 x 2, so the next is fixed as well."""
+    assert iprs([10, 1.5, 0.5, 0.5], 0.75) == pytest.approx([1, 1, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
+def test_layers_of_equal_importance_share_equally(keep: float) -> None:
+    assert iprs([0.2] * 5, keep) == pytest.approx(uniform(5, keep))
+    assert iprs([0.0] * 5, keep) == pytest.approx(uniform(5, keep)), "no importance at all says nothing"
+
+
+def test_layers_without_importance_get_what_the_others_cannot_take() -> None:
+    assert iprs([0, 0, 1], 0.5) == pytest.approx([0.25, 0.25, 1])
+
+
+@given(IMPORTANCE)
+def test_keeping_everything_leaves_every_layer_whole(importance: list[float]) -> None:
+    assert iprs(importance, 1.0) == pytest.approx([1.0] * len(importance))
+
+
+def test_no_layers_have_no_shares() -> None:
+    assert iprs([], 0.5) == uniform(0, 0.5) == []
+
+
+def parameters(layers: tuple[LayerDims, ...], d_model: int) -> int:
+    return sum(dims.parameters(d_model) for dims in layers)
+
+
+@given(
+    st.lists(st.floats(0.01, 1), min_size=1, max_size=12),
+    st.floats(0.3, 1),
+    st.sampled_from([(4, 1), (4, 2), (4, 4), (8, 2)]),
+    st.sampled_from([1, 4, 8, 32]),
+    st.sampled_from([1, 8, 32, 256]),
+    st.sampled_from([96, 100, 256, 1000]),
+)
+@settings(max_examples=200, deadline=None)
+def test_widths_meet_the_budget_within_one_step(
+    importance: list[float], keep: float, heads: tuple[int, int], rank_step: int, width_step: int, d_ff: int
+) -> None:
+    d_model = 64
+    layers = (LayerDims(*heads, 16, 16, d_ff),) * len(importance)
+    whole = parameters(layers, d_model)
+    try:
+        share = share_of_the_rest(layers, d_model, keep)
+    except RecipeError:
+        assume(False)
+    planned = widths(
+        layers, d_model, iprs(importance, share), keep, rank_multiple=rank_step, width_multiple=width_step
+    )
+    for dims in planned:
+        assert 1 <= dims.d_v <= 16
+        assert dims.d_v % rank_step == 0 or dims.d_v == 16
+        assert 1 <= dims.d_ff <= d_ff
+        assert dims.d_ff % width_step == 0 or dims.d_ff == d_ff
+        assert (dims.heads, dims.kv_heads, dims.d_qk) == (*heads, 16), "queries and keys stay whole"
+    surplus = parameters(planned, d_model) - keep * whole
+    step = 3 * d_model * width_step
+    at_the_bound = all(dims.d_ff == (min(width_step, d_ff) if surplus > 0 else d_ff) for dims in planned)
+    assert abs(surplus) <= step or at_the_bound
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8, 1.0])
+def test_the_share_of_the_rest_makes_up_for_queries_and_keys(keep: float) -> None:
+    layers, d_model = (LayerDims(4, 2, 16, 16, 96), LayerDims(4, 2, 16, 12, 64)), 64
+    share = share_of_the_rest(layers, d_model, keep)
+    kept = sum(Costs.of(dims, d_model).total(share * dims.d_v, share * dims.d_ff) for dims in layers)
+    assert kept == pytest.approx(keep * parameters(layers, d_model))
+
+
+def test_costs_are_the_layer_s_parameters() -> None:
+    dims = LayerDims(4, 2, 16, 12, 96)
+    assert Costs.of(dims, 64).total(dims.d_v, dims.d_ff) == dims.parameters(64)
+
+
+def test_a_budget_below_queries_and_keys_is_refused_with_the_least_that_can_be_had() -> None:
+    layers = (LayerDims(4, 4, 16, 16, 96),) * 2
+    least = 2 * 64 * 64 / layers[0].parameters(64)
+    with pytest.raises(RecipeError, match=rf"keep_ratio: 0\.1 cannot be reached.* {math.ceil(1000 * least) / 1000}"):
+        share_of_the_rest(layers, 64, 0.1)
+
+
+@pytest.mark.parametrize("allocation", ["iprs", "uniform"])
+def test_a_plan_that_keeps_everything_is_the_model(allocation: str) -> None:
+    config = tiny_config()
+    spec = FlatSpec.model_validate({"keep_ratio": 1.0, "allocation": allocation})
+    assert plan_ranks(config, spec, [0.1, 0.9]).layers == config.layers
+
+
+@pytest.mark.parametrize("allocation", ["iprs", "uniform"])
+@pytest.mark.parametrize("keep", [0.5, 0.8])
+def test_a_plan_says_what_it_really_keeps(allocation: str, keep: float) -> None:
+    config = tiny_config(d_v=(16,) * 6, d_ff=(96,) * 6)
+    spec = FlatSpec.model_validate(
+        {"keep_ratio": keep, "allocation": allocation, "rank_multiple": 2, "width_multiple": 2}
+    )
+    plan = plan_ranks(config, spec, [0.3, 0.1, 0.1, 0.1, 0.2, 0.4])
+    kept = parameters(plan.layers, 64) / parameters(config.layers, 64)
+    assert plan.achieved == pytest.approx(kept)
+    assert kept == pytest.approx(keep, abs=2 * 3 * 64 / parameters(config.layers, 64))
+    if allocation == "iprs":
+        assert plan.layers[5].d_ff > plan.layers[1].d_ff
+    else:
+        assert max(d.d_ff for d in plan.layers) - min(d.d_ff for d in plan.layers) <= 2

@@ -1,0 +1,230 @@
+"""Whole runs on a tiny random model, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import flatq as package
+from flatq.artifact import Artifact
+from flatq.quantize.grid import QuantizedWeight
+from flatq.report import BASELINE, read_report
+from flatq.source import open_model
+from flatq.weights import load_decoder
+from tests.conftest import FLAT, GPTQ, LAYERS, ONNX, MakeRecipe, digests, flatq, manifest_of
+
+BLOCKS = 2 * LAYERS
+REPORT = {
+    "schema_version", "model", "recipe", "environment", "baseline", "result", "layers", "exports", "bench", "timing",
+    "peak_rss_bytes",
+}  # fmt: skip
+
+
+def test_a_run_leaves_what_it_promises_and_nothing_else(exported_run: tuple[Path, Path]) -> None:
+    _, out = exported_run
+    assert {path.name for path in out.iterdir()} == {
+        "artifact", "exports", "recipe.yaml", "report.html", "report.json", "report.md", "run.json",
+    }  # fmt: skip
+    assert {path.name for path in (out / "exports").iterdir()} == {"reduced", "gqa", "fp32"}
+    assert not list(out.rglob("*.partial"))
+
+
+def test_the_report_holds_what_others_build_on(exported_run: tuple[Path, Path]) -> None:
+    _, out = exported_run
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) >= REPORT
+    for measure in (report["baseline"], report["result"]):
+        assert {"parameters", "decoder_parameters", "bytes", "perplexity"} <= set(measure)
+    assert report["result"]["decoder_parameters"] < report["baseline"]["decoder_parameters"]
+    assert report["result"]["bytes"] < report["baseline"]["bytes"] / 4, "4 bits and narrower, from float32"
+    assert len(report["layers"]) == LAYERS
+    errors = {name: error for layer in report["layers"] for name, error in layer["errors"].items()}
+    assert {"value", "mlp", "q", "k", "v", "o", "gate", "up", "down"} <= set(errors)
+    assert all(0 <= error < 1 for error in errors.values())
+    assert [export["name"] for export in report["exports"]] == ["reduced", "gqa", "fp32"]
+    for export in report["exports"]:
+        assert export["sha256"] == {
+            file: digest for file, digest in digests(out / "exports" / export["name"]).items() if file != "export.json"
+        }
+        assert export["verify"] is not None
+    assert {"baseline", "importance", "compress", "evaluate", "export-gqa", "bench"} <= set(report["timing"])
+    assert read_report(out / "report.json").model_dump(mode="json") == report
+
+
+def test_a_bench_measures_the_dense_model_beside_the_result(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    bench = {"provider": "cpu", "prompt": 4, "new_tokens": 3, "repeats": 1, "threads": 1}
+    assert flatq("run", make_recipe(exports=ONNX[:1], bench=bench), "--out", tmp_path / "out").exit_code == 0
+    measured = read_report(tmp_path / "out" / "report.json").bench
+    assert [entry.name for entry in measured] == [BASELINE, "reduced"]
+    assert {entry.provider for entry in measured} == {"CPUExecutionProvider"}
+    assert all(entry.decode_tokens_per_second.median > 0 for entry in measured)
+
+
+def test_the_artifact_states_the_widths_that_it_has(exported_run: tuple[Path, Path]) -> None:
+    artifact = Artifact.open(exported_run[1])
+    artifact.verify()
+    for index, dims in enumerate(artifact.config.layers):
+        for linear in ("q", "k", "v", "o", "gate", "up", "down"):
+            assert tuple(artifact.tensor(f"layers.{index}.{linear}.weight").shape) == dims.shape(linear, 64)
+    assert isinstance(artifact.tensor("embed.weight"), QuantizedWeight)
+    assert artifact.config.layers != open_model(artifact.manifest["source"]["origin"]).config.layers
+
+
+def test_a_second_call_does_nothing_and_says_so(
+    exported_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, out = exported_run
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert flatq("run", recipe, "--out", out).exit_code == 0
+    assert "already finished, nothing to do" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_two_runs_give_the_same_bytes(exported_run: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, out = exported_run
+    assert flatq("run", recipe, "--out", tmp_path / "out").exit_code == 0
+    for part in ("artifact", "exports"):
+        assert digests(tmp_path / "out" / part) == digests(out / part)
+
+
+def test_fresh_starts_over(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, out = make_recipe(), tmp_path / "out"
+    assert flatq("run", recipe, "--out", out).exit_code == 0
+    first = digests(out / "artifact")
+    shutil.rmtree(out / "artifact")
+    assert flatq("run", recipe, "--out", out, "--fresh").exit_code == 0
+    assert digests(out / "artifact") == first
+
+
+def test_fresh_lets_another_recipe_take_the_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert flatq("run", make_recipe(stages=[GPTQ]), "--out", out).exit_code == 0
+    assert flatq("run", make_recipe("other", stages=[FLAT]), "--out", out, "--fresh").exit_code == 0
+    assert manifest_of(out)["recipe"] == (tmp_path / "other.yaml").read_text()
+
+
+def test_without_out_the_folder_is_named_after_the_recipe(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe("mine")
+    monkeypatch.chdir(tmp_path)
+    shown = flatq("run", recipe)
+    assert shown.exit_code == 0
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.startswith("mine-")
+    assert shown.stdout.strip() == f"runs/{made.name}"
+
+
+@pytest.mark.parametrize("stages", [[FLAT], [GPTQ], [FLAT, GPTQ]], ids=["flat", "gptq", "both"])
+def test_each_stage_works_alone_and_both_together(
+    stages: list[dict[str, Any]], make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path
+) -> None:
+    assert flatq("run", make_recipe(stages=stages), "--out", tmp_path / "out").exit_code == 0
+    artifact, dense = Artifact.open(tmp_path / "out"), open_model(str(tiny_model)).config
+    kept = artifact.config.decoder_parameters() / dense.decoder_parameters()
+    assert kept == (pytest.approx(0.8, abs=0.02) if FLAT in stages else 1)
+    assert bool(artifact.grids) == (GPTQ in stages)
+
+
+def test_a_recipe_that_keeps_everything_changes_no_logit(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path
+) -> None:
+    recipe = make_recipe(stages=[{"flat": {"keep_ratio": 1.0}}])
+    assert flatq("run", recipe, "--out", tmp_path / "out").exit_code == 0
+    tokens = torch.arange(96).view(2, 48)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tiny_model)(tokens).logits
+    torch.testing.assert_close(load_decoder(Artifact.open(tmp_path / "out"))(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_loads_the_artifact_and_generates(exported_run: tuple[Path, Path]) -> None:
+    root = exported_run[1] / "artifact"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(root), AutoTokenizer.from_pretrained(root)
+    tokens = torch.tensor([tokenizer("The river").input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, load_decoder(Artifact.open(root))(tokens))
+    written = model.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=1)
+    assert written.shape[1] > tokens.shape[1]
+    assert package.load(root) is not None
+
+
+def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
+    """``flatq run`` as a process of its own, with the number of threads that this one has."""
+    threads = str(torch.get_num_threads())
+    return subprocess.Popen(
+        [sys.executable, "-m", "flatq", "run", str(recipe), "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill_after(blocks: int, recipe: Path, out: Path) -> int:
+    """Run until ``blocks`` blocks are finished, then kill -9; returns how many were (all, if it was too quick)."""
+    state = out / "work" / "state.json"
+    process = start(recipe, out)
+    try:
+        while process.poll() is None:
+            if state.exists() and json.loads(state.read_text())["blocks_done"] >= blocks:
+                break
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return int(json.loads(state.read_text())["blocks_done"]) if state.exists() else BLOCKS
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_a_killed_run_goes_on_at_its_block_and_ends_with_the_same_bytes(
+    make_recipe: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe(stages=[FLAT, {"gptq": {**GPTQ["gptq"], "block_size": 1}}])
+    whole = tmp_path / "whole"
+    for attempt in range(3):
+        killed = tmp_path / f"killed-{attempt}"
+        if (done := kill_after(2, recipe, killed)) < BLOCKS:
+            break
+    assert 2 <= done < BLOCKS, "the kill came in the middle"
+    shards = sorted((killed / "artifact.partial").glob("layer-*.safetensors"))[:done]
+    before = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in shards]
+    held = [path.open("rb") for path in shards]  # an open file keeps its inode number from being used again
+
+    assert flatq("run", recipe, "--out", killed).exit_code == 0
+    assert "baseline: already done" in caplog.text
+    after = [(killed / "artifact" / path.name).stat() for path in shards]
+    assert [(path.name, s.st_ino, s.st_mtime_ns) for path, s in zip(shards, after, strict=True)] == before
+    for file in held:
+        file.close()
+
+    assert flatq("run", recipe, "--out", whole).exit_code == 0
+    assert digests(killed / "artifact") == digests(whole / "artifact")
+
+
+def test_a_run_whose_export_failed_goes_on_with_the_export(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, out = make_recipe(exports=ONNX[:1]), tmp_path / "out"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flatq_onnx.saving.ir.save", full)
+        shown = flatq("run", recipe, "--out", out)
+    assert shown.exit_code == 3
+    assert "No space left on device" in shown.stderr
+    assert not list(out.rglob("*.partial"))
+    assert flatq("run", recipe, "--out", out).exit_code == 0
+    assert "compress: already done" in caplog.text
