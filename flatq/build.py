@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from flatq.artifact import Artifact, finish, save_shard, write_json
 from flatq.compress.stage import FlatStage, RankPlan
 from flatq.decoder import DecoderConfig
-from flatq.source import Source
 from flatq.progress import progress
 from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import GptqStage, planned_grids, quantize_table
 from flatq.recipe import Recipe
+from flatq.source import Source
 from flatq.walk import Block, blocks_done, walk
 from flatq.weights import HALVES, half_names
 

@@ -25,11 +25,11 @@ from flatq.build import dense_artifact
 from flatq.errors import ArtifactError, ExportError, RecipeError
 from flatq.export import Exported, Exporter, Runner, exporter_named
 from flatq.folder import RunFolder
-from flatq.source import Source
 from flatq.progress import progress
 from flatq.recipe import BenchSpec, Recipe, explain_options
 from flatq.report import BASELINE
-from flatq.verify import verify
+from flatq.source import Source
+from flatq.verify import EXACT, Limits, verify
 
 log = logging.getLogger(__name__)
 DESCRIPTION = "export.json"
@@ -105,16 +105,20 @@ def _written(
     exported = item.exporter.write(artifact, root, item.options)
     description = {"format": item.format, "options": item.options.model_dump(mode="json"), "artifact": origin}
     write_json(root / DESCRIPTION, description)
-    return exported, _verified(item, artifact, root, heldout)
+    return exported, _verified(item, artifact, exported, heldout)
 
 
-def _verified(item: PlannedExport, artifact: Artifact, root: Path, heldout: Tensor | None) -> dict[str, Any] | None:
+def _verified(
+    item: PlannedExport, artifact: Artifact, exported: Exported, heldout: Tensor | None
+) -> dict[str, Any] | None:
+    root = exported.root
+    limits = Limits(None, exported.rounding_kl) if exported.rounding_kl else EXACT
     exact = item.exporter.open(root, item.options, provider="cpu", exact=True)
     runner = item.exporter.open(root, item.options, provider="cpu")
     if exact is None or runner is None:
         return None
     try:
-        found = verify(artifact, runner, exact_runner=exact, tokens=heldout, name=item.name)
+        found = verify(artifact, runner, exact_runner=exact, tokens=heldout, name=item.name, limits=limits)
     finally:
         runner.close()
         exact.close()

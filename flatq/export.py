@@ -33,12 +33,19 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Files that an exporter wrote, all inside ``root``; ``notes`` are things a user should know."""
+    """Files that an exporter wrote, all inside ``root``.
+
+    Attributes:
+        notes: things a user should know.
+        rounding_kl: KL divergence from the artifact, in nats, that is allowed because the exporter rounded weights
+            once more (float16, fewer bits); 0 if the files hold the artifact's numbers.
+    """
 
     root: Path
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    rounding_kl: float = 0.0
 
     @property
     def bytes(self) -> int:

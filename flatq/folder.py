@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,23 @@ class RunFolder:
             if any(parent.iterdir()):
                 break
             parent.rmdir()
+
+    def depend_on(self, inputs: Mapping[str, Any]) -> None:
+        """Note what the run is made from; a resumed run must find the same, or its blocks would not fit together.
+
+        Raises:
+            RecipeError: names what changed since the run was begun.
+        """
+        path, found = self.work / "inputs.json", json.loads(json.dumps(inputs))
+        if not path.exists():
+            write_json(path, found)
+        noted = json.loads(path.read_text())
+        changed = [key for key in found if noted.get(key) != found[key]]
+        if changed:
+            raise RecipeError(
+                f"{self.root}: {', '.join(changed)} changed since this run was begun, and its finished part no longer "
+                "fits; put back what was there, or start over with --fresh"
+            )
 
     def phase(self, name: str, compute: Callable[[], Any]) -> Any:
         """Result of a phase, computed now or read from where an earlier run of this folder left it."""

@@ -27,11 +27,11 @@ from flatq.evaluate import perplexity
 from flatq.export import Runner, exporter_named
 from flatq.folder import RunFolder, require_space
 from flatq.generate import DecoderRunner, stream
-from flatq.source import Source, open_model
 from flatq.progress import progress
 from flatq.quantize.stage import objections, planned_grids
 from flatq.recipe import BenchSpec, CalibrationSpec, EvaluationSpec, Recipe
 from flatq.report import write_report
+from flatq.source import Source, open_model
 from flatq.summary import provenance, summarize
 from flatq.weights import HALVES, Weights
 
@@ -60,6 +60,8 @@ def run(recipe: Recipe, out: Path | None, *, device: str = "auto", fresh: bool =
     refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
     with folder.working():
         tokens = token_batches(recipe.calibration, recipe.evaluation, source.tokenizer())
+        origins = provenance(recipe, source, tokens)
+        folder.depend_on({name: origins[name] for name in ("source", "tokens", "versions")})
         baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
         plan = rank_plan(recipe, source, tokens, folder, device)
         refuse(recipe, source.config.with_layers(plan.layers), exports)

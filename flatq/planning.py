@@ -36,9 +36,8 @@ PROCESS = 700_000_000  # bytes that Python, torch and transformers hold before a
 def explanation(recipe: Recipe) -> list[str]:
     """The recipe in words, one line per step."""
     calibration, lines = recipe.calibration, [f"model        {recipe.model.path}"]
-    lines.append(
-        f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {calibration.path or calibration.dataset}"
-    )
+    text = calibration.path or calibration.dataset
+    lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {text}")
     if (flat := recipe.flat) is not None:
         lines.append(
             f"flat         keep {flat.keep_ratio:.0%} of the decoder's parameters, {flat.allocation} allocation"

@@ -220,7 +220,7 @@ def _compare_speed(entry: BenchResult, dense: BenchResult, found: Findings) -> N
 
 
 def write_report(report: Report, out_dir: Path) -> None:
-    """Write ``report.md``, ``report.html`` and last ``report.json``, the mark of a finished run; each whole or not at all."""
+    """Write ``report.md``, ``report.html`` and last ``report.json``, which marks a finished run; each appears whole."""
     write_atomically(out_dir / "report.md", render(report, "report.md.j2").encode())
     write_atomically(out_dir / "report.html", render(report, "report.html.j2").encode())
     write_json(out_dir / "report.json", report.model_dump(mode="json"))

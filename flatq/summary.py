@@ -8,9 +8,9 @@ from typing import Any
 from flatq.artifact import Artifact
 from flatq.calibrate import Tokens
 from flatq.decoder import DecoderConfig
-from flatq.source import Source
 from flatq.recipe import Recipe
 from flatq.report import Environment, LayerReport, Measure, ModelInfo, Report, version_of
+from flatq.source import Source
 
 SCHEMA_VERSION = 1
 

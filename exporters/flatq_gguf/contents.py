@@ -160,4 +160,3 @@ def encoded(values: NDArray[np.generic], planned: Planned) -> NDArray[np.generic
         )
     values = np.ascontiguousarray(values, np.float32)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[planned.kind])
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Any
 
@@ -13,6 +14,8 @@ from flatq_gguf.tokenizer import Vocabulary
 
 # ``general.file_type`` by the type of most weights: llama.cpp's LlamaFileType.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+
+QUANTIZED_NAME = re.compile(r"[.-](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)  # a GGUF source is named after its type
 
 
 def most_common(planned: list[Planned]) -> str:
@@ -30,7 +33,7 @@ def model_name(artifact: Artifact, contents: Contents) -> str:
         return contents.options.name
     origin = str(artifact.manifest.get("source", {}).get("origin", ""))
     last = PurePath(origin.removeprefix("package:")).name.removesuffix(".gguf")
-    return last or contents.config.family
+    return QUANTIZED_NAME.sub("", last) or contents.config.family
 
 
 def file_name(artifact: Artifact, contents: Contents, kind: str) -> str:

@@ -36,6 +36,6 @@ class GgufOptions(BaseModel):
     ffn_multiple: Literal[32, 256] = 32
     context_length: int | None = Field(default=None, ge=1)
     baseline: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
-    name: str | None = Field(default=None, pattern=r"^[^/\\\0]+$")
+    name: str | None = Field(default=None, pattern=r"^[\w .+-]+$")
     pre_tokenizer: str | None = Field(default=None, min_length=1)
     split_above: int = Field(default=40_000_000_000, ge=0)

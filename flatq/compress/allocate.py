@@ -123,12 +123,20 @@ def _settle(
     rests = {i: rest for i, (*_, rest) in enumerate(planned)}
     while abs(surplus) > step / 2:
         sign = -1 if surplus > 0 else 1
-        movable = [i for i, (dims, _, width) in enumerate(result) if multiple <= width + sign * multiple <= dims.d_ff]
+        moved = {i: _next_width(width, sign, multiple, dims.d_ff) for i, (dims, _, width) in enumerate(result)}
+        movable = [i for i, width in moved.items() if width != result[i][2]]
         if not movable:
             break
         best = max(movable, key=lambda i: sign * rests[i])
         dims, rank, width = result[best]
-        result[best] = (dims, rank, width + sign * multiple)
-        rests[best] -= sign * multiple
-        surplus += sign * step
+        result[best] = (dims, rank, moved[best])
+        rests[best] -= moved[best] - width
+        surplus += (moved[best] - width) * step / multiple
     return tuple(replace(dims, d_v=rank, d_ff=width) for dims, rank, width in result)
+
+
+def _next_width(width: int, sign: int, multiple: int, whole: int) -> int:
+    """The neighbouring multiple in [one multiple, whole]; the width itself where there is none."""
+    if sign > 0:
+        return min((width // multiple + 1) * multiple, whole)
+    return max((width - 1) // multiple * multiple, min(multiple, width))

@@ -20,8 +20,10 @@ def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
     """
     c = gram.double()
     shift = ridge * float(c.diagonal().mean()) or 1.0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(c + shift * torch.eye(len(c), dtype=c.dtype)))
-    return 1 - shift * inverse.diagonal()
+    identity = torch.eye(len(c), dtype=c.dtype, device=c.device)
+    lower = torch.linalg.cholesky(c + shift * identity)
+    root = torch.linalg.solve_triangular(lower, identity, upper=False)  # (C + shift I)^-1 = root^T root
+    return 1 - shift * root.square().sum(0)
 
 
 def leading_channels(scores: Tensor, width: int) -> Tensor:

@@ -106,11 +106,15 @@ def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> t
         relative = damping * rung
         damped = h[order][:, order]
         damped.diagonal().add_(relative * float(live.mean()))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if failed:
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and torch.isfinite(upper).all():
+        # Back to front, H = V V^T with V upper; then V^-1 is the upper factor of H^-1: one triangular inverse
+        # in place of the inverse of H and a second factorisation.
+        upper = torch.linalg.solve_triangular(
+            lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
+        )
+        if torch.isfinite(upper).all():
             return upper.float(), relative
     return None, None
 

@@ -201,6 +201,22 @@ def test_a_disk_that_fills_up_during_the_walk_keeps_the_finished_blocks(
     assert flatq("run", recipe, "--out", out).exit_code == 0
 
 
+def test_a_model_that_changed_while_the_run_was_broken_off(
+    make_recipe: MakeRecipe, out: Path, model_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(model=str(model_copy), stages=[GPTQ])
+    with monkeypatch.context() as patch:
+        patch.setattr("flatq.build.finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert flatq("run", recipe, "--out", out).exit_code == 130
+    tensors = load_file(model_copy / WEIGHTS)
+    tensors[DOWN] /= 2
+    save_file(tensors, model_copy / WEIGHTS)
+    before = digests(out)
+    assert "source changed since this run was begun" in fault(recipe, out, 2)
+    assert digests(out) == before
+    assert flatq("run", recipe, "--out", out, "--fresh").exit_code == 0
+
+
 def test_a_disk_that_will_not_do_is_noticed_before_the_work(
     make_recipe: MakeRecipe, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given, settings
@@ -29,7 +30,7 @@ def test_iprs_keeps_what_was_asked_for_on_average(importance: list[float], keep:
 @given(IMPORTANCE, KEEP)
 def test_iprs_gives_the_more_important_layer_no_less(importance: list[float], keep: float) -> None:
     ranked = [share for _, share in sorted(zip(importance, iprs(importance, keep), strict=True))]
-    assert all(low <= high + 1e-12 for low, high in zip(ranked, ranked[1:], strict=False))
+    assert all(low <= high + 1e-12 for low, high in pairwise(ranked))
 
 
 @given(IMPORTANCE, KEEP, st.floats(1e-3, 1e3))
@@ -90,9 +91,7 @@ def test_widths_meet_the_budget_within_one_step(
         share = share_of_the_rest(layers, d_model, keep)
     except RecipeError:
         assume(False)
-    planned = widths(
-        layers, d_model, iprs(importance, share), keep, rank_multiple=rank_step, width_multiple=width_step
-    )
+    planned = widths(layers, d_model, iprs(importance, share), keep, rank_multiple=rank_step, width_multiple=width_step)
     for dims in planned:
         assert 1 <= dims.d_v <= 16
         assert dims.d_v % rank_step == 0 or dims.d_v == 16
@@ -103,6 +102,16 @@ def test_widths_meet_the_budget_within_one_step(
     step = 3 * d_model * width_step
     at_the_bound = all(dims.d_ff == (min(width_step, d_ff) if surplus > 0 else d_ff) for dims in planned)
     assert abs(surplus) <= step or at_the_bound
+
+
+def test_a_whole_width_that_is_no_multiple_shrinks_to_one() -> None:
+    """Coarse ranks leave a surplus that only the MLPs, some of them whole, can make up for."""
+    layers = (LayerDims(4, 2, 16, 16, 100),) * 5
+    shares = iprs([0.1, 0.1, 0.9, 0.5, 0.2], share_of_the_rest(layers, 64, 0.6))
+    planned = widths(layers, 64, shares, 0.6, rank_multiple=16, width_multiple=8)
+    assert shares[2] == 1
+    assert planned[2].d_ff < 100
+    assert all(dims.d_ff % 8 == 0 for dims in planned)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8, 1.0])

@@ -71,7 +71,7 @@ def test_a_congruence_maps_each_block_by_its_own_matrix() -> None:
     assert narrowed.count == 30
 
 
-@pytest.mark.parametrize("index", [[], [2], [4, 0], [0, 1, 2, 3, 4]], ids=["none", "one", "reordered", "all"])
+@pytest.mark.parametrize("index", [[2], [4, 0], [0, 1, 2, 3, 4]], ids=["one", "reordered", "all"])
 def test_a_selection_is_the_gram_of_the_selected_features(index: list[int]) -> None:
     x, chosen = samples(30, 5), torch.tensor(index, dtype=torch.int64)
     torch.testing.assert_close(gram_of(x).select(chosen).mean(), gram_of(x[:, chosen]).mean())

@@ -1,0 +1,495 @@
+"""GGUF files hold the artifact's weights, read back with gguf's own decoder, and say what llama.cpp needs to know."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from flatq.artifact import Artifact
+from flatq.decoder import LINEARS, DecoderConfig, Rope
+from flatq.errors import ExportError
+from flatq.export import Exported, exporter_named
+from flatq.gguf_file import GgufFile
+from flatq.quantize.grid import Grid, round_to_nearest
+from flatq.weights import dense
+from flatq_gguf import GgufExporter, GgufOptions
+from flatq_gguf.blocks import carried, carrier, fits
+from flatq_gguf.placement import Placement
+from flatq_gguf.tokenizer import pre_tokenizer_name
+from flatq_gguf.writing import PIECE_BYTES
+from tests.exporters.conftest import MakeArtifact
+from tests.models import tiny_config
+
+CARRIED = {  # every grid that a block type can hold, and that type
+    "4-bit": (Grid(4, 32), "Q4_0"),
+    "4-bit, a group per row": (Grid(4, -1), "Q4_0"),
+    "3-bit": (Grid(3, 32), "Q4_0"),
+    "3-bit asymmetric": (Grid(3, 32, symmetric=False), "Q4_0"),
+    "2-bit asymmetric": (Grid(2, 32, symmetric=False), "Q4_0"),
+    "4-bit asymmetric": (Grid(4, 32, symmetric=False), "Q5_0"),
+    "8-bit": (Grid(8, 32), "Q8_0"),
+}
+
+
+def export(artifact: Artifact, **options: Any) -> tuple[Exported, GgufOptions]:
+    """Write into a folder beside the artifact; float32 if the artifact has no codes."""
+    chosen = GgufOptions(**{"precision": "codes" if artifact.grids else "f32", **options})
+    out = artifact.root.with_name(f"{artifact.root.name}-gguf-{len(list(artifact.root.parent.iterdir()))}")
+    out.mkdir()
+    return GgufExporter().write(artifact, out, chosen), chosen
+
+
+def read(exported: Exported) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata and tensors of all parts, by name."""
+    readers = [gguf.GGUFReader(file) for file in exported.files]
+    fields = {key: field.contents() for key, field in readers[0].fields.items()}
+    return fields, {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+
+
+def decoded(tensor: Any) -> NDArray[np.float32]:
+    return np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+
+
+def stacked_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """llama.cpp's row order of q and k: row 2j of a head is its row j, row 2j + 1 its row d / 2 + j."""
+    width = len(weight) // heads
+    rows = [head * width + j + half * width // 2 for head in range(heads) for j in range(width // 2) for half in (0, 1)]
+    return weight[rows]
+
+
+def expected_linear(artifact: Artifact, index: int, linear: str, written: dict[str, int]) -> NDArray[np.float32]:
+    """The artifact's decoded weight in the file's order, written here a second time, head by head."""
+    dims = artifact.config.layers[index]
+    weight = dense(artifact.tensor(f"layers.{index}.{linear}.weight")).numpy()
+    if linear in ("q", "k"):
+        return stacked_pairs(weight, dims.heads if linear == "q" else dims.kv_heads)
+    if linear == "v":
+        heads = weight.reshape(dims.kv_heads, dims.d_v, -1)
+        return np.pad(heads, ((0, 0), (0, dims.d_qk - dims.d_v), (0, 0))).reshape(-1, weight.shape[1])
+    if linear == "o":
+        heads = weight.reshape(len(weight), dims.heads, dims.d_v)
+        return np.pad(heads, ((0, 0), (0, 0), (0, dims.d_qk - dims.d_v))).reshape(len(weight), -1)
+    missing = written["d_ff"] - dims.d_ff
+    return np.pad(weight, ((0, 0), (0, missing)) if linear == "down" else ((0, missing), (0, 0)))
+
+
+GGUF_NAMES = {
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("grid", "kind"), CARRIED.values(), ids=CARRIED)
+def test_codes_are_read_back_as_the_artifacts_weights_bit_for_bit(
+    make_artifact: MakeArtifact, grid: Grid, kind: str
+) -> None:
+    config = tiny_config(heads=2, kv_heads=1, d_qk=64, d_v=(64, 32), d_ff=(96, 64))
+    artifact = make_artifact(config, grid=grid, embed_grid=Grid(8, 32))
+    exported, _ = export(artifact)
+    _, tensors = read(exported)
+    for index in range(2):
+        for linear in LINEARS:
+            found = tensors[f"blk.{index}.{GGUF_NAMES[linear]}.weight"]
+            assert found.tensor_type.name == kind
+            expected = expected_linear(artifact, index, linear, {"d_ff": config.layers[index].d_ff})
+            np.testing.assert_array_equal(decoded(found), expected)
+    assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
+    np.testing.assert_array_equal(decoded(tensors["token_embd.weight"]), dense(artifact.tensor("embed.weight")).numpy())
+    assert exported.rounding_kl == 0
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 32, symmetric=False), Grid(8, 32)], ids=str)
+def test_every_group_size_is_carried_with_a_short_last_group_too(grid: Grid, group_size: int) -> None:
+    weight = round_to_nearest(torch.randn(8, 224), replace(grid, group_size=group_size))
+    kind = carrier(grid)
+    assert kind is not None
+    place = Placement.whole(8, 224)
+    assert fits(weight.grid, 224, place.columns)
+    found = gguf.quants.dequantize(carried(weight, place, kind), gguf.GGMLQuantizationType[kind.name])
+    np.testing.assert_array_equal(found, weight.dequantize().numpy())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.integers(1, 5),
+    d_v=st.integers(1, 4).map(lambda n: 16 * n),
+    group_size=st.sampled_from([-1, 32, 64]),
+    bits=st.sampled_from([2, 3, 4, 8]),
+)
+def test_padded_heads_are_carried_exactly_when_no_block_spans_two_groups(
+    heads: int, d_v: int, group_size: int, bits: int
+) -> None:
+    dims = replace(tiny_config(heads=heads, kv_heads=heads, d_qk=64).layers[0], d_v=d_v)
+    place = Placement.of("o", dims, replace(dims, d_v=64), 8, paired=True)
+    grid = Grid(bits, group_size)
+    groups = [
+        {head * d_v + column // 1 for column in range(start, min(start + 32, d_v))}
+        for head in range(heads)
+        for start in (0, 32)
+    ]
+    width = grid.width(heads * d_v)
+    assert fits(grid, heads * d_v, place.columns) == all(len({column // width for column in g}) <= 1 for g in groups)
+    if fits(grid, heads * d_v, place.columns):
+        weight = round_to_nearest(torch.randn(8, heads * d_v), grid)
+        kind = carrier(grid)
+        assert kind is not None
+        found = gguf.quants.dequantize(carried(weight, place, kind), gguf.GGMLQuantizationType[kind.name])
+        expected = np.pad(weight.dequantize().numpy().reshape(8, heads, d_v), ((0, 0), (0, 0), (0, 64 - d_v)))
+        np.testing.assert_array_equal(found, expected.reshape(8, -1))
+
+
+def test_rows_beyond_one_chunk_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, kind = round_to_nearest(torch.randn(10, 64), Grid(4, 32)), carrier(Grid(4, 32))
+    assert kind is not None
+    at_once = carried(weight, Placement.whole(10, 64), kind)
+    monkeypatch.setattr("flatq_gguf.blocks.ROWS_AT_ONCE", 3)
+    np.testing.assert_array_equal(carried(weight, Placement.whole(10, 64), kind), at_once)
+
+
+def test_a_matrix_whose_codes_do_not_fit_is_stored_otherwise_and_said(make_artifact: MakeArtifact) -> None:
+    config = tiny_config(heads=2, kv_heads=1, d_qk=64, d_v=(48, 64), d_ff=(96, 96))
+    artifact = make_artifact(config, grid=Grid(4, 32))
+    for otherwise, bound in (("q8_0", 0.02), ("f16", 1e-3), ("f32", 0)):
+        exported, _ = export(artifact, otherwise=otherwise)
+        _, tensors = read(exported)
+        assert tensors["blk.0.attn_output.weight"].tensor_type.name == otherwise.upper()
+        assert tensors["blk.1.attn_output.weight"].tensor_type.name == "Q4_0"
+        expected = expected_linear(artifact, 0, "o", {})
+        assert np.abs(decoded(tensors["blk.0.attn_output.weight"]) - expected).max() <= bound * np.abs(expected).max()
+        assert any("layers.0.o" in note and "rank_multiple: 32" in note for note in exported.notes)
+        assert any("they have no codes: embed" in note for note in exported.notes)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16", "bf16", "q8_0", "q5_0", "q4_1", "q4_0"])
+def test_plain_types_hold_the_rounded_weights(make_artifact: MakeArtifact, precision: str) -> None:
+    artifact = make_artifact(tiny_config(d_v=(8, 16), d_ff=(96, 64), tied_head=False))
+    exported, _ = export(artifact, precision=precision)
+    fields, tensors = read(exported)
+    kind = gguf.GGMLQuantizationType[precision.upper()]
+    expected = expected_linear(artifact, 0, "up", {"d_ff": 96})
+    rounded = gguf.quants.dequantize(gguf.quants.quantize(expected, kind), kind)
+    np.testing.assert_array_equal(decoded(tensors["blk.0.ffn_up.weight"]), rounded)
+    assert tensors["blk.0.ffn_up.weight"].tensor_type == kind
+    table = kind.name if precision in ("f32", "f16", "bf16") else "Q8_0"
+    assert tensors["token_embd.weight"].tensor_type.name == tensors["output.weight"].tensor_type.name == table
+    assert (
+        fields["general.file_type"]
+        == gguf.LlamaFileType["ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"]
+    )
+    assert (exported.rounding_kl == 0) == (precision == "f32")
+
+
+def test_rows_that_are_no_whole_blocks_are_stored_in_half_precision(make_artifact: MakeArtifact) -> None:
+    exported, _ = export(make_artifact(tiny_config(d_model=48)), precision="q8_0")
+    _, tensors = read(exported)
+    assert tensors["blk.0.attn_q.weight"].tensor_type.name == "F16"
+    assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
+
+
+@pytest.mark.parametrize("multiple", [32, 256])
+def test_mlp_widths_are_filled_up_with_zero_channels(make_artifact: MakeArtifact, multiple: int) -> None:
+    artifact = make_artifact(tiny_config(d_v=(16, 8), d_ff=(90, 96)), grid=Grid(4, 32))
+    exported, _ = export(artifact, ffn_multiple=multiple)
+    fields, tensors = read(exported)
+    widths = [math.ceil(width / multiple) * multiple for width in (90, 96)]
+    assert fields["deci.feed_forward_length"] == widths
+    for linear in ("gate", "up", "down"):
+        expected = expected_linear(artifact, 0, linear, {"d_ff": widths[0]})
+        np.testing.assert_array_equal(decoded(tensors[f"blk.0.{GGUF_NAMES[linear]}.weight"]), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_model_that_was_not_narrowed_keeps_its_own_architecture(make_artifact: MakeArtifact, family: str) -> None:
+    switches = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}.get(family, {})
+    artifact = make_artifact(replace(tiny_config(**switches), family=family))
+    exported, _ = export(artifact)
+    file = GgufFile(exported.files[0])
+    assert file.config.layers == artifact.config.layers
+    for name in artifact.names():
+        if not name.endswith("bias"):  # flatq's own reader of GGUF puts the rows of weights back
+            np.testing.assert_array_equal(file.read(name).numpy(), dense(artifact.tensor(name)).numpy())
+
+
+def test_deci_describes_every_layer(make_artifact: MakeArtifact) -> None:
+    exported, _ = export(make_artifact(tiny_config(d_v=(8, 16), d_ff=(64, 96))))
+    fields, tensors = read(exported)
+    assert fields["general.architecture"] == "deci"
+    assert fields["deci.attention.head_count"] == [4, 4]
+    assert fields["deci.attention.head_count_kv"] == [2, 2]
+    assert fields["deci.feed_forward_length"] == [64, 96]
+    assert fields["deci.attention.key_length"] == fields["deci.attention.value_length"] == 16
+    assert fields["deci.rope.dimension_count"] == 16
+    assert fields["deci.context_length"] == 256
+    assert "output.weight" not in tensors
+    assert any("filled up with zeros" in note for note in exported.notes)
+
+
+def test_compact_keeps_the_narrow_values_and_the_order_of_rows(make_artifact: MakeArtifact) -> None:
+    config = tiny_config(heads=2, kv_heads=1, d_qk=64, d_v=(32, 32), d_ff=(64, 96), tied_head=False)
+    artifact = make_artifact(config, grid=Grid(4, 32))
+    exported, _ = export(artifact, layout="compact")
+    fields, tensors = read(exported)
+    assert fields["general.architecture"] == "mimo2"
+    assert (fields["mimo2.attention.key_length"], fields["mimo2.attention.value_length"]) == (64, 32)
+    assert fields["mimo2.feed_forward_length"] == 96
+    assert any(fields["mimo2.attention.sliding_window_pattern"])
+    assert fields["mimo2.attention.sliding_window"] > fields["mimo2.context_length"]
+    for linear in ("q", "k", "v", "o"):
+        expected = dense(artifact.tensor(f"layers.0.{linear}.weight")).numpy()
+        np.testing.assert_array_equal(decoded(tensors[f"blk.0.{GGUF_NAMES[linear]}.weight"]), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "grids", "options", "words"),
+    [
+        (tiny_config(), {}, {}, ["nothing is quantized", "precision: f16"]),
+        (tiny_config(), {"embed": Grid(8, 32, symmetric=False)}, {}, ["8-bit asymmetric", "symmetric: true"]),
+        (tiny_config(), {"embed": Grid(4, 48)}, {}, ["group_size 48", "multiple of 32"]),
+        (tiny_config(), {"embed": Grid(4, 32)}, {"precision": "q4_0"}, ["a second time", "precision: codes"]),
+        (tiny_config(d_v=(16, 24)), {}, {"precision": "f16"}, ["larger than d_qk in layers [1]"]),
+        (tiny_config(d_v=(8, 8), qk_norm=True), {}, {"precision": "f16"}, ["norms on q and k", "flat stage"]),
+        (tiny_config(), {}, {"precision": "f16", "layout": "compact"}, ["twice", "layout: deci"]),
+        (tiny_config(tied_head=False, d_v=(8, 16)), {}, {"precision": "f16", "layout": "compact"}, ["[8, 16]", "uniform"]),
+        (tiny_config(tied_head=False), {}, {"precision": "f16", "layout": "compact"}, ["[16]", "rank_multiple: 32"]),
+        (
+            tiny_config(tied_head=False, d_qk=32, d_v=(32, 32), rope=Rope(scaling="llama3"), mlp_bias=True),
+            {},
+            {"precision": "f16", "layout": "compact"},
+            ["rope factors", "mlp_bias"],
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_cannot_be_written_is_refused_with_the_way_out(
+    config: DecoderConfig, grids: dict[str, Grid], options: dict[str, Any], words: list[str]
+) -> None:
+    found = "\n".join(GgufExporter().check(config, grids, GgufOptions(**options)))
+    for word in words:
+        assert word in found
+
+
+def test_an_objection_of_check_also_stops_write(make_artifact: MakeArtifact) -> None:
+    with pytest.raises(ExportError, match="nothing is quantized"):
+        export(make_artifact(tiny_config()), precision="codes")
+
+
+def test_a_number_beyond_half_precision_is_refused(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = make_artifact(tiny_config())
+    monkeypatch.setattr(Artifact, "tensor", lambda self, name: torch.full_like(self._read(name), 1e5))
+    with pytest.raises(ExportError, match="beyond float16; use precision bf16"):
+        export(artifact, precision="f16")
+
+
+def test_a_sliding_window_ends_the_context(make_artifact: MakeArtifact) -> None:
+    exported, _ = export(make_artifact(tiny_config(sliding_window=40)))
+    fields, _ = read(exported)
+    assert fields["llama.context_length"] == 40
+    assert any("sliding window" in note for note in exported.notes)
+
+
+def test_rope_factors_divide_the_frequencies(make_artifact: MakeArtifact) -> None:
+    rope = Rope(theta=500.0, scaling="llama3", factor=8.0, original_max_positions=16)
+    exported, _ = export(make_artifact(tiny_config(rope=rope, d_v=(8, 8))))
+    _, tensors = read(exported)
+    plain = replace(rope, scaling=None).inverse_frequencies(16).numpy()
+    divided = plain / decoded(tensors["rope_freqs.weight"])
+    np.testing.assert_allclose(divided, rope.inverse_frequencies(16).numpy(), rtol=1e-6)
+
+
+def test_linear_rope_is_a_key(make_artifact: MakeArtifact) -> None:
+    fields, _ = read(export(make_artifact(tiny_config(rope=Rope(scaling="linear", factor=4.0))))[0])
+    assert (fields["llama.rope.scaling.type"], fields["llama.rope.scaling.factor"]) == ("linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}], ids=["plain", "biases"]
+)
+def test_the_estimate_is_the_size_of_the_file(make_artifact: MakeArtifact, switches: dict[str, Any]) -> None:
+    config = tiny_config(d_v=(8, 16), d_ff=(96, 64), d_model=256, vocab=512, **switches)
+    artifact = make_artifact(config, grid=Grid(4, 32))
+    exported, options = export(artifact)
+    tokenizer = config.vocab * PIECE_BYTES  # counted, though this artifact has none
+    assert GgufExporter().bytes(config, artifact.grids, options) - tokenizer == pytest.approx(exported.bytes, rel=0.01)
+
+
+def test_a_large_file_is_split_into_numbered_parts(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    exported, _ = export(artifact, split_above=100_000)
+    whole, _ = export(artifact)
+    assert len(exported.files) > 1
+    count = len(exported.files)
+    assert [file.name[-20:] for file in exported.files] == [f"-{n + 1:05d}-of-{count:05d}.gguf" for n in range(count)]
+    fields, tensors = read(exported)
+    assert fields["split.count"] == count
+    for name, tensor in read(whole)[1].items():
+        np.testing.assert_array_equal(tensor.data, tensors[name].data)
+
+
+def test_a_failed_export_leaves_no_file_behind(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_artifact(tiny_config())
+
+    def broken(self: Artifact, name: str) -> torch.Tensor:
+        raise ExportError("the disk is gone")
+
+    monkeypatch.setattr(Artifact, "tensor", broken)
+    with pytest.raises(ExportError, match="the disk is gone"):
+        export(artifact)
+    assert not list(artifact.root.parent.glob("*-gguf-*/*.gguf"))
+
+
+def test_the_file_says_where_it_came_from(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    artifact.manifest["source"] = {"origin": "some-org/Some-Model-1B", "license": "apache-2.0"}
+    exported, _ = export(artifact, precision="f16")
+    fields, _ = read(exported)
+    assert exported.files[0].name == "Some-Model-1B-flatq-F16.gguf"
+    assert fields["general.name"] == "Some-Model-1B"
+    assert fields["general.license"] == "apache-2.0"
+    assert fields["general.base_model.0.repo_url"] == "https://huggingface.co/some-org/Some-Model-1B"
+    assert fields["tokenizer.ggml.model"] == "no_vocab"
+
+
+def test_a_quantized_source_does_not_lend_its_type_to_the_name(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    artifact.manifest["source"] = {"origin": "package:holder/Model-135M.Q4_1.gguf"}
+    assert export(artifact)[0].files[0].name == "Model-135M-flatq-F32.gguf"
+    assert export(artifact, name="mine")[0].files[0].name == "mine-flatq-F32.gguf"
+
+
+def test_the_dense_twin_is_the_familys_own_architecture() -> None:
+    twin = GgufExporter().dense(GgufOptions(layout="compact", baseline="q4_0"))
+    assert (twin.precision, twin.layout) == ("q4_0", "auto")
+
+
+def test_options_are_closed_and_the_exporter_is_found_by_name() -> None:
+    assert isinstance(exporter_named("gguf"), GgufExporter)
+    for wrong in ({"precison": "f16"}, {"precision": "q6_k"}, {"name": "a/b"}, {"split_above": -1}):
+        with pytest.raises(ValidationError):
+            GgufOptions(**wrong)
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def byte_level(size: int = 128, *, digits: bool = False) -> Tokenizer:
+    """A byte-level tokenizer of ASCII letters and a few merges, one special and one added piece."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 12]
+    vocab = {piece: index for index, piece in enumerate([*letters, "th", "the"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("th", "e")]))
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), last]) if digits else last
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_tokens(["<think>"])
+    return tokenizer
+
+
+def save_tokenizer(root: Path, tokenizer: Tokenizer, **config: Any) -> None:
+    tokenizer.save(str(root / "tokenizer.json"))
+    (root / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_a_byte_level_tokenizer_is_described(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    tokenizer = byte_level(digits=True)
+    save_tokenizer(artifact.root, tokenizer, eos_token="<|end|>", chat_template="{{ messages }}")
+    fields, _ = read(export(artifact)[0])
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == 128
+    assert fields["tokenizer.ggml.merges"] == ["t h", "th e"]
+    for piece, kind in (("the", 1), ("<|end|>", 3), ("<think>", 4)):
+        assert types[tokenizer.token_to_id(piece)] == kind
+        assert tokens[tokenizer.token_to_id(piece)] == piece
+    assert types[-1] == 5
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.token_to_id("<|end|>")
+    assert fields["tokenizer.ggml.bos_token_id"] == 1  # what the artifact's settings say
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_a_tokenizer_with_byte_fallback_gets_scores(make_artifact: MakeArtifact) -> None:
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x41>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7, "▁ab": 8}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=[("a", "b"), ("▁", "ab")], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    artifact = make_artifact(tiny_config())
+    save_tokenizer(artifact.root, tokenizer, bos_token="<s>", eos_token={"content": "</s>"})
+    fields, _ = read(export(artifact)[0])
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert "tokenizer.ggml.merges" not in fields
+    scores = fields["tokenizer.ggml.scores"]
+    assert scores[7] == 0
+    assert scores[7] > scores[8] > scores[5]
+    assert fields["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 1]
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert fields["tokenizer.ggml.add_space_prefix"] is True
+    assert fields["tokenizer.ggml.unknown_token_id"] == 0
+
+
+def test_an_unknown_pre_tokenizer_is_refused_unless_it_is_named(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    save_tokenizer(artifact.root, tokenizer)
+    with pytest.raises(ExportError, match=r"Whitespace \+ ByteLevel.*option pre_tokenizer"):
+        export(artifact)
+    fields, _ = read(export(artifact, pre_tokenizer="custom")[0])
+    assert fields["tokenizer.ggml.pre"] == "custom"
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [("llama-bpe", "smaug-bpe"), ("qwen2", "qwen2"), ("tekken", None)],
+)
+def test_splitting_rules_are_known_by_their_expression(pre: str, name: str | None) -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": GGUF_PRE_TOKENIZER_SPLITS[pre]},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    described: dict[str, Any] = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}
+    whole = {"pre_tokenizer": described["pre_tokenizer"], "model": {"ignore_merges": True}}
+    if name is not None:
+        assert pre_tokenizer_name(described, Path("tokenizer.json")) == name
+    if pre != "qwen2":
+        assert pre_tokenizer_name(whole, Path("tokenizer.json")) == pre
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config(vocab=64))
+    save_tokenizer(artifact.root, byte_level())
+    with pytest.raises(ExportError, match="the embedding has 64 rows"):
+        export(artifact)
+
+
+def test_the_same_artifact_gives_the_same_bytes(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config(), grid=Grid(4, 32))
+    first, second = export(artifact)[0], export(artifact)[0]
+    assert first.files[0].read_bytes() == second.files[0].read_bytes()

@@ -1,0 +1,254 @@
+"""llama.cpp itself opens the files and computes what the artifact computes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flatq.artifact import Artifact
+from flatq.decoder import DecoderConfig, Rope
+from flatq.errors import ExportError
+from flatq.export import FloatArray
+from flatq.quantize.grid import Grid
+from flatq.verify import APPROXIMATE, verify
+from flatq_gguf import GgufExporter
+from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
+from tests.exporters.test_gguf import byte_level, export, save_tokenizer
+from tests.models import tiny_config
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (make llamacpp)")
+from flatq_gguf.runner import LlamaCppRunner
+
+pytestmark = pytest.mark.llamacpp
+
+MODELS: dict[str, tuple[DecoderConfig, dict[str, Any]]] = {
+    "not narrowed": (tiny_config(), {}),
+    "untied": (tiny_config(tied_head=False), {}),
+    "narrowed": (tiny_config(d_v=(8, 12), d_ff=(96, 64)), {}),
+    "narrowed, untied, no groups": (tiny_config(kv_heads=4, d_v=(12, 8), d_ff=(90, 64), tied_head=False), {}),
+    "one head for all": (tiny_config(kv_heads=1, d_v=(8, 16)), {}),
+    "odd rank": (tiny_config(d_v=(7, 1)), {}),
+    "llama3 rope": (
+        tiny_config(d_v=(8, 16), rope=Rope(theta=500.0, scaling="llama3", factor=8.0, original_max_positions=16)),
+        {},
+    ),
+    "linear rope": (tiny_config(d_v=(8, 8), rope=Rope(scaling="linear", factor=4.0)), {}),
+    "biases": (tiny_config(d_v=(8, 16), d_ff=(90, 64), qkv_bias=True, o_bias=True, mlp_bias=True), {}),
+    "biases, not narrowed": (tiny_config(qkv_bias=True, o_bias=True, mlp_bias=True), {}),
+    "qwen2": (replace(tiny_config(qkv_bias=True), family="qwen2"), {}),
+    "qwen2, narrowed": (replace(tiny_config(qkv_bias=True, d_v=(8, 16)), family="qwen2"), {}),
+    "qwen3": (replace(tiny_config(qk_norm=True), family="qwen3"), {}),
+    "mistral within its window": (replace(tiny_config(d_v=(8, 8), sliding_window=40), family="mistral"), {}),
+    "compact": (
+        tiny_config(heads=2, kv_heads=1, d_qk=64, d_v=(32, 32), d_ff=(64, 96), tied_head=False),
+        {"layout": "compact"},
+    ),
+    "compact, not narrowed": (tiny_config(d_qk=32, d_v=(32, 32), tied_head=False), {"layout": "compact"}),
+}
+
+
+def opened(artifact: Artifact, *, exact: bool = True, **options: Any) -> LlamaCppRunner:
+    exported, chosen = export(artifact, **options)
+    runner = GgufExporter().open(exported.root, chosen, provider="cpu", threads=1, exact=exact)
+    assert isinstance(runner, LlamaCppRunner)
+    return runner
+
+
+def divergence(reference: FloatArray, found: FloatArray) -> float:
+    """Mean of KL(reference || found), nats."""
+    p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (reference, found))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("config", "options"), MODELS.values(), ids=MODELS)
+def test_float32_files_give_the_artifacts_logits(
+    make_artifact: MakeArtifact, config: DecoderConfig, options: dict[str, Any]
+) -> None:
+    artifact = make_artifact(config)
+    tokens = some_tokens(config, 2, 24)
+    reference = reference_logits(artifact, tokens)
+    runner = opened(artifact, **options)
+    np.testing.assert_allclose(runner.logits(tokens), reference, atol=1e-3)
+    steps = [runner.start(tokens[:, :20], 24), *(runner.step(tokens[:, position]) for position in range(20, 24))]
+    np.testing.assert_allclose(np.stack(steps, 1), reference[:, 19:], atol=1e-3)
+    runner.close()
+
+
+GRIDS = {
+    "4-bit": Grid(4, 32),
+    "4-bit asymmetric": Grid(4, 32, symmetric=False),
+    "3-bit": Grid(3, 64),
+    "8-bit": Grid(8, 32),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_codes_mean_the_artifacts_weights_to_llama_cpp(make_artifact: MakeArtifact, grid: Grid) -> None:
+    config = tiny_config(heads=2, kv_heads=1, d_qk=64, d_v=(32, 64), d_ff=(96, 64))
+    artifact = make_artifact(config, grid=grid, embed_grid=Grid(8, 32))
+    tokens = some_tokens(config, 2, 24)
+    reference = reference_logits(artifact, tokens)
+    exact = opened(artifact)
+    np.testing.assert_allclose(exact.logits(tokens), reference, atol=1e-3)
+    copies = list(exact.root.glob(".float32-*"))
+    assert len(copies) == 1
+    exact.close()
+    assert not copies[0].exists()
+    deployed = opened(artifact, exact=False)
+    assert divergence(reference, deployed.logits(tokens)) < APPROXIMATE.kl
+    deployed.close()
+
+
+def test_a_rank_that_breaks_blocks_costs_next_to_nothing(make_artifact: MakeArtifact) -> None:
+    config = tiny_config(heads=2, kv_heads=1, d_qk=64, d_v=(48, 40))
+    artifact = make_artifact(config, grid=Grid(4, 32), embed_grid=Grid(8, 32))
+    tokens = some_tokens(config, 2, 24)
+    runner = opened(artifact)
+    assert divergence(reference_logits(artifact, tokens), runner.logits(tokens)) < 1e-3
+    runner.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"split_above": 60_000}], ids=["one file", "split"])
+def test_verify_passes_and_counts_every_position(make_artifact: MakeArtifact, options: dict[str, Any]) -> None:
+    artifact = make_artifact(tiny_config(d_v=(16, 16)), grid=Grid(4, 32), embed_grid=Grid(8, 32))
+    exact, deployed = opened(artifact, **options), opened(artifact, exact=False, **options)
+    found = verify(artifact, deployed, exact_runner=exact)
+    assert found.exact.max_abs < 1e-3
+    assert found.exact.top1 == 1
+    assert found.deployed is not None
+    assert "llama.cpp cpu" in found.deployed.provider
+    exact.close()
+    deployed.close()
+
+
+def test_verify_sees_rows_in_the_wrong_order(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_artifact(tiny_config())
+    monkeypatch.setattr("flatq_gguf.placement.pairs_from_halves", lambda rows, heads: rows)
+    runner = opened(artifact)
+    with pytest.raises(ExportError, match="the logit of token"):
+        verify(artifact, runner)
+    runner.close()
+
+
+def test_greedy_text_is_the_artifacts(make_artifact: MakeArtifact) -> None:
+    config = tiny_config(d_v=(8, 12), d_ff=(96, 64))
+    artifact = make_artifact(config)
+    runner = opened(artifact)
+    text = some_tokens(config, 1, 8)
+    token = runner.start(text, 40).argmax(-1)
+    for _ in range(32):
+        assert token[0] == reference_logits(artifact, text)[0, -1].argmax()
+        text = np.concatenate([text, token[:, None]], 1)
+        token = runner.step(token).argmax(-1) if text.shape[1] < 40 else token
+    runner.close()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_valid_position(make_artifact: MakeArtifact, side: str) -> None:
+    config = tiny_config(d_v=(8, 16))
+    artifact = make_artifact(config)
+    tokens, valid = some_tokens(config, 2, 12), np.ones((2, 12), np.int64)
+    valid[1, :5] = 0
+    if side == "right":
+        valid = valid[:, ::-1].copy()
+    runner = opened(artifact)
+    found, reference = runner.logits(tokens, valid), reference_logits(artifact, tokens, valid)
+    np.testing.assert_allclose(found[valid == 1], reference[valid == 1], atol=1e-3)
+    runner.close()
+
+
+def test_prompts_longer_than_one_batch_are_read_in_parts(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = make_artifact(tiny_config(d_v=(8, 16)))
+    tokens = some_tokens(artifact.config, 2, 23)
+    monkeypatch.setattr("flatq_gguf.runner.TOKENS_AT_ONCE", 5)
+    runner, reference = opened(artifact), reference_logits(artifact, tokens)
+    np.testing.assert_allclose(runner.logits(tokens), reference, atol=1e-3)
+    np.testing.assert_allclose(runner.start(tokens, 23), reference[:, -1], atol=1e-3)
+    runner.close()
+
+
+def test_the_compact_layout_has_the_smaller_value_cache(make_artifact: MakeArtifact) -> None:
+    sizes = {}
+    for layout in ("deci", "compact"):
+        artifact = make_artifact(tiny_config(heads=2, kv_heads=1, d_qk=64, d_v=(32, 32), tied_head=False))
+        runner = opened(artifact, exact=False, layout=layout)
+        before = len(runner.log)
+        runner.start(some_tokens(artifact.config, 1, 8), 256)
+        log = runner.log[before:]
+        sizes[layout] = [
+            sum(float(found) for found in re.findall(rf"{letter} \(f16\): +([\d.]+) MiB", log)) for letter in "KV"
+        ]
+        runner.close()
+    (keys, values), (compact_keys, compact_values) = sizes["deci"], sizes["compact"]
+    assert keys == pytest.approx(compact_keys, abs=0.02)
+    assert values == pytest.approx(keys, abs=0.02)
+    assert compact_values == pytest.approx(values / 2, abs=0.02)
+
+
+@pytest.mark.parametrize("digits", [False, True], ids=["gpt-2", "smollm"])
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(make_artifact: MakeArtifact, digits: bool) -> None:
+    artifact = make_artifact(tiny_config(vocab=300))
+    tokenizer = byte_level(300, digits=digits)
+    save_tokenizer(artifact.root, tokenizer, eos_token="<|end|>")
+    runner = opened(artifact)
+    text = "the other  them\n\n 12 3.45 it's <|end|>thé <think>"
+    assert runner.tokenize(text) == tokenizer.encode(text).ids
+    runner.close()
+
+
+def test_half_precision_is_what_half_precision_costs(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config(d_v=(8, 16)))
+    tokens = some_tokens(artifact.config, 2, 24)
+    runner = opened(artifact, exact=False, precision="f16")
+    assert divergence(reference_logits(artifact, tokens), runner.logits(tokens)) < 1e-4
+    runner.close()
+
+
+def test_a_damaged_file_is_an_error_that_llama_cpp_explains(make_artifact: MakeArtifact) -> None:
+    exported, chosen = export(make_artifact(tiny_config()))
+    file = exported.files[0]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ExportError, match=r"cannot load it: .*"):
+        GgufExporter().open(exported.root, chosen, provider="cpu")
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no \.gguf file is there"):
+        LlamaCppRunner(tmp_path)
+
+
+def test_a_crash_in_llama_cpp_becomes_an_error(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported, chosen = export(make_artifact(tiny_config()))
+    monkeypatch.setattr("llama_cpp.llama_print_system_info", lambda: b"AMX_INT8 = 1 | ")
+    runner = GgufExporter().open(exported.root, chosen, provider="cpu")  # the probe lives, so the file is opened
+    assert runner is not None
+    runner.close()
+    exported.files[0].write_bytes(b"GGUF")
+    with pytest.raises(ExportError, match="make llamacpp"):
+        GgufExporter().open(exported.root, chosen, provider="cpu")
+
+
+def test_cuda_without_cuda_is_refused(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported, chosen = export(make_artifact(tiny_config()))
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: False)
+    with pytest.raises(ExportError, match="DGGML_CUDA"):
+        GgufExporter().open(exported.root, chosen, provider="cuda")
+
+
+def test_misuse_is_named(make_artifact: MakeArtifact) -> None:
+    runner = opened(make_artifact(tiny_config()))
+    with pytest.raises(ExportError, match="step was called before start"):
+        runner.step(np.zeros(1, np.int64))
+    with pytest.raises(ExportError, match="capacity 3 is less"):
+        runner.start(np.zeros((1, 4), np.int64), 3)
+    assert math.isfinite(runner.start(np.zeros((1, 4), np.int64), 4).sum())
+    runner.close()

@@ -1,0 +1,137 @@
+"""What is said before anything is computed: sizes are exact, memory and time are at least plausible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flatq import pipeline, planning
+from flatq.artifact import Artifact
+from flatq.bench import BenchResult, Spread
+from flatq.compress.stage import RankPlan, plan_ranks
+from flatq.errors import ArtifactError, RecipeError
+from flatq.export import exporter_named
+from flatq.planning import (
+    bench_table,
+    checked_options,
+    disk_bytes,
+    explanation,
+    operations,
+    peak_memory,
+    rates,
+    tokenizer_in,
+)
+from flatq.recipe import Recipe
+from flatq.source import open_model
+from tests.conftest import FLAT, GPTQ, ONNX, MakeRecipe, flatq
+
+HEAD = "version: 1\nmodel: some/model\n"
+BOTH = Recipe.parse(HEAD + "stages: [{flat: {keep_ratio: 0.7}}, {gptq: {group_size: 32, embedding: {bits: 8}}}]")
+
+
+@pytest.fixture(autouse=True)
+def _quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "rates", lambda *_: (4e11, 8e10))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("stages: [{flat: {keep_ratio: 0.7}}]", ["keep 70% of the decoder's parameters, iprs allocation"]),
+        ("stages: [{gptq: {bits: 3, group_size: -1}}]", ["3 bit symmetric, one group per row"]),
+        ("stages: [{gptq: {symmetric: false, embedding: {}}}]", ["4 bit asymmetric, groups of 128, embedding 8 bit"]),
+        ("exports: [{onnx: {name: mine, precision: fp32}}]", ["export       mine: onnx precision=fp32"]),
+        ("exports: [{onnx: {}}]\nbench: {prompt: 7, new_tokens: 9}", ["prompt 7, 9 new tokens"]),
+    ],
+)
+def test_a_recipe_in_words(recipe: str, words: list[str]) -> None:
+    lines = "\n".join(explanation(Recipe.parse(HEAD + recipe)))
+    assert "some/model" in lines
+    assert all(word in lines for word in words)
+
+
+def test_a_plan_needs_only_the_configuration(make_recipe: MakeRecipe, model_copy: Path) -> None:
+    for file in model_copy.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    shown = flatq("plan", make_recipe(model=str(model_copy), exports=ONNX))
+    assert shown.exit_code == 0, shown.stderr
+    dense = open_model(str(model_copy), need_weights=False).config
+    assert f"{dense.parameters():,}" in shown.stdout
+    assert f"{dense.decoder_parameters():,}" in shown.stdout
+    for words in ("export reduced", "export gqa", "export fp32", "peak memory, about", "min on cpu", "equal shares"):
+        assert words in shown.stdout
+
+
+@pytest.mark.parametrize("stages", [[FLAT], [GPTQ], [FLAT, GPTQ]], ids=["flat", "gptq", "both"])
+def test_every_choice_of_stages_has_a_plan(stages: list[object], make_recipe: MakeRecipe) -> None:
+    assert flatq("plan", make_recipe(stages=stages)).exit_code == 0
+
+
+def test_a_plan_hears_the_exporter_s_objections(make_recipe: MakeRecipe) -> None:
+    shown = flatq("plan", make_recipe(stages=[FLAT], exports=ONNX[:1]))
+    assert shown.exit_code == 2
+    assert "exports.reduced: onnx: precision: int4 writes the codes" in shown.stderr
+
+
+def test_a_run_leaves_nothing_that_a_plan_did_not_foresee(exported_run: tuple[Path, Path]) -> None:
+    recipe, out = Recipe.load(exported_run[0]), exported_run[1]
+    artifact = Artifact.open(out)
+    shards = sum(path.stat().st_size for path in artifact.root.glob("*.safetensors"))
+    states = 2 * 8 * 64 * 64 * 4
+    assert 0.5 * shards < disk_bytes(artifact.config, recipe, 4) - states < 2 * shards
+
+
+def test_memory_and_work_grow_with_model_and_text(tiny_model: Path) -> None:
+    dense = open_model(str(tiny_model)).config
+    wider = dense.with_layers([type(d)(d.heads, d.kv_heads, d.d_qk, d.d_v, 4096) for d in dense.layers])
+    longer = BOTH.model_copy(update={"calibration": BOTH.calibration.model_copy(update={"samples": 1024})})
+    assert peak_memory(dense, BOTH) < peak_memory(wider, BOTH)
+    assert peak_memory(dense, BOTH) < peak_memory(dense, longer)
+    assert disk_bytes(dense, BOTH, 4) < disk_bytes(dense, longer, 4)
+    ranks = plan_ranks(dense, BOTH.flat, [1.0] * 3) if BOTH.flat else RankPlan(dense.layers, 1, 1)
+    forward, solves = operations(dense, ranks, BOTH)
+    more_forward, same_solves = operations(dense, ranks, longer)
+    assert more_forward == pytest.approx(8 * forward)
+    assert same_solves == solves > 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_rates_are_measured(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, exact = rates("cpu", precision)
+    assert fast > 1e8
+    assert exact > 1e8
+
+
+def test_options_that_an_exporter_refuses_are_named() -> None:
+    onnx = exporter_named("onnx")
+    assert checked_options(onnx, {"precision": "fp32"}).model_dump()["precision"] == "fp32"
+    with pytest.raises(RecipeError) as raised:
+        checked_options(onnx, {"precision": "int5", "wings": 2})
+    assert sorted(problem.split(":")[0] for problem in raised.value.problems) == [
+        "--option precision",
+        "--option wings",
+    ]
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no usable tokenizer"):
+        tokenizer_in(tmp_path)
+
+
+def test_a_bench_table_has_a_row_for_each_runner() -> None:
+    spread = Spread(2.0, 1.0, 3.0)
+    results = [
+        BenchResult(name, "CPUExecutionProvider", 1, 1, 4, 2, 1, 0.5, spread, spread, spread, 10**8, 10**9, None)
+        for name in ("dense", "mine")
+    ]
+    table = bench_table(results)
+    assert "dense" in table
+    assert "mine" in table
+    assert "2.0 (1.0-3.0)" in table
+
+
+def test_check_opens_no_model(make_recipe: MakeRecipe) -> None:
+    recipe = Recipe.load(make_recipe(model="/nowhere/at/all", exports=ONNX))
+    assert any("/nowhere/at/all" in line for line in pipeline.check(recipe))

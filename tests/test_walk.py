@@ -1,0 +1,247 @@
+"""The walk: every block sees what the deployed model gives it, and a broken walk goes on with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import flatq.walk as flatq_walk
+from flatq.compress.importance import layer_importance
+from flatq.errors import NumericsError
+from flatq.quantize.grid import Grid, round_to_nearest
+from flatq.walk import Block, Feed, blocks_done, forward_precision, walk
+from flatq.weights import load_decoder
+from tests.models import RandomWeights, tiny_config
+
+TOKENS = torch.arange(5 * 12).remainder(128).view(5, 12)
+ORDER = [(0, "attention"), (0, "mlp"), (1, "attention"), (1, "mlp")]
+WEIGHTS = RandomWeights(tiny_config())
+
+
+def last_states(work: Path, blocks: int = len(ORDER)) -> Tensor:
+    """What the last block wrote."""
+    return torch.from_file(str(work / f"states-{blocks % 2}.f32"), size=5 * 12 * 64, dtype=torch.float32).view(
+        5, 12, 64
+    )
+
+
+def halve(block: Block) -> None:
+    """A change that every later block must notice."""
+    linear = "o" if block.half == "attention" else "down"
+    block.narrow(linear, getattr(block.layer, linear).weight / 2, None)
+
+
+def test_blocks_come_in_the_order_of_the_forward_pass(tmp_path: Path) -> None:
+    saved: list[tuple[int, str]] = []
+    seen = []
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda block: saved.append((block.index, block.half))):
+        seen.append((block.index, block.half))
+        assert saved == seen[:-1], "a block is saved after the loop body, before the next one comes"
+    assert seen == saved == ORDER
+    assert blocks_done(tmp_path) == len(ORDER)
+
+
+def test_an_untouched_model_walks_to_its_own_hidden_states(tmp_path: Path) -> None:
+    for _ in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, precision="float32"):
+        pass
+    decoder = load_decoder(WEIGHTS)
+    torch.testing.assert_close(decoder.norm(last_states(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_later_blocks_see_the_changed_model(tmp_path: Path) -> None:
+    changed = RandomWeights(WEIGHTS.config)
+    for index in range(2):
+        for linear in ("o", "down"):
+            changed.tensors[f"layers.{index}.{linear}.weight"] /= 2
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, precision="float32"):
+        halve(block)
+    decoder = load_decoder(changed)
+    torch.testing.assert_close(decoder.norm(last_states(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_codes_run_as_what_they_decode_to(tmp_path: Path) -> None:
+    changed = RandomWeights(WEIGHTS.config)
+    codes = round_to_nearest(WEIGHTS.tensor("layers.0.up.weight"), Grid(4, 16))
+    changed.tensors["layers.0.up.weight"] = codes.dequantize()
+    embedding = round_to_nearest(WEIGHTS.tensor("embed.weight"), Grid(8, 32))
+    changed.tensors["embed.weight"] = embedding.dequantize()
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, embed=embedding, precision="float32"):
+        if (block.index, block.half) == ORDER[1]:
+            block.quantize("up", codes)
+    decoder = load_decoder(changed)
+    torch.testing.assert_close(decoder.norm(last_states(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+class Killed(Exception):
+    """Stands for a process that ends here."""
+
+
+def half_written(block: Block, out: Feed) -> None:
+    """In place of ``Block.advance``: some outputs are on disk when the process ends."""
+    out.states[:3] = 7
+    raise Killed
+
+
+def interrupt(patch: pytest.MonkeyPatch, moment: str, at: int) -> None:
+    """Let the walk end at a moment of block ``at``."""
+    advance, write = Block.advance, flatq_walk.write_json
+
+    def advance_or_end(block: Block, out: Feed) -> None:
+        (half_written if (block.index, block.half) == ORDER[at] else advance)(block, out)
+
+    def write_or_end(path: Path, value: dict[str, int]) -> None:
+        if value["blocks_done"] > at:
+            raise Killed
+        write(path, value)
+
+    if moment == "while advancing":
+        patch.setattr(Block, "advance", advance_or_end)
+    if moment == "before the state is written":
+        patch.setattr(flatq_walk, "write_json", write_or_end)
+
+
+@pytest.mark.parametrize("moment", ["in the body", "while saving", "while advancing", "before the state is written"])
+@pytest.mark.parametrize("at", range(len(ORDER)))
+def test_a_walk_broken_anywhere_ends_with_the_same_bytes(
+    moment: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go(work: Path, ends: str = "") -> list[tuple[int, str]]:
+        def save(block: Block) -> None:
+            if ends == "while saving" and (block.index, block.half) == ORDER[at]:
+                raise Killed
+
+        seen = []
+        for block in walk(WEIGHTS, TOKENS, work, save, precision="float32"):
+            seen.append((block.index, block.half))
+            if ends == "in the body" and seen[-1] == ORDER[at]:
+                raise Killed
+            halve(block)
+        return seen
+
+    go(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, moment, at)
+        with pytest.raises(Killed):
+            go(tmp_path / "broken", moment)
+    assert go(tmp_path / "broken") == ORDER[at:], "it goes on with the block it was in"
+    assert torch.equal(last_states(tmp_path / "broken"), last_states(tmp_path / "whole"))
+
+
+def test_a_finished_walk_yields_nothing(tmp_path: Path) -> None:
+    for _ in range(2):
+        blocks = list(walk(WEIGHTS, TOKENS, tmp_path, lambda _: None))
+    assert blocks == []
+
+
+def test_a_block_is_observed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    observe = Block._observe
+    monkeypatch.setattr(Block, "_observe", lambda self, x: looks.append(len(x)) or observe(self, x))
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None):
+        assert block.observe() is block.observe()
+        assert set(block.grams) == ({"input", "inner", "values"} if block.half == "attention" else {"input", "inner"})
+    assert looks == [5] * len(ORDER)
+
+
+@pytest.mark.parametrize("most", [1, 12, 13, 24, 60, 8192])
+def test_batches_cover_every_sample_once_and_change_no_sum(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grams(work: Path) -> list[Tensor]:
+        blocks = walk(WEIGHTS, TOKENS, work, lambda _: None, precision="float32")
+        return [gram.mean() for block in blocks for gram in block.observe().values()]
+
+    expected = grams(tmp_path / "expected")
+    monkeypatch.setattr(flatq_walk, "BATCH_TOKENS", most)
+    feed = Feed(tmp_path / "feed", (5, 12, 64))
+    covered = torch.cat([torch.arange(5)[batch] for batch in feed.batches()])
+    assert covered.tolist() == list(range(5))
+    assert all(len(feed.states[batch]) * 12 <= max(most, 12) for batch in feed.batches())
+    for gram, one in zip(grams(tmp_path / "work"), expected, strict=True):
+        torch.testing.assert_close(gram, one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_feed_keeps_what_its_file_holds(tmp_path: Path) -> None:
+    feed = Feed(tmp_path / "feed", (2, 3, 4))
+    feed.states[:] = torch.arange(24.0).view(2, 3, 4)
+    feed.flush()
+    assert torch.equal(Feed(tmp_path / "feed", (2, 3, 4)).states, torch.arange(24.0).view(2, 3, 4))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["posix_fallocate", "zeros"])
+def test_a_feed_takes_its_place_on_disk_at_once(native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    shape = (4, 64, 256)
+    Feed(tmp_path / "feed", shape)
+    assert (tmp_path / "feed").stat().st_size == 4 * 64 * 256 * 4
+    assert (tmp_path / "feed").stat().st_blocks * 512 >= 4 * 64 * 256 * 4, "no sparse file: SIGBUS on a full disk"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Feed(tmp_path / "other", shape)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_outputs_that_are_no_numbers_name_the_block_and_the_sample(tmp_path: Path) -> None:
+    def damage_the_last(block: Block) -> None:
+        if (block.index, block.half) == ORDER[3]:
+            block.feed.states[3, 2, 1] = float("nan")
+
+    with pytest.raises(NumericsError, match="layer 1 mlp: the output for calibration sample 3 is not finite"):
+        list(walk(WEIGHTS, TOKENS, tmp_path, damage_the_last))
+    assert blocks_done(tmp_path) == 3
+
+
+def test_inputs_that_are_no_numbers_are_noticed_in_the_grams(tmp_path: Path) -> None:
+    block = next(iter(walk(WEIGHTS, TOKENS, tmp_path, lambda _: None)))
+    block.feed.states[0, 0, 0] = float("inf")
+    with pytest.raises(NumericsError, match="layer 0 attention: the second moment of 'values' is not finite"):
+        block.observe()
+
+
+def test_the_state_is_one_number(tmp_path: Path) -> None:
+    assert blocks_done(tmp_path) == 0
+    for done, _ in enumerate(walk(WEIGHTS, TOKENS, tmp_path, lambda _: None)):
+        assert blocks_done(tmp_path) == done
+    assert json.loads((tmp_path / "state.json").read_text()) == {"blocks_done": 4}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+def test_the_precision_of_matrix_products_is_put_back(precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    with forward_precision(precision):
+        assert torch.is_inference_mode_enabled()
+    assert torch.get_float32_matmul_precision() == before
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_importance_is_the_angle_between_what_enters_and_what_leaves_a_layer(tmp_path: Path) -> None:
+    decoder = load_decoder(WEIGHTS)
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    for layer in decoder.layers:
+        layer.register_forward_hook(lambda _, given, result: (before.append(given[0]), after.append(result))[0])
+    decoder(TOKENS)
+    cosines = [torch.nn.functional.cosine_similarity(b, a, dim=-1) for b, a in zip(before, after, strict=True)]
+    expected = [float(torch.arccos(cosine).mean()) / torch.pi for cosine in cosines]
+    found = layer_importance(WEIGHTS, TOKENS, tmp_path, precision="float32")
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert not list(tmp_path.iterdir()), "its hidden states are gone"
+
+
+def test_a_layer_that_does_nothing_has_no_importance(tmp_path: Path) -> None:
+    idle = RandomWeights(WEIGHTS.config)
+    for linear in ("o", "down"):
+        idle.tensors[f"layers.1.{linear}.weight"].zero_()
+    first, second = layer_importance(idle, TOKENS, tmp_path, precision="float32")
+    assert first > 0.01
+    assert second == pytest.approx(0, abs=1e-3)
