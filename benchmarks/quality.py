@@ -6,10 +6,10 @@
 
 Damage is ``ln(perplexity / dense perplexity)`` on held-out text: 0 is no loss, and losses of stages that do not
 interact add up. A finished row is in ``--out`` at once, and the same command goes on after it; a table (.md) and a plot
-(.svg) stand beside it. Rows are named by their settings (``grid.Row``), so one file may hold many grids.
+(.svg) stand beside it. Rows are named by their settings (``quality_grid.Row``), so one file may hold many grids.
 
-How a row is measured is in ``laboratory.py``, what rows there are in ``grid.py``, what they are compared with in
-``baselines.py``.
+How a row is measured is in ``quality_lab.py``, what rows there are in ``quality_grid.py``, what they are compared
+with in ``baselines.py``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import tables
+import quality_tables as tables
 import typer
 import yaml
-from grid import Row, Variant, key_of, refusal, rows, variants
-from laboratory import Laboratory, code_digest
+from quality_grid import Row, Variant, key_of, refusal, rows, variants
+from quality_lab import Laboratory, code_digest
 
 from flatq.artifact import write_json
 from flatq.errors import ArtifactError, FlatqError, RecipeError

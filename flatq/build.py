@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatq.artifact import Artifact, finish, save_shard, write_json
+from flatq.compress.sensitivity import measured_sensitivity
 from flatq.compress.stage import FlatStage, RankPlan
 from flatq.decoder import DecoderConfig
 from flatq.progress import progress
@@ -57,7 +58,8 @@ def build(
     grids = planned_grids(config, recipe.gptq)
     stages: list[FlatStage | GptqStage] = []
     if recipe.flat is not None:
-        stages.append(FlatStage(recipe.flat, plan))
+        fisher = measured_sensitivity(config, work) if recipe.flat.sensitive and recipe.flat.keep_ratio < 1 else None
+        stages.append(FlatStage(recipe.flat, plan, fisher))
     if recipe.gptq is not None:
         stages.append(GptqStage(recipe.gptq))
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from flatq.errors import RecipeError
 
 if TYPE_CHECKING:
-    from flatq.recipe import CalibrationSpec, EvaluationSpec
+    from flatq.specs import CalibrationSpec, EvaluationSpec
 
 CHARACTERS_PER_TOKEN = 5  # more than any tokenizer in use needs for English
 POOL = 4  # of an endless corpus, read this many times what is drawn, so that the seed has a choice

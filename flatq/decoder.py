@@ -293,6 +293,10 @@ class DecoderLayer(nn.Module):
         """The MLP half on the residual stream, [b, s, m] -> [b, s, m]."""
         return x + self.down(self.widen(self.mlp_norm(x)))
 
+    def run(self, half: str, x: Tensor, positions: Positions) -> Tensor:
+        """One half (``attention`` or ``mlp``) on the residual stream, [b, s, m] -> [b, s, m]."""
+        return self.attend(x, positions) if half == "attention" else self.transform(x)
+
     def forward(self, x: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
         """Both halves."""
         return self.transform(self.attend(x, positions, cache))

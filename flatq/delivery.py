@@ -26,9 +26,10 @@ from flatq.errors import ArtifactError, ExportError, RecipeError
 from flatq.export import Exported, Exporter, Runner, exporter_named
 from flatq.folder import RunFolder
 from flatq.progress import progress
-from flatq.recipe import BenchSpec, Recipe, explain_options
+from flatq.recipe import Recipe, explain_options
 from flatq.report import BASELINE
 from flatq.source import Source
+from flatq.specs import BenchSpec
 from flatq.verify import EXACT, Limits, verify
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from flatq import planning
 from flatq.artifact import Artifact
 from flatq.build import build
 from flatq.calibrate import Tokens, token_batches
+from flatq.compress.allocate import Curves
+from flatq.compress.curves import error_curves
 from flatq.compress.importance import layer_importance
+from flatq.compress.sensitivity import measured_sensitivity, output_sensitivity
 from flatq.compress.stage import RankPlan, plan_ranks
 from flatq.decoder import DecoderConfig
 from flatq.delivery import PlannedExport, deliver, measured, opened, planned_exports, reopened, side_by_side
@@ -29,9 +33,10 @@ from flatq.folder import RunFolder, require_space
 from flatq.generate import DecoderRunner, stream
 from flatq.progress import progress
 from flatq.quantize.stage import objections, planned_grids
-from flatq.recipe import BenchSpec, CalibrationSpec, EvaluationSpec, Recipe
+from flatq.recipe import Recipe
 from flatq.report import write_report
 from flatq.source import Source, open_model
+from flatq.specs import BenchSpec, CalibrationSpec, EvaluationSpec
 from flatq.summary import provenance, summarize
 from flatq.weights import HALVES, Weights
 
@@ -101,16 +106,28 @@ def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
 
 
 def rank_plan(recipe: Recipe, source: Source, tokens: Tokens, folder: RunFolder, device: str) -> RankPlan:
-    """Widths of the compressed model; measures the layers' importance where the allocation needs it."""
-    if recipe.flat is None:
-        return RankPlan(source.config.layers, 1.0, 1.0)
+    """Widths of the compressed model; measures what the allocation goes by."""
+    spec, config = recipe.flat, source.config
+    if spec is None or spec.keep_ratio == 1:
+        return RankPlan(config.layers, 1.0, 1.0)
+    settings: dict[str, Any] = {"precision": recipe.calibration.precision, "device": device}
 
-    def measure() -> list[float]:
-        precision = recipe.calibration.precision
-        return layer_importance(source, tokens.calibration, folder.work, precision=precision, device=device)
+    def sensitivity() -> None:
+        output_sensitivity(source, tokens.calibration, folder.work, **settings)
 
-    needed = recipe.flat.allocation == "iprs" and recipe.flat.keep_ratio < 1
-    return plan_ranks(source.config, recipe.flat, folder.phase("importance", measure) if needed else [])
+    def importance() -> list[float]:
+        return layer_importance(source, tokens.calibration, folder.work, **settings)
+
+    def curves() -> list[dict[str, Any]]:
+        fisher = measured_sensitivity(config, folder.work)
+        found = error_curves(source, tokens.calibration, fisher, folder.work, ridge=spec.ridge, **settings)
+        return [asdict(curve) for curve in found]
+
+    if spec.sensitive:
+        folder.phase("sensitivity", sensitivity)
+    if spec.parts.allocation == "curves":
+        return plan_ranks(config, spec, curves=[Curves(**curve) for curve in folder.phase("curves", curves)])
+    return plan_ranks(config, spec, folder.phase("importance", importance) if spec.parts.allocation == "iprs" else ())
 
 
 def refuse(recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport]) -> None:
@@ -186,7 +203,7 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     config = source.config
     ranks = RankPlan(config.layers, 1.0, 1.0)
     if recipe.flat is not None:
-        ranks = plan_ranks(config, recipe.flat, [1.0] * len(config.layers))
+        ranks = plan_ranks(config, recipe.flat)  # equal shares: the real ones follow from the weights
     refuse(recipe, config.with_layers(ranks.layers), exports)
     return planning.forecast(recipe, config, ranks, exports, source.dtype.itemsize, resolve_device(device))
 

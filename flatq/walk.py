@@ -36,7 +36,7 @@ BATCH_TOKENS = 8192  # tokens per forward pass: enough for the matrix kernels, l
 
 
 @contextmanager
-def forward_precision(precision: str = "auto") -> Iterator[None]:
+def forward_precision(precision: str = "auto", *, gradients: bool = False) -> Iterator[None]:
     """Matrix products of the enclosed forward passes in ``float32`` or with ``bfloat16`` operands.
 
     ``auto`` takes bfloat16 where the CPU has instructions for it (AVX512-BF16, AMX). Solves belong outside.
@@ -46,7 +46,7 @@ def forward_precision(precision: str = "auto") -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else "highest")
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(not gradients):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -155,18 +155,14 @@ class Block:
         """Send the inputs through the block as it is now."""
         with forward_precision(self.precision):
             for batch in self.feed.batches():
-                y = self._forward(self.feed.states[batch].to(self.device))
+                x = self.feed.states[batch].to(self.device)
+                y = self.layer.run(self.half, x, self.positions(x.shape[0]))
                 if not torch.isfinite(y).all():
                     bad = batch.start + int((~torch.isfinite(y)).flatten(1).any(1).nonzero()[0])
                     raise NumericsError(
                         f"{self.place}: the output for calibration sample {bad} is not finite; {REMEDY}"
                     )
                 out.states[batch] = y
-
-    def _forward(self, x: Tensor) -> Tensor:
-        if self.half == "attention":
-            return self.layer.attend(x, self.positions(x.shape[0]))
-        return self.layer.transform(x)
 
     def narrow(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
         """Replace a linear by one of another shape; the only way to change a width."""

@@ -54,7 +54,7 @@ def test_a_whole_recipe_is_read_as_written() -> None:
     assert recipe.model.path == "meta-llama/Llama-2-7b-hf"
     assert recipe.calibration.samples == 128
     assert [stage.kind for stage in recipe.stages] == ["flat", "gptq"]
-    assert recipe.flat == FlatSpec(keep_ratio=0.7)
+    assert recipe.flat == FlatSpec(keep_ratio=0.7, allocation="iprs")
     assert recipe.gptq == GptqSpec(bits=4)
     assert [(export.format, export.name) for export in recipe.exports] == [("onnx", "onnx"), ("gguf", "gguf")]
     assert recipe.exports[0].options == {"attention": "reduced", "precision": "int4"}

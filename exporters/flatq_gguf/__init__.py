@@ -9,6 +9,7 @@ does not need llama.cpp.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from flatq.artifact import Artifact
@@ -54,12 +55,17 @@ class GgufExporter:
 
     def open(
         self, exported: Path, options: GgufOptions, *, provider: str = "auto", threads: int = 0, exact: bool = False
-    ) -> Runner | None:
-        """Open what ``write`` wrote in llama.cpp; None where llama-cpp-python is not installed."""
-        from importlib.util import find_spec
+    ) -> Runner:
+        """Open what ``write`` wrote in llama.cpp; see ``flatq.export.Exporter.open``.
 
+        Raises:
+            ExportError: llama-cpp-python is not installed, or llama.cpp refuses the file.
+        """
         if find_spec("llama_cpp") is None:
-            return None
+            raise ExportError(
+                "gguf: the package llama-cpp-python is not installed, so nothing can run the file and compare it; run "
+                "`make llamacpp`, or install flatq[llamacpp]"
+            )
         from flatq_gguf.runner import LlamaCppRunner
 
         return LlamaCppRunner(exported, provider=provider, threads=threads, exact=exact)

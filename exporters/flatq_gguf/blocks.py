@@ -78,8 +78,8 @@ def carried(weight: QuantizedWeight, place: Placement, kind: Carrier) -> NDArray
     codes, zero, scale = weight.codes.numpy(), weight.zero.numpy(), weight.scale.numpy()
     parts = []
     for rows in np.split(place.rows, range(ROWS_AT_ONCE, len(place.rows), ROWS_AT_ONCE)):
-        integers = taken(codes, rows, 0).astype(np.int16) - taken(zero, rows, 0).astype(np.int16)[:, of_code]
-        integers = taken(integers, place.columns, 1).reshape(len(rows), -1, BLOCK)
+        centred = taken(codes, rows, 0).astype(np.int16) - taken(zero, rows, 0).astype(np.int16)[:, of_code]
+        integers = taken(centred, place.columns, 1).reshape(len(rows), -1, BLOCK)
         parts.append(packed(integers, taken(scale, rows, 0)[:, of_block], kind))
     return np.concatenate(parts)
 
@@ -94,6 +94,6 @@ def packed(integers: NDArray[np.int16], scale: NDArray[np.float16], kind: Carrie
         unsigned = (integers - kind.low).astype(np.uint8)
         if kind.name == "Q5_0":
             parts.append(np.packbits(unsigned >> 4, axis=-1, bitorder="little"))
-        low = unsigned & 15
-        parts.append(low[..., : BLOCK // 2] | low[..., BLOCK // 2 :] << 4)
+        first, second = np.split(unsigned & np.uint8(15), 2, axis=-1)
+        parts.append(first | second << np.uint8(4))
     return np.concatenate(parts, axis=-1).reshape(shape[0], -1)

@@ -20,6 +20,7 @@ from flatq.gguf_file import ROPE_DIVISORS
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.weights import Weights, dense, tensor_shapes
 from flatq_gguf.blocks import BLOCK, carried, carrier, fits, stored_bytes
+from flatq_gguf.k_quants import K_QUANTS
 from flatq_gguf.layouts import Architecture, architecture
 from flatq_gguf.options import GgufOptions
 from flatq_gguf.placement import Placement
@@ -117,6 +118,8 @@ class Contents:
     def _type(self, stem: str, shape: tuple[int, ...]) -> tuple[str, bool]:
         """Type of a matrix, and whether its codes are carried."""
         wanted, grid = self.options.precision, self.grids.get(stem)
+        if wanted in K_QUANTS:
+            return "F16", False
         if wanted == "codes":
             if grid is not None and (kind := carrier(grid)) is not None:
                 place = self._placement(stem) or Placement.whole(*shape)

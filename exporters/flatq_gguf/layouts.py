@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from flatq.decoder import LINEARS, DecoderConfig
 from flatq.families import FAMILIES
 from flatq.quantize.grid import Grid
+from flatq_gguf import k_quants
 from flatq_gguf.blocks import carrier
 from flatq_gguf.options import GgufOptions
 
@@ -68,7 +69,7 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOp
     if config.family not in FAMILIES:
         return [f"gguf: family {config.family!r} has no GGUF names; supported: {', '.join(FAMILIES)}"]
     chosen = architecture(config, options).name
-    found = [*_shapes(config), *_grids(grids, options)]
+    found = [*_shapes(config), *_grids(grids, options), *k_quants.objections(options.precision)]
     found += _compact(config) if chosen == "mimo2" else _switches(config, chosen)
     return [f"gguf: {problem}" for problem in found]
 

@@ -19,7 +19,7 @@ QUANTIZED_NAME = re.compile(r"[.-](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)  # a
 
 
 def most_common(planned: list[Planned]) -> str:
-    """The type that holds most weights inside the layers: what a file is called after."""
+    """The type that holds most weights inside the layers."""
     weights: dict[str, int] = {}
     for tensor in planned:
         if len(tensor.shape) == 2 and tensor.source.startswith("layers."):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Precision = Literal["codes", "f32", "f16", "bf16", "q8_0", "q5_0", "q4_1", "q4_0"]
+Precision = Literal["codes", "f32", "f16", "bf16", "q8_0", "q5_0", "q4_1", "q4_0", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"]
 
 
 class GgufOptions(BaseModel):
@@ -17,10 +17,10 @@ class GgufOptions(BaseModel):
             any width per layer, its value heads filled up with zeros; ``compact`` (architecture ``mimo2``) has truly
             narrower value heads and a smaller V cache, for untied models with plain rope and one rank in all layers.
         precision: ``codes`` carries the artifact's own codes bit for bit in Q4_0, Q5_0 or Q8_0. All others write
-            every matrix in that type, quantized ones by plain rounding with embedding and head in Q8_0.
+            every matrix in that type: Q8_0 to Q4_0 by plain rounding, with embedding and head in Q8_0; the K types
+            by llama.cpp's own quantizer, if llama-cpp-python is installed.
         otherwise: with ``codes``, the type of a matrix that has none, or whose codes no block type can carry.
-        ffn_multiple: MLP widths are filled up to a multiple of this with zero channels; 256 is what K-quants need,
-            if the file is to go through llama-quantize.
+        ffn_multiple: MLP widths are filled up to a multiple of this with zero channels; 256 is what K-quants need.
         context_length: positions the file announces; None is the model's own limit.
         baseline: type of the model before compression that ``bench`` measures beside this export.
         name: ``general.name`` and the beginning of the file name; None derives it from the recipe's model.

@@ -11,6 +11,7 @@ Axes: o written rows, i written columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from flatq.export import FloatArray, IntArray
 from flatq.gguf_file import pairs_from_halves
 
 ABSENT = -1
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +75,7 @@ class Placement:
         return taken(bias, self.rows, 0)
 
 
-def taken(array: NDArray[np.generic], index: IntArray, axis: int) -> NDArray[np.generic]:
+def taken(array: NDArray[Number], index: IntArray, axis: int) -> NDArray[Number]:
     """``array.take(index, axis)`` with zeros where the index is ``ABSENT``."""
     if array.shape[axis] == len(index) and bool((index == np.arange(len(index))).all()):
         return array

@@ -36,11 +36,19 @@ LOG: list[str] = []  # llama.cpp has one log per process
 REBUILD = "`make llamacpp` builds llama-cpp-python without AMX"
 
 
-@llama_cpp.llama_log_callback
-def _keep(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+def _keep(level: int, text: bytes, data: Any) -> None:
     del level, data
     LOG.append(text.decode("utf-8", "replace"))
     del LOG[:-KEPT_LINES]
+
+
+_CALLBACK = llama_cpp.llama_log_callback(_keep)  # llama.cpp holds a bare pointer to it
+
+
+def keep_log() -> int:
+    """Send llama.cpp's log to ``LOG``; returns where it stands."""
+    llama_cpp.llama_log_set(_CALLBACK, ctypes.c_void_p(0))
+    return len(LOG)
 
 
 class LlamaCppRunner:
@@ -58,12 +66,16 @@ class LlamaCppRunner:
 
     def __init__(self, root: Path, *, provider: str = "auto", threads: int = 0, exact: bool = False) -> None:
         self.root = root
-        self._model = self._context = None
+        self.vocab = 0
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._length = 0
         self._copies: Path | None = None
         files = sorted(root.glob("*.gguf"))
         if not files:
             raise ExportError(f"{root}: no .gguf file is there; export the model again")
-        llama_cpp.llama_log_set(_keep, ctypes.c_void_p(0))
+        keep_log()
         llama_cpp.llama_backend_init()
         can_offload = bool(llama_cpp.llama_supports_gpu_offload())
         if provider == "cuda" and not can_offload:
@@ -90,7 +102,7 @@ class LlamaCppRunner:
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
         if not self._model:
             self.close()
-            raise ExportError(f"{file}: llama.cpp cannot load it: {_last_lines(LOG[seen:])}")
+            raise ExportError(f"{file}: llama.cpp cannot load it: {last_lines(seen)}")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     @property
@@ -154,7 +166,7 @@ class LlamaCppRunner:
         room = (llama_cpp.llama_token * (len(data) + 8))()
         count = llama_cpp.llama_tokenize(vocab, data, len(data), room, len(room), False, True)
         if count < 0:
-            raise ExportError(f"gguf: llama.cpp could not tokenize {text[:40]!r}: {_last_lines(LOG)}")
+            raise ExportError(f"gguf: llama.cpp could not tokenize {text[:40]!r}: {last_lines()}")
         return list(room[:count])
 
     def _begin(self, rows: int, capacity: int) -> None:
@@ -173,7 +185,7 @@ class LlamaCppRunner:
         if not self._context:
             self._context = None
             raise ExportError(
-                f"gguf: llama.cpp cannot make a context of {rows} x {capacity} positions: {_last_lines(LOG[seen:])}"
+                f"gguf: llama.cpp cannot make a context of {rows} x {capacity} positions: {last_lines(seen)}"
             )
         self._batch = llama_cpp.llama_batch_init(max(TOKENS_AT_ONCE, rows), 0, 1)
 
@@ -193,15 +205,16 @@ class LlamaCppRunner:
             batch.logits[index] = every or index == count - 1
         code = llama_cpp.llama_decode(self._context, batch)
         if code:
-            raise ExportError(f"gguf: llama.cpp failed with code {code} on {count} tokens: {_last_lines(LOG)}")
+            raise ExportError(f"gguf: llama.cpp failed with code {code} on {count} tokens: {last_lines()}")
         outputs = count if every else 1
         pointer = llama_cpp.llama_get_logits(self._context)
         found: Any = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (outputs, self.vocab))
         return found.copy()
 
 
-def _last_lines(log: list[str]) -> str:
-    lines = [line.strip() for line in "".join(log).splitlines() if line.strip()]
+def last_lines(mark: int = 0) -> str:
+    """The telling end of what llama.cpp logged since ``mark``."""
+    lines = [line.strip() for line in "".join(LOG[mark:] or LOG).splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
     return "; ".join((telling or lines)[-3:]) or "it gave no reason"
 

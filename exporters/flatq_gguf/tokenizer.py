@@ -123,8 +123,8 @@ def pre_tokenizer_name(described: dict[str, Any], where: Path) -> str:
             name = SPLITS.get((hashlib.sha256(rule.encode()).hexdigest()[:16], whole))
     if name is None or not unprefixed:
         raise ExportError(
-            f"gguf: {where}: llama.cpp's name for this pre-tokenizer ({' + '.join(kinds) or 'none'}) is not known; known: "
-            f"gpt-2, smollm, {', '.join(SPLITS.values())}. Look it up in the model's own GGUF files (key "
+            f"gguf: {where}: llama.cpp's name for this pre-tokenizer ({' + '.join(kinds) or 'none'}) is not known; "
+            f"known: gpt-2, smollm, {', '.join(SPLITS.values())}. Look it up in the model's own GGUF files (key "
             "tokenizer.ggml.pre) and set it as the option pre_tokenizer"
         )
     return name

@@ -16,6 +16,7 @@ import numpy as np
 from flatq.artifact import Artifact
 from flatq.export import Exported
 from flatq_gguf.contents import ALIGNMENT, Contents, Planned
+from flatq_gguf.k_quants import K_QUANTS, allowed_kl, bits_per_weight, quantize
 from flatq_gguf.metadata import context_length, describe, dimension, file_name, most_common, tokenize
 from flatq_gguf.tokenizer import Vocabulary, read_vocabulary
 
@@ -29,24 +30,55 @@ ROUNDING_KL = {"F32": 0.0, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 1e-2, "Q5_0": 0.5,
 
 def write_file(artifact: Artifact, out: Path, contents: Contents) -> Exported:
     """Write everything; see ``GgufExporter.write``."""
-    import gguf
-
     planned = list(contents.planned())
-    kind = most_common(planned)
     options = contents.options
     vocabulary = read_vocabulary(artifact.root, contents.config.vocab, artifact.settings, options.pre_tokenizer)
     growing = out / ".growing"
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
-    split = options.split_above if sum(tensor.bytes for tensor in planned) > options.split_above else 0
+    kind = most_common(planned)
+    rounding = max(ROUNDING_KL[tensor.kind] for tensor in planned if not tensor.carries_codes)
+    if options.precision in K_QUANTS:
+        half = growing / "half.gguf"
+        _write_tensors(artifact, half, contents, planned, vocabulary, split_above=0)
+        kind, rounding = options.precision.upper(), allowed_kl(options.precision)
+        quantize(half, growing / file_name(artifact, contents, kind), options.precision)
+        half.unlink()
+    else:
+        path = growing / file_name(artifact, contents, kind)
+        _write_tensors(artifact, path, contents, planned, vocabulary, split_above=options.split_above)
+    files = [path.replace(out / path.name) for path in sorted(growing.iterdir())]
+    growing.rmdir()
+    return Exported(
+        out,
+        tuple(files),
+        notes=tuple(_notes(contents, planned, vocabulary, files)),
+        details={"architecture": contents.architecture.name},
+        rounding_kl=rounding,
+    )
+
+
+def _write_tensors(
+    artifact: Artifact,
+    path: Path,
+    contents: Contents,
+    planned: list[Planned],
+    vocabulary: Vocabulary | None,
+    *,
+    split_above: int,
+) -> None:
+    """One file, or numbered parts of one if the tensors take more than ``split_above`` bytes."""
+    import gguf
+
+    split = split_above if sum(tensor.bytes for tensor in planned) > split_above else 0
     with closing(gguf.GGUFWriter(None, contents.architecture.name, split_max_size=split)) as writer:
-        describe(writer, artifact, contents, kind)
+        describe(writer, artifact, contents, most_common(planned))
         dimension(writer, contents)
         tokenize(writer, vocabulary)
         for tensor in planned:
             ggml = gguf.GGMLQuantizationType[tensor.kind]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, ggml)
-        writer.write_header_to_file(growing / file_name(artifact, contents, kind))
+        writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in planned:
@@ -54,24 +86,18 @@ def write_file(artifact: Artifact, out: Path, contents: Contents) -> Exported:
         writer.flush()
         for file in writer.fout:
             os.fsync(file.fileno())
-    files = []
-    for path in sorted(growing.iterdir()):
-        files.append(path.replace(out / path.name))
-    growing.rmdir()
-    return Exported(
-        out,
-        tuple(files),
-        notes=tuple(_notes(contents, planned, vocabulary, files)),
-        details={"architecture": contents.architecture.name},
-        rounding_kl=max(ROUNDING_KL[tensor.kind] for tensor in planned if not tensor.carries_codes),
-    )
 
 
 def estimated_bytes(contents: Contents) -> int:
-    """Size of the files from shapes alone."""
+    """Size of the files from shapes alone; for K-quants within some percent."""
+    precision = contents.options.precision
     total = METADATA_BYTES + contents.config.vocab * PIECE_BYTES
     for tensor in contents.planned():
-        total += TENSOR_ENTRY_BYTES + -(-tensor.bytes // ALIGNMENT) * ALIGNMENT
+        size = tensor.bytes
+        if precision in K_QUANTS and len(tensor.shape) == 2:
+            table = not tensor.source.startswith("layers.")
+            size = int(size / 16 * bits_per_weight(precision, tensor.shape[1], table=table))
+        total += TENSOR_ENTRY_BYTES + -(-size // ALIGNMENT) * ALIGNMENT
     return total
 
 
@@ -107,7 +133,7 @@ def _uncarried(contents: Contents, planned: list[Planned]) -> list[str]:
         if tensor.source and len(tensor.shape) == 2 and not tensor.carries_codes:
             stem = tensor.source.removesuffix(".weight")
             why = (
-                "for blocks of 32 columns would span groups of two scales; rank_multiple: 32 in the flat stage avoids it"
+                "for a block of 32 would span groups with two scales (rank_multiple: 32 in the flat stage avoids it)"
                 if stem in contents.grids
                 else "for they have no codes"
             )

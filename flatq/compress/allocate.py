@@ -8,6 +8,7 @@ Axes: L layers.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -140,3 +141,61 @@ def _next_width(width: int, sign: int, multiple: int, whole: int) -> int:
     if sign > 0:
         return min((width // multiple + 1) * multiple, whole)
     return max((width - 1) // multiple * multiple, min(multiple, width))
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What narrowing one layer costs, in units that are the same for all layers.
+
+    Attributes:
+        value: cost of value heads that are n directions narrower, n = 0 .. d_v; ascending from 0.
+        mlp: cost of an MLP that is n channels narrower, n = 0 .. d_ff or less; ascending from 0.
+    """
+
+    value: tuple[float, ...]
+    mlp: tuple[float, ...]
+
+
+def spend(
+    layers: Sequence[LayerDims],
+    d_model: int,
+    curves: Sequence[Curves],
+    keep_ratio: float,
+    *,
+    rank_multiple: int,
+    width_multiple: int,
+) -> tuple[LayerDims, ...]:
+    """One budget over all layers and both halves: take away, step by step, what costs least per parameter.
+
+    A step is one multiple of ranks or channels. Nothing is narrowed below one multiple. The last step is taken if it
+    brings the total closer to the budget.
+    """
+    costs = [Costs.of(dims, d_model) for dims in layers]
+    widths = [[dims.d_v, dims.d_ff] for dims in layers]
+    whole = sum(cost.total(dims.d_v, dims.d_ff) for cost, dims in zip(costs, layers, strict=True))
+    surplus = (1 - keep_ratio) * whole
+    queue: list[tuple[float, int, int, int, int]] = []
+
+    def offer(layer: int, part: int, least: float) -> None:
+        multiple = (rank_multiple, width_multiple)[part]
+        width, top = widths[layer][part], (layers[layer].d_v, layers[layer].d_ff)[part]
+        lower = (width - 1) // multiple * multiple
+        curve = (curves[layer].value, curves[layer].mlp)[part]
+        if lower < multiple or top - lower >= len(curve):
+            return
+        parameters = (width - lower) * (costs[layer].per_rank, costs[layer].per_channel)[part]
+        price = (curve[top - lower] - curve[top - width]) / parameters
+        # A curve that bends down would hide cheap steps behind a dear one; prices are kept from falling.
+        heapq.heappush(queue, (max(price, least), layer, part, lower, parameters))
+
+    for layer in range(len(layers)):
+        for part in (0, 1):
+            offer(layer, part, 0.0)
+    while queue and surplus > 0:
+        price, layer, part, lower, parameters = heapq.heappop(queue)
+        if parameters > 2 * surplus:
+            break
+        widths[layer][part] = lower
+        surplus -= parameters
+        offer(layer, part, price)
+    return tuple(replace(dims, d_v=rank, d_ff=width) for dims, (rank, width) in zip(layers, widths, strict=True))

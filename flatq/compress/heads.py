@@ -56,6 +56,13 @@ def head_basis(gram: Tensor, rank: int) -> HeadBasis:
     return HeadBasis(basis, basis, float(lost / total) if total > 0 else 0.0)
 
 
+def orthonormal(encode: Tensor, gram: Tensor) -> HeadBasis:
+    """A basis from orthonormal columns that were chosen elsewhere, [k, d, r], on the values' Gram [k, d, d]."""
+    total = gram.diagonal(dim1=-2, dim2=-1).sum().double()
+    kept = ((encode.mT @ gram.double()) * encode.mT).sum()
+    return HeadBasis(encode, encode, max(0.0, float(1 - kept / total)) if total > 0 else 0.0)
+
+
 def project_heads(w_v: Tensor, v_bias: Tensor | None, w_o: Tensor, basis: HeadBasis) -> HeadWeights:
     """Apply a basis to the value and output projections.
 
@@ -74,3 +81,54 @@ def project_heads(w_v: Tensor, v_bias: Tensor | None, w_o: Tensor, basis: HeadBa
 def spread_over_queries(basis: Tensor, group: int) -> Tensor:
     """Block-diagonal map of all query heads, [k, d, r] -> [h * d, h * r]: how ``z`` changes when ``v`` does."""
     return torch.block_diag(*basis.repeat_interleave(group, dim=0))
+
+
+def output_basis(gram: Tensor, w_o: Tensor, kv_heads: int, group: int) -> tuple[Tensor, Tensor]:
+    """Directions of each value head in the order in which the layer's output needs them.
+
+    For one query head with Gram C and output columns W the best projection of rank r comes from the leading left
+    singular vectors U of ``C^(1/2) W^T``: encode ``C^(-1/2) U``. The query heads of a group share their value head, so
+    their Grams are averaged and their output columns are put side by side.
+
+    Args:
+        gram: second moment of the heads' outputs z, [h * d, h * d].
+        w_o: [m, h * d]; rows may be weighted, see ``sensitivity``.
+
+    Returns:
+        Orthonormal encode, float64 [k, d, d], nested: its first r columns span the best subspace of rank r. And the
+        mean square of the output that each direction carries, [k, d], descending.
+    """
+    m, columns = w_o.shape
+    k, g, d = kv_heads, group, columns // (kv_heads * group)
+    heads = gram.double().view(k * g, d, k * g, d).diagonal(dim1=0, dim2=2)  # [d, d, h]
+    root, back = _square_root(heads.permute(2, 0, 1).view(k, g, d, d).mean(1))  # [k, d, d]
+    w = w_o.double().view(m, k, g, d)
+    energy = root @ torch.einsum("mkgd,mkge->kde", w, w) @ root
+    carried, vectors = torch.linalg.eigh(energy)
+    encode = torch.linalg.qr(back @ vectors.flip(-1)).Q
+    return encode, carried.flip(-1).clamp(min=0)
+
+
+def refit_output(w_o: Tensor, gram: Tensor, encode: Tensor, group: int, *, ridge: float = 1e-4) -> Tensor:
+    """Least-squares output projection for narrowed heads, on the Gram of all heads together, [m, h * r].
+
+    ``W C R (R^T C R)^-1`` with R the encoders of all query heads: no other reading of the narrowed heads is closer
+    to the old output on the calibration tokens, up to the ridge (relative to the mean diagonal) that pulls towards
+    ``W R``, the reading without a refit.
+    """
+    spread = spread_over_queries(encode.double(), group)
+    half = gram.double() @ spread  # [h * d, h * r]
+    narrow = spread.T @ half
+    shift = ridge * float(narrow.diagonal().mean()) or 1.0
+    narrow.diagonal().add_(shift)
+    return torch.cholesky_solve((half + shift * spread).T @ w_o.double().T, torch.linalg.cholesky(narrow)).T.to(
+        w_o.dtype
+    )
+
+
+def _square_root(c: Tensor, floor: float = 1e-8) -> tuple[Tensor, Tensor]:
+    """Square root of positive matrices [..., d, d] and its inverse; eigenvalues below ``floor`` of the largest rise."""
+    values, vectors = torch.linalg.eigh(c)
+    values = values.clamp(min=(floor * values[..., -1:]).clamp(min=torch.finfo(c.dtype).tiny))
+    root = values.sqrt()[..., None, :]
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

@@ -5,6 +5,8 @@ Axes: m d_model, f d_ff before, s d_ff after.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,61 @@ def relative_energy(difference: Tensor, w: Tensor, gram: Tensor) -> float:
     total = float(((w.double() @ c) * w.double()).sum())
     lost = float(((difference.double() @ c) * difference.double()).sum())
     return max(lost, 0.0) / total if total > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Elimination:
+    """MLP channels in the order in which they can be done without.
+
+    Attributes:
+        order: int64 [removed], the most dispensable first.
+        cost: float64 [removed], mean square of the output's change once this and all earlier channels are gone and the
+            others have made up for them as well as they can.
+    """
+
+    order: Tensor
+    cost: Tensor
+
+    def kept(self, channels: int) -> Tensor:
+        """Indices that are left of ``channels``, ascending."""
+        alive = torch.ones(channels, dtype=torch.bool, device=self.order.device)
+        alive[self.order] = False
+        return alive.nonzero()[:, 0]
+
+
+def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: int | None = None) -> Elimination:
+    """Optimal-brain-surgeon elimination: again and again drop the channels whose loss the others can best make up for.
+
+    The output's change when channel j goes is ``||W[:, j]||^2 / (C^-1)_jj``; then ``W`` and ``C^-1`` are updated to
+    those of the smaller problem, exactly. Only the choice within one step takes its channels as independent.
+
+    Args:
+        w_down: [m, f]; rows may be weighted, see ``sensitivity``.
+        gram: second moment of the inner activation, [f, f].
+        width: channels to leave.
+        ridge: relative to the mean diagonal of ``gram``.
+        step: channels per elimination; None is one percent of f.
+    Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), with a layer's output in place of the loss.
+    """
+    c, f = gram.double(), len(gram)
+    step = step or max(1, f // 96)
+    shift = ridge * float(c.diagonal().mean()) or 1.0
+    identity = torch.eye(f, dtype=c.dtype, device=c.device)
+    inverse = torch.cholesky_solve(identity, torch.linalg.cholesky(c + shift * identity))
+    w, index = w_down.double(), torch.arange(f, device=c.device)
+    order, cost, total = [index[:0]], [c.diagonal()[:0]], 0.0
+    while len(index) > width:
+        price = w.square().sum(0) / inverse.diagonal()
+        gone = torch.topk(price, min(step, len(index) - width), largest=False).indices
+        stay = torch.ones(len(index), dtype=torch.bool, device=c.device)
+        stay[gone] = False
+        corner, bridge = inverse[gone][:, gone], inverse[gone][:, stay]
+        share = torch.linalg.solve(corner, torch.cat([bridge, w[:, gone].T], 1))  # [gone, stay + m]
+        before = total
+        total += float((w[:, gone].T * share[:, bridge.shape[1] :]).sum())
+        w = w[:, stay] - w[:, gone] @ share[:, : bridge.shape[1]]
+        inverse = inverse[stay][:, stay] - bridge.T @ share[:, : bridge.shape[1]]
+        order.append(index[gone])
+        cost.append(torch.linspace(before, total, len(gone) + 1, dtype=c.dtype, device=c.device)[1:])
+        index = index[stay]
+    return Elimination(torch.cat(order), torch.cat(cost))

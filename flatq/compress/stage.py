@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from flatq.compress.allocate import iprs, share_of_the_rest, uniform, widths
-from flatq.compress.heads import head_basis, project_heads, spread_over_queries
-from flatq.compress.mlp import leading_channels, nystroem, output_error, ridge_leverage
+from flatq.compress.allocate import Curves, iprs, share_of_the_rest, spend, uniform, widths
+from flatq.compress.heads import (
+    head_basis,
+    orthonormal,
+    output_basis,
+    project_heads,
+    refit_output,
+    spread_over_queries,
+)
+from flatq.compress.mlp import eliminate, leading_channels, nystroem, output_error, ridge_leverage
+from flatq.compress.sensitivity import weighted
 from flatq.decoder import DecoderConfig, LayerDims
-from flatq.recipe import FlatSpec
+from flatq.specs import FlatSpec
 from flatq.walk import Block
+from flatq.weights import HALVES
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +34,14 @@ class RankPlan:
     importance: tuple[float, ...] = ()
 
 
-def plan_ranks(config: DecoderConfig, spec: FlatSpec, importance: Sequence[float]) -> RankPlan:
+def plan_ranks(
+    config: DecoderConfig, spec: FlatSpec, importance: Sequence[float] = (), curves: Sequence[Curves] = ()
+) -> RankPlan:
     """Widths of every layer for a wanted share of the decoder's parameters.
 
     Args:
-        importance: one number per layer; needed by ``allocation: iprs`` only.
+        importance: one number per layer, for ``allocation: iprs``.
+        curves: one per layer, for ``allocation: curves``. Without what its allocation needs, a plan has equal shares.
 
     Raises:
         RecipeError: the share cannot be reached.
@@ -37,15 +49,13 @@ def plan_ranks(config: DecoderConfig, spec: FlatSpec, importance: Sequence[float
     if spec.keep_ratio == 1:
         return RankPlan(config.layers, 1.0, 1.0, tuple(importance))
     share = share_of_the_rest(config.layers, config.d_model, spec.keep_ratio)
-    shares = iprs(importance, share) if spec.allocation == "iprs" else uniform(len(config.layers), share)
-    layers = widths(
-        config.layers,
-        config.d_model,
-        shares,
-        spec.keep_ratio,
-        rank_multiple=spec.rank_multiple,
-        width_multiple=spec.width_multiple,
-    )
+    multiples = {"rank_multiple": spec.rank_multiple, "width_multiple": spec.width_multiple}
+    allocation = spec.parts.allocation
+    if allocation == "curves" and curves:
+        layers = spend(config.layers, config.d_model, curves, spec.keep_ratio, **multiples)
+    else:
+        shares = iprs(importance, share) if allocation == "iprs" and importance else uniform(len(config.layers), share)
+        layers = widths(config.layers, config.d_model, shares, spec.keep_ratio, **multiples)
     achieved = config.with_layers(layers).decoder_parameters() / config.decoder_parameters()
     return RankPlan(layers, spec.keep_ratio, achieved, tuple(importance))
 
@@ -53,8 +63,8 @@ def plan_ranks(config: DecoderConfig, spec: FlatSpec, importance: Sequence[float
 class FlatStage:
     """Narrows each block to its planned widths, and its Grams with it."""
 
-    def __init__(self, spec: FlatSpec, plan: RankPlan) -> None:
-        self.spec, self.plan = spec, plan
+    def __init__(self, spec: FlatSpec, plan: RankPlan, fisher: Tensor | None = None) -> None:
+        self.parts, self.ridge, self.plan, self.fisher = spec.parts, spec.ridge, plan, fisher
 
     def apply(self, block: Block) -> None:
         """Observe the block, then narrow it."""
@@ -65,21 +75,34 @@ class FlatStage:
         elif wanted.d_ff < block.dims.d_ff:
             self._narrow_mlp(block, wanted.d_ff)
 
+    def _weighted(self, block: Block, w: Tensor) -> Tensor:
+        number = len(HALVES) * block.index + HALVES.index(block.half)
+        return weighted(w, None if self.fisher is None else self.fisher[number].to(w.device))
+
     def _narrow_values(self, block: Block, rank: int) -> None:
-        grams, layer = block.observe(), block.layer
+        grams, layer, dims = block.observe(), block.layer, block.dims
         values = grams["values"].total / grams["values"].count  # [kv, d, d], also for a single head
-        basis = head_basis(values, rank)
+        inner = grams["inner"].mean()
+        if self.parts.values == "pca":
+            basis = head_basis(values, rank)
+        else:
+            encode, _ = output_basis(inner, self._weighted(block, layer.o.weight), dims.kv_heads, dims.group)
+            basis = orthonormal(encode[..., :rank], values)
         narrowed = project_heads(layer.v.weight, layer.v.bias, layer.o.weight, basis)
+        o = refit_output(layer.o.weight, inner, basis.encode, dims.group) if self.parts.refit else narrowed.o
         block.narrow("v", narrowed.v, narrowed.v_bias)
-        block.narrow("o", narrowed.o, layer.o.bias)
+        block.narrow("o", o, layer.o.bias)
         block.errors["value"] = basis.discarded
-        grams["inner"] = grams["inner"].congruence(spread_over_queries(basis.encode, block.dims.group))
+        grams["inner"] = grams["inner"].congruence(spread_over_queries(basis.encode, dims.group))
         grams["values"] = grams["values"].congruence(basis.encode)
 
     def _narrow_mlp(self, block: Block, width: int) -> None:
         grams, layer = block.observe(), block.layer
         gram, down = grams["inner"].mean(), layer.down.weight
-        keep = leading_channels(ridge_leverage(gram, self.spec.ridge), width)
+        if self.parts.channels == "leverage":
+            keep = leading_channels(ridge_leverage(gram, self.ridge), width)
+        else:
+            keep = eliminate(self._weighted(block, down), gram, width, self.ridge).kept(len(gram))
         corrected = nystroem(down, gram, keep)
         block.errors["mlp"] = output_error(down, gram, corrected, keep)
         for name in ("gate", "up"):

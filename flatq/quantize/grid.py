@@ -66,6 +66,7 @@ class Grid:
             w: float32 [o, i].
             importance: weight of each column's error, [i]; all ones if None.
             clips: factors of the group's range to try, the first one preferred; ``(1.0,)`` is plain min-max.
+
         Returns:
             scale (float32 holding float16 values) and zero (float32 holding codes), both [o, G].
         """

@@ -8,7 +8,7 @@ from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import NumericsError
 from flatq.quantize.gptq import CLIPS, GptqResult, gptq
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
-from flatq.recipe import GptqSpec
+from flatq.specs import GptqSpec
 from flatq.walk import Block
 from flatq.weights import Weights, dense
 

@@ -86,9 +86,9 @@ def expected_linear(artifact: Artifact, index: int, linear: str, written: dict[s
     return np.pad(weight, ((0, 0), (0, missing)) if linear == "down" else ((0, missing), (0, 0)))
 
 
-GGUF_NAMES = {
-    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"
-}  # fmt: skip
+GGUF_NAMES = dict(
+    zip(LINEARS, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), strict=True)
+)
 
 
 @pytest.mark.parametrize(("grid", "kind"), CARRIED.values(), ids=CARRIED)
@@ -252,6 +252,9 @@ def test_compact_keeps_the_narrow_values_and_the_order_of_rows(make_artifact: Ma
         np.testing.assert_array_equal(decoded(tensors[f"blk.0.{GGUF_NAMES[linear]}.weight"]), expected)
 
 
+COMPACT = {"precision": "f16", "layout": "compact"}
+
+
 @pytest.mark.parametrize(
     ("config", "grids", "options", "words"),
     [
@@ -261,13 +264,13 @@ def test_compact_keeps_the_narrow_values_and_the_order_of_rows(make_artifact: Ma
         (tiny_config(), {"embed": Grid(4, 32)}, {"precision": "q4_0"}, ["a second time", "precision: codes"]),
         (tiny_config(d_v=(16, 24)), {}, {"precision": "f16"}, ["larger than d_qk in layers [1]"]),
         (tiny_config(d_v=(8, 8), qk_norm=True), {}, {"precision": "f16"}, ["norms on q and k", "flat stage"]),
-        (tiny_config(), {}, {"precision": "f16", "layout": "compact"}, ["twice", "layout: deci"]),
-        (tiny_config(tied_head=False, d_v=(8, 16)), {}, {"precision": "f16", "layout": "compact"}, ["[8, 16]", "uniform"]),
-        (tiny_config(tied_head=False), {}, {"precision": "f16", "layout": "compact"}, ["[16]", "rank_multiple: 32"]),
+        (tiny_config(), {}, COMPACT, ["twice", "layout: deci"]),
+        (tiny_config(tied_head=False, d_v=(8, 16)), {}, COMPACT, ["[8, 16]", "uniform"]),
+        (tiny_config(tied_head=False), {}, COMPACT, ["[16]", "rank_multiple: 32"]),
         (
             tiny_config(tied_head=False, d_qk=32, d_v=(32, 32), rope=Rope(scaling="llama3"), mlp_bias=True),
             {},
-            {"precision": "f16", "layout": "compact"},
+            COMPACT,
             ["rope factors", "mlp_bias"],
         ),
     ],
@@ -279,6 +282,18 @@ def test_what_cannot_be_written_is_refused_with_the_way_out(
     found = "\n".join(GgufExporter().check(config, grids, GgufOptions(**options)))
     for word in words:
         assert word in found
+
+
+def test_k_quants_without_llama_cpp_are_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatq_gguf.k_quants.find_spec", lambda name: None)
+    (found,) = GgufExporter().check(tiny_config(), {}, GgufOptions(precision="q4_k_m"))
+    assert "llama-quantize FILE-F16.gguf FILE.gguf Q4_K_M" in found
+
+
+def test_opening_without_llama_cpp_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatq_gguf.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match="make llamacpp"):
+        GgufExporter().open(tmp_path, GgufOptions())
 
 
 def test_an_objection_of_check_also_stops_write(make_artifact: MakeArtifact) -> None:
@@ -378,7 +393,7 @@ def test_the_dense_twin_is_the_familys_own_architecture() -> None:
 
 def test_options_are_closed_and_the_exporter_is_found_by_name() -> None:
     assert isinstance(exporter_named("gguf"), GgufExporter)
-    for wrong in ({"precison": "f16"}, {"precision": "q6_k"}, {"name": "a/b"}, {"split_above": -1}):
+    for wrong in ({"precison": "f16"}, {"precision": "q2_k"}, {"name": "a/b"}, {"split_above": -1}):
         with pytest.raises(ValidationError):
             GgufOptions(**wrong)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
 
 from flatq.artifact import Artifact
 from flatq.decoder import DecoderConfig, Rope
@@ -205,11 +207,40 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(make_artifact: MakeArtifact, 
     runner.close()
 
 
+def test_llama_cpp_merges_by_score_as_the_tokenizer_by_rank(make_artifact: MakeArtifact) -> None:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh,."]
+    merged = ["ab", "bc", "abc", "▁a", "▁ab", "▁abc", "cd", "de", "cde", "▁▁"]  # best first; every way to make one
+    merges = [(word[:cut], word[cut:]) for word in merged for cut in range(1, len(word))]
+    vocab = {piece: index for index, piece in enumerate([*pieces, *merged])}
+    known = [(left, right) for left, right in merges if left in vocab and right in vocab]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=known, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    artifact = make_artifact(tiny_config(vocab=300))
+    save_tokenizer(artifact.root, tokenizer, bos_token="<s>", eos_token="</s>")
+    runner = opened(artifact)
+    for text in ("abc", "abcde abab,bcd  aabbcc.", "hé\ncde abcdabcde", "Z abc"):
+        assert runner.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids
+    runner.close()
+
+
 def test_half_precision_is_what_half_precision_costs(make_artifact: MakeArtifact) -> None:
     artifact = make_artifact(tiny_config(d_v=(8, 16)))
     tokens = some_tokens(artifact.config, 2, 24)
     runner = opened(artifact, exact=False, precision="f16")
     assert divergence(reference_logits(artifact, tokens), runner.logits(tokens)) < 1e-4
+    runner.close()
+
+
+@pytest.mark.parametrize(("precision", "kl"), [("q3_k_m", 0.2), ("q4_k_m", 0.05), ("q5_k_m", 0.02), ("q6_k", 0.01)])
+def test_llama_cpps_own_quantizer_makes_k_quants(make_artifact: MakeArtifact, precision: str, kl: float) -> None:
+    artifact = make_artifact(tiny_config(d_model=256, d_v=(16, 8), d_ff=(256, 200), tied_head=False))
+    exported, options = export(artifact, precision=precision, ffn_multiple=256)
+    assert [file.name for file in exported.root.iterdir()] == [f"llama-flatq-{precision.upper()}.gguf"]
+    tokens = some_tokens(artifact.config, 2, 24)
+    runner = GgufExporter().open(exported.root, options, provider="cpu", exact=True)
+    assert runner is not None
+    assert 0 < divergence(reference_logits(artifact, tokens), runner.logits(tokens)) < kl < exported.rounding_kl
     runner.close()
 
 
@@ -232,8 +263,9 @@ def test_a_crash_in_llama_cpp_becomes_an_error(make_artifact: MakeArtifact, monk
     runner = GgufExporter().open(exported.root, chosen, provider="cpu")  # the probe lives, so the file is opened
     assert runner is not None
     runner.close()
-    exported.files[0].write_bytes(b"GGUF")
-    with pytest.raises(ExportError, match="make llamacpp"):
+    dead = subprocess.CompletedProcess([], -11, "", "Segmentation fault")
+    monkeypatch.setattr("subprocess.run", lambda *args, **settings: dead)
+    with pytest.raises(ExportError, match=r"exit code -11: Segmentation fault.*make llamacpp"):
         GgufExporter().open(exported.root, chosen, provider="cpu")
 
 

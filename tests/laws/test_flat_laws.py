@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_only_directions_that_carry_nothing_are_free() -> None:
 
 def narrowed_by_walk(weights: RandomWeights, layers: tuple[LayerDims, ...], work: Path) -> tuple[Decoder, list[Block]]:
     """The decoder that FLAT leaves, and its blocks, by the real stage in the real walk."""
-    stage = FlatStage(FlatSpec(keep_ratio=0.5), RankPlan(layers, 0.5, 0.5))
+    stage = FlatStage(FlatSpec(keep_ratio=0.5, method="paper"), RankPlan(layers, 0.5, 0.5))
     state, blocks = dict(weights.tensors), []
 
     def save(block: Block) -> None:
@@ -176,11 +177,12 @@ def test_grouped_queries_equal_multi_head_with_repeated_heads(
 
 @pytest.mark.parametrize(("kv_heads", "heads"), [(1, 4), (2, 4), (4, 4)], ids=["mqa", "gqa", "mha"])
 @pytest.mark.parametrize(("d_v", "d_ff"), [(8, 48), (1, 1), (15, 95)], ids=["half", "one", "all but one"])
+@pytest.mark.parametrize("method", ["paper", "default"])
 def test_narrowed_grams_equal_grams_of_the_narrowed_block(
-    kv_heads: int, heads: int, d_v: int, d_ff: int, tmp_path: Path
+    kv_heads: int, heads: int, d_v: int, d_ff: int, method: Literal["paper", "default"], tmp_path: Path
 ) -> None:
     weights = RandomWeights(tiny_config(kv_heads=kv_heads, heads=heads))
-    stage = FlatStage(FlatSpec(keep_ratio=0.5), RankPlan(plan(weights.config, d_v, d_ff), 0.5, 0.5))
+    stage = FlatStage(FlatSpec(keep_ratio=0.5, method=method), RankPlan(plan(weights.config, d_v, d_ff), 0.5, 0.5))
     tokens = torch.arange(6 * 20).view(6, 20).remainder(128)
     for block in walk(weights, tokens, tmp_path, lambda _: None, precision="float32"):
         stage.apply(block)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from grid import BASELINES, REFERENCE
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from quality_grid import BASELINES, REFERENCE
 
 from flatq.artifact import write_atomically
 
@@ -108,8 +108,10 @@ def _panel_note(members: Sequence[Group]) -> str:
 
 
 def _reference(members: Iterable[Group]) -> dict[tuple[Any, ...], Group]:
-    label = " ".join(REFERENCE)
-    return {_setting(group[0]): group for group in members if group[0]["label"] == label and not group[0]["gptq"]}
+    """The paper's rows by setting; where there are several, the one without further options."""
+    papers = [group for group in members if (group[0]["method"], group[0]["allocation"]) == REFERENCE]
+    papers.sort(key=lambda group: len(group[0]["options"]), reverse=True)
+    return {_setting(group[0]): group for group in papers if not group[0]["gptq"]}
 
 
 def _damage_table(members: Sequence[Group]) -> str:

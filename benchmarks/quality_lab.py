@@ -20,11 +20,12 @@ from typing import Any
 
 import baselines
 import torch
-from grid import BASELINES, GPTQ, Row
+from quality_grid import BASELINES, GPTQ, Row
 from torch import Tensor
 
 import flatq
 from flatq.calibrate import Tokens, token_batches
+from flatq.compress.sensitivity import measured_sensitivity
 from flatq.compress.stage import FlatStage
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import FlatqError, RecipeError
@@ -33,8 +34,9 @@ from flatq.folder import RunFolder
 from flatq.pipeline import rank_plan, refuse
 from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import GptqStage
-from flatq.recipe import FlatSpec, ModelSpec, Recipe
+from flatq.recipe import Recipe
 from flatq.source import Source, open_model
+from flatq.specs import FlatSpec, ModelSpec
 from flatq.walk import Block, walk
 
 
@@ -186,8 +188,12 @@ class Laboratory:
             with folder.working():
                 plan = rank_plan(recipe, self.source, tokens, folder, self.device)
                 refuse(recipe, self.source.config.with_layers(plan.layers), [])
-                stages: list[baselines.Stage] = [FlatStage(flat, plan)] if flat else []
-                stages += [GptqStage(GPTQ)] if row.gptq else []
+                stages: list[baselines.Stage] = []
+                if flat:  # as flatq.build.build does
+                    fisher = measured_sensitivity(self.source.config, folder.work) if flat.sensitive else None
+                    stages.append(FlatStage(flat, plan, fisher))
+                if row.gptq:
+                    stages.append(GptqStage(GPTQ))
                 overlay = self._walked(row, tokens, stages, plan.layers, folder.work)
         return overlay, overlay.config.decoder_parameters()
 
@@ -234,5 +240,5 @@ def code_digest() -> str:
     """Digest of the code that rows depend on: the core without its exports, reports and command line."""
     root = Path(flatq.__file__).parent
     parts = [*root.glob("compress/*.py"), *root.glob("quantize/*.py"), Path(baselines.__file__)]
-    parts += [root / f"{name}.py" for name in ("calibrate", "decoder", "evaluate", "statistics", "walk")]
+    parts += [root / f"{name}.py" for name in ("calibrate", "decoder", "evaluate", "specs", "statistics", "walk")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(parts))).hexdigest()[:12]

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from flatq.errors import RecipeError
-from flatq.recipe import CalibrationSpec, Dataset, EvaluationSpec, FlatSpec, GptqSpec
+from flatq.specs import CalibrationSpec, Dataset, EvaluationSpec, FlatSpec, GptqSpec
 
 BASELINES = ("truncation", "magnitude", "svd", "svd-llm", "slicegpt")
 GPTQ = GptqSpec(bits=4, group_size=32)
@@ -34,7 +34,10 @@ NOT_LEVERS = {"keep_ratio", "method", "allocation"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compress: ``method`` of the flat stage, a baseline's name, or ``none`` (GPTQ alone)."""
+    """A way to compress: ``method`` of the flat stage, a baseline's name, or ``none`` (GPTQ alone).
+
+    ``allocation`` None is the method's own.
+    """
 
     method: str
     allocation: str | None = None
@@ -43,7 +46,7 @@ class Variant:
     @property
     def is_flat(self) -> bool:
         """Whether it is a ``flat`` stage of a recipe."""
-        return self.allocation is not None
+        return self.method not in (*BASELINES, "none")
 
     @property
     def label(self) -> str:
@@ -57,9 +60,8 @@ class Variant:
         Raises:
             ValidationError: the recipe's grammar refuses this combination.
         """
-        return FlatSpec.model_validate(
-            {"method": self.method, "allocation": self.allocation, "keep_ratio": keep_ratio, **self.options}
-        )
+        allocation = {"allocation": self.allocation} if self.allocation else {}
+        return FlatSpec.model_validate({"method": self.method, "keep_ratio": keep_ratio, **allocation, **self.options})
 
 
 @dataclass(frozen=True)
@@ -146,23 +148,27 @@ def variants(*, levers: bool = False, options: Mapping[str, Any] | None = None) 
     """Every method with every allocation, then the baselines.
 
     Args:
-        levers: add each listable option of the flat stage, one at a time, for each method with its first allocation
-            other than uniform.
+        levers: add each part of the flat stage exchanged by itself, for each method with its own allocation.
         options: fields of ``FlatSpec`` that all flat variants get.
     """
     given = dict(options or {})
-    flat = [Variant(m, a, given) for m in choices("method") for a in sorted(choices("allocation"), reverse=True)]
+    flat = [Variant(m, a, given) for m in choices("method") for a in choices("allocation")]
     if levers:
         flat += [
-            Variant(variant.method, variant.allocation, {**given, name: value})
-            for variant in flat
-            if variant.allocation == FlatSpec.model_fields["allocation"].default
-            for name, field_ in FlatSpec.model_fields.items()
+            Variant(method, None, {**given, name: value})
+            for method in choices("method")
+            for name in FlatSpec.model_fields
             if name not in NOT_LEVERS | set(given)
             for value in choices(name)
-            if value != field_.default
+            if value != _own_choice(method, name)
         ]
     return flat + [Variant(name) for name in BASELINES]
+
+
+def _own_choice(method: str, name: str) -> Any:
+    """What a method does where the recipe leaves a field alone."""
+    spec = FlatSpec.model_validate({"method": method, "keep_ratio": 0.8})
+    return getattr(spec.parts, name, FlatSpec.model_fields[name].default)
 
 
 def rows(

