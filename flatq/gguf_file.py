@@ -211,9 +211,15 @@ class GgufFile:
         """See ``flatq.source.Source``."""
         if self._reader.get_field("tokenizer.ggml.tokens") is None:
             raise RecipeError(f"model: {self.path} holds no tokenizer; get a complete GGUF file, or use the HF folder")
+        from tokenizers.pre_tokenizers import Digits, Sequence
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+        if self._value("tokenizer.ggml.pre") == "smollm":
+            # transformers does not know this name and leaves out its first step: every digit is a word of its own.
+            bare = tokenizer.backend_tokenizer
+            bare.pre_tokenizer = Sequence([Digits(individual_digits=True), bare.pre_tokenizer])
+        return tokenizer
 
     def settings(self) -> dict[str, Any]:
         """See ``flatq.source.Source``."""

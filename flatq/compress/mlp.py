@@ -101,20 +101,22 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
     shift = ridge * float(c.diagonal().mean()) or 1.0
     identity = torch.eye(f, dtype=c.dtype, device=c.device)
     inverse = torch.cholesky_solve(identity, torch.linalg.cholesky(c + shift * identity))
-    w, index = w_down.double(), torch.arange(f, device=c.device)
-    order, cost, total = [index[:0]], [c.diagonal()[:0]], 0.0
-    while len(index) > width:
-        price = w.square().sum(0) / inverse.diagonal()
-        gone = torch.topk(price, min(step, len(index) - width), largest=False).indices
-        stay = torch.ones(len(index), dtype=torch.bool, device=c.device)
-        stay[gone] = False
-        corner, bridge = inverse[gone][:, gone], inverse[gone][:, stay]
-        share = torch.linalg.solve(corner, torch.cat([bridge, w[:, gone].T], 1))  # [gone, stay + m]
-        before = total
-        total += float((w[:, gone].T * share[:, bridge.shape[1] :]).sum())
-        w = w[:, stay] - w[:, gone] @ share[:, : bridge.shape[1]]
-        inverse = inverse[stay][:, stay] - bridge.T @ share[:, : bridge.shape[1]]
+    w, index = w_down.double().clone(), torch.arange(f, device=c.device)
+    alive = torch.ones(f, dtype=torch.bool, device=c.device)
+    order, cost, total, left = [index[:0]], [c.diagonal()[:0]], 0.0, f
+    while left > width:
+        price = (w.square().sum(0) / inverse.diagonal()).masked_fill_(~alive, torch.inf)
+        gone = torch.topk(price, min(step, left - width), largest=False).indices
+        bridge, before = inverse[gone], total  # [gone, n]
+        share = torch.linalg.solve(bridge[:, gone], torch.cat([bridge, w[:, gone].T], 1))  # [gone, n + m]
+        total += float((w[:, gone].T * share[:, len(index) :]).sum())
         order.append(index[gone])
         cost.append(torch.linspace(before, total, len(gone) + 1, dtype=c.dtype, device=c.device)[1:])
-        index = index[stay]
+        w.addmm_(w[:, gone], share[:, : len(index)], alpha=-1)
+        inverse.addmm_(bridge.T, share[:, : len(index)], alpha=-1)
+        alive[gone] = False
+        left -= len(gone)
+        if left < 0.85 * len(index):  # what is gone costs time in every product: close the gaps now and then
+            w, inverse, index = w[:, alive], inverse[alive][:, alive], index[alive]
+            alive = torch.ones(left, dtype=torch.bool, device=c.device)
     return Elimination(torch.cat(order), torch.cat(cost))

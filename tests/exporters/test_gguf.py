@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +11,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from flatq.artifact import Artifact
 from flatq.decoder import LINEARS, DecoderConfig, Rope
 from flatq.errors import ExportError
 from flatq.export import Exported, exporter_named
 from flatq.gguf_file import GgufFile
-from flatq.quantize.grid import Grid, round_to_nearest
+from flatq.quantize.grid import Grid
 from flatq.weights import dense
 from flatq_gguf import GgufExporter, GgufOptions
-from flatq_gguf.blocks import carried, carrier, fits
-from flatq_gguf.placement import Placement
-from flatq_gguf.tokenizer import pre_tokenizer_name
 from flatq_gguf.writing import PIECE_BYTES
 from tests.exporters.conftest import MakeArtifact
 from tests.models import tiny_config
@@ -108,55 +101,6 @@ def test_codes_are_read_back_as_the_artifacts_weights_bit_for_bit(
     assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
     np.testing.assert_array_equal(decoded(tensors["token_embd.weight"]), dense(artifact.tensor("embed.weight")).numpy())
     assert exported.rounding_kl == 0
-
-
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 32, symmetric=False), Grid(8, 32)], ids=str)
-def test_every_group_size_is_carried_with_a_short_last_group_too(grid: Grid, group_size: int) -> None:
-    weight = round_to_nearest(torch.randn(8, 224), replace(grid, group_size=group_size))
-    kind = carrier(grid)
-    assert kind is not None
-    place = Placement.whole(8, 224)
-    assert fits(weight.grid, 224, place.columns)
-    found = gguf.quants.dequantize(carried(weight, place, kind), gguf.GGMLQuantizationType[kind.name])
-    np.testing.assert_array_equal(found, weight.dequantize().numpy())
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    heads=st.integers(1, 5),
-    d_v=st.integers(1, 4).map(lambda n: 16 * n),
-    group_size=st.sampled_from([-1, 32, 64]),
-    bits=st.sampled_from([2, 3, 4, 8]),
-)
-def test_padded_heads_are_carried_exactly_when_no_block_spans_two_groups(
-    heads: int, d_v: int, group_size: int, bits: int
-) -> None:
-    dims = replace(tiny_config(heads=heads, kv_heads=heads, d_qk=64).layers[0], d_v=d_v)
-    place = Placement.of("o", dims, replace(dims, d_v=64), 8, paired=True)
-    grid = Grid(bits, group_size)
-    groups = [
-        {head * d_v + column // 1 for column in range(start, min(start + 32, d_v))}
-        for head in range(heads)
-        for start in (0, 32)
-    ]
-    width = grid.width(heads * d_v)
-    assert fits(grid, heads * d_v, place.columns) == all(len({column // width for column in g}) <= 1 for g in groups)
-    if fits(grid, heads * d_v, place.columns):
-        weight = round_to_nearest(torch.randn(8, heads * d_v), grid)
-        kind = carrier(grid)
-        assert kind is not None
-        found = gguf.quants.dequantize(carried(weight, place, kind), gguf.GGMLQuantizationType[kind.name])
-        expected = np.pad(weight.dequantize().numpy().reshape(8, heads, d_v), ((0, 0), (0, 0), (0, 64 - d_v)))
-        np.testing.assert_array_equal(found, expected.reshape(8, -1))
-
-
-def test_rows_beyond_one_chunk_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, kind = round_to_nearest(torch.randn(10, 64), Grid(4, 32)), carrier(Grid(4, 32))
-    assert kind is not None
-    at_once = carried(weight, Placement.whole(10, 64), kind)
-    monkeypatch.setattr("flatq_gguf.blocks.ROWS_AT_ONCE", 3)
-    np.testing.assert_array_equal(carried(weight, Placement.whole(10, 64), kind), at_once)
 
 
 def test_a_matrix_whose_codes_do_not_fit_is_stored_otherwise_and_said(make_artifact: MakeArtifact) -> None:
@@ -396,112 +340,6 @@ def test_options_are_closed_and_the_exporter_is_found_by_name() -> None:
     for wrong in ({"precison": "f16"}, {"precision": "q2_k"}, {"name": "a/b"}, {"split_above": -1}):
         with pytest.raises(ValidationError):
             GgufOptions(**wrong)
-
-
-# --- tokenizers ------------------------------------------------------------------------------------------------------
-
-
-def byte_level(size: int = 128, *, digits: bool = False) -> Tokenizer:
-    """A byte-level tokenizer of ASCII letters and a few merges, one special and one added piece."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 12]
-    vocab = {piece: index for index, piece in enumerate([*letters, "th", "the"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("th", "e")]))
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), last]) if digits else last
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    tokenizer.add_tokens(["<think>"])
-    return tokenizer
-
-
-def save_tokenizer(root: Path, tokenizer: Tokenizer, **config: Any) -> None:
-    tokenizer.save(str(root / "tokenizer.json"))
-    (root / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def test_a_byte_level_tokenizer_is_described(make_artifact: MakeArtifact) -> None:
-    artifact = make_artifact(tiny_config())
-    tokenizer = byte_level(digits=True)
-    save_tokenizer(artifact.root, tokenizer, eos_token="<|end|>", chat_template="{{ messages }}")
-    fields, _ = read(export(artifact)[0])
-    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    assert len(tokens) == len(types) == 128
-    assert fields["tokenizer.ggml.merges"] == ["t h", "th e"]
-    for piece, kind in (("the", 1), ("<|end|>", 3), ("<think>", 4)):
-        assert types[tokenizer.token_to_id(piece)] == kind
-        assert tokens[tokenizer.token_to_id(piece)] == piece
-    assert types[-1] == 5
-    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.token_to_id("<|end|>")
-    assert fields["tokenizer.ggml.bos_token_id"] == 1  # what the artifact's settings say
-    assert fields["tokenizer.ggml.add_bos_token"] is False
-    assert fields["tokenizer.chat_template"] == "{{ messages }}"
-
-
-def test_a_tokenizer_with_byte_fallback_gets_scores(make_artifact: MakeArtifact) -> None:
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x41>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7, "▁ab": 8}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=[("a", "b"), ("▁", "ab")], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    artifact = make_artifact(tiny_config())
-    save_tokenizer(artifact.root, tokenizer, bos_token="<s>", eos_token={"content": "</s>"})
-    fields, _ = read(export(artifact)[0])
-    assert fields["tokenizer.ggml.model"] == "llama"
-    assert "tokenizer.ggml.merges" not in fields
-    scores = fields["tokenizer.ggml.scores"]
-    assert scores[7] == 0
-    assert scores[7] > scores[8] > scores[5]
-    assert fields["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 1]
-    assert fields["tokenizer.ggml.add_bos_token"] is True
-    assert fields["tokenizer.ggml.add_space_prefix"] is True
-    assert fields["tokenizer.ggml.unknown_token_id"] == 0
-
-
-def test_an_unknown_pre_tokenizer_is_refused_unless_it_is_named(make_artifact: MakeArtifact) -> None:
-    artifact = make_artifact(tiny_config())
-    tokenizer = byte_level()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    save_tokenizer(artifact.root, tokenizer)
-    with pytest.raises(ExportError, match=r"Whitespace \+ ByteLevel.*option pre_tokenizer"):
-        export(artifact)
-    fields, _ = read(export(artifact, pre_tokenizer="custom")[0])
-    assert fields["tokenizer.ggml.pre"] == "custom"
-
-
-@pytest.mark.parametrize(
-    ("pre", "name"),
-    [("llama-bpe", "smaug-bpe"), ("qwen2", "qwen2"), ("tekken", None)],
-)
-def test_splitting_rules_are_known_by_their_expression(pre: str, name: str | None) -> None:
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": GGUF_PRE_TOKENIZER_SPLITS[pre]},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
-    described: dict[str, Any] = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}
-    whole = {"pre_tokenizer": described["pre_tokenizer"], "model": {"ignore_merges": True}}
-    if name is not None:
-        assert pre_tokenizer_name(described, Path("tokenizer.json")) == name
-    if pre != "qwen2":
-        assert pre_tokenizer_name(whole, Path("tokenizer.json")) == pre
-
-
-def test_a_tokenizer_of_another_model_is_refused(make_artifact: MakeArtifact) -> None:
-    artifact = make_artifact(tiny_config(vocab=64))
-    save_tokenizer(artifact.root, byte_level())
-    with pytest.raises(ExportError, match="the embedding has 64 rows"):
-        export(artifact)
 
 
 def test_the_same_artifact_gives_the_same_bytes(make_artifact: MakeArtifact) -> None:

@@ -22,7 +22,8 @@ from flatq.quantize.grid import Grid
 from flatq.verify import APPROXIMATE, verify
 from flatq_gguf import GgufExporter
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
-from tests.exporters.test_gguf import byte_level, export, save_tokenizer
+from tests.exporters.test_gguf import export
+from tests.exporters.test_gguf_tokenizer import byte_level, save_tokenizer
 from tests.models import tiny_config
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (make llamacpp)")

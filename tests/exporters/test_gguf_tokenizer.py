@@ -1,0 +1,119 @@
+"""A Hugging Face tokenizer arrives in the file whole, or is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from flatq.errors import ExportError
+from flatq_gguf.tokenizer import pre_tokenizer_name
+from tests.exporters.conftest import MakeArtifact
+from tests.exporters.test_gguf import export, read
+from tests.models import tiny_config
+
+
+def byte_level(size: int = 128, *, digits: bool = False) -> Tokenizer:
+    """A byte-level tokenizer of ASCII letters and a few merges, one special and one added piece."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 12]
+    vocab = {piece: index for index, piece in enumerate([*letters, "th", "the"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("th", "e")]))
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), last]) if digits else last
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_tokens(["<think>"])
+    return tokenizer
+
+
+def save_tokenizer(root: Path, tokenizer: Tokenizer, **config: Any) -> None:
+    tokenizer.save(str(root / "tokenizer.json"))
+    (root / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_a_byte_level_tokenizer_is_described(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    tokenizer = byte_level(digits=True)
+    save_tokenizer(artifact.root, tokenizer, eos_token="<|end|>", chat_template="{{ messages }}")
+    fields, _ = read(export(artifact)[0])
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == 128
+    assert fields["tokenizer.ggml.merges"] == ["t h", "th e"]
+    for piece, kind in (("the", 1), ("<|end|>", 3), ("<think>", 4)):
+        assert types[tokenizer.token_to_id(piece)] == kind
+        assert tokens[tokenizer.token_to_id(piece)] == piece
+    assert types[-1] == 5
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.token_to_id("<|end|>")
+    assert fields["tokenizer.ggml.bos_token_id"] == 1  # what the artifact's settings say
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_a_tokenizer_with_byte_fallback_gets_scores(make_artifact: MakeArtifact) -> None:
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x41>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7, "▁ab": 8}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=[("a", "b"), ("▁", "ab")], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    artifact = make_artifact(tiny_config())
+    save_tokenizer(artifact.root, tokenizer, bos_token="<s>", eos_token={"content": "</s>"})
+    fields, _ = read(export(artifact)[0])
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert "tokenizer.ggml.merges" not in fields
+    scores = fields["tokenizer.ggml.scores"]
+    assert scores[7] == 0
+    assert scores[7] > scores[8] > scores[5]
+    assert fields["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 1]
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert fields["tokenizer.ggml.add_space_prefix"] is True
+    assert fields["tokenizer.ggml.unknown_token_id"] == 0
+
+
+def test_an_unknown_pre_tokenizer_is_refused_unless_it_is_named(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    save_tokenizer(artifact.root, tokenizer)
+    with pytest.raises(ExportError, match=r"Whitespace \+ ByteLevel.*option pre_tokenizer"):
+        export(artifact)
+    fields, _ = read(export(artifact, pre_tokenizer="custom")[0])
+    assert fields["tokenizer.ggml.pre"] == "custom"
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [("llama-bpe", "smaug-bpe"), ("qwen2", "qwen2"), ("tekken", None)],
+)
+def test_splitting_rules_are_known_by_their_expression(pre: str, name: str | None) -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": GGUF_PRE_TOKENIZER_SPLITS[pre]},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    described: dict[str, Any] = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}
+    whole = {"pre_tokenizer": described["pre_tokenizer"], "model": {"ignore_merges": True}}
+    if name is not None:
+        assert pre_tokenizer_name(described, Path("tokenizer.json")) == name
+    if pre != "qwen2":
+        assert pre_tokenizer_name(whole, Path("tokenizer.json")) == pre
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config(vocab=64))
+    save_tokenizer(artifact.root, byte_level())
+    with pytest.raises(ExportError, match="the embedding has 64 rows"):
+        export(artifact)
