@@ -38,8 +38,8 @@ class OnnxExporter:
         return estimated_bytes(config, grids, options)
 
     def dense(self, options: OnnxOptions) -> OnnxOptions:
-        """The same graph with float32 weights."""
-        return options.model_copy(update={"precision": "fp32"})
+        """The same graph with float32 weights, in a file of their own: they are written one by one, not held at once."""
+        return options.model_copy(update={"precision": "fp32", "external_data_above": 0})
 
     def write(self, artifact: Artifact, out: Path, options: OnnxOptions) -> Exported:
         """Write the files into ``out``; the graph appears last, when all that it needs is there.
