@@ -38,7 +38,7 @@ class OnnxExporter:
         return estimated_bytes(config, grids, options)
 
     def dense(self, options: OnnxOptions) -> OnnxOptions:
-        """The same graph with float32 weights, in a file of their own: they are written one by one, not held at once."""
+        """The same graph with float32 weights in a file of their own: written one by one, never all in memory."""
         return options.model_copy(update={"precision": "fp32", "external_data_above": 0})
 
     def write(self, artifact: Artifact, out: Path, options: OnnxOptions) -> Exported:
