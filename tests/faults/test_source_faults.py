@@ -16,7 +16,7 @@ from torch import Tensor
 from flatq.errors import ArtifactError, FlatqError, NumericsError, RecipeError, UnsupportedModel
 from flatq.source import open_model
 from tests.models import RandomWeights, tiny_config
-from tests.test_load import family_config, write_folder, write_gguf
+from tests.test_source import family_config, write_folder, write_gguf
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
