@@ -174,7 +174,7 @@ def test_a_disk_that_is_full(
 ) -> None:
     # Hidden states take 16,384 bytes a sample, the embedding's shard 82,000.
     calibration = {"dataset": "text", "path": str(text_file), "samples": samples, "seq_len": 64}
-    recipe = make_recipe(calibration=calibration, stages=[FLAT])
+    recipe = make_recipe(calibration=calibration, stages=[GPTQ])
     with files_up_to(limit):
         assert words in fault(recipe, out, 3)
 
