@@ -174,7 +174,7 @@ def test_a_disk_that_is_full(
 ) -> None:
     # Hidden states take 16,384 bytes a sample, the embedding's shard 82,000.
     calibration = {"dataset": "text", "path": str(text_file), "samples": samples, "seq_len": 64}
-    recipe = make_recipe(calibration=calibration, stages=[GPTQ])
+    recipe = make_recipe(calibration=calibration, stages=[{"flat": {"keep_ratio": 0.8, "method": "paper"}}])
     with files_up_to(limit):
         assert words in fault(recipe, out, 3)
 
