@@ -80,6 +80,7 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor | QuantizedWeight]) -> N
         ) from failed
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
+    partial.chmod(0o644)  # the library makes it private, which surprises whoever publishes the folder
     partial.replace(path)
 
 
