@@ -24,16 +24,14 @@ from quality_grid import BASELINES, GPTQ, Row
 from torch import Tensor
 
 import flatq
+from flatq.build import stages_of
 from flatq.calibrate import Tokens, token_batches
-from flatq.compress.sensitivity import measured_sensitivity
-from flatq.compress.stage import FlatStage
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import FlatqError, RecipeError
 from flatq.evaluate import perplexity
 from flatq.folder import RunFolder
 from flatq.pipeline import rank_plan, refuse
 from flatq.quantize.grid import QuantizedWeight
-from flatq.quantize.stage import GptqStage
 from flatq.recipe import Recipe
 from flatq.source import Source, open_model
 from flatq.specs import FlatSpec, ModelSpec
@@ -188,12 +186,7 @@ class Laboratory:
             with folder.working():
                 plan = rank_plan(recipe, self.source, tokens, folder, self.device)
                 refuse(recipe, self.source.config.with_layers(plan.layers), [])
-                stages: list[baselines.Stage] = []
-                if flat:  # as flatq.build.build does
-                    fisher = measured_sensitivity(self.source.config, folder.work) if flat.sensitive else None
-                    stages.append(FlatStage(flat, plan, fisher))
-                if row.gptq:
-                    stages.append(GptqStage(GPTQ))
+                stages = stages_of(recipe, plan, self.source.config, folder.work)
                 overlay = self._walked(row, tokens, stages, plan.layers, folder.work)
         return overlay, overlay.config.decoder_parameters()
 

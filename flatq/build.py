@@ -56,12 +56,7 @@ def build(
     partial.mkdir(parents=True, exist_ok=True)
     config = source.config.with_layers(plan.layers)
     grids = planned_grids(config, recipe.gptq)
-    stages: list[FlatStage | GptqStage] = []
-    if recipe.flat is not None:
-        fisher = measured_sensitivity(config, work) if recipe.flat.sensitive and recipe.flat.keep_ratio < 1 else None
-        stages.append(FlatStage(recipe.flat, plan, fisher))
-    if recipe.gptq is not None:
-        stages.append(GptqStage(recipe.gptq))
+    stages = stages_of(recipe, plan, config, work)
 
     ends: dict[str, Tensor | QuantizedWeight] = {}
     for name in ("embed.weight", "norm.weight", *(() if config.tied_head else ("head.weight",))):
@@ -95,6 +90,17 @@ def build(
     settings = {**source.settings(), "dtype": str(source.dtype).removeprefix("torch.")}
     manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work)}
     return finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
+
+
+def stages_of(recipe: Recipe, plan: RankPlan, config: DecoderConfig, work: Path) -> list[FlatStage | GptqStage]:
+    """What is done to each block, in order; ``work`` holds the sensitivity if the FLAT stage asks for one."""
+    stages: list[FlatStage | GptqStage] = []
+    if recipe.flat is not None:
+        fisher = measured_sensitivity(config, work) if recipe.flat.sensitive and recipe.flat.keep_ratio < 1 else None
+        stages.append(FlatStage(recipe.flat, plan, fisher))
+    if recipe.gptq is not None:
+        stages.append(GptqStage(recipe.gptq))
+    return stages
 
 
 def dense_artifact(source: Source, root: Path) -> Artifact:

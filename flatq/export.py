@@ -120,11 +120,6 @@ class Exporter(Protocol):
         ...
 
 
-def discover() -> dict[str, type[Exporter]]:
-    """All installed exporters by name."""
-    return {entry.name: entry.load() for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
-
-
 def exporter_named(name: str) -> Exporter:
     """One exporter.
 

@@ -70,7 +70,7 @@ def run(recipe: Recipe, out: Path | None, *, device: str = "auto", fresh: bool =
         baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
         plan = rank_plan(recipe, source, tokens, folder, device)
         refuse(recipe, source.config.with_layers(plan.layers), exports)
-        artifact = compressed(recipe, source, tokens, plan, folder, device)
+        artifact = compressed(recipe, source, tokens, plan, folder, origins, device)
         result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"))
         written = [exported(item, artifact, tokens, folder) for item in exports]
         bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports))
@@ -145,7 +145,13 @@ def refuse(recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport]) 
 
 
 def compressed(
-    recipe: Recipe, source: Source, tokens: Tokens, plan: RankPlan, folder: RunFolder, device: str
+    recipe: Recipe,
+    source: Source,
+    tokens: Tokens,
+    plan: RankPlan,
+    folder: RunFolder,
+    origins: dict[str, Any],
+    device: str,
 ) -> Artifact:
     """The artifact, made by one walk over the blocks, or finished by an earlier run."""
 
@@ -162,7 +168,7 @@ def compressed(
             partial=folder.partial,
             root=folder.artifact,
             work=folder.work,
-            provenance=provenance(recipe, source, tokens),
+            provenance=origins,
             device=device,
         )
 

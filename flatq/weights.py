@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flatq.decoder import ATTENTION_LINEARS, MLP_LINEARS, Decoder, DecoderConfig, DecoderLayer
+from flatq.decoder import Decoder, DecoderConfig, DecoderLayer
 from flatq.quantize.grid import QuantizedWeight
 
 HALVES = ("attention", "mlp")
@@ -42,11 +42,6 @@ def half_names(config: DecoderConfig, index: int, half: str) -> list[str]:
     with torch.device("meta"):
         layer = DecoderLayer(config, index, halves=(half,))
     return [f"layers.{index}.{name}" for name in layer.state_dict()]
-
-
-def half_linears(half: str) -> tuple[str, ...]:
-    """The linears of a half, in the order of the forward pass."""
-    return ATTENTION_LINEARS if half == "attention" else MLP_LINEARS
 
 
 def dense(tensor: Tensor | QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
