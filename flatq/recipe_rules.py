@@ -33,7 +33,12 @@ def broken_rules(recipe: Mapping[str, Any]) -> Broken:
 
 def _stages(entries: list[tuple[int, str, Any]]) -> Broken:
     seen: list[str] = []
-    for index, kind, _ in entries:
+    for index, kind, options in entries:
+        if isinstance(options, Mapping) and options.get("uniform") is True and options.get("allocation") == "iprs":
+            yield (
+                ("stages", index, kind, "uniform"),
+                "the same widths for all layers leave iprs nothing to share out; remove `uniform` or `allocation`",
+            )
         if kind in seen:
             yield ("stages", index), f"a second {kind} stage; keep one"
         elif kind == "flat" and "gptq" in seen:

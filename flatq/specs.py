@@ -83,10 +83,13 @@ class FlatSpec(Spec):
     """Who keeps how much: curves by the cost of every step, iprs by layer importance, uniform the same for all."""
     channels: Literal["elimination", "leverage"] | None = None
     """Which MLP channels stay: elimination asks what the output loses, leverage what the activation loses."""
-    values: Literal["output", "pca"] | None = None
-    """Which value directions stay: output asks what the layer's output needs, pca what the values carry."""
+    values: Literal["output", "pca", "whole"] | None = None
+    """Which value directions stay: output asks what the layer's output needs, pca what the values carry; whole keeps
+    value heads as they are, so that the MLPs carry the whole cut."""
     refit: bool | None = None
     """Fit the output projection anew, on all narrowed heads together."""
+    uniform: bool = False
+    """One value rank and one MLP width for all layers, for runtimes that know no widths per layer."""
     rank_multiple: Annotated[int, Field(ge=1, le=256)] = 8
     """Value dimensions of a head are rounded to this multiple."""
     width_multiple: Annotated[int, Field(ge=1, le=1024)] = 32
@@ -99,7 +102,7 @@ class FlatSpec(Spec):
         """The method with its overrides."""
         paper = self.method == "paper"
         return FlatParts(
-            allocation=self.allocation or ("iprs" if paper else "curves"),
+            allocation=self.allocation or ("curves" if not paper else "uniform" if self.uniform else "iprs"),
             channels=self.channels or ("leverage" if paper else "elimination"),
             values=self.values or ("pca" if paper else "output"),
             refit=self.refit if self.refit is not None else not paper,

@@ -159,10 +159,11 @@ def test_new_values_of_the_recipe_appear_by_themselves(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("method", grid.choices("method"))
 def test_a_lever_changes_what_its_method_does(method: str) -> None:
-    own = grid.Variant(method).flat(0.8).parts
+    own = grid.Variant(method).flat(0.8)
     levers = [v for v in grid.variants(levers=True) if v.method == method and v.allocation is None]
     assert levers
-    assert all(lever.flat(0.8).parts != own for lever in levers)
+    made = [lever.flat(0.8) for lever in levers]
+    assert all((lever.parts, lever.uniform) != (own.parts, own.uniform) for lever in made)
 
 
 def test_every_setting_names_another_row(text_file: Path) -> None:

@@ -137,6 +137,18 @@ def test_each_stage_works_alone_and_both_together(
     assert bool(artifact.grids) == (GPTQ in stages)
 
 
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_whole_values_and_uniform_widths_reach_the_artifact(
+    method: str, make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path
+) -> None:
+    flat = {**FLAT["flat"], "method": method, "values": "whole", "uniform": True}
+    assert flatq("run", make_recipe(stages=[{"flat": flat}]), "--out", tmp_path / "out").exit_code == 0
+    made, dense = Artifact.open(tmp_path / "out").config.layers, open_model(str(tiny_model)).config.layers
+    assert len(set(made)) == 1
+    assert made[0].d_v == dense[0].d_v
+    assert made[0].d_ff < dense[0].d_ff
+
+
 def test_a_recipe_that_keeps_everything_changes_no_logit(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -135,6 +135,8 @@ def test_the_digest_changes_with_every_value(old: str, new: str) -> None:
         ("stages: [{flat: {keep_ratio: 1, rank_multiple: 0}}]", "a whole number in [1, 256]"),
         ("stages: [{flat: {keep_ratio: 1, rank_multiple: 257}}]", "a whole number in [1, 256]"),
         ("stages: [{flat: {keep_ratio: 1, ridge: 0}}]", "a number > 0"),
+        ("stages: [{flat: {keep_ratio: 1, uniform: true, allocation: iprs}}]", "flat.uniform: the same widths"),
+        ("stages: [{flat: {keep_ratio: 1, values: all}}]", "'all' is not allowed; one of output, pca, whole"),
         ("stages: [{gptq: {groupsize: 1}}]", "gptq.groupsize: unknown key; did you mean 'group_size'? allowed: bits, "),
         ("stages: [{gptq: {bits: 5}}]", "5 is not allowed; one of 2, 3, 4, 8"),
         ("stages: [{gptq: {bits: 4.5}}]", "4.5 is not allowed; one of 2, 3, 4, 8"),

@@ -1,7 +1,11 @@
 """Which layer keeps how much: from importance and a budget to the widths of every layer.
 
 Query and key projections stay whole in the paper's method, so the values, outputs and MLPs carry the whole cut.
-A plan is the configuration that the model will have: a tuple of ``LayerDims``.
+A plan is the configuration that the model will have: a tuple of ``LayerDims``. It never costs more than the budget:
+rounding ends below it, by less than a step.
+
+Widths are rounded to multiples. A multiple as wide as the width itself leaves it whole; that is how ``values: whole``
+is said here.
 
 Axes: L layers.
 """
@@ -9,31 +13,39 @@ Axes: L layers.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from flatq.compress.budget import Budget
 from flatq.dims import LayerDims
-from flatq.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
-    """Parameters per unit of width, in one layer."""
+class Multiples:
+    """What value ranks and MLP widths are rounded to."""
 
-    fixed: int  # q and k
-    per_rank: int  # one more direction in every value head: rows of v, columns of o
-    per_channel: int  # one more MLP channel: rows of gate and up, a column of down
+    rank: int
+    width: int
 
-    @classmethod
-    def of(cls, dims: LayerDims, d_model: int) -> Costs:
-        """From a layer's shape."""
-        heads = dims.heads + dims.kv_heads
-        return cls(heads * dims.d_qk * d_model, heads * d_model, 3 * d_model)
+    def floor(self, dims: LayerDims) -> LayerDims:
+        """The widths below which there is no choice: 0, or the whole of what stays whole."""
+        return replace(
+            dims, d_v=dims.d_v if self.rank >= dims.d_v else 0, d_ff=dims.d_ff if self.width >= dims.d_ff else 0
+        )
 
-    def total(self, rank: float, width: float) -> float:
-        """Parameters of a layer of these widths."""
-        return self.fixed + rank * self.per_rank + width * self.per_channel
+    def least(self, dims: LayerDims) -> LayerDims:
+        """The smallest widths that a plan may give."""
+        return replace(dims, d_v=min(self.rank, dims.d_v), d_ff=min(self.width, dims.d_ff))
+
+    def narrower(self, dims: LayerDims) -> LayerDims:
+        """One step less: of the MLP, or of the values where the MLP has none left, or nothing."""
+        if dims.d_ff > self.width:
+            return replace(dims, d_ff=(dims.d_ff - 1) // self.width * self.width)
+        return replace(dims, d_v=(dims.d_v - 1) // self.rank * self.rank) if dims.d_v > self.rank else dims
+
+    def wider(self, dims: LayerDims, whole: LayerDims) -> LayerDims:
+        """One step of the MLP more, or nothing."""
+        return replace(dims, d_ff=min((dims.d_ff // self.width + 1) * self.width, whole.d_ff))
 
 
 def iprs(importance: Sequence[float], keep: float) -> list[float]:
@@ -62,50 +74,44 @@ def uniform(layers: int, keep: float) -> list[float]:
     return [keep] * layers
 
 
-def share_of_the_rest(layers: Sequence[LayerDims], d_model: int, keep_ratio: float) -> float:
-    """Share that values, outputs and MLPs keep, so that all decoder parameters together keep ``keep_ratio``.
+def share_of_the_rest(layers: Sequence[LayerDims], budget: Budget, multiples: Multiples) -> float:
+    """Share that what can be narrowed keeps, so that all of it together meets the budget; at most 1.
 
     Raises:
-        RecipeError: q and k alone are more than the budget.
+        RecipeError: the smallest plan costs more than the budget.
     """
-    costs = [Costs.of(dims, d_model) for dims in layers]
-    whole = sum(cost.total(dims.d_v, dims.d_ff) for cost, dims in zip(costs, layers, strict=True))
-    fixed = sum(cost.fixed for cost in costs)
-    share = (keep_ratio * whole - fixed) / (whole - fixed)
-    if share <= 0:
-        raise RecipeError(
-            f"stages.flat.keep_ratio: {keep_ratio} cannot be reached: the query and key projections, which stay whole, "
-            f"are {fixed / whole:.1%} of the decoder; choose more than {math.ceil(1000 * fixed / whole) / 1000}"
-        )
-    return share
+    least = budget.total([multiples.least(dims) for dims in layers])
+    fixed = budget.total([multiples.floor(dims) for dims in layers])
+    whole = budget.total(layers)
+    if least > budget.limit:
+        raise budget.refusal(least, _least_in_words(layers, multiples, fixed / whole))
+    return min(1.0, (budget.limit - fixed) / (whole - fixed)) if whole > fixed else 1.0
+
+
+def _least_in_words(layers: Sequence[LayerDims], multiples: Multiples, fixed: float) -> str:
+    values = all(multiples.rank >= dims.d_v for dims in layers)
+    stay = "query, key, value and output projections" if values else "query and key projections"
+    hint = " (`values: output` narrows them)" if values else ""
+    return f"the {stay}, which stay whole{hint}, are {fixed:.1%} of it, and no width goes below one multiple"
 
 
 def widths(
-    layers: Sequence[LayerDims],
-    d_model: int,
-    shares: Sequence[float],
-    keep_ratio: float,
-    *,
-    rank_multiple: int,
-    width_multiple: int,
+    layers: Sequence[LayerDims], budget: Budget, shares: Sequence[float], multiples: Multiples
 ) -> tuple[LayerDims, ...]:
     """Round each layer's share of value rank and MLP width to what the later stages and runtimes like.
 
     Ranks are rounded first; the MLP, whose steps are finer, then makes up for what rounding took or gave in its layer,
-    and last the layers with the largest rest get or lose one step until the model meets its budget within one step.
-    Multiples that exceed a width fall back to the width itself (a layer of 8 channels with ``width_multiple`` 32).
+    and last the layers with the largest rest lose or get steps until no step more fits into the budget.
     """
-    planned = []
-    for dims, share in zip(layers, shares, strict=True):
-        cost = Costs.of(dims, d_model)
-        rank = _rounded(share * dims.d_v, rank_multiple, dims.d_v)
-        wanted = cost.fixed + share * (cost.total(dims.d_v, dims.d_ff) - cost.fixed)
-        exact = (wanted - cost.total(rank, 0)) / cost.per_channel
-        width = _rounded(exact, width_multiple, dims.d_ff)
-        planned.append((dims, cost, rank, width, exact - width))
-    whole = sum(cost.total(dims.d_v, dims.d_ff) for dims, cost, *_ in planned)
-    surplus = sum(cost.total(rank, width) for _, cost, rank, width, _ in planned) - keep_ratio * whole
-    return _settle(planned, surplus, width_multiple)
+    planned, exact = [], []
+    for index, (dims, share) in enumerate(zip(layers, shares, strict=True)):
+        rank = _rounded(share * dims.d_v, multiples.rank, dims.d_v)
+        narrow, full = (budget.price(index, replace(dims, d_v=rank, d_ff=width)) for width in (0, dims.d_ff))
+        fixed, whole = (budget.price(index, at) for at in (multiples.floor(dims), dims))
+        wanted = (fixed + share * (whole - fixed) - narrow) / (full - narrow) * dims.d_ff
+        exact.append(wanted)
+        planned.append(replace(dims, d_v=rank, d_ff=_rounded(wanted, multiples.width, dims.d_ff)))
+    return _settle(layers, planned, exact, budget, multiples)
 
 
 def _rounded(value: float, multiple: int, whole: int) -> int:
@@ -116,31 +122,33 @@ def _rounded(value: float, multiple: int, whole: int) -> int:
 
 
 def _settle(
-    planned: list[tuple[LayerDims, Costs, int, int, float]], surplus: float, multiple: int
+    layers: Sequence[LayerDims],
+    planned: list[LayerDims],
+    exact: Sequence[float],
+    budget: Budget,
+    multiples: Multiples,
 ) -> tuple[LayerDims, ...]:
-    """Take or give MLP steps, the worst rounded layer first, while that brings the total closer to the budget."""
-    result = [(dims, rank, width) for dims, _, rank, width, _ in planned]
-    step = multiple * planned[0][1].per_channel
-    rests = {i: rest for i, (*_, rest) in enumerate(planned)}
-    while abs(surplus) > step / 2:
-        sign = -1 if surplus > 0 else 1
-        moved = {i: _next_width(width, sign, multiple, dims.d_ff) for i, (dims, _, width) in enumerate(result)}
-        movable = [i for i, width in moved.items() if width != result[i][2]]
-        if not movable:
-            break
-        best = max(movable, key=lambda i: sign * rests[i])
-        dims, rank, width = result[best]
-        result[best] = (dims, rank, moved[best])
-        rests[best] -= moved[best] - width
-        surplus += (moved[best] - width) * step / multiple
-    return tuple(replace(dims, d_v=rank, d_ff=width) for dims, rank, width in result)
+    """Take steps, the worst rounded layer first, until the budget is met; then give those that still fit."""
+    spare = budget.limit - budget.total(planned)
 
+    def move(index: int, to: LayerDims) -> float:
+        change = budget.price(index, to) - budget.price(index, planned[index])
+        planned[index] = to
+        return change
 
-def _next_width(width: int, sign: int, multiple: int, whole: int) -> int:
-    """The neighbouring multiple in [one multiple, whole]; the width itself where there is none."""
-    if sign > 0:
-        return min((width // multiple + 1) * multiple, whole)
-    return max((width - 1) // multiple * multiple, min(multiple, width))
+    while spare < 0:
+        smaller = {i: multiples.narrower(dims) for i, dims in enumerate(planned) if multiples.narrower(dims) != dims}
+        mlps = [i for i, dims in smaller.items() if dims.d_v == planned[i].d_v]
+        worst = max(mlps or smaller, key=lambda i: planned[i].d_ff - exact[i])
+        spare -= move(worst, smaller[worst])
+    while True:
+        larger = {i: multiples.wider(dims, layers[i]) for i, dims in enumerate(planned)}
+        gains = {i: budget.price(i, to) - budget.price(i, planned[i]) for i, to in larger.items() if to != planned[i]}
+        fitting = [i for i, gain in gains.items() if gain <= spare]
+        if not fitting:
+            return tuple(planned)
+        worst = max(fitting, key=lambda i: exact[i] - planned[i].d_ff)
+        spare -= move(worst, larger[worst])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,46 +164,72 @@ class Curves:
     mlp: tuple[float, ...]
 
 
+def summed(curves: Sequence[Curves]) -> Curves:
+    """The curves of all layers narrowed alike."""
+    return Curves(
+        *(tuple(map(sum, zip(*part, strict=True))) for part in ([c.value for c in curves], [c.mlp for c in curves]))
+    )
+
+
 def spend(
-    layers: Sequence[LayerDims],
-    d_model: int,
-    curves: Sequence[Curves],
-    keep_ratio: float,
-    *,
-    rank_multiple: int,
-    width_multiple: int,
+    layers: Sequence[LayerDims], budget: Budget, curves: Sequence[Curves], multiples: Multiples
 ) -> tuple[LayerDims, ...]:
-    """One budget over all layers and both halves: take away, step by step, what costs least per parameter.
+    """One budget over all layers and both halves: take away, step by step, what costs least per unit of the budget.
 
-    A step is one multiple of ranks or channels. Nothing is narrowed below one multiple. The last step is taken if it
-    brings the total closer to the budget.
+    A step is one multiple of ranks or channels. Nothing is narrowed below one multiple. Steps are taken until the
+    budget is met; what the last ones took too much is given back, dearest step first, where it fits.
+
+    Raises:
+        RecipeError: the curves end before the budget is met.
     """
-    costs = [Costs.of(dims, d_model) for dims in layers]
-    widths = [[dims.d_v, dims.d_ff] for dims in layers]
-    whole = sum(cost.total(dims.d_v, dims.d_ff) for cost, dims in zip(costs, layers, strict=True))
-    surplus = (1 - keep_ratio) * whole
-    queue: list[tuple[float, int, int, int, int]] = []
+    planned = list(layers)
+    spare = budget.limit - budget.total(layers)
+    queue: list[tuple[float, int, str]] = []
+    taken: list[tuple[int, LayerDims, float]] = []
 
-    def offer(layer: int, part: int, least: float) -> None:
-        multiple = (rank_multiple, width_multiple)[part]
-        width, top = widths[layer][part], (layers[layer].d_v, layers[layer].d_ff)[part]
-        lower = (width - 1) // multiple * multiple
-        curve = (curves[layer].value, curves[layer].mlp)[part]
-        if lower < multiple or top - lower >= len(curve):
+    def offer(layer: int, part: str, least: float) -> None:
+        lower = _lower(planned[layer], part, multiples)
+        curve = curves[layer].value if part == "d_v" else curves[layer].mlp
+        gone = getattr(layers[layer], part) - getattr(lower, part)
+        if lower == planned[layer] or gone >= len(curve):
             return
-        parameters = (width - lower) * (costs[layer].per_rank, costs[layer].per_channel)[part]
-        price = (curve[top - lower] - curve[top - width]) / parameters
+        cost = curve[gone] - curve[getattr(layers[layer], part) - getattr(planned[layer], part)]
+        saved = budget.price(layer, planned[layer]) - budget.price(layer, lower)
         # A curve that bends down would hide cheap steps behind a dear one; prices are kept from falling.
-        heapq.heappush(queue, (max(price, least), layer, part, lower, parameters))
+        heapq.heappush(queue, (max(cost / saved, least), layer, part))
 
     for layer in range(len(layers)):
-        for part in (0, 1):
+        for part in ("d_v", "d_ff"):
             offer(layer, part, 0.0)
-    while queue and surplus > 0:
-        price, layer, part, lower, parameters = heapq.heappop(queue)
-        if parameters > 2 * surplus:
-            break
-        widths[layer][part] = lower
-        surplus -= parameters
+    while spare < 0:
+        if not queue:
+            raise budget.refusal(budget.total(planned), "the error curves end above it")
+        price, layer, part = heapq.heappop(queue)
+        lower = _lower(planned[layer], part, multiples)
+        saved = budget.price(layer, planned[layer]) - budget.price(layer, lower)
+        taken.append((layer, planned[layer], saved))
+        planned[layer] = lower
+        spare += saved
         offer(layer, part, price)
-    return tuple(replace(dims, d_v=rank, d_ff=width) for dims, (rank, width) in zip(layers, widths, strict=True))
+    return tuple(_given_back(planned, taken, spare))
+
+
+def _lower(dims: LayerDims, part: str, multiples: Multiples) -> LayerDims:
+    """``dims`` with one multiple less of ``d_v`` or ``d_ff``; unchanged where that would leave less than one."""
+    multiple, width = (multiples.rank if part == "d_v" else multiples.width), getattr(dims, part)
+    below = (width - 1) // multiple * multiple
+    return replace(dims, **{part: below}) if below >= multiple else dims
+
+
+def _given_back(
+    planned: list[LayerDims], taken: Sequence[tuple[int, LayerDims, float]], spare: float
+) -> list[LayerDims]:
+    """Undo steps, the last first, that cost no more than ``spare``; of each layer only its very last ones."""
+    final: set[int] = set()
+    for layer, before, saved in reversed(taken):
+        if layer in final or saved > spare:
+            final.add(layer)
+            continue
+        planned[layer] = before
+        spare -= saved
+    return planned

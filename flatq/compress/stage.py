@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from flatq.compress.allocate import Curves, iprs, share_of_the_rest, spend, uniform, widths
+from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, spend, summed, uniform, widths
+from flatq.compress.budget import parameter_budget, together
 from flatq.compress.heads import (
     head_basis,
     orthonormal,
@@ -48,14 +49,20 @@ def plan_ranks(
     """
     if spec.keep_ratio == 1:
         return RankPlan(config.layers, 1.0, 1.0, tuple(importance))
-    share = share_of_the_rest(config.layers, config.d_model, spec.keep_ratio)
-    multiples = {"rank_multiple": spec.rank_multiple, "width_multiple": spec.width_multiple}
-    allocation = spec.parts.allocation
+    layers, allocation = config.layers, spec.parts.allocation
+    budget = parameter_budget(layers, config.d_model, spec.keep_ratio)
+    whole = max(dims.d_v for dims in layers)
+    multiples = Multiples(whole if spec.parts.values == "whole" else spec.rank_multiple, spec.width_multiple)
+    if spec.uniform:
+        layers, budget = together(layers, budget)
+        curves = [summed(curves)] if curves else ()
+    share = share_of_the_rest(layers, budget, multiples)
     if allocation == "curves" and curves:
-        layers = spend(config.layers, config.d_model, curves, spec.keep_ratio, **multiples)
+        planned = spend(layers, budget, curves, multiples)
     else:
-        shares = iprs(importance, share) if allocation == "iprs" and importance else uniform(len(config.layers), share)
-        layers = widths(config.layers, config.d_model, shares, spec.keep_ratio, **multiples)
+        shares = iprs(importance, share) if allocation == "iprs" and importance else uniform(len(layers), share)
+        planned = widths(layers, budget, shares, multiples)
+    layers = planned * len(config.layers) if spec.uniform else planned
     achieved = config.with_layers(layers).decoder_parameters() / config.decoder_parameters()
     return RankPlan(layers, spec.keep_ratio, achieved, tuple(importance))
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flatq.compress.allocate import Costs, iprs, share_of_the_rest, uniform, widths
+from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, uniform, widths
+from flatq.compress.budget import parameter_budget
 from flatq.compress.stage import plan_ranks
 from flatq.dims import LayerDims
 from flatq.errors import RecipeError
@@ -87,11 +92,12 @@ def test_widths_meet_the_budget_within_one_step(
     d_model = 64
     layers = (LayerDims(*heads, 16, 16, d_ff),) * len(importance)
     whole = parameters(layers, d_model)
+    budget, multiples = parameter_budget(layers, d_model, keep), Multiples(rank_step, width_step)
     try:
-        share = share_of_the_rest(layers, d_model, keep)
+        share = share_of_the_rest(layers, budget, multiples)
     except RecipeError:
         assume(False)
-    planned = widths(layers, d_model, iprs(importance, share), keep, rank_multiple=rank_step, width_multiple=width_step)
+    planned = widths(layers, budget, iprs(importance, share), multiples)
     for dims in planned:
         assert 1 <= dims.d_v <= 16
         assert dims.d_v % rank_step == 0 or dims.d_v == 16
@@ -100,15 +106,17 @@ def test_widths_meet_the_budget_within_one_step(
         assert (dims.heads, dims.kv_heads, dims.d_qk) == (*heads, 16), "queries and keys stay whole"
     surplus = parameters(planned, d_model) - keep * whole
     step = 3 * d_model * width_step
-    at_the_bound = all(dims.d_ff == (min(width_step, d_ff) if surplus > 0 else d_ff) for dims in planned)
-    assert abs(surplus) <= step or at_the_bound
+    ranks_gave_way = all(dims.d_ff == min(width_step, d_ff) or dims.d_ff == d_ff for dims in planned)
+    assert surplus <= 1e-6, "never more than was asked for"
+    assert -surplus <= step or ranks_gave_way
 
 
 def test_a_whole_width_that_is_no_multiple_shrinks_to_one() -> None:
     """Coarse ranks leave a surplus that only the MLPs, some of them whole, can make up for."""
     layers = (LayerDims(4, 2, 16, 16, 100),) * 5
-    shares = iprs([0.1, 0.1, 0.9, 0.5, 0.2], share_of_the_rest(layers, 64, 0.6))
-    planned = widths(layers, 64, shares, 0.6, rank_multiple=16, width_multiple=8)
+    budget, multiples = parameter_budget(layers, 64, 0.6), Multiples(12, 8)
+    shares = iprs([0.1, 0.1, 0.9, 0.5, 0.2], share_of_the_rest(layers, budget, multiples))
+    planned = widths(layers, budget, shares, multiples)
     assert shares[2] == 1
     assert planned[2].d_ff < 100
     assert all(dims.d_ff % 8 == 0 for dims in planned)
@@ -117,21 +125,86 @@ def test_a_whole_width_that_is_no_multiple_shrinks_to_one() -> None:
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8, 1.0])
 def test_the_share_of_the_rest_makes_up_for_queries_and_keys(keep: float) -> None:
     layers, d_model = (LayerDims(4, 2, 16, 16, 96), LayerDims(4, 2, 16, 12, 64)), 64
-    share = share_of_the_rest(layers, d_model, keep)
-    kept = sum(Costs.of(dims, d_model).total(share * dims.d_v, share * dims.d_ff) for dims in layers)
+    budget, multiples = parameter_budget(layers, d_model, keep), Multiples(1, 1)
+    share = share_of_the_rest(layers, budget, multiples)
+    kept = 0.0
+    for dims in layers:
+        fixed = multiples.floor(dims).parameters(d_model)
+        kept += fixed + share * (dims.parameters(d_model) - fixed)
     assert kept == pytest.approx(keep * parameters(layers, d_model))
 
 
-def test_costs_are_the_layer_s_parameters() -> None:
-    dims = LayerDims(4, 2, 16, 12, 96)
-    assert Costs.of(dims, 64).total(dims.d_v, dims.d_ff) == dims.parameters(64)
+@pytest.mark.parametrize(("values", "words"), [("output", "query and key proj"), ("whole", "`values: output` narrows")])
+@pytest.mark.parametrize("uniform_plan", [False, True])
+def test_a_budget_that_cannot_be_reached_names_the_least_that_can(values: str, words: str, uniform_plan: bool) -> None:
+    config = tiny_config(kv_heads=4)
+    given: dict[str, Any] = {"values": values, "uniform": uniform_plan, "rank_multiple": 4, "width_multiple": 8}
+    with pytest.raises(RecipeError, match=rf"keep_ratio: 0\.1 cannot be reached.*{words}") as raised:
+        plan_ranks(config, FlatSpec.model_validate({"keep_ratio": 0.1, **given}))
+    least = float(str(raised.value).split("choose ")[1].split(" or more")[0])
+    assert plan_ranks(config, FlatSpec.model_validate({"keep_ratio": least, **given})).achieved <= least
+    with pytest.raises(RecipeError):
+        plan_ranks(config, FlatSpec.model_validate({"keep_ratio": least - 0.002, **given}))
 
 
-def test_a_budget_below_queries_and_keys_is_refused_with_the_least_that_can_be_had() -> None:
-    layers = (LayerDims(4, 4, 16, 16, 96),) * 2
-    least = 2 * 64 * 64 / layers[0].parameters(64)
-    with pytest.raises(RecipeError, match=rf"keep_ratio: 0\.1 cannot be reached.* {math.ceil(1000 * least) / 1000}"):
-        share_of_the_rest(layers, 64, 0.1)
+CURVES = st.integers(0, 9999).map(
+    lambda seed: [
+        Curves(
+            *(
+                (0.0, *itertools.accumulate(random.Random(f"{seed} {i} {n}").random() for _ in range(n)))
+                for n in (16, 96)
+            )
+        )
+        for i in range(6)
+    ]
+)
+
+
+@given(CURVES, st.floats(0.45, 1), st.sampled_from(["curves", "uniform"]), st.sampled_from(["output", "whole"]))
+@settings(max_examples=100, deadline=None)
+def test_a_uniform_plan_has_one_rank_and_one_width(
+    curves: list[Curves], keep: float, allocation: str, values: str
+) -> None:
+    config = tiny_config(d_v=(16,) * 6, d_ff=(96,) * 6)
+    spec = {"keep_ratio": keep, "allocation": allocation, "values": values, "uniform": True}
+    plan = plan_ranks(config, FlatSpec.model_validate({**spec, "rank_multiple": 4, "width_multiple": 8}), curves=curves)
+    assert len(set(plan.layers)) == 1
+    assert len(plan.layers) == 6
+    dims = plan.layers[0]
+    assert dims.d_v % 4 == dims.d_ff % 8 == 0
+    assert plan.achieved <= keep + 1e-9
+    wider = replace(dims, d_ff=dims.d_ff + 8)
+    assert dims.d_ff == 96 or parameters((wider,) * 6, 64) > keep * parameters(config.layers, 64)
+    if values == "whole":
+        assert dims.d_v == 16
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=6, max_size=6), st.sampled_from(["iprs", "uniform"]), CURVES)
+@settings(max_examples=50, deadline=None)
+def test_whole_values_leave_the_cut_to_the_mlps(importance: list[float], allocation: str, curves: list[Curves]) -> None:
+    config = tiny_config(d_v=(16,) * 6, d_ff=(96,) * 6)
+    for share_out in (allocation, "curves"):
+        spec = FlatSpec(keep_ratio=0.7, values="whole", allocation=share_out, rank_multiple=2, width_multiple=4)  # type: ignore[arg-type]
+        plan = plan_ranks(config, spec, importance, curves)
+        assert {dims.d_v for dims in plan.layers} == {16}
+        assert 0.7 - 3 * 4 * 64 / config.decoder_parameters() <= plan.achieved <= 0.7
+
+
+def test_a_uniform_plan_takes_the_ranks_that_the_curves_say_cost_less() -> None:
+    config = tiny_config(d_v=(16,) * 2, d_ff=(96,) * 2)
+    spec = FlatSpec(keep_ratio=0.8, uniform=True, rank_multiple=4, width_multiple=8)
+    rising, free = tuple(float(n) for n in range(97)), (0.0,) * 97
+    values_free = plan_ranks(config, spec, curves=[Curves(free[:17], rising)] * 2)
+    mlps_free = plan_ranks(config, spec, curves=[Curves(rising[:17], free)] * 2)
+    assert values_free.layers[0].d_v == 4
+    assert mlps_free.layers[0].d_v == 16
+    assert mlps_free.layers[0].d_ff < values_free.layers[0].d_ff
+
+
+def test_layers_that_differ_have_no_uniform_plan() -> None:
+    config = tiny_config(d_v=(16, 12))
+    with pytest.raises(RecipeError, match="different widths already; remove `uniform`"):
+        plan_ranks(config, FlatSpec(keep_ratio=0.8, uniform=True))
 
 
 @pytest.mark.parametrize("allocation", ["iprs", "uniform"])

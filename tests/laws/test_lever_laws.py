@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from flatq.compress.allocate import Curves, spend
+from flatq.compress.allocate import Curves, Multiples, spend
+from flatq.compress.budget import parameter_budget
 from flatq.compress.curves import error_curves
 from flatq.compress.heads import head_basis, output_basis, project_heads, refit_output, spread_over_queries
 from flatq.compress.mlp import eliminate, nystroem, output_error
@@ -159,9 +160,9 @@ def test_spending_meets_the_budget_within_one_step_and_the_multiples(keep: float
     curves = [
         Curves(*(tuple(torch.rand(n + 1, generator=generator).cumsum(0).tolist()) for n in (4, 8))) for _ in layers
     ]
-    kept = spend(layers, 8, curves, keep, rank_multiple=1, width_multiple=2)
+    kept = spend(layers, parameter_budget(layers, 8, keep), curves, Multiples(1, 2))
     steps = (4 * 8, 2 * 3 * 8)  # parameters of one rank, of one MLP step
-    assert abs(total(kept) - keep * total(layers)) <= max(steps)
+    assert -max(steps) <= total(kept) - keep * total(layers) <= 1e-6
     assert all(dims.d_ff % 2 == 0 and 1 <= dims.d_v <= 4 for dims in kept)
 
 
@@ -169,7 +170,7 @@ def test_spending_takes_the_cheapest_steps_of_convex_curves() -> None:
     layers = (DIMS, DIMS)
     curves = [Curves((0, 1, 4, 9, 16), tuple(n**2 for n in range(9))), Curves((0, 2, 8, 18, 32), (0, *[99.0] * 8))]
     keep = 1 - 3 * 32 / total(layers)  # three ranks
-    kept = spend(layers, 8, curves, keep, rank_multiple=1, width_multiple=4)
+    kept = spend(layers, parameter_budget(layers, 8, keep), curves, Multiples(1, 4))
     best = min(
         (sum(curve.value[n] for curve, n in zip(curves, removed, strict=True)), removed)
         for removed in set(combinations([0, 1, 2, 3] * 2, 2))
@@ -180,4 +181,4 @@ def test_spending_takes_the_cheapest_steps_of_convex_curves() -> None:
 
 def test_everything_kept_is_everything() -> None:
     curves = [Curves((0.0,) * 5, (0.0,) * 9)]
-    assert spend((DIMS,), 8, curves, 1.0, rank_multiple=1, width_multiple=1) == (DIMS,)
+    assert spend((DIMS,), parameter_budget((DIMS,), 8, 1.0), curves, Multiples(1, 1)) == (DIMS,)
