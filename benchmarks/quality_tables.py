@@ -122,13 +122,13 @@ def _damage_table(members: Sequence[Group]) -> str:
         if mean is None:
             lines.append(f"| {first['label']} | {first['keep_ratio']:.0%} | refused: {_refused(first)} | | | | | |")
             continue
-        reference = references.get(_setting(first))
+        reference = references.get(_setting(first), [])
         good = [row for row in group if row["damage"] is not None]
         lines.append(
             f"| {first['label']} | {first['keep_ratio']:.0%} | {statistics.mean(r['share'] for r in good):.2%} "
             f"| {statistics.mean(r['perplexity'] for r in good):.2f} | {_spread([r['damage'] for r in good])} "
-            f"| {_ratio(mean, reference and _damage(reference))} "
-            f"| {_seconds(group):.1f}{_times(_seconds(group), reference and _seconds(reference))} | {len(good)} |"
+            f"| {_ratio(mean, _damage(reference))} "
+            f"| {_seconds(group):.1f}{_times(_seconds(group), _seconds(reference))} | {len(good)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -172,7 +172,7 @@ def plot(groups: Sequence[Group]) -> str:
     panels: dict[tuple[Any, ...], dict[str, list[Group]]] = {}
     for group in shown:
         panels.setdefault(_corpus(group[0]), {}).setdefault(group[0]["label"], []).append(group)
-    colours = matplotlib.colormaps["tab10"].colors
+    colours = [matplotlib.colormaps["tab10"](number) for number in range(10)]
     labels = list(dict.fromkeys(group[0]["label"] for group in shown))
     with matplotlib.rc_context({"svg.hashsalt": "flatq", "font.size": 9}):
         figure = Figure(figsize=(4.6 * len(panels) + 1.6, 3.6), layout="constrained")
