@@ -28,9 +28,10 @@ from flatq.compress.mlp import leading_channels
 from flatq.decoder import DecoderConfig, DecoderLayer, LayerDims, RMSNorm, locate
 from flatq.errors import NumericsError, RecipeError
 from flatq.evaluate import head_logits
+from flatq.feed import BATCH_TOKENS
 from flatq.quantize.stage import READERS
 from flatq.statistics import Gram
-from flatq.walk import BATCH_TOKENS, Block, forward_precision
+from flatq.walk import Block, forward_precision
 from flatq.weights import HALVES, Weights, dense, load_half
 
 

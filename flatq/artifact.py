@@ -92,7 +92,6 @@ class Artifact:
         self._config = DecoderConfig.from_dict(settings["decoder"])
         self.grids = {name: Grid(**grid) for name, grid in settings["grids"].items()}
         self._index = index
-        self._open: dict[str, Any] = {}
 
     @classmethod
     def open(cls, root: Path | str) -> Artifact:
@@ -145,10 +144,9 @@ class Artifact:
     def _read(self, name: str) -> Tensor:
         if name not in self._index:
             raise ArtifactError(f"{self.root}: no tensor {name!r}; the artifact is damaged, run again with --fresh")
-        file = self._index[name]
-        if file not in self._open:
-            self._open[file] = safetensors.safe_open(self.root / file, framework="pt")
-        tensor: Tensor = self._open[file].get_tensor(name)
+        # Opened anew each time: pages of a mapping that is kept stay in memory, in the end the whole model.
+        shard: Any = safetensors.safe_open(self.root / self._index[name], framework="pt")
+        tensor: Tensor = shard.get_tensor(name)
         return tensor
 
     def bytes(self) -> int:

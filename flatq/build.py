@@ -9,15 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
-from flatq.artifact import Artifact, finish, save_shard, write_json
+from flatq import ranks
+from flatq.artifact import PARTS, Artifact, finish, save_shard, write_json
 from flatq.compress.sensitivity import measured_sensitivity
 from flatq.compress.stage import FlatStage, RankPlan
 from flatq.decoder import DecoderConfig
+from flatq.feed import WORKING_SET
 from flatq.progress import progress
-from flatq.quantize.grid import QuantizedWeight
+from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.quantize.stage import GptqStage, planned_grids, quantize_table
 from flatq.recipe import Recipe
 from flatq.source import Source
@@ -44,6 +47,7 @@ def build(
     work: Path,
     provenance: Mapping[str, Any],
     device: str = "cpu",
+    working_set: int = WORKING_SET,
 ) -> Artifact:
     """Compress and quantize block by block; resumes where a killed run of the same folders stopped.
 
@@ -52,17 +56,16 @@ def build(
         partial: folder in which the artifact grows; renamed to ``root`` at the end.
         work: hidden states and the per-block reports.
         provenance: goes into the manifest; must not hold anything that differs between two runs.
+        working_set: bytes for the activations of a batch.
     """
-    partial.mkdir(parents=True, exist_ok=True)
     config = source.config.with_layers(plan.layers)
     grids = planned_grids(config, recipe.gptq)
     stages = stages_of(recipe, plan, config, work)
 
-    ends: dict[str, Tensor | QuantizedWeight] = {}
-    for name in ("embed.weight", "norm.weight", *(() if config.tied_head else ("head.weight",))):
-        grid = grids.get(name.removesuffix(".weight"))
-        ends[name] = source.tensor(name) if grid is None else quantize_table(source, name, grid)
-    save_shard(partial / ENDS, ends)
+    if ranks.first():
+        partial.mkdir(parents=True, exist_ok=True)
+        _save_ends(source, grids, partial / ENDS)
+    ranks.wait()
 
     def save(block: Block) -> None:
         _save_block(block, source.dtype, partial, work)
@@ -75,21 +78,58 @@ def build(
             tokens,
             work,
             save,
-            embed=ends["embed.weight"],
+            embed=_embedding(partial / ENDS, grids.get("embed")),
             precision=recipe.calibration.precision,
+            states=recipe.calibration.states,
             device=device,
+            working_set=working_set,
         ):
             for stage in stages:
                 stage.apply(block)
             advance()
 
+    if ranks.first():
+        _finish(
+            source, config, grids, {**provenance, "plan": asdict(plan), "blocks": block_reports(work)}, partial, root
+        )
+    ranks.wait()
+    return Artifact.open(root)
+
+
+def _save_ends(source: Source, grids: Mapping[str, Grid], file: Path) -> None:
+    """Embedding, last norm and head."""
+    ends: dict[str, Tensor | QuantizedWeight] = {}
+    for name in ("embed.weight", "norm.weight", *(() if source.config.tied_head else ("head.weight",))):
+        grid = grids.get(name.removesuffix(".weight"))
+        ends[name] = source.tensor(name) if grid is None else quantize_table(source, name, grid)
+    save_shard(file, ends)
+
+
+def _embedding(file: Path, grid: Grid | None) -> Tensor | QuantizedWeight:
+    """The embedding of the deployed model; mapped, not read."""
+    shard: Any = safetensors.safe_open(file, framework="pt")
+    if grid is None:
+        found: Tensor = shard.get_tensor("embed.weight")
+        return found
+    codes, scale, zero = (shard.get_tensor(f"embed.{part}") for part in PARTS)
+    return QuantizedWeight(codes, scale, zero, grid)
+
+
+def _finish(
+    source: Source,
+    config: DecoderConfig,
+    grids: Mapping[str, Grid],
+    manifest: Mapping[str, Any],
+    partial: Path,
+    root: Path,
+) -> None:
+    """Tokenizer, index, configuration and manifest."""
     files = [ENDS, *(shard_name(index, half) for index, half in _halves(config))]
     for stray in partial.glob("*.partial"):
         stray.unlink()
     source.tokenizer().save_pretrained(str(partial))
     settings = {**source.settings(), "dtype": str(source.dtype).removeprefix("torch.")}
-    manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work)}
-    return finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
+    finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
 
 
 def stages_of(recipe: Recipe, plan: RankPlan, config: DecoderConfig, work: Path) -> list[FlatStage | GptqStage]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,7 @@ class Verbs(TyperGroup):
 app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:N or mps.")]
 Provider = Annotated[str, typer.Option(help="Where the runtime computes: auto, cpu or cuda.")]
 
 
@@ -85,14 +86,20 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE-DIGEST if not given.")] = None,
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    memory: Annotated[str | None, typer.Option(help="RAM to stay below, as in 6GB; batches are made to fit.")] = None,
 ) -> None:
-    """Compress, export, verify and measure a model; resumes where an earlier run stopped."""
+    """Compress, export, verify and measure a model; resumes where an earlier run stopped.
+
+    Several processes share the calibration: torchrun --nproc-per-node N -m flatq run RECIPE
+    """
     from flatq.recipe import Recipe
 
     checked = Recipe.load(recipe)
     from flatq import pipeline
 
-    print(pipeline.run(checked, out, device=device, fresh=fresh))
+    done = pipeline.run(checked, out, device=device, fresh=fresh, memory=None if memory is None else parse_size(memory))
+    if done is not None:
+        print(done)
 
 
 @app.command()
@@ -209,6 +216,19 @@ def schema() -> None:
     from flatq.recipe import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+def parse_size(text: str) -> int:
+    """``6GB`` (a power of ten), ``6GiB`` (a power of two) or plain bytes, as bytes.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise RecipeError(f"--memory {text}: not a size; write it as 6GB, 512MiB or 6000000000")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def summary(file: Path) -> str:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import torch
 
+from flatq import ranks
 from flatq.errors import RecipeError
 
 
 def resolve_device(wanted: str) -> str:
     """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a torch device that exists.
 
+    Of several processes on one machine each takes the GPU of its own number.
+
     Raises:
         RecipeError: the device is unknown or not there.
     """
+    count = torch.cuda.device_count()
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if count else "cpu"
+    if wanted == "cuda" and count and ranks.launched():
+        wanted = f"cuda:{ranks.local_rank() % count}"
     if wanted == "cpu" or (wanted == "mps" and torch.backends.mps.is_available()):
         return wanted
     kind, _, number = wanted.partition(":")
-    count = torch.cuda.device_count()
     if kind == "cuda" and count and (not number or (number.isdigit() and int(number) < count)):
         return wanted
-    have = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    have = [
+        "cpu",
+        *(f"cuda:{index}" for index in range(count)),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
     raise RecipeError(f"--device {wanted}: not on this machine; it has {', '.join(have)} (auto takes the best)")

@@ -39,5 +39,9 @@ class ArtifactError(FlatqError):
     """Files on disk are missing, damaged, or belong to another run."""
 
 
+class LostProcess(FlatqError):
+    """One of several processes of a run died or fell silent."""
+
+
 class ExportError(FlatqError):
     """An exporter cannot write the model, or its runtime disagrees with the artifact."""

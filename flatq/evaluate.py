@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatq import ranks
 from flatq.decoder import RMSNorm, locate
 from flatq.errors import NumericsError, RecipeError
+from flatq.feed import embedded
 from flatq.weights import HALVES, Weights, dense, load_half
 
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32: large enough for an efficient product, small beside half a layer
@@ -67,13 +69,15 @@ def perplexity(
             f"evaluation tokens have shape {list(tokens.shape)}: at least one row of two positions is needed; "
             "give more held-out text or a shorter seq_len"
         )
-    hidden = final_hidden(weights, tokens, device=device, batch=batch, on_half=on_half)
-    targets = tokens[:, 1:].to(hidden.device)
+    mine, targets = ranks.share(len(tokens)), tokens[:, 1:]
     total = torch.zeros((), dtype=torch.float64)
-    for rows, logits in head_logits(weights, hidden[:, :-1].flatten(0, 1), device=device):
-        nll = F.cross_entropy(logits, targets.flatten()[rows].to(logits.device), reduction="none")
-        total += nll.double().sum().cpu()
-    mean = total.item() / targets.numel()
+    if mine:
+        hidden = final_hidden(weights, tokens[mine.start : mine.stop], device=device, batch=batch, on_half=on_half)
+        own = targets[mine.start : mine.stop].flatten()
+        for rows, logits in head_logits(weights, hidden[:, :-1].flatten(0, 1), device=device):
+            nll = F.cross_entropy(logits, own[rows].to(logits.device), reduction="none")
+            total += nll.double().sum().cpu()
+    mean = ranks.add(total).item() / targets.numel()
     if not math.isfinite(mean) or mean > math.log(torch.finfo(torch.float64).max):
         raise NumericsError(
             f"evaluation: the mean negative log-likelihood is {mean}, which is no perplexity; the weights are damaged "
@@ -104,7 +108,7 @@ def final_hidden(
             f"tokens: ids run from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to "
             f"{config.vocab - 1}; the tokenizer belongs to another model"
         )
-    hidden = F.embedding(tokens.cpu(), dense(weights.tensor("embed.weight")))
+    hidden = embedded(tokens.cpu(), weights.tensor("embed.weight"))
     chunks = torch.split(hidden, batch)  # views: written in place
     for index in range(len(config.layers)):
         for half in HALVES:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flatq import ranks
 from flatq.artifact import write_atomically, write_json
 from flatq.errors import ArtifactError, FlatqError, RecipeError
 from flatq.memory import peak_rss_bytes
@@ -49,6 +50,8 @@ class RunFolder:
         """
         folder = cls(out or Path("runs") / f"{recipe.name}-{recipe.digest()[:8]}", recipe)
         root = folder.root
+        if not ranks.first():
+            return folder  # the first process checks, creates and writes it
         if fresh and folder.owned:
             shutil.rmtree(root)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -82,12 +85,17 @@ class RunFolder:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Create the folder for the enclosed work; an error before anything of worth exists removes it again."""
+        if not ranks.first():
+            ranks.wait()
+            yield
+            return
         new = [place for place in (self.root, *self.root.absolute().parents) if not place.exists()]
         blank = bool(new) or not any(self.root.iterdir())
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             write_json(self.root / "run.json", {"digest": self.recipe.digest()})
             write_atomically(self.root / "recipe.yaml", self.recipe.text.encode())
+            ranks.wait()
             yield
         except BaseException as error:
             if isinstance(error, Exception) and blank and not (self.work / "state.json").exists():
@@ -130,11 +138,14 @@ class RunFolder:
     def phase(self, name: str, compute: Callable[[], Any]) -> Any:
         """Result of a phase, computed now or read from where an earlier run of this folder left it."""
         path = self.work / "phases" / f"{name}.json"
-        if path.exists():
+        known = ranks.agreed(json.loads(path.read_text()) if ranks.first() and path.exists() else None)
+        if known is not None:
             log.info("%s: already done", name)
-            return json.loads(path.read_text())["result"]
+            return known["result"]
         started = time.monotonic()
-        result = compute()
+        result = ranks.agreed(compute())
+        if not ranks.first():
+            return result
         path.parent.mkdir(exist_ok=True)
         seconds = time.monotonic() - started
         write_json(path, {"result": result, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()})

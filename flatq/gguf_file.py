@@ -13,6 +13,7 @@ Left out: files split in parts (join them with llama-gguf-split --merge), and ar
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -200,12 +201,18 @@ class GgufFile:
                 "use an F16, Q8_0 or K-quant file of this model"
             ) from unknown
         tensor = torch.from_numpy(np.array(values)).to(PLAIN_DTYPES.get(entry.tensor_type.name, torch.float32))
+        self._forget()
         dims = self.config.layers[0]
         if self.family.gguf_permuted and name.startswith("layers."):
             linear = name.split(".")[2]
             if linear in ("q", "k"):
                 return halves_from_pairs(tensor, dims.heads if linear == "q" else dims.kv_heads)
         return tensor
+
+    def _forget(self) -> None:
+        """Give back the pages of the mapped file, or in the end the whole model would be in memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)
 
     def tokenizer(self) -> Any:
         """See ``flatq.source.Source``."""

@@ -73,7 +73,6 @@ class HfFolder:
         beside = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
         self.files = [path for name in beside if (path := root / name).is_file()]
         self.files += [root / shard for shard in self._shards if (root / shard).is_file()]
-        self._open: dict[Path, Any] = {}
 
     def _list_shards(self) -> tuple[dict[str, str] | None, list[str]]:
         index = self.root / INDEX
@@ -113,14 +112,13 @@ class HfFolder:
         return stored, damaged
 
     def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            if not file.is_file():
-                raise ArtifactError(f"{file}: missing, though {INDEX} names it; the download is incomplete")
-            try:
-                self._open[file] = safetensors.safe_open(file, framework="pt")
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ArtifactError(f"{file}: truncated or damaged ({error}); download it again") from error
-        return self._open[file]
+        # Opened anew each time: pages of a mapping that is kept stay in memory, in the end the whole model.
+        if not file.is_file():
+            raise ArtifactError(f"{file}: missing, though {INDEX} names it; the download is incomplete")
+        try:
+            return safetensors.safe_open(file, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ArtifactError(f"{file}: truncated or damaged ({error}); download it again") from error
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:

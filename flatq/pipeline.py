@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import flatq.doctor
-from flatq import planning
+from flatq import planning, ranks
 from flatq.artifact import Artifact
 from flatq.build import build
 from flatq.calibrate import Tokens, token_batches
@@ -29,6 +29,7 @@ from flatq.device import resolve_device
 from flatq.errors import ArtifactError, RecipeError
 from flatq.evaluate import perplexity
 from flatq.export import Runner, exporter_named
+from flatq.feed import WORKING_SET
 from flatq.folder import RunFolder, require_space
 from flatq.generate import DecoderRunner, stream
 from flatq.progress import progress
@@ -43,35 +44,46 @@ from flatq.weights import HALVES, Weights
 log = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, out: Path | None, *, device: str = "auto", fresh: bool = False) -> Path:
-    """Do everything that the recipe says; returns the run folder.
+def run(
+    recipe: Recipe, out: Path | None, *, device: str = "auto", fresh: bool = False, memory: int | None = None
+) -> Path | None:
+    """Do everything that the recipe says; returns the run folder (None in all but the first of several processes).
 
     Args:
         recipe: what to do.
         out: run folder; None is ``runs/NAME-DIGEST``. A finished one is left alone, an unfinished one is resumed.
         device: where to compute.
         fresh: remove what an earlier run left in the folder.
+        memory: bytes of RAM to stay below; None takes what the default batch sizes need.
 
     Raises:
         FlatqError: with ``exit_code`` 2 where the recipe or what it names is wrong, 3 where a stage failed.
     """
+    with ranks.joined():
+        return _run(recipe, out, device, fresh, memory)
+
+
+def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int | None) -> Path | None:
     exports = planned_exports(recipe)
     device = resolve_device(device)
     folder = RunFolder.open(out, recipe, fresh=fresh)
     if folder.finished:
         log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
-        return folder.root
+        return folder.root if ranks.part() else None
     source = open_source(recipe)
+    room = planning.working_set(source.config, recipe, memory)
     refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
     with folder.working():
-        tokens = token_batches(recipe.calibration, recipe.evaluation, source.tokenizer())
-        origins = provenance(recipe, source, tokens)
-        folder.depend_on({name: origins[name] for name in ("source", "tokens", "versions")})
+        tokens = ranks.told(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
+        origins = ranks.told(lambda: provenance(recipe, source, tokens))
+        ranks.told(lambda: folder.depend_on({name: origins[name] for name in ("source", "tokens", "versions")}))
         baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
-        plan = rank_plan(recipe, source, tokens, folder, device)
+        plan = rank_plan(recipe, source, tokens, folder, device, room)
         refuse(recipe, source.config.with_layers(plan.layers), exports)
-        artifact = compressed(recipe, source, tokens, plan, folder, origins, device)
+        artifact = compressed(recipe, source, tokens, plan, folder, origins, device, room)
         result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"))
+        if not ranks.part():
+            return None
         written = [exported(item, artifact, tokens, folder) for item in exports]
         bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports))
         report = summarize(
@@ -105,12 +117,20 @@ def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
         return perplexity(weights, tokens.heldout, device=device, on_half=advance).value
 
 
-def rank_plan(recipe: Recipe, source: Source, tokens: Tokens, folder: RunFolder, device: str) -> RankPlan:
+def rank_plan(
+    recipe: Recipe, source: Source, tokens: Tokens, folder: RunFolder, device: str, room: int = WORKING_SET
+) -> RankPlan:
     """Widths of the compressed model; measures what the allocation goes by."""
     spec, config = recipe.flat, source.config
     if spec is None or spec.keep_ratio == 1:
         return RankPlan(config.layers, 1.0, 1.0)
-    settings: dict[str, Any] = {"precision": recipe.calibration.precision, "device": device}
+    text = recipe.calibration
+    settings: dict[str, Any] = {
+        "precision": text.precision,
+        "states": text.states,
+        "device": device,
+        "working_set": room,
+    }
 
     def sensitivity() -> None:
         output_sensitivity(source, tokens.calibration, folder.work, **settings)
@@ -152,14 +172,16 @@ def compressed(
     folder: RunFolder,
     origins: dict[str, Any],
     device: str,
+    room: int = WORKING_SET,
 ) -> Artifact:
     """The artifact, made by one walk over the blocks, or finished by an earlier run."""
 
     def make() -> None:
-        if folder.artifact.exists():
+        if ranks.agreed(folder.artifact.exists()):
             return
         needed = planning.disk_bytes(source.config.with_layers(plan.layers), recipe, source.dtype.itemsize)
-        require_space(folder.root, needed, "the artifact and the hidden states")
+        if ranks.first():
+            require_space(folder.root, needed, "the artifact and the hidden states")
         build(
             source,
             tokens.calibration,
@@ -170,11 +192,13 @@ def compressed(
             work=folder.work,
             provenance=origins,
             device=device,
+            working_set=room,
         )
 
     folder.phase("compress", make)
     artifact = Artifact.open(folder.artifact)
-    artifact.verify()
+    if ranks.first():
+        artifact.verify()
     return artifact
 
 

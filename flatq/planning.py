@@ -22,10 +22,11 @@ from flatq.compress.stage import RankPlan
 from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import ArtifactError, RecipeError
 from flatq.export import Exporter
+from flatq.feed import BATCH_TOKENS, WORKING_SET, activation_bytes
 from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
 from flatq.report import size
-from flatq.walk import BATCH_TOKENS, forward_precision
+from flatq.walk import forward_precision
 
 if TYPE_CHECKING:
     from flatq.delivery import PlannedExport
@@ -76,6 +77,24 @@ def peak_memory(config: DecoderConfig, recipe: Recipe) -> int:
     states = 2 * 4 * recipe.calibration.samples * recipe.calibration.seq_len * d_model
     table = 4 * 2 * config.vocab * d_model
     return PROCESS + states + max(block + max(solve, activations), table)
+
+
+def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None) -> int:
+    """Bytes for the activations of a batch, so that the whole stays below ``memory``.
+
+    Raises:
+        RecipeError: a single sample does not fit.
+    """
+    if memory is None:
+        return WORKING_SET
+    one = recipe.calibration.seq_len * activation_bytes(config)
+    rest = peak_memory(config, recipe) - max(WORKING_SET, one)
+    if rest + one > memory:
+        raise RecipeError(
+            f"--memory {size(memory)}: this model needs about {size(rest + one)} with one sample of "
+            f"{recipe.calibration.seq_len} tokens at a time; give that much, or lower calibration.seq_len"
+        )
+    return min(memory - rest, WORKING_SET)
 
 
 def operations(dense: DecoderConfig, plan: RankPlan, recipe: Recipe) -> tuple[float, float]:

@@ -12,28 +12,64 @@ import math
 import torch
 from torch import Tensor
 
+from flatq import ranks
+
+PANEL = 1024  # columns of a Gram that are computed together
+
 
 class Gram:
     """Uncentred second moment ``E[x^T x]`` of row vectors, in one or several diagonal blocks.
+
+    A Gram is symmetric, so only the panels on and above the diagonal are computed: half of the multiplications of a
+    large one. The rest is mirrored when the sum is first read.
 
     Axes: n blocks (1, or one per key/value head), d features of a block.
     """
 
     def __init__(self, features: int, blocks: int = 1, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(blocks, features, features, device=device)
+        self._total = torch.zeros(blocks, features, features, device=device)
+        self._half = False  # whether what is below the diagonal panels is out of date
         self.count = 0
 
     def update(self, x: Tensor) -> None:
         """Add tokens, [..., blocks * features]."""
-        blocks, features, _ = self.total.shape
-        rows = x.reshape(-1, blocks, features).transpose(0, 1).float()  # [n, tokens, d]
-        self.total += rows[0].T @ rows[0] if blocks == 1 else rows.mT @ rows
-        self.count += rows.shape[1]
+        blocks, features, _ = self._total.shape
+        rows = x.reshape(-1, blocks, features).float()  # [tokens, n, d]
+        if blocks > 1:
+            rows = rows.transpose(0, 1)
+            self._total += rows.mT @ rows
+        else:
+            rows = rows[:, 0]
+            for start in range(0, features, PANEL):
+                panel = slice(start, start + PANEL)
+                self._total[0, panel, start:] += rows[:, panel].T @ rows[:, start:]
+            self._half = features > PANEL
+        self.count += len(rows) if blocks == 1 else rows.shape[1]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over tokens, float32 [n, d, d]."""
+        if self._half:
+            for start in range(PANEL, self._total.shape[1], PANEL):
+                panel = slice(start, start + PANEL)
+                self._total[0, panel, :start] = self._total[0, :start, panel].T
+            self._half = False
+        return self._total
+
+    @property
+    def finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity: no entry can that the diagonal does not show."""
+        return bool(torch.isfinite(self._total.diagonal(dim1=1, dim2=2)).all())
+
+    def gather(self) -> None:
+        """Add up what all processes have seen."""
+        ranks.add(self.total)
+        self.count = int(ranks.add(torch.tensor(self.count)))
 
     def merge(self, other: Gram) -> Gram:
         """Gram of both token sets together."""
-        merged = Gram(self.total.shape[1], self.total.shape[0], self.total.device)
-        merged.total, merged.count = self.total + other.total, self.count + other.count
+        merged = self._with(self.total + other.total)
+        merged.count += other.count
         return merged
 
     def mean(self) -> Tensor:
@@ -54,7 +90,7 @@ class Gram:
 
     def _with(self, total: Tensor) -> Gram:
         other = Gram(0)
-        other.total, other.count = total, self.count
+        other._total, other.count = total, self.count
         return other
 
 
@@ -74,6 +110,11 @@ class Angle:
         cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
         self.total += float(torch.arccos(cosine.clamp(-1, 1)).sum()) / math.pi
         self.count += cosine.numel()
+
+    def gather(self) -> None:
+        """Add up what all processes have seen."""
+        self.total, count = ranks.add(torch.tensor([self.total, self.count], dtype=torch.float64)).tolist()
+        self.count = int(count)
 
     def mean(self) -> float:
         """In [0, 1]; 0 for a layer that changes no direction."""

@@ -8,15 +8,17 @@ Hidden states live in two memory-mapped files that take turns: a block reads one
 block's weights are on disk and its outputs are complete does ``state.json`` name the next block, so a run killed
 anywhere goes on with the block it was in and ends with the same bytes.
 
-Everything is float32, but where the processor multiplies bfloat16 matrices in hardware the operands of the forward
-pass are rounded to bfloat16 on the way in (products are summed in float32): 2.4 times faster on the CPU that this was
-measured on, see docs/decisions.md.
+With several processes (see ``ranks``) each sends its own samples through the block. Only the first one's loop body
+runs; the others take part in what it observes, and receive the block that it has changed.
+
+Everything is float32 in memory, but where the processor multiplies bfloat16 matrices in hardware the operands of the
+forward pass are rounded to bfloat16 on the way in (products are summed in float32): 2.4 times faster on the CPU that
+this was measured on, see docs/decisions.md.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,14 +27,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flatq import ranks
 from flatq.artifact import write_json
 from flatq.decoder import DecoderLayer, LayerDims, Positions, locate
 from flatq.errors import NumericsError
+from flatq.feed import WORKING_SET, Feed, batch_tokens, stored_as
 from flatq.quantize.grid import QuantizedWeight
 from flatq.statistics import Gram
-from flatq.weights import HALVES, Weights, dense, load_half
-
-BATCH_TOKENS = 8192  # tokens per forward pass: enough for the matrix kernels, little enough for memory
+from flatq.weights import HALVES, Weights, load_half
 
 
 @contextmanager
@@ -54,43 +56,6 @@ def forward_precision(precision: str = "auto", *, gradients: bool = False) -> It
 
 def _has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-class Feed:
-    """Hidden states of all calibration tokens, float32 [samples, seq, d_model], in a memory-mapped file.
-
-    Its blocks are allocated before it is mapped: a full disk is then an ``OSError`` now. Written through the map,
-    a sparse file would end the process with SIGBUS in the middle of the walk.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.path = path
-        count = shape[0] * shape[1] * shape[2]
-        _allocate(path, 4 * count)
-        self.states = torch.from_file(str(path), shared=True, size=count, dtype=torch.float32).view(shape)
-
-    def flush(self) -> None:
-        """Wait until the states are on the disk: the resume state must never be ahead of them."""
-        with self.path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-    def batches(self) -> Iterator[slice]:
-        """Slices of samples, at most ``BATCH_TOKENS`` tokens each (at least one sample)."""
-        step = max(1, BATCH_TOKENS // self.states.shape[1])
-        for start in range(0, self.states.shape[0], step):
-            yield slice(start, start + step)
-
-
-def _allocate(path: Path, size: int) -> None:
-    """Give a file real blocks on disk for ``size`` bytes; what it holds stays."""
-    path.touch()
-    with path.open("rb+") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-            return
-        missing = size - file.seek(0, os.SEEK_END)
-        while missing > 0:
-            missing -= file.write(bytes(min(missing, 1 << 24)))
 
 
 @dataclass
@@ -126,13 +91,20 @@ class Block:
         [kv_heads blocks of d_v] are the value heads.
         """
         if not self.grams:
+            self.together("observe")
             with forward_precision(self.precision):
                 for batch in self.feed.batches():
-                    self._observe(self.feed.states[batch].to(self.device))
-            for name, gram in self.grams.items():
-                if not torch.isfinite(gram.total).all():
-                    raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
+                    self._observe(self.feed.states[batch].to(self.device, torch.float32))
+                for name, gram in self.grams.items():
+                    gram.gather()
+                    if not gram.finite:
+                        raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
         return self.grams
+
+    def together(self, what: str) -> None:
+        """Have the other processes do it too; they wait for such a word while the first one's loop body runs."""
+        if ranks.first():
+            ranks.agreed(what)
 
     def _observe(self, x: Tensor) -> None:
         layer, dims = self.layer, self.dims
@@ -155,7 +127,7 @@ class Block:
         """Send the inputs through the block as it is now."""
         with forward_precision(self.precision):
             for batch in self.feed.batches():
-                x = self.feed.states[batch].to(self.device)
+                x = self.feed.states[batch].to(self.device, torch.float32)
                 y = self.layer.run(self.half, x, self.positions(x.shape[0]))
                 if not torch.isfinite(y).all():
                     bad = batch.start + int((~torch.isfinite(y)).flatten(1).any(1).nonzero()[0])
@@ -163,6 +135,7 @@ class Block:
                         f"{self.place}: the output for calibration sample {bad} is not finite; {REMEDY}"
                     )
                 out.states[batch] = y
+                out.forget()
 
     def narrow(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
         """Replace a linear by one of another shape; the only way to change a width."""
@@ -190,7 +163,9 @@ def walk(
     *,
     embed: Tensor | QuantizedWeight | None = None,
     precision: str = "auto",
+    states: str = "auto",
     device: str = "cpu",
+    working_set: int = WORKING_SET,
 ) -> Iterator[Block]:
     """Yield every block in order; ``save`` is called with each block after the loop body has changed it.
 
@@ -198,18 +173,20 @@ def walk(
         tokens: calibration tokens, int64 [samples, seq].
         embed: the embedding of the deployed model, if it differs from the model's own.
         work: folder for the hidden states and the resume state; may hold those of a killed run.
+        states: how the hidden states are stored, ``float32``, ``bfloat16`` or ``auto`` (by their size).
+        working_set: bytes for the activations of a batch.
     """
     config = weights.config
     samples, length = tokens.shape
     shape = (samples, length, config.d_model)
+    dtype = stored_as(states, tokens.numel(), config.d_model)
     work.mkdir(parents=True, exist_ok=True)
-    feeds = [Feed(work / f"states-{turn}.f32", shape) for turn in (0, 1)]
+    feeds = [Feed(work / f"states-{turn}", shape, dtype, batch_tokens(config, working_set)) for turn in (0, 1)]
     order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
-    start = blocks_done(work)
+    start = ranks.agreed(blocks_done(work))
     if start == 0:
-        table = dense(weights.tensor("embed.weight") if embed is None else embed)
-        feeds[0].states[:] = nn.functional.embedding(tokens, table)
-        del table
+        feeds[0].embed(tokens, weights.tensor("embed.weight") if embed is None else embed)
+    embed = None  # a large table is not held through the walk
     for done in range(start, len(order)):
         index, half = order[done]
         layer = load_half(weights, index, half, device=device)
@@ -222,11 +199,19 @@ def walk(
             precision,
             device,
         )
-        yield block
-        save(block)
+        if ranks.first():
+            yield block
+            save(block)
+            block.together("advance")
+        else:
+            while ranks.agreed("") == "observe":
+                block.observe()
+        ranks.hand_out(block.layer, device)
         block.advance(feeds[(done + 1) % 2])
         feeds[(done + 1) % 2].flush()
-        write_json(work / "state.json", {"blocks_done": done + 1})
+        ranks.wait()
+        if ranks.first():
+            write_json(work / "state.json", {"blocks_done": done + 1})
 
 
 def blocks_done(work: Path) -> int:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import flatq.feed as flatq_feed
 import flatq.walk as flatq_walk
 from flatq.compress.importance import layer_importance
 from flatq.errors import NumericsError
+from flatq.feed import Feed
 from flatq.quantize.grid import Grid, round_to_nearest
-from flatq.walk import Block, Feed, blocks_done, forward_precision, walk
+from flatq.walk import Block, blocks_done, forward_precision, walk
 from flatq.weights import load_decoder
 from tests.models import RandomWeights, tiny_config
 
@@ -26,9 +28,7 @@ WEIGHTS = RandomWeights(tiny_config())
 
 def last_states(work: Path, blocks: int = len(ORDER)) -> Tensor:
     """What the last block wrote."""
-    return torch.from_file(str(work / f"states-{blocks % 2}.f32"), size=5 * 12 * 64, dtype=torch.float32).view(
-        5, 12, 64
-    )
+    return torch.from_file(str(work / f"states-{blocks % 2}"), size=5 * 12 * 64, dtype=torch.float32).view(5, 12, 64)
 
 
 def halve(block: Block) -> None:
@@ -158,7 +158,7 @@ def test_batches_cover_every_sample_once_and_change_no_sum(
         return [gram.mean() for block in blocks for gram in block.observe().values()]
 
     expected = grams(tmp_path / "expected")
-    monkeypatch.setattr(flatq_walk, "BATCH_TOKENS", most)
+    monkeypatch.setattr(flatq_feed, "BATCH_TOKENS", most)
     feed = Feed(tmp_path / "feed", (5, 12, 64))
     covered = torch.cat([torch.arange(5)[batch] for batch in feed.batches()])
     assert covered.tolist() == list(range(5))

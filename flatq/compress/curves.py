@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flatq import ranks
 from flatq.compress.allocate import Curves
 from flatq.compress.heads import output_basis
 from flatq.compress.mlp import eliminate
-from flatq.compress.sensitivity import weighted
+from flatq.compress.sensitivity import Sensitivity, weighted
+from flatq.feed import WORKING_SET
 from flatq.progress import progress
 from flatq.walk import Block, walk
 from flatq.weights import HALVES, Weights
@@ -28,12 +31,14 @@ DEEPEST = 0.9  # share of a layer's channels that may go
 def error_curves(
     weights: Weights,
     tokens: Tensor,
-    fisher: Tensor | None,
+    fisher: Sensitivity | Tensor | None,
     work: Path,
     *,
     ridge: float,
     precision: str = "auto",
+    states: str = "auto",
     device: str = "cpu",
+    working_set: int = WORKING_SET,
 ) -> list[Curves]:
     """Cost of every rank and width of every layer.
 
@@ -43,21 +48,27 @@ def error_curves(
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
     some = tokens[: max(1, TOKENS // tokens.shape[1])]
-    shutil.rmtree(work / "curves", ignore_errors=True)  # a killed walk cannot be joined: its curves are gone
+    _remove(work / "curves")  # a killed walk cannot be joined: its curves are gone
     value: list[tuple[float, ...]] = []
     mlp: list[tuple[float, ...]] = []
+    settings: dict[str, Any] = {"precision": precision, "states": states, "device": device, "working_set": working_set}
     with progress("curves", len(weights.config.layers) * len(HALVES)) as advance:
-        for number, block in enumerate(
-            walk(weights, some, work / "curves", _nothing, precision=precision, device=device)
-        ):
+        for number, block in enumerate(walk(weights, some, work / "curves", _nothing, **settings)):
             sensitivity = None if fisher is None else fisher[number].to(device)
             if block.half == "attention":
                 value.append(_value_curve(block, sensitivity))
             else:
                 mlp.append(_mlp_curve(block, sensitivity, ridge))
             advance()
-    shutil.rmtree(work / "curves")
+    _remove(work / "curves")
     return [Curves(v, m) for v, m in zip(value, mlp, strict=True)]
+
+
+def _remove(folder: Path) -> None:
+    """Once, and nobody goes on before it is done."""
+    if ranks.first():
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.wait()
 
 
 def _value_curve(block: Block, fisher: Tensor | None) -> tuple[float, ...]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from flatq import ranks
 from flatq.decoder import locate
+from flatq.feed import WORKING_SET, Feed, batch_tokens, stored_as
 from flatq.progress import progress
 from flatq.statistics import Angle
-from flatq.walk import Feed, forward_precision
-from flatq.weights import HALVES, Weights, dense, load_half
+from flatq.walk import forward_precision
+from flatq.weights import HALVES, Weights, load_half
 
 
 def layer_importance(
-    weights: Weights, tokens: Tensor, work: Path, *, precision: str = "auto", device: str = "cpu"
+    weights: Weights,
+    tokens: Tensor,
+    work: Path,
+    *,
+    precision: str = "auto",
+    states: str = "auto",
+    device: str = "cpu",
+    working_set: int = WORKING_SET,
 ) -> list[float]:
     """Mean angle between each layer's input and output, in [0, 1], for int64 tokens [samples, seq].
 
@@ -23,8 +33,9 @@ def layer_importance(
     config = weights.config
     samples, length = tokens.shape
     work.mkdir(parents=True, exist_ok=True)
-    feed = Feed(work / "dense.f32", (samples, length, config.d_model))
-    feed.states[:] = nn.functional.embedding(tokens, dense(weights.tensor("embed.weight")))
+    dtype = stored_as(states, tokens.numel(), config.d_model)
+    feed = Feed(work / "dense-states", (samples, length, config.d_model), dtype, batch_tokens(config, working_set))
+    feed.embed(tokens, weights.tensor("embed.weight"))
     angles = []
     with progress("importance", len(config.layers)) as advance:
         for index in range(len(config.layers)):
@@ -32,12 +43,14 @@ def layer_importance(
             angle = Angle()
             with forward_precision(precision):
                 for batch in feed.batches():
-                    before = feed.states[batch].to(device)
+                    before = feed.states[batch].to(device, torch.float32)
                     positions = locate(config, len(before), length, device=before.device)
                     after = mlp.transform(attention.attend(before, positions))
                     angle.update(before, after)
                     feed.states[batch] = after.cpu()
+            angle.gather()
             angles.append(angle.mean())
             advance()
-    feed.path.unlink()
+    ranks.wait()
+    feed.path.unlink(missing_ok=True)
     return angles

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flatq.spd import damped, factor_, inverse
+
 
 def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
     """Ridge leverage score of each channel, float64 [f], in [0, 1].
@@ -20,12 +22,8 @@ def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
     Source: FLAT-LLM (arXiv 2505.23966), MLP part: ``diag(C (C + ridge I)^-1)``.
     Differs from the authors' code, which adds 1 to the raw sum over tokens, whatever its scale.
     """
-    c = gram.double()
-    shift = ridge * float(c.diagonal().mean()) or 1.0
-    identity = torch.eye(len(c), dtype=c.dtype, device=c.device)
-    lower = torch.linalg.cholesky(c + shift * identity)
-    root = torch.linalg.solve_triangular(lower, identity, upper=False)  # (C + shift I)^-1 = root^T root
-    return 1 - shift * root.square().sum(0)
+    inverted, shift = inverse(gram, ridge)
+    return 1 - shift * inverted.diagonal().double()
 
 
 def leading_channels(scores: Tensor, width: int) -> Tensor:
@@ -39,26 +37,22 @@ def nystroem(w_down: Tensor, gram: Tensor, keep: Tensor, ridge: float = 1e-6) ->
     The least-squares choice: no other [m, s] matrix has a smaller output error on the calibration tokens (up to the
     ridge, which is relative to the mean diagonal).
     """
-    c = gram.double()
-    inside = c[keep][:, keep]
-    shift = ridge * float(inside.diagonal().mean()) or 1.0
-    inside = inside + shift * torch.eye(len(keep), dtype=c.dtype)
-    right = c[keep] @ w_down.double().T + shift * w_down.double().T[keep]  # [s, m], pulled towards plain selection
-    return torch.cholesky_solve(right, torch.linalg.cholesky(inside)).T.to(w_down.dtype)
+    inside, shift = damped(gram[keep][:, keep], ridge)
+    w = w_down.to(gram.dtype)
+    right = (gram[keep] @ w.T).double() + shift * w.T[keep]  # [s, m], pulled towards plain selection
+    return torch.cholesky_solve(right, factor_(inside)).T.to(w_down.dtype)
 
 
 def output_error(w: Tensor, gram: Tensor, w_new: Tensor, keep: Tensor) -> float:
     """Share of the output's energy that is lost by reading only ``keep`` with ``w_new``; 0 is perfect."""
-    difference = w.double().clone()
-    difference[:, keep] -= w_new.double()
+    difference = w.to(gram.dtype, copy=True)
+    difference[:, keep] -= w_new.to(gram.dtype)
     return relative_energy(difference, w, gram)
 
 
 def relative_energy(difference: Tensor, w: Tensor, gram: Tensor) -> float:
     """``E||x D^T||^2 / E||x W^T||^2`` on a Gram of x."""
-    c = gram.double()
-    total = float(((w.double() @ c) * w.double()).sum())
-    lost = float(((difference.double() @ c) * difference.double()).sum())
+    total, lost = (float(((d @ gram) * d).sum(dtype=torch.float64)) for d in (w.to(gram.dtype), difference))
     return max(lost, 0.0) / total if total > 0 else 0.0
 
 
@@ -96,27 +90,26 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
         step: channels per elimination; None is one percent of f.
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), with a layer's output in place of the loss.
     """
-    c, f = gram.double(), len(gram)
+    f = len(gram)
     step = step or max(1, f // 96)
-    shift = ridge * float(c.diagonal().mean()) or 1.0
-    identity = torch.eye(f, dtype=c.dtype, device=c.device)
-    inverse = torch.cholesky_solve(identity, torch.linalg.cholesky(c + shift * identity))
-    w, index = w_down.double().clone(), torch.arange(f, device=c.device)
-    alive = torch.ones(f, dtype=torch.bool, device=c.device)
-    order, cost, total, left = [index[:0]], [c.diagonal()[:0]], 0.0, f
+    inverted = inverse(gram, ridge)[0].mT.to(gram.dtype)  # symmetric: rows may be columns
+    w, index = w_down.to(gram.dtype, copy=True), torch.arange(f, device=gram.device)
+    alive = torch.ones(f, dtype=torch.bool, device=gram.device)
+    order, cost, total, left = [index[:0]], [gram.diagonal()[:0].double()], 0.0, f
     while left > width:
-        price = (w.square().sum(0) / inverse.diagonal()).masked_fill_(~alive, torch.inf)
+        price = (w.square().sum(0) / inverted.diagonal()).masked_fill_(~alive, torch.inf)
         gone = torch.topk(price, min(step, left - width), largest=False).indices
-        bridge, before = inverse[gone], total  # [gone, n]
-        share = torch.linalg.solve(bridge[:, gone], torch.cat([bridge, w[:, gone].T], 1))  # [gone, n + m]
+        bridge, before = inverted[gone], total  # [gone, n]
+        small = torch.cat([bridge, w[:, gone].T], 1).double()
+        share = torch.linalg.solve(small[:, gone], small).to(gram.dtype)  # [gone, n + m]
         total += float((w[:, gone].T * share[:, len(index) :]).sum())
         order.append(index[gone])
-        cost.append(torch.linspace(before, total, len(gone) + 1, dtype=c.dtype, device=c.device)[1:])
+        cost.append(torch.linspace(before, total, len(gone) + 1, dtype=torch.float64, device=gram.device)[1:])
         w.addmm_(w[:, gone], share[:, : len(index)], alpha=-1)
-        inverse.addmm_(bridge.T, share[:, : len(index)], alpha=-1)
+        inverted.addmm_(bridge.T, share[:, : len(index)], alpha=-1)
         alive[gone] = False
         left -= len(gone)
         if left < 0.85 * len(index):  # what is gone costs time in every product: close the gaps now and then
-            w, inverse, index = w[:, alive], inverse[alive][:, alive], index[alive]
-            alive = torch.ones(left, dtype=torch.bool, device=c.device)
+            w, inverted, index = w[:, alive], inverted[alive][:, alive], index[alive]
+            alive = torch.ones(left, dtype=torch.bool, device=gram.device)
     return Elimination(torch.cat(order), torch.cat(cost))

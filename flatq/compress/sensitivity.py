@@ -15,15 +15,19 @@ Axes: n rows, s positions, m d_model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatq.decoder import DecoderConfig, RMSNorm, locate
+from flatq import ranks
+from flatq.decoder import DecoderConfig, DecoderLayer, RMSNorm, locate
+from flatq.feed import WORKING_SET, Feed, batch_tokens, embedded, stored_as
 from flatq.progress import progress
-from flatq.walk import Feed, forward_precision
+from flatq.spd import factor_
+from flatq.walk import forward_precision
 from flatq.weights import HALVES, Weights, dense, load_half
 
 FILE = "sensitivity.f32"
@@ -31,10 +35,36 @@ TOKENS, LENGTH = 4096, 512  # of the calibration tokens, in rows of
 LONGEST = 3.0  # of a token's gradient, in median lengths
 
 
+class Sensitivity:
+    """Fisher information of the residual stream after every block, [2 * layers, m, m], on disk; read one at a time."""
+
+    def __init__(self, config: DecoderConfig, work: Path) -> None:
+        self._feed = Feed(work / FILE, (len(HALVES) * len(config.layers), config.d_model, config.d_model))
+
+    def __len__(self) -> int:
+        return len(self._feed.states)
+
+    def __getitem__(self, block: int) -> Tensor:
+        found = self._feed.states[block].clone()
+        self._feed.forget()
+        return found
+
+    def __setitem__(self, block: int, moment: Tensor) -> None:
+        self._feed.states[block] = moment
+        self._feed.forget()
+
+
 def output_sensitivity(
-    weights: Weights, tokens: Tensor, work: Path, *, precision: str = "auto", device: str = "cpu"
-) -> Tensor:
-    """Fisher information of the residual stream after every block, float32 [2 * layers, m, m], per token.
+    weights: Weights,
+    tokens: Tensor,
+    work: Path,
+    *,
+    precision: str = "auto",
+    states: str = "auto",
+    device: str = "cpu",
+    working_set: int = WORKING_SET,
+) -> Sensitivity:
+    """Fisher information of the residual stream after every block, per token.
 
     The result lives in a memory-mapped file of ``work``; ``measured_sensitivity`` opens it again.
 
@@ -45,60 +75,103 @@ def output_sensitivity(
     config = weights.config
     length = min(LENGTH, tokens.shape[1])
     tokens = tokens[: max(1, TOKENS // length), :length]
-    order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
-    shape = (*tokens.shape, config.d_model)
     work.mkdir(parents=True, exist_ok=True)
-    feed = Feed(work / "gradients.f32", (shape[0] * (len(order) + 1), shape[1], shape[2]))
-    states = feed.states.view(-1, *shape)
-    states[0] = F.embedding(tokens, dense(weights.tensor("embed.weight")))
-    positions = locate(config, shape[0], length, device=torch.device(device))
+    order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
+    dtype = stored_as(states, len(order) * tokens.numel(), config.d_model)
+    sweep = _Sweep(weights, tokens, work / "gradients", dtype, device, working_set)
     found = measured_sensitivity(config, work)
     with progress("sensitivity", 2 * len(order)) as advance, forward_precision(precision, gradients=True):
         for done, (index, half) in enumerate(order):
-            layer = load_half(weights, index, half, device=device)
-            with torch.no_grad():
-                states[done + 1] = layer.run(half, states[done].to(device), positions).cpu()
+            sweep.forward(done, load_half(weights, index, half, device=device), half)
             advance()
-        gradient = _loss_gradient(weights, states[-1], tokens, device)
+        gradient = sweep.loss_gradient(weights)
         for done, (index, half) in reversed(list(enumerate(order))):
-            found[done] = _second_moment(gradient)
-            layer = load_half(weights, index, half, device=device)
-            x = states[done].to(device).requires_grad_()
-            (gradient,) = torch.autograd.grad(layer.run(half, x, positions), x, gradient)
+            found[done] = _second_moment(gradient, sweep.mine, len(tokens))
+            gradient = sweep.backward(done, load_half(weights, index, half, device=device), half, gradient)
             advance()
-    feed.path.unlink()
+    sweep.close()
     return found
 
 
-def measured_sensitivity(config: DecoderConfig, work: Path) -> Tensor:
+def measured_sensitivity(config: DecoderConfig, work: Path) -> Sensitivity:
     """What ``output_sensitivity`` left in ``work``, read from the disk as it is used."""
-    return Feed(work / FILE, (len(HALVES) * len(config.layers), config.d_model, config.d_model)).states
+    return Sensitivity(config, work)
 
 
-def _loss_gradient(weights: Weights, last: Tensor, tokens: Tensor, device: str) -> Tensor:
-    """Gradient of the summed log-likelihood at the stream that the final norm reads, [n, s, m], row by row."""
-    config = weights.config
-    norm = RMSNorm(config.d_model, config.norm_eps).to(device)
-    norm.weight = nn.Parameter(dense(weights.tensor("norm.weight")).to(device), requires_grad=False)
-    head = dense(weights.tensor("embed.weight" if config.tied_head else "head.weight")).to(device)
-    rows = []
-    for row, target in zip(last, tokens, strict=True):
-        x = row.to(device).requires_grad_()
-        loss = F.cross_entropy(F.linear(norm(x[:-1]), head), target[1:].to(device), reduction="sum")
-        rows += torch.autograd.grad(loss, x)
-    return torch.stack(rows)
+class _Sweep:
+    """The states between all blocks, [2 * layers + 1, n, s, m] on disk, and the two ways through a block."""
+
+    def __init__(
+        self, weights: Weights, tokens: Tensor, path: Path, dtype: torch.dtype, device: str, room: int
+    ) -> None:
+        config = weights.config
+        (rows, length), points = tokens.shape, len(HALVES) * len(config.layers) + 1
+        self.feed = Feed(path, (points * rows, length, config.d_model), dtype)
+        self.states = self.feed.states.view(points, rows, length, config.d_model)
+        self.tokens, self.mine, self.device = tokens, ranks.share(rows), device
+        self.step = max(1, batch_tokens(config, room) // (2 * length))  # gradients take as much again as activations
+        self.positions = locate(config, 1, length, device=torch.device(device))
+        for rows_at_once in self._batches():
+            self.states[0, rows_at_once] = embedded(tokens[rows_at_once], weights.tensor("embed.weight"))
+
+    def _batches(self) -> Iterator[slice]:
+        for start in range(self.mine.start, self.mine.stop, self.step):
+            yield slice(start, min(start + self.step, self.mine.stop))
+            self.feed.forget()
+
+    def forward(self, done: int, layer: DecoderLayer, half: str) -> None:
+        with torch.no_grad():
+            for rows in self._batches():
+                x = self.states[done, rows].to(self.device, torch.float32)
+                self.states[done + 1, rows] = layer.run(half, x, self.positions).cpu()
+
+    def backward(self, done: int, layer: DecoderLayer, half: str, gradient: Tensor) -> Tensor:
+        """Gradient before the block from the one after it, for the rows of this process, [n, s, m]."""
+        for rows in self._batches():
+            mine = slice(rows.start - self.mine.start, rows.stop - self.mine.start)
+            x = self.states[done, rows].to(self.device, torch.float32).requires_grad_()
+            (gradient[mine],) = torch.autograd.grad(layer.run(half, x, self.positions), x, gradient[mine])
+        return gradient
+
+    def loss_gradient(self, weights: Weights) -> Tensor:
+        """Gradient of the summed log-likelihood at the stream that the final norm reads, row by row."""
+        config, device = weights.config, self.device
+        norm = RMSNorm(config.d_model, config.norm_eps).to(device)
+        norm.weight = nn.Parameter(dense(weights.tensor("norm.weight")).to(device), requires_grad=False)
+        head = dense(weights.tensor("embed.weight" if config.tied_head else "head.weight")).to(device)
+        found = torch.zeros(len(self.mine), *self.states.shape[2:], device=device)
+        for place, row in enumerate(self.mine):
+            x = self.states[-1, row].to(device, torch.float32).requires_grad_()
+            target = self.tokens[row, 1:].to(device)
+            loss = F.cross_entropy(F.linear(norm(x[:-1]), head), target, reduction="sum")
+            (found[place],) = torch.autograd.grad(loss, x)
+        self.feed.forget()
+        return found
+
+    def close(self) -> None:
+        """Remove the states."""
+        ranks.wait()
+        self.feed.path.unlink(missing_ok=True)
 
 
-def _second_moment(gradient: Tensor) -> Tensor:
-    rows = gradient.flatten(0, -2)
-    length = rows.norm(dim=1)
-    rows = rows * (LONGEST * length.median() / length.clamp(min=1e-30)).clamp(max=1)[:, None]
-    return (rows.T @ rows / len(rows)).cpu()
+def _second_moment(gradient: Tensor, mine: range, rows: int) -> Tensor:
+    """Over all tokens of all processes, each gradient cut to ``LONGEST`` median lengths, [m, m]."""
+    lengths = gradient.new_zeros(rows, gradient.shape[1])
+    lengths[mine.start : mine.stop] = gradient.norm(dim=-1)
+    longest = LONGEST * ranks.add(lengths).median()
+    cut = gradient * (longest / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+    flat = cut.flatten(0, 1)
+    return ranks.add(flat.T @ flat).cpu() / lengths.numel()
 
 
 def weighted(w: Tensor, fisher: Tensor | None) -> Tensor:
-    """``F^(1/2) W`` for a projection into the residual stream, [m, i]: squared errors become changes of the loss."""
+    """``R^T W`` with ``R R^T = F``, for a projection into the residual stream, [m, i].
+
+    Squared errors become changes of the loss. Any root R does, and the Cholesky factor is much cheaper than the
+    symmetric one. A millionth of the norm on the diagonal stands for the directions that no gradient took.
+    """
     if fisher is None:
-        return w.double()
-    values, vectors = torch.linalg.eigh(fisher.double())
-    return (vectors * values.clamp(min=0).sqrt()).T @ w.double()
+        return w
+    root = fisher.to(torch.float64, copy=True).mT
+    root.diagonal().add_(1e-6 * float(fisher.norm()) or 1.0)
+    return factor_(root).to(w.dtype).T @ w

@@ -18,7 +18,7 @@ from flatq.compress.heads import (
     spread_over_queries,
 )
 from flatq.compress.mlp import eliminate, leading_channels, nystroem, output_error, ridge_leverage
-from flatq.compress.sensitivity import weighted
+from flatq.compress.sensitivity import Sensitivity, weighted
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.specs import FlatSpec
 from flatq.walk import Block
@@ -70,7 +70,7 @@ def plan_ranks(
 class FlatStage:
     """Narrows each block to its planned widths, and its Grams with it."""
 
-    def __init__(self, spec: FlatSpec, plan: RankPlan, fisher: Tensor | None = None) -> None:
+    def __init__(self, spec: FlatSpec, plan: RankPlan, fisher: Sensitivity | Tensor | None = None) -> None:
         self.parts, self.ridge, self.plan, self.fisher = spec.parts, spec.ridge, plan, fisher
 
     def apply(self, block: Block) -> None:

@@ -23,6 +23,7 @@ from flatq.errors import NumericsError
 from flatq.quantize.grid import Grid, QuantizedWeight
 
 CLIPS = tuple(round(0.40 + 0.025 * step, 3) for step in range(29))  # shares of the group's range, 0.40 to 1.10
+WEIGHTS_AT_ONCE = 1 << 25  # weights in the working set of a solve: 128 MiB each of rest, scales, zeros, codes
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn when the solve breaks down
 
 
@@ -73,26 +74,46 @@ def gptq(
     """
     if not (torch.isfinite(w).all() and torch.isfinite(gram).all()):
         raise NumericsError("GPTQ: the weight or the second moment of its inputs is not finite")
-    w, h = w.float(), gram.double()
-    energy = h.diagonal().clamp(min=0).float()
+    energy = gram.diagonal().clamp(min=0).float()
     dead = energy == 0
+    order = (
+        torch.argsort(energy, descending=True, stable=True) if act_order else torch.arange(len(gram), device=w.device)
+    )
+    factor, used = _inverse_factor(gram, dead, order, damping)
     clips = (1.0, *CLIPS) if clip_search else (1.0,)
-    scale, zero = grid.fit(w, importance=energy, clips=clips)
-    order = torch.argsort(energy, descending=True, stable=True) if act_order else torch.arange(len(h), device=w.device)
-    factor, used = _inverse_factor(h, dead, order, damping)
+    # A row's codes depend on no other row: a large weight is solved a few rows at a time.
+    parts = []
+    for rows in w.split(max(1, WEIGHTS_AT_ONCE // w.shape[1])):
+        scale, zero = grid.fit(rows.float(), importance=energy, clips=clips)
+        parts.append(_solve(rows.float(), gram, factor, order, scale, zero, grid, block_size))
+    codes, scale, zero, lost, total = (torch.cat(part) for part in zip(*parts, strict=True))
+    return GptqResult(QuantizedWeight(codes, scale, zero, grid), lost, total, int(dead.sum()), used)
+
+
+def _solve(
+    w: Tensor,
+    gram: Tensor,
+    factor: Tensor | None,
+    order: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    grid: Grid,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scale and zero of some rows as they are stored, and the energies lost and in all."""
     group = grid.group_index(w.shape[1], w.device)
     if factor is None:
         codes = grid.encode(w, scale[:, group], zero[:, group])
     else:
         codes = _sweep(w, factor, order, scale[:, group], zero[:, group], grid, block_size)
     weight = QuantizedWeight(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid)
-    difference = w - weight.dequantize()
-    return GptqResult(weight, _energy(difference, h), _energy(w, h), int(dead.sum()), used)
+    lost, total = (_energy(some, gram) for some in (w - weight.dequantize(), w))
+    return weight.codes, weight.scale, weight.zero, lost, total
 
 
 def _energy(w: Tensor, h: Tensor) -> Tensor:
-    """Mean square of each output row, [o, i] on [i, i] -> [o]."""
-    return ((w.double() @ h) * w).sum(1)
+    """Mean square of each output row, [o, i] on [i, i] -> float64 [o]."""
+    return ((w.to(h.dtype) @ h) * w).sum(1, dtype=torch.float64)
 
 
 def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None, float | None]:
@@ -100,22 +121,23 @@ def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> t
     live = h.diagonal()[~dead]
     if not len(live):
         return None, None
-    h = h.clone()
-    h.diagonal()[dead] = live.mean()  # a dead column correlates with nothing: any positive number will do
+    # Back to front, H = V V^T with V upper; then V^-1 is the upper factor of H^-1: one triangular inverse in place of
+    # the inverse of H and a second factorisation.
+    backwards = order.flip(0)
     for rung in DAMPING_LADDER:
         relative = damping * rung
-        damped = h[order][:, order]
-        damped.diagonal().add_(relative * float(live.mean()))
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        work = h[backwards][:, backwards].to(torch.float64).mT  # its columns are contiguous: factored in place
+        diagonal = work.diagonal()
+        diagonal[dead[backwards]] = live.double().mean()  # it correlates with nothing: any positive number will do
+        diagonal.add_(relative * float(live.double().mean()))
+        failed = torch.empty(0, dtype=torch.int32, device=h.device)
+        torch.linalg.cholesky_ex(work, out=(work, failed))
         if failed:
             continue
-        # Back to front, H = V V^T with V upper; then V^-1 is the upper factor of H^-1: one triangular inverse
-        # in place of the inverse of H and a second factorisation.
-        upper = torch.linalg.solve_triangular(
-            lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
-        )
-        if torch.isfinite(upper).all():
-            return upper.float(), relative
+        inverse = torch.eye(len(h), dtype=work.dtype, device=h.device).mT
+        torch.linalg.solve_triangular(work, inverse, upper=False, out=inverse)
+        if torch.isfinite(inverse.sum()):
+            return inverse.float().flip(0, 1).contiguous(), relative
     return None, None
 
 

@@ -1,0 +1,49 @@
+"""Factors and inverses of symmetric positive matrices, in the memory of one.
+
+The second moment of a 70B model's MLP is 28672 x 28672: 6.6 GB in float64, and the usual way (copy, identity, factor,
+inverse) holds four of them. LAPACK works in place on columns; torch hands it a tensor as it is if its columns are
+contiguous, and a symmetric matrix is its own transpose. So every function here works on, and returns, such a view.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def damped(c: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, float]:
+    """``C + shift I`` as a copy to work in, and the shift: ``ridge`` times the mean diagonal (1 if that is 0).
+
+    Args:
+        c: symmetric, [d, d].
+    """
+    work = c.to(dtype, copy=True).mT
+    shift = ridge * float(work.diagonal().mean()) or 1.0
+    work.diagonal().add_(shift)
+    return work, shift
+
+
+def factor_(work: Tensor) -> Tensor:
+    """Lower Cholesky factor, in place (above the diagonal: zeros).
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix is not positive.
+    """
+    failed = torch.empty(0, dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(work, check_errors=True, out=(work, failed))
+    return work
+
+
+def inverse(c: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """``(C + shift I)^-1`` and the shift, in the precision of C if its factor exists there, else in float64.
+
+    In float32 it takes half the memory and half the time. On the Grams of a real model with a ridge of 0.01 (condition
+    up to 10^4) the elimination chose the same channels as in float64.
+    """
+    for dtype in (c.dtype, torch.float64):
+        work, shift = damped(c, ridge, dtype)
+        failed = torch.empty(0, dtype=torch.int32, device=c.device)
+        torch.linalg.cholesky_ex(work, check_errors=dtype == torch.float64, out=(work, failed))
+        if not failed:
+            return torch.cholesky_inverse(work, out=work), shift
+    raise AssertionError("the second turn raises by itself")
