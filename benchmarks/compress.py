@@ -1,0 +1,220 @@
+"""Where the time and the memory of a compression go, and how both grow.
+
+    python benchmarks/compress.py memory llama2-7b --layers 2 4    peak memory, independent of the number of layers
+    python benchmarks/compress.py phases llama2-7b --layers 1      seconds by part, and the cubic share at full length
+    python benchmarks/compress.py growth                           seconds against tokens and layers, with slopes
+
+The models are noise with true shapes (``synthetic.py``); each measurement is ``flatq run`` in a process of its own,
+with stopwatches around the functions that do the work. The text is python-docs. Numbers are in docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from synthetic import SHAPES, generate
+
+RECIPE_TOKENS = 128 * 2048  # of recipes/llama2-7b-flat30-int4.yaml
+# What is timed: part -> functions as (module, attribute). A part's time excludes that of parts that it calls.
+PARTS = {
+    "forward and Grams": ["flatq.walk:Block.observe", "flatq.walk:Block.advance"],
+    "read weights": ["flatq.walk:load_half"],
+    "elimination": ["flatq.compress.curves:eliminate", "flatq.compress.stage:eliminate"],
+    "leverage": ["flatq.compress.stage:ridge_leverage"],
+    "least squares": ["flatq.compress.stage:nystroem"],
+    "GPTQ factor": ["flatq.quantize.gptq:_inverse_factor"],
+    "GPTQ clip search": ["flatq.quantize.grid:Grid.fit"],
+    "GPTQ rows": ["flatq.quantize.stage:gptq"],
+}
+CUBIC = ("elimination", "leverage", "least squares", "GPTQ factor")
+
+
+class Stopwatch:
+    """Seconds by (phase, part), each second counted once."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
+        self.phase, self._running, self._since = "", ["other"], time.perf_counter()
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self.phase, self._running[-1]] += now - self._since
+        self._since = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the enclosed time for this part and not for the one around it."""
+        self._switch()
+        self._running.append(name)
+        yield
+        self._switch()
+        self._running.pop()
+
+    def wrap(self, place: str, part: str) -> None:
+        """Time a function of flatq wherever it is called through this name."""
+        module, _, attribute = place.partition(":")
+        owner: Any = functools.reduce(getattr, attribute.split(".")[:-1], __import__(module, fromlist=["_"]))
+        name = attribute.split(".")[-1]
+        plain = getattr(owner, name)
+
+        @functools.wraps(plain)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(part):
+                return plain(*args, **kwargs)
+
+        setattr(owner, name, timed)
+
+    def follow_phases(self) -> None:
+        """Know which phase of the run it is."""
+        from flatq.folder import RunFolder
+
+        plain = RunFolder.phase
+
+        def phase(folder: RunFolder, name: str, compute: Callable[[], Any]) -> Any:
+            self._switch()
+            self.phase = name
+            result = plain(folder, name, compute)
+            self._switch()
+            self.phase = ""
+            return result
+
+        RunFolder.phase = phase  # type: ignore[method-assign, assignment]
+
+
+def child(recipe: Path, out: Path) -> None:
+    """One run with stopwatches; its findings as the last line of stdout."""
+    from flatq import pipeline
+    from flatq.recipe import Recipe
+
+    watch = Stopwatch()
+    for part, places in PARTS.items():
+        for place in places:
+            watch.wrap(place, part)
+    watch.follow_phases()
+    pipeline.run(Recipe.load(recipe), out)
+    report = json.loads((out / "report.json").read_text())
+    parts = [[phase, part, seconds] for (phase, part), seconds in watch.seconds.items() if phase]
+    print(json.dumps({"parts": parts, "timing": report["timing"], "peak": report["peak_rss_bytes"]}))
+
+
+def measured(
+    shape: str, layers: int, *, samples: int, seq_len: int, work: Path, flat: dict[str, Any], evaluated: int = 1024
+) -> dict[str, Any]:
+    """Run a synthetic model of this shape in a process of its own."""
+    model = work / f"{shape.replace('/', '-')}-{layers}"
+    if not (model / "model.safetensors").exists():
+        generate(SHAPES[shape], layers, model)
+    recipe, out = work / "recipe.yaml", work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    content = {
+        "version": 1,
+        "model": str(model),
+        "calibration": {"dataset": "python-docs", "samples": samples, "seq_len": seq_len},
+        "evaluation": {"tokens": evaluated, "seq_len": min(seq_len, evaluated)},
+        "stages": [{"flat": flat}, {"gptq": {"bits": 4, "group_size": 128 if SHAPES[shape].d_model > 1000 else 32}}],
+    }
+    recipe.write_text(yaml.safe_dump(content))
+    command = [sys.executable, __file__, "child", str(recipe), str(out)]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    shutil.rmtree(out)
+    found: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
+    return found
+
+
+def by_part(found: dict[str, Any]) -> dict[str, float]:
+    total: dict[str, float] = defaultdict(float)
+    for _, part, seconds in found["parts"]:
+        total[part] += seconds
+    return total
+
+
+def memory(given: argparse.Namespace, work: Path) -> None:
+    """Peak resident memory of whole runs."""
+    for layers in given.layers:
+        found = measured(given.shape, layers, samples=given.samples, seq_len=given.seq_len, work=work, flat=given.flat)
+        phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["timing"].items())
+        print(f"{given.shape}, {layers} layers: peak RSS {found['peak'] / 1e9:.2f} GB ({phases})", flush=True)
+
+
+def phases(given: argparse.Namespace, work: Path) -> None:
+    """Seconds by phase and part, and the share of the cubic parts when the calibration is as long as the recipe's."""
+    (layers,) = given.layers
+    found = measured(given.shape, layers, samples=given.samples, seq_len=given.seq_len, work=work, flat=given.flat)
+    for phase, part, seconds in sorted(found["parts"], key=lambda entry: -entry[2]):
+        if seconds > 0.05:
+            print(f"{phase:12} {part:20} {seconds:8.1f} s")
+    shares(found, given.samples * given.seq_len)
+
+
+def shares(found: dict[str, Any], tokens: int) -> None:
+    """Only the compression's forward passes grow with the calibration; the other phases look at a fixed few tokens."""
+    calibrated = sum(s for phase, part, s in found["parts"] if (phase, part) == ("compress", "forward and Grams"))
+    considered = [entry for entry in found["parts"] if entry[0] not in ("baseline", "evaluate")]
+    cubic = sum(s for _, part, s in considered if part in CUBIC)
+    total = sum(s for *_, s in considered)
+    for wanted in (tokens, RECIPE_TOKENS):
+        whole = total + calibrated * (wanted / tokens - 1)
+        print(f"at {wanted:,} calibration tokens: cubic in a width {cubic / whole:.1%} of {whole:.0f} s")
+    print(f"peak RSS {found['peak'] / 1e9:.2f} GB")
+
+
+def growth(given: argparse.Namespace, work: Path) -> None:
+    """Three points each; the slope in log-log is the power of growth, that of a straight line is seconds per unit."""
+    shape = "llama2-7b/8"
+
+    def seconds(layers: int, samples: int) -> float:
+        found = measured(shape, layers, samples=samples, seq_len=512, work=work, flat=given.flat)
+        return float(found["timing"]["compress"])
+
+    seconds(1, 8)  # the first run of a machine reads torch from the disk
+    series = {
+        "tokens": [(512 * samples, seconds(2, samples)) for samples in (32, 64, 128)],
+        "layers": [(layers, seconds(layers, 32)) for layers in (2, 4, 8)],
+    }
+    for what, points in series.items():
+        line = ", ".join(f"{x:,}: {y:.2f} s" for x, y in points)
+        (x0, y0), (x1, y1) = points[0], points[-1]
+        middle = abs(points[1][1] - (y0 + (y1 - y0) * (points[1][0] - x0) / (x1 - x0))) / points[1][1]
+        print(
+            f"{what}: {line}; {1e3 * (y1 - y0) / (x1 - x0):.3f} ms each, power {math.log(y1 / y0, x1 / x0):.2f}, "
+            f"the middle point is {middle:.1%} off the line through the others"
+        )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["child"]:
+        child(Path(sys.argv[2]), Path(sys.argv[3]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["memory", "phases", "growth"])
+    parser.add_argument("shape", choices=SHAPES, nargs="?", default="llama2-7b")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1])
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--keep", type=float, default=0.7)
+    parser.add_argument("--flat", type=yaml.safe_load, default={}, help="more keys of the flat stage, as YAML")
+    parser.add_argument("--work", type=Path, help="keeps the models for the next call")
+    given = parser.parse_args()
+    given.flat = {"keep_ratio": given.keep, **given.flat}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = given.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        {"memory": memory, "phases": phases, "growth": growth}[given.what](given, work)
+
+
+if __name__ == "__main__":
+    main()
