@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flatq.statistics import Angle, Gram
+from flatq.statistics import PANEL, Angle, Gram
 
 
 def samples(tokens: int, width: int) -> Tensor:
@@ -97,3 +97,16 @@ def test_an_angle_is_a_share_of_a_half_turn(turn: float, share: float) -> None:
 
 def test_no_tokens_have_no_angle() -> None:
     assert Angle().mean() == 0
+
+
+@pytest.mark.parametrize("features", [PANEL, PANEL + 1, 2 * PANEL + 7])
+def test_a_gram_of_several_panels_is_symmetric_and_whole(features: int) -> None:
+    x = torch.randn(5, features, generator=torch.Generator().manual_seed(0))
+    gram = Gram(features)
+    gram.update(x[:2])
+    gram.update(x[2:])
+    assert gram.finite
+    torch.testing.assert_close(gram.total[0], x.T @ x, rtol=1e-5, atol=1e-5)
+    gram.update(x)
+    torch.testing.assert_close(gram.total[0], 2 * x.T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(gram.total[0], gram.total[0].T)

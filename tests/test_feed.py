@@ -1,0 +1,87 @@
+"""Hidden states on disk: what is kept, what memory they take, and how a batch is sized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from flatq.cli import parse_size
+from flatq.errors import RecipeError
+from flatq.feed import BATCH_TOKENS, LARGE, Feed, activation_bytes, batch_tokens, embedded, stored_as
+from flatq.planning import peak_memory, working_set
+from flatq.quantize.grid import Grid, round_to_nearest
+from flatq.recipe import Recipe
+from tests.models import tiny_config
+
+
+def test_pages_that_were_given_back_are_no_resident_memory_and_hold_what_they_held(tmp_path: Path) -> None:
+    feed = Feed(tmp_path / "feed", (64, 256, 1024))  # 64 MiB
+    before = psutil.Process().memory_info().rss
+    for batch in feed.batches():
+        feed.states[batch] = 3
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 40 << 20, "a batch of 8192 tokens is 32 MiB, and is gone when the next one comes"
+    assert float(feed.states.sum(dtype=torch.float64)) == 3 * feed.states.numel()
+
+
+def test_bfloat16_states_take_half_the_disk_and_keep_eight_bits(tmp_path: Path) -> None:
+    feed = Feed(tmp_path / "feed", (4, 8, 32), torch.bfloat16)
+    x = torch.randn(4, 8, 32)
+    feed.states[:] = x
+    assert (tmp_path / "feed").stat().st_size == 2 * x.numel()
+    torch.testing.assert_close(feed.states.float(), x, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tokens", "dtype"),
+    [
+        ("float32", LARGE, torch.float32),
+        ("bfloat16", 1, torch.bfloat16),
+        ("auto", LARGE // 4096 - 1, torch.float32),
+        ("auto", LARGE // 4096, torch.bfloat16),
+    ],
+)
+def test_only_large_states_are_bfloat16_by_themselves(wanted: str, tokens: int, dtype: torch.dtype) -> None:
+    assert stored_as(wanted, tokens, 1024) == dtype
+
+
+def test_a_quantized_embedding_decodes_only_the_rows_it_is_asked_for() -> None:
+    table = torch.randn(50, 32)
+    codes = round_to_nearest(table, Grid(8, 16))
+    tokens = torch.tensor([[3, 3], [49, 0]])
+    assert torch.equal(embedded(tokens, codes), codes.dequantize()[tokens])
+    assert torch.equal(embedded(tokens, table.bfloat16()), table.bfloat16().float()[tokens])
+
+
+def test_a_batch_is_as_large_as_its_room_and_never_empty() -> None:
+    config = tiny_config()
+    one = activation_bytes(config)
+    assert batch_tokens(config, 10 * one) == 10
+    assert batch_tokens(config, 1) == 1
+    assert batch_tokens(config, 1 << 60) == BATCH_TOKENS
+
+
+def test_a_budget_makes_batches_smaller_and_one_that_cannot_hold_is_refused() -> None:
+    config = tiny_config()
+    recipe = Recipe.parse("version: 1\nmodel: some/model\nstages: [{gptq: {}}]\ncalibration: {dataset: wikitext2}")
+    need = peak_memory(config, recipe)
+    assert working_set(config, recipe, None) == working_set(config, recipe, 1 << 40)
+    assert working_set(config, recipe, need - (200 << 20)) < working_set(config, recipe, None)
+    with pytest.raises(RecipeError, match="--memory 1 MB: this model needs about"):
+        working_set(config, recipe, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 << 29), ("512mib", 512 << 20), ("7000", 7000), ("2k", 2000)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "6 GBs", "1e9", "six"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="write it as 6GB"):
+        parse_size(text)
