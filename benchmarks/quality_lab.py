@@ -30,9 +30,10 @@ from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import FlatqError, RecipeError
 from flatq.evaluate import perplexity
 from flatq.folder import RunFolder
-from flatq.pipeline import rank_plan, refuse
+from flatq.pipeline import rank_plan
 from flatq.quantize.grid import QuantizedWeight
 from flatq.recipe import Recipe
+from flatq.refusals import refuse
 from flatq.source import Source, open_model
 from flatq.specs import FlatSpec, ModelSpec
 from flatq.walk import Block, walk

@@ -5,8 +5,9 @@ index, the tokenizer), so that transformers loads it as it is. Every block of a 
 is written the moment the block is finished, which is what makes a killed run resumable and the memory small.
 
 A quantized linear is stored as three tensors, ``NAME.codes`` (uint8, one code a byte), ``NAME.scale`` (float16)
-and ``NAME.zero`` (uint8); ``config.json`` lists its grid under ``grids``. Nothing in the folder depends on the
-clock or the machine's name: the same recipe gives the same bytes.
+and ``NAME.zero`` (uint8); ``config.json`` lists its grid under ``grids``. ``energies.safetensors`` is no part of the
+model: it says how much each input of each linear carried during calibration, for quantizers that ask. Nothing in the
+folder depends on the clock or the machine's name: the same recipe gives the same bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from flatq.quantize.grid import Grid, QuantizedWeight
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
+ENERGIES = "energies.safetensors"
 PARTS = ("codes", "scale", "zero")
 
 
@@ -140,6 +142,17 @@ class Artifact:
             codes, scale, zero = (self._read(f"{stem}.{part}") for part in PARTS)
             return QuantizedWeight(codes, scale, zero, self.grids[stem])
         return self._read(name)
+
+    def energies(self) -> dict[str, Tensor]:
+        """Mean square of every input of every linear on the calibration tokens, float32 [i], by stem.
+
+        Raises:
+            ArtifactError: the artifact keeps none (a dense model written as it is, or an early version's).
+        """
+        path = self.root / ENERGIES
+        if not path.exists():
+            raise ArtifactError(f"{path}: is missing; only `flatq run` makes it, so run the recipe again")
+        return safetensors.torch.load_file(path)
 
     def _read(self, name: str) -> Tensor:
         if name not in self._index:

@@ -9,19 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from flatq import ranks
-from flatq.artifact import PARTS, Artifact, finish, save_shard, write_json
+from flatq.artifact import ENERGIES, PARTS, Artifact, finish, save_shard, write_json
 from flatq.compress.sensitivity import measured_sensitivity
 from flatq.compress.stage import FlatStage, RankPlan
 from flatq.decoder import DecoderConfig
 from flatq.feed import WORKING_SET
 from flatq.progress import progress
 from flatq.quantize.grid import Grid, QuantizedWeight
-from flatq.quantize.stage import GptqStage, planned_grids, quantize_table
+from flatq.quantize.stage import READERS, GptqStage, planned_grids, quantize_table
 from flatq.recipe import Recipe
 from flatq.source import Source
 from flatq.walk import Block, blocks_done, walk
@@ -86,9 +86,11 @@ def build(
         ):
             for stage in stages:
                 stage.apply(block)
+            block.observe()  # without a stage that did; the energies are kept
             advance()
 
     if ranks.first():
+        save_shard(partial / ENERGIES, energies(work))
         _finish(
             source, config, grids, {**provenance, "plan": asdict(plan), "blocks": block_reports(work)}, partial, root
         )
@@ -194,7 +196,21 @@ def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> 
         "errors": block.errors,
         "notes": block.notes,
     }
+    save_shard(work / "blocks" / f"{block.index:05d}-{HALVES.index(block.half)}.safetensors", _energies(block))
     write_json(work / "blocks" / f"{block.index:05d}-{HALVES.index(block.half)}.json", report)
+
+
+def energies(work: Path) -> dict[str, Tensor]:
+    """Mean square of every input of every linear, float32, by stem (``layers.3.down``), from the blocks' files."""
+    found: dict[str, Tensor] = {}
+    for path in sorted((work / "blocks").glob("*.safetensors")):
+        found |= safetensors.torch.load_file(path)
+    return found
+
+
+def _energies(block: Block) -> dict[str, Tensor]:
+    readers = {name: gram for gram, names in READERS[block.half] for name in names}
+    return {f"layers.{block.index}.{name}": block.grams[gram].energy().clone() for name, gram in readers.items()}
 
 
 def _linears(block: Block) -> list[tuple[str, nn.Linear]]:

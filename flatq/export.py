@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +117,15 @@ class Exporter(Protocol):
             threads: 0 lets the runtime choose.
             exact: switch off approximations of the runtime (int8 activations), for comparison with the artifact.
         """
+        ...
+
+
+@runtime_checkable
+class TokenizerCarrier(Protocol):
+    """An exporter whose files hold the tokenizer too, in a form that cannot say everything."""
+
+    def check_tokenizer(self, described: Mapping[str, Any], config: DecoderConfig, options: Any) -> list[str]:
+        """Objections to the model's tokenizer, as ``Exporter.check``; ``described`` is its ``tokenizer.json``."""
         ...
 
 

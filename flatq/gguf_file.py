@@ -28,6 +28,7 @@ from torch import Tensor
 from flatq.decoder import DecoderConfig, Rope
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.families import FAMILIES, Family, config_from_hf
+from flatq.gguf_tokenizer import read_tokenizer
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -214,19 +215,16 @@ class GgufFile:
         if hasattr(mmap, "MADV_DONTNEED"):
             self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """See ``flatq.source.Storage``."""
+        return self._reader.get_field("tokenizer.ggml.tokens") is not None
+
     def tokenizer(self) -> Any:
         """See ``flatq.source.Source``."""
-        if self._reader.get_field("tokenizer.ggml.tokens") is None:
+        if not self.has_tokenizer:
             raise RecipeError(f"model: {self.path} holds no tokenizer; get a complete GGUF file, or use the HF folder")
-        from tokenizers.pre_tokenizers import Digits, Sequence
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
-        if self._value("tokenizer.ggml.pre") == "smollm":
-            # transformers does not know this name and leaves out its first step: every digit is a word of its own.
-            bare = tokenizer.backend_tokenizer
-            bare.pre_tokenizer = Sequence([Digits(individual_digits=True), bare.pre_tokenizer])
-        return tokenizer
+        return read_tokenizer(self.path, self._value("tokenizer.ggml.model"), self._value("tokenizer.ggml.pre"))
 
     def settings(self) -> dict[str, Any]:
         """See ``flatq.source.Source``."""

@@ -170,9 +170,14 @@ class HfFolder:
         tensor: Tensor = self._handle(entry.file).get_tensor(entry.name)
         return tensor
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """See ``flatq.source.Storage``."""
+        return any(all((self.root / name).is_file() for name in names) for names in TOKENIZER_SETS)
+
     def tokenizer(self) -> Any:
         """See ``flatq.source.Source``."""
-        if not any(all((self.root / name).is_file() for name in names) for names in TOKENIZER_SETS):
+        if not self.has_tokenizer:
             raise RecipeError(
                 f"model: {self.root} has no tokenizer; add tokenizer.json and tokenizer_config.json "
                 "(or tokenizer.model, or vocab.json with merges.txt) from where the model came from"

@@ -23,7 +23,6 @@ from flatq.compress.curves import error_curves
 from flatq.compress.importance import layer_importance
 from flatq.compress.sensitivity import measured_sensitivity, output_sensitivity
 from flatq.compress.stage import RankPlan, plan_ranks
-from flatq.decoder import DecoderConfig
 from flatq.delivery import PlannedExport, deliver, measured, opened, planned_exports, reopened, side_by_side
 from flatq.device import resolve_device
 from flatq.errors import ArtifactError, RecipeError
@@ -33,8 +32,8 @@ from flatq.feed import WORKING_SET
 from flatq.folder import RunFolder, require_space
 from flatq.generate import DecoderRunner, stream
 from flatq.progress import progress
-from flatq.quantize.stage import objections, planned_grids
 from flatq.recipe import Recipe
+from flatq.refusals import refuse, refuse_early
 from flatq.report import write_report
 from flatq.source import Source, open_model
 from flatq.specs import BenchSpec, CalibrationSpec, EvaluationSpec
@@ -73,6 +72,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
     source = open_source(recipe)
     room = planning.working_set(source.config, recipe, memory)
     refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
+    refuse_early(recipe, source, exports)
     with folder.working():
         tokens = ranks.told(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
         origins = ranks.told(lambda: provenance(recipe, source, tokens))
@@ -150,20 +150,6 @@ def rank_plan(
     return plan_ranks(config, spec, folder.phase("importance", importance) if spec.parts.allocation == "iprs" else ())
 
 
-def refuse(recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport]) -> None:
-    """Hear every objection to the planned model now, before hours of work.
-
-    Raises:
-        RecipeError: all objections at once.
-    """
-    grids = planned_grids(config, recipe.gptq)
-    problems = objections(config, recipe.gptq)
-    for item in exports:
-        problems += [f"exports.{item.name}: {words}" for words in item.exporter.check(config, grids, item.options)]
-    if problems:
-        raise RecipeError(problems)
-
-
 def compressed(
     recipe: Recipe,
     source: Source,
@@ -231,6 +217,7 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     exports = planned_exports(recipe)
     source = open_source(recipe, need_weights=False)
     config = source.config
+    refuse_early(recipe, source, exports)
     ranks = RankPlan(config.layers, 1.0, 1.0)
     if recipe.flat is not None:
         ranks = plan_ranks(config, recipe.flat)  # equal shares: the real ones follow from the weights

@@ -76,6 +76,11 @@ class Storage(Protocol):
         """One tensor as stored (quantized blocks: decoded to float32)."""
         ...
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the files of a tokenizer are there."""
+        ...
+
     def tokenizer(self) -> Any:
         """A ``PreTrainedTokenizerFast``."""
         ...
@@ -192,6 +197,11 @@ class Source:
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file, by file name; computed once."""
         return self._digests
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the files of a tokenizer are there; a plan is made without."""
+        return self.storage.has_tokenizer
 
     @cached_property
     def _tokenizer(self) -> Any:

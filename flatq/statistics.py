@@ -77,6 +77,10 @@ class Gram:
         mean = self.total / max(self.count, 1)
         return mean[0] if len(mean) == 1 else mean
 
+    def energy(self) -> Tensor:
+        """Mean square of every feature, float32 [n * d]."""
+        return self._total.diagonal(dim1=1, dim2=2).reshape(-1) / max(self.count, 1)
+
     def congruence(self, decode: Tensor) -> Gram:
         """Gram of ``x R`` for a linear map R, [d, d'] (or [n, d, d'] per block): ``R^T C R``.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from flatq.artifact import Artifact
 from flatq.decoder import DecoderConfig
@@ -20,6 +21,7 @@ from flatq.quantize.grid import Grid
 from flatq_gguf.contents import Contents
 from flatq_gguf.layouts import objections
 from flatq_gguf.options import GgufOptions
+from flatq_gguf.tokenizer import objections as tokenizer_objections
 from flatq_gguf.writing import estimated_bytes, write_file
 
 __all__ = ["GgufExporter", "GgufOptions"]
@@ -34,13 +36,17 @@ class GgufExporter:
         """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
         return objections(config, grids, options)
 
+    def check_tokenizer(self, described: Mapping[str, Any], config: DecoderConfig, options: GgufOptions) -> list[str]:
+        """Objections to the tokenizer; see ``flatq.export.TokenizerCarrier``."""
+        return [f"gguf: {problem}" for problem in tokenizer_objections(described, config.vocab, options.pre_tokenizer)]
+
     def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions) -> int:
         """Size of the files, from shapes."""
         return estimated_bytes(Contents.of(config, grids, options))
 
     def dense(self, options: GgufOptions) -> GgufOptions:
         """The family's own architecture in the type that ``baseline`` names."""
-        return options.model_copy(update={"precision": options.baseline, "layout": "auto"})
+        return options.model_copy(update={"precision": options.baseline, "layout": "auto", "imatrix": False})
 
     def write(self, artifact: Artifact, out: Path, options: GgufOptions) -> Exported:
         """Write the file into ``out``; it appears when it is whole.

@@ -88,7 +88,7 @@ class Contents:
         stored = weights.tensor(planned.source)
         self._expect(planned.source, tuple(stored.shape))
         stem, _, part = planned.source.rpartition(".")
-        place = self._placement(stem)
+        place = self.placement(stem)
         if planned.carries_codes and isinstance(stored, QuantizedWeight):
             kind = carrier(stored.grid)
             assert kind is not None
@@ -106,7 +106,7 @@ class Contents:
                 "with --fresh"
             )
 
-    def _placement(self, stem: str) -> Placement | None:
+    def placement(self, stem: str) -> Placement | None:
         """Where a linear of a layer goes; None for what stays as it is."""
         parts = stem.split(".")
         if parts[0] != "layers" or parts[2] not in LINEARS:
@@ -122,7 +122,7 @@ class Contents:
             return "F16", False
         if wanted == "codes":
             if grid is not None and (kind := carrier(grid)) is not None:
-                place = self._placement(stem) or Placement.whole(*shape)
+                place = self.placement(stem) or Placement.whole(*shape)
                 if fits(grid, self._inputs(stem, shape), place.columns):
                     return kind.name, True
             wanted = self.options.otherwise

@@ -69,7 +69,7 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOp
     if config.family not in FAMILIES:
         return [f"gguf: family {config.family!r} has no GGUF names; supported: {', '.join(FAMILIES)}"]
     chosen = architecture(config, options).name
-    found = [*_shapes(config), *_grids(grids, options), *k_quants.objections(options.precision)]
+    found = [*_shapes(config), *_grids(grids, options), *k_quants.objections(options.precision, options.quantize_with)]
     found += _compact(config) if chosen == "mimo2" else _switches(config, chosen)
     return [f"gguf: {problem}" for problem in found]
 
@@ -141,7 +141,7 @@ def _compact(config: DecoderConfig) -> list[str]:
     ranks = sorted({dims.d_v for dims in config.layers})
     if len(ranks) > 1:
         found.append(
-            f"layout: compact has one d_v for all layers, this model has {ranks}; set allocation: uniform and "
+            f"layout: compact has one d_v for all layers, this model has {ranks}; set uniform: true and "
             f"rank_multiple: {RANK_MULTIPLE} in the flat stage, or use layout: deci"
         )
     if odd := [rank for rank in ranks if rank % RANK_MULTIPLE]:

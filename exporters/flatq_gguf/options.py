@@ -18,8 +18,12 @@ class GgufOptions(BaseModel):
             narrower value heads and a smaller V cache, for untied models with plain rope and one rank in all layers.
         precision: ``codes`` carries the artifact's own codes bit for bit in Q4_0, Q5_0 or Q8_0. All others write
             every matrix in that type: Q8_0 to Q4_0 by plain rounding, with embedding and head in Q8_0; the K types
-            by llama.cpp's own quantizer, if llama-cpp-python is installed.
+            by llama.cpp's own quantizer.
         otherwise: with ``codes``, the type of a matrix that has none, or whose codes no block type can carry.
+        quantize_with: who makes the K types: ``llama-cpp-python``, the program ``llama-quantize`` on the PATH, or
+            ``auto``, the first of the two that is there.
+        imatrix: also write what the calibration learnt about the input columns, as an importance matrix in llama.cpp's
+            own format, and make the K types with it.
         ffn_multiple: MLP widths are filled up to a multiple of this with zero channels; 256 is what K-quants need.
         context_length: positions the file announces; None is the model's own limit.
         baseline: type of the model before compression that ``bench`` measures beside this export.
@@ -33,6 +37,8 @@ class GgufOptions(BaseModel):
     layout: Literal["auto", "deci", "compact"] = "auto"
     precision: Precision = "codes"
     otherwise: Literal["f32", "f16", "bf16", "q8_0"] = "q8_0"
+    quantize_with: Literal["auto", "llama-cpp-python", "llama-quantize"] = "auto"
+    imatrix: bool = False
     ffn_multiple: Literal[32, 256] = 32
     context_length: int | None = Field(default=None, ge=1)
     baseline: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"

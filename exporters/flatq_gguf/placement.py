@@ -70,6 +70,10 @@ class Placement:
         """A dense weight in its new place, float32 [o, i]."""
         return taken(taken(weight, self.rows, 0), self.columns, 1)
 
+    def inputs(self, energy: FloatArray) -> FloatArray:
+        """A number per input column in its new place, float32 [i]."""
+        return taken(energy, self.columns, 0)
+
     def vector(self, bias: FloatArray) -> FloatArray:
         """A bias in its new place, float32 [o]."""
         return taken(bias, self.rows, 0)

@@ -27,6 +27,7 @@ import numpy as np
 from flatq.errors import ExportError
 from flatq.export import FloatArray, IntArray
 from flatq_gguf.exact import is_float32, write_float32
+from flatq_gguf.importance import model_files
 
 F32 = 0  # ggml_type
 ALL_LAYERS = 1 << 16
@@ -72,7 +73,7 @@ class LlamaCppRunner:
         self._batch: Any = None
         self._length = 0
         self._copies: Path | None = None
-        files = sorted(root.glob("*.gguf"))
+        files = model_files(root)
         if not files:
             raise ExportError(f"{root}: no .gguf file is there; export the model again")
         keep_log()

@@ -1,12 +1,8 @@
 """A Hugging Face ``tokenizer.json`` as GGUF metadata.
 
 llama.cpp tokenizes by itself: it is told the pieces, their types and the merges or scores, and by name one of the
-pre-tokenizers that are built into it. A wrong name gives other tokens and slightly worse text that nobody traces back,
-so the name is either certain or refused.
-
-How the name is found. llama.cpp's converter tokenizes one fixed text and looks the hash of the token numbers up, which
-needs a row for every vocabulary. The pre-tokenizer itself is written down in tokenizer.json, so it is read here: its
-steps, with regular expressions known by their hash. The same splitting rule has the same name whatever the vocabulary.
+pre-tokenizers that are built into it (``pre_tokenizers.py``). What it cannot be told is refused, before anything is
+computed where the tokenizer is at hand then.
 
 Byte-level BPE becomes model ``gpt2``. BPE with byte fallback (Llama 2, Mistral) becomes ``llama``, where llama.cpp
 merges the adjacent pair of the highest score: the negated rank of the merge that makes a piece is that score.
@@ -15,23 +11,17 @@ WordPiece and Unigram were left out: no supported family has them.
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flatq.errors import ExportError
+from flatq_gguf.pre_tokenizers import known_names, name_of, steps_of
 
 FILE = "tokenizer.json"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-# First 16 digits of SHA-256 of a Split step's regular expression, and whether whole words skip the merges.
-SPLITS = {
-    ("d98f9631be1e9607", True): "llama-bpe",
-    ("d98f9631be1e9607", False): "smaug-bpe",
-    ("1ff7f41064896984", False): "qwen2",
-    ("1d64a9a8eaf9f1bd", True): "tekken",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +66,11 @@ def read_vocabulary(root: Path, size: int, settings: dict[str, Any], pre: str | 
     if not path.exists():
         return None
     described = json.loads(path.read_text(encoding="utf-8"))
-    kind = described["model"].get("type")
-    if kind != "BPE":
-        raise ExportError(f"gguf: {path}: tokenizers of type {kind} are not supported; supported: BPE")
+    if problems := objections(described, size, pre):
+        raise ExportError("\n".join(f"{path}: {problem}" for problem in problems))
     beside = root / "tokenizer_config.json"
     config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    tokens, types = _pieces(described, size, path)
+    tokens, types = _pieces(described, size)
     ids = _ids({token: index for index, token in enumerate(tokens)}, config, settings, described["model"])
     adds_bos, adds_eos = _frame(path, ids)
     flags = {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
@@ -94,61 +83,47 @@ def read_vocabulary(root: Path, size: int, settings: dict[str, Any], pre: str | 
         scores = _scores(tokens, types, described["model"]["merges"])
         return Vocabulary("llama", None, tokens, types, [], scores, ids, flags, template)
     flags["add_space_prefix"] = False
-    name = pre or pre_tokenizer_name(described, path)
-    return Vocabulary("gpt2", name, tokens, types, merges, [], ids, flags, template)
+    return Vocabulary("gpt2", pre or name_of(described), tokens, types, merges, [], ids, flags, template)
 
 
-def pre_tokenizer_name(described: dict[str, Any], where: Path) -> str:
-    """llama.cpp's name of a byte-level tokenizer's splitting rule.
+def objections(described: Mapping[str, Any], size: int, pre: str | None) -> list[str]:
+    """Why llama.cpp cannot be given this tokenizer, each with the way out.
 
     Args:
-        described: the parsed ``tokenizer.json``.
-        where: for the message.
-
-    Raises:
-        ExportError: the rule is none of the known ones.
+        described: a parsed ``tokenizer.json``.
+        size: rows of the embedding.
+        pre: name of the pre-tokenizer given by the user.
     """
-    steps = _steps(described.get("pre_tokenizer"))
-    kinds = [step["type"] for step in steps]
-    unprefixed = not any(step.get("add_prefix_space") for step in steps)
-    whole = bool(described["model"].get("ignore_merges"))
-    name = None
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not whole:
-        name = "gpt-2"
-    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        name = None if whole else "smollm"
-    elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        rule = steps[0].get("pattern", {}).get("Regex", "")
-        if steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
-            name = SPLITS.get((hashlib.sha256(rule.encode()).hexdigest()[:16], whole))
-    if name is None or not unprefixed:
-        raise ExportError(
-            f"gguf: {where}: llama.cpp's name for this pre-tokenizer ({' + '.join(kinds) or 'none'}) is not known; "
-            f"known: gpt-2, smollm, {', '.join(SPLITS.values())}. Look it up in the model's own GGUF files (key "
-            "tokenizer.ggml.pre) and set it as the option pre_tokenizer"
+    model = described["model"]
+    if model.get("type") != "BPE":
+        return [f"tokenizers of type {model.get('type')} are not supported, only BPE; export to onnx or safetensors"]
+    found = []
+    beyond = [entry for entry in _entries(described) if entry[1] >= size]
+    if beyond:
+        piece, index, _ = beyond[0]
+        found.append(
+            f"piece {piece!r} has number {index}, but the embedding has {size} rows; the tokenizer belongs to another "
+            "model"
         )
-    return name
+    if not model.get("byte_fallback") and pre is None and name_of(described) is None:
+        kinds = " + ".join(step["type"] for step in steps_of(described.get("pre_tokenizer"))) or "none"
+        found.append(
+            f"llama.cpp's name for this pre-tokenizer ({kinds}) is not known; known: {', '.join(known_names())}. Look "
+            "it up in the model's own GGUF files (key tokenizer.ggml.pre) and set it as the option pre_tokenizer"
+        )
+    return found
 
 
-def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    if part["type"] == "Sequence":
-        return [step for inner in part["pretokenizers"] for step in _steps(inner)]
-    return [part]
-
-
-def _pieces(described: dict[str, Any], size: int, path: Path) -> tuple[list[str], list[int]]:
-    tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
+def _entries(described: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Every piece with its number and type."""
     entries = [(piece, index, NORMAL) for piece, index in described["model"]["vocab"].items()]
     added = described.get("added_tokens", [])
-    entries += [(e["content"], e["id"], CONTROL if e["special"] else USER_DEFINED) for e in added]
-    for piece, index, kind in entries:
-        if index >= size:
-            raise ExportError(
-                f"gguf: {path}: piece {piece!r} has number {index}, but the embedding has {size} rows; "
-                "the tokenizer belongs to another model"
-            )
+    return entries + [(e["content"], e["id"], CONTROL if e["special"] else USER_DEFINED) for e in added]
+
+
+def _pieces(described: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
+    for piece, index, kind in _entries(described):
         tokens[index], types[index] = piece, kind
     if described["model"].get("byte_fallback"):
         for index, piece in enumerate(tokens):
@@ -185,8 +160,8 @@ def _frame(path: Path, ids: dict[str, int]) -> tuple[bool, bool]:
     return starts, len(framed) > 1 and framed[-1] == ids.get("eos")
 
 
-def _prefixes_space(described: dict[str, Any]) -> bool:
-    parts = [described.get("normalizer"), *_steps(described.get("pre_tokenizer"))]
+def _prefixes_space(described: Mapping[str, Any]) -> bool:
+    parts = [described.get("normalizer"), *steps_of(described.get("pre_tokenizer"))]
     flat = [step for part in parts if part for step in part.get("normalizers", [part])]
     return any(
         step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")

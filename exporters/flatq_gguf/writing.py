@@ -16,7 +16,17 @@ import numpy as np
 from flatq.artifact import Artifact
 from flatq.export import Exported
 from flatq_gguf.contents import ALIGNMENT, Contents, Planned
-from flatq_gguf.k_quants import K_QUANTS, allowed_kl, bits_per_weight, quantize
+from flatq_gguf.importance import importance, model_files, write_importance
+from flatq_gguf.k_quants import (
+    K_QUANTS,
+    PROGRAM,
+    Importance,
+    allowed_kl,
+    bits_per_weight,
+    command,
+    quantize,
+    tool,
+)
 from flatq_gguf.metadata import context_length, describe, dimension, file_name, most_common, tokenize
 from flatq_gguf.tokenizer import Vocabulary, read_vocabulary
 
@@ -33,43 +43,57 @@ def write_file(artifact: Artifact, out: Path, contents: Contents) -> Exported:
     planned = list(contents.planned())
     options = contents.options
     vocabulary = read_vocabulary(artifact.root, contents.config.vocab, artifact.settings, options.pre_tokenizer)
+    matrix = importance(artifact, contents) if options.imatrix else {}
     growing = out / ".growing"
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
-    kind = most_common(planned)
-    rounding = max(ROUNDING_KL[tensor.kind] for tensor in planned if not tensor.carries_codes)
+    imatrix = growing / file_name(artifact, contents, "imatrix") if matrix else None
+    if imatrix is not None:
+        write_importance(imatrix, matrix, artifact.manifest["tokens"]["calibration"])
     if options.precision in K_QUANTS:
-        half = growing / "half.gguf"
-        _write_tensors(artifact, half, contents, planned, vocabulary, split_above=0)
-        kind, rounding = options.precision.upper(), allowed_kl(options.precision)
-        quantize(half, growing / file_name(artifact, contents, kind), options.precision)
-        half.unlink()
+        rounding = allowed_kl(options.precision)
+        _write_quantized(artifact, growing, contents, vocabulary, matrix, imatrix)
     else:
-        path = growing / file_name(artifact, contents, kind)
-        _write_tensors(artifact, path, contents, planned, vocabulary, split_above=options.split_above)
+        rounding = max(ROUNDING_KL[tensor.kind] for tensor in planned if not tensor.carries_codes)
+        path = growing / file_name(artifact, contents, most_common(planned))
+        _write_tensors(artifact, path, contents, vocabulary)
     files = [path.replace(out / path.name) for path in sorted(growing.iterdir())]
     growing.rmdir()
     return Exported(
         out,
         tuple(files),
-        notes=tuple(_notes(contents, planned, vocabulary, files)),
+        notes=tuple(_notes(contents, planned, vocabulary, model_files(out), imatrix)),
         details={"architecture": contents.architecture.name},
         rounding_kl=rounding,
     )
 
 
-def _write_tensors(
+def _write_quantized(
     artifact: Artifact,
-    path: Path,
+    growing: Path,
     contents: Contents,
-    planned: list[Planned],
     vocabulary: Vocabulary | None,
-    *,
-    split_above: int,
+    matrix: Importance,
+    imatrix: Path | None,
 ) -> None:
+    """A K type: first in float16, then by llama.cpp."""
+    precision, by = contents.options.precision, tool(contents.options.quantize_with)
+    assert by is not None  # or ``check`` had objected
+    half = growing / "half"
+    half.mkdir()
+    _write_tensors(artifact, half / "half.gguf", contents, vocabulary)
+    parts = sorted(half.iterdir())
+    target = growing / file_name(artifact, contents, precision)
+    target = target if len(parts) == 1 else target.with_suffix("")  # llama.cpp numbers the parts
+    quantize(parts[0], target, precision, by=by, split=len(parts) > 1, matrix=matrix, imatrix=imatrix)
+    shutil.rmtree(half)
+
+
+def _write_tensors(artifact: Artifact, path: Path, contents: Contents, vocabulary: Vocabulary | None) -> None:
     """One file, or numbered parts of one if the tensors take more than ``split_above`` bytes."""
     import gguf
 
+    planned, split_above = list(contents.planned()), contents.options.split_above
     split = split_above if sum(tensor.bytes for tensor in planned) > split_above else 0
     with closing(gguf.GGUFWriter(None, contents.architecture.name, split_max_size=split)) as writer:
         describe(writer, artifact, contents, most_common(planned))
@@ -101,7 +125,13 @@ def estimated_bytes(contents: Contents) -> int:
     return total
 
 
-def _notes(contents: Contents, planned: list[Planned], vocabulary: Vocabulary | None, files: list[Path]) -> list[str]:
+def _notes(
+    contents: Contents,
+    planned: list[Planned],
+    vocabulary: Vocabulary | None,
+    files: list[Path],
+    imatrix: Path | None,
+) -> list[str]:
     config, written = contents.config, contents.architecture.written
     notes = [f"architecture in the file: {contents.architecture.name}"]
     if any(a.d_v != b.d_v for a, b in zip(config.layers, written.layers, strict=True)):
@@ -121,8 +151,9 @@ def _notes(contents: Contents, planned: list[Planned], vocabulary: Vocabulary | 
             "the artifact has no tokenizer.json, so the file has no tokenizer: programs can feed it numbers only"
         )
     if contents.options.precision in ("f32", "f16", "bf16"):
-        model = files[0].name
-        notes.append(f"for K-quants: llama-quantize {model} {model.rsplit('-', 1)[0]}-Q4_K_M.gguf Q4_K_M")
+        model, matrix = files[0].name, None if imatrix is None else imatrix.name
+        target = f"{model.rsplit('-', 1)[0]}-Q4_K_M.gguf"
+        notes.append(f"for K-quants: {' '.join(command(PROGRAM, model, target, 'q4_k_m', imatrix=matrix))}")
     return notes
 
 
@@ -133,7 +164,8 @@ def _uncarried(contents: Contents, planned: list[Planned]) -> list[str]:
         if tensor.source and len(tensor.shape) == 2 and not tensor.carries_codes:
             stem = tensor.source.removesuffix(".weight")
             why = (
-                "for a block of 32 would span groups with two scales (rank_multiple: 32 in the flat stage avoids it)"
+                "for a block of 32 would span groups with two scales (in the flat stage, values: whole or "
+                "rank_multiple: 32 avoids it)"
                 if stem in contents.grids
                 else "for they have no codes"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -65,6 +65,19 @@ def plan_ranks(
     layers = planned * len(config.layers) if spec.uniform else planned
     achieved = config.with_layers(layers).decoder_parameters() / config.decoder_parameters()
     return RankPlan(layers, spec.keep_ratio, achieved, tuple(importance))
+
+
+def uneven(config: DecoderConfig, spec: FlatSpec) -> DecoderConfig:
+    """The model with value heads that differ, as an allocation layer by layer leaves them; unchanged if none will.
+
+    Which layer keeps how much follows from the weights, but that they will not keep the same is known before.
+    """
+    same = spec.uniform or spec.parts.allocation == "uniform" or spec.parts.values == "whole" or spec.keep_ratio == 1
+    first, *others = config.layers
+    if same or first.d_v <= spec.rank_multiple:
+        return config
+    lower = (first.d_v - 1) // spec.rank_multiple * spec.rank_multiple
+    return config.with_layers([replace(first, d_v=lower), *others])
 
 
 class FlatStage:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from flatq.artifact import Artifact
+from flatq.artifact import ENERGIES, Artifact, save_shard
 from flatq.decoder import LINEARS, DecoderConfig, Rope
-from flatq.errors import ExportError
+from flatq.errors import ArtifactError, ExportError
 from flatq.export import Exported, exporter_named
 from flatq.gguf_file import GgufFile
 from flatq.quantize.grid import Grid
@@ -27,13 +27,13 @@ from tests.exporters.conftest import MakeArtifact
 from tests.models import tiny_config
 
 CARRIED = {  # every grid that a block type can hold, and that type
-    "4-bit": (Grid(4, 32), "Q4_0"),
-    "4-bit, a group per row": (Grid(4, -1), "Q4_0"),
-    "3-bit": (Grid(3, 32), "Q4_0"),
-    "3-bit asymmetric": (Grid(3, 32, symmetric=False), "Q4_0"),
-    "2-bit asymmetric": (Grid(2, 32, symmetric=False), "Q4_0"),
-    "4-bit asymmetric": (Grid(4, 32, symmetric=False), "Q5_0"),
-    "8-bit": (Grid(8, 32), "Q8_0"),
+    "4-bit": (4, True, "Q4_0"),
+    "3-bit": (3, True, "Q4_0"),
+    "2-bit": (2, True, "Q4_0"),
+    "8-bit": (8, True, "Q8_0"),
+    "4-bit asymmetric": (4, False, "Q5_0"),
+    "3-bit asymmetric": (3, False, "Q4_0"),
+    "2-bit asymmetric": (2, False, "Q4_0"),
 }
 
 
@@ -84,12 +84,16 @@ GGUF_NAMES = dict(
 )
 
 
-@pytest.mark.parametrize(("grid", "kind"), CARRIED.values(), ids=CARRIED)
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize(("bits", "symmetric", "kind"), CARRIED.values(), ids=CARRIED)
 def test_codes_are_read_back_as_the_artifacts_weights_bit_for_bit(
-    make_artifact: MakeArtifact, grid: Grid, kind: str
+    make_artifact: MakeArtifact, bits: int, symmetric: bool, kind: str, group_size: int
 ) -> None:
-    config = tiny_config(heads=2, kv_heads=1, d_qk=64, d_v=(64, 32), d_ff=(96, 64))
-    artifact = make_artifact(config, grid=grid, embed_grid=Grid(8, 32))
+    wide = group_size == 128  # so that two groups fit into every row
+    config = tiny_config(heads=2, kv_heads=1, d_qk=128, d_v=(128, 64), d_ff=(256, 160), d_model=256 if wide else 64)
+    if group_size != 32:  # padded heads need whole groups
+        config = config.with_layers([replace(dims, d_v=128) for dims in config.layers])
+    artifact = make_artifact(config, grid=Grid(bits, group_size, symmetric), embed_grid=Grid(8, 32))
     exported, _ = export(artifact)
     _, tensors = read(exported)
     for index in range(2):
@@ -100,6 +104,28 @@ def test_codes_are_read_back_as_the_artifacts_weights_bit_for_bit(
             np.testing.assert_array_equal(decoded(found), expected)
     assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
     np.testing.assert_array_equal(decoded(tensors["token_embd.weight"]), dense(artifact.tensor("embed.weight")).numpy())
+    assert exported.rounding_kl == 0
+
+
+def test_every_tensor_has_the_type_of_its_own_grid(make_artifact: MakeArtifact) -> None:
+    config = tiny_config(d_v=(16, 16), d_ff=(96, 64))
+    mixed = {
+        "layers.0.q": (Grid(8, 32), "Q8_0"),
+        "layers.0.down": (Grid(3, 32), "Q4_0"),
+        "layers.1.v": (Grid(4, 32, symmetric=False), "Q5_0"),
+        "layers.1.down": (Grid(8, 64), "Q8_0"),
+    }
+    overrides = {stem: grid for stem, (grid, _) in mixed.items()}
+    artifact = make_artifact(config, grid=Grid(4, 32), embed_grid=Grid(4, 32), overrides=overrides)
+    exported, _ = export(artifact)
+    fields, tensors = read(exported)
+    for index in range(2):
+        for linear in LINEARS:
+            found = tensors[f"blk.{index}.{GGUF_NAMES[linear]}.weight"]
+            assert found.tensor_type.name == mixed.get(f"layers.{index}.{linear}", (None, "Q4_0"))[1]
+            expected = expected_linear(artifact, index, linear, {"d_ff": config.layers[index].d_ff})
+            np.testing.assert_array_equal(decoded(found), expected)
+    assert fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_0
     assert exported.rounding_kl == 0
 
 
@@ -228,10 +254,79 @@ def test_what_cannot_be_written_is_refused_with_the_way_out(
         assert word in found
 
 
-def test_k_quants_without_llama_cpp_are_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "missing"),
+    [
+        ("auto", "llama-cpp-python is not installed and llama-quantize is not on the PATH"),
+        ("llama-cpp-python", "llama-cpp-python is not installed"),
+        ("llama-quantize", "llama-quantize is not on the PATH"),
+    ],
+)
+def test_k_quants_without_llama_cpp_are_refused_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, missing: str
+) -> None:
     monkeypatch.setattr("flatq_gguf.k_quants.find_spec", lambda name: None)
-    (found,) = GgufExporter().check(tiny_config(), {}, GgufOptions(precision="q4_k_m"))
+    monkeypatch.setenv("PATH", "")
+    (found,) = GgufExporter().check(tiny_config(), {}, GgufOptions(precision="q4_k_m", quantize_with=wanted))
+    assert f"{missing};" in found
     assert "llama-quantize FILE-F16.gguf FILE.gguf Q4_K_M" in found
+
+
+def test_the_program_quantizes_where_there_is_no_library(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "bin" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\ncp "$3" "$4"; echo "$@" > "$(dirname "$0")/called"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
+    artifact = with_energies(make_artifact(tiny_config()))
+    exported, _ = export(artifact, precision="q4_k_m", quantize_with="llama-quantize", imatrix=True)
+    assert [file.name for file in exported.files] == ["llama-flatq-IMATRIX.gguf", "llama-flatq-Q4_K_M.gguf"]
+    called = (program.parent / "called").read_text().split()
+    assert (called[0], called[-1]) == ("--imatrix", "Q4_K_M")
+    program.write_text('#!/bin/sh\necho "this file is odd" >&2; exit 3\n')
+    with pytest.raises(ExportError, match=r"llama-quantize.*exit code 3: this file is odd.*precision: f16"):
+        export(artifact, precision="q4_k_m", quantize_with="llama-quantize")
+
+
+def with_energies(artifact: Artifact) -> Artifact:
+    """The artifact as `flatq run` leaves it: with the mean squares of its calibration."""
+    generator = torch.Generator().manual_seed(1)
+    energies = {}
+    for index, dims in enumerate(artifact.config.layers):
+        for linear in LINEARS:
+            columns = dims.shape(linear, artifact.config.d_model)[1]
+            energies[f"layers.{index}.{linear}"] = torch.rand(columns, generator=generator)
+    save_shard(artifact.root / ENERGIES, energies)
+    artifact.manifest["tokens"] = {"calibration": {"dataset": "python-docs", "sequences": 6, "seq_len": 50}}
+    return artifact
+
+
+def test_the_importance_matrix_has_the_order_and_widths_of_the_written_tensors(make_artifact: MakeArtifact) -> None:
+    artifact = with_energies(make_artifact(tiny_config(heads=2, kv_heads=1, d_v=(8, 16), d_ff=(90, 96))))
+    exported, _ = export(artifact, precision="f16", imatrix=True)
+    (path,) = [file for file in exported.files if file.name.endswith("-IMATRIX.gguf")]
+    reader = gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.type"] == "imatrix"
+    assert (fields["imatrix.chunk_count"], fields["imatrix.chunk_size"]) == (6, 50)
+    assert fields["imatrix.datasets"] == ["python-docs"]
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(found) == 2 * len(LINEARS) * 2
+    energies = artifact.energies()
+    o, down = energies["layers.0.o"].numpy(), energies["layers.0.down"].numpy()
+    padded = np.pad(o.reshape(2, 8), ((0, 0), (0, 8))).ravel()
+    np.testing.assert_allclose(found["blk.0.attn_output.weight.in_sum2"][0], 300 * padded, rtol=1e-6)
+    np.testing.assert_allclose(found["blk.0.ffn_down.weight.in_sum2"][0], 300 * np.pad(down, (0, 6)), rtol=1e-6)
+    np.testing.assert_allclose(found["blk.1.attn_q.weight.in_sum2"][0], 300 * energies["layers.1.q"].numpy(), rtol=1e-6)
+    assert all(data.item() == 300 for name, data in found.items() if name.endswith(".counts"))
+    assert any("--imatrix llama-flatq-IMATRIX.gguf" in note for note in exported.notes)
+
+
+def test_an_artifact_without_energies_says_how_to_get_them(make_artifact: MakeArtifact) -> None:
+    with pytest.raises(ArtifactError, match=r"energies.*run the recipe again"):
+        export(make_artifact(tiny_config()), precision="f16", imatrix=True)
 
 
 def test_opening_without_llama_cpp_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

