@@ -191,7 +191,8 @@ class Laboratory:
                 plan = rank_plan(recipe, self.source, tokens, folder, self.device)
                 refuse(recipe, self.source.config.with_layers(plan.layers), [])
                 stages = stages_of(recipe, plan, self.source.config, folder.work)
-                overlay = self._walked(row, tokens, stages, plan.layers, folder.work)
+                reference = flat is not None and flat.corrects
+                overlay = self._walked(row, tokens, stages, plan.layers, folder.work, reference=reference)
         return overlay, overlay.config.decoder_parameters()
 
     def _baseline(self, row: Row, tokens: Tokens) -> tuple[Overlay, int]:
@@ -224,10 +225,13 @@ class Laboratory:
         stages: Sequence[baselines.Stage],
         layers: tuple[LayerDims, ...],
         work: Path,
+        *,
+        reference: bool = False,
     ) -> Overlay:
         overlay = Overlay(self.source, self.source.config.with_layers(layers))
         precision = row.calibration.precision
-        for block in walk(self.source, tokens.calibration, work, overlay.save, precision=precision, device=self.device):
+        settings: dict[str, Any] = {"precision": precision, "device": self.device, "reference": reference}
+        for block in walk(self.source, tokens.calibration, work, overlay.save, **settings):
             for stage in stages:
                 stage.apply(block)
         return overlay

@@ -83,6 +83,7 @@ def build(
             states=recipe.calibration.states,
             device=device,
             working_set=working_set,
+            reference=recipe.flat is not None and recipe.flat.corrects,
         ):
             for stage in stages:
                 stage.apply(block)

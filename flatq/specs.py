@@ -80,7 +80,7 @@ class FlatSpec(Spec):
     keep_ratio: Annotated[float, Field(gt=0, le=1)]
     """Share of the decoder's parameters that is kept, embedding and head not counted."""
     method: Literal["default", "paper"] = "default"
-    """paper is FLAT-LLM as published; default damages less at the same size. The four keys below override one part."""
+    """paper is FLAT-LLM as published; default damages less at the same size. The keys below override one part."""
     allocation: Literal["curves", "iprs", "uniform"] | None = None
     """Who keeps how much: curves by the cost of every step, iprs by layer importance, uniform the same for all."""
     channels: Literal["elimination", "leverage"] | None = None
@@ -96,6 +96,10 @@ class FlatSpec(Spec):
     """Value dimensions of a head are rounded to this multiple."""
     width_multiple: Annotated[int, Field(ge=1, le=1024)] = 32
     """MLP channels are rounded to this multiple."""
+    shrinkage: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Distrust of what the calibration tokens say of two channels together; null is 0.1, for method paper 0."""
+    correction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the drift from the dense model that later blocks take back; null is 0.5, for method paper 0."""
     ridge: Annotated[float, Field(gt=0)] = 0.01
     """Ridge of the channel scores, relative to the mean of the Gram's diagonal."""
 
@@ -108,7 +112,14 @@ class FlatSpec(Spec):
             channels=self.channels or ("leverage" if paper else "elimination"),
             values=self.values or ("pca" if paper else "output"),
             refit=self.refit if self.refit is not None else not paper,
+            shrinkage=self.shrinkage if self.shrinkage is not None else (0.0 if paper else 0.1),
+            correction=self.correction if self.correction is not None else (0.0 if paper else 0.5),
         )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the dense model's hidden states have to be walked along."""
+        return self.keep_ratio < 1 and self.parts.correction > 0
 
     @property
     def sensitive(self) -> bool:
@@ -125,6 +136,8 @@ class FlatParts:
     channels: str
     values: str
     refit: bool
+    shrinkage: float
+    correction: float
 
 
 class EmbeddingSpec(Spec):

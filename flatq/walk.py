@@ -8,6 +8,10 @@ Hidden states live in two memory-mapped files that take turns: a block reads one
 block's weights are on disk and its outputs are complete does ``state.json`` name the next block, so a run killed
 anywhere goes on with the block it was in and ends with the same bytes.
 
+A stage may ask for a ``reference``: the hidden states of the dense model, walked along in two files of their own. The
+block then also measures its ``drift``: what it would have to add to its output for the stream to be the dense one's
+again, as far as its inner activation can foresee that.
+
 With several processes (see ``ranks``) each sends its own samples through the block. Only the first one's loop body
 runs; the others take part in what it observes, and receive the block that it has changed.
 
@@ -69,8 +73,10 @@ class Block:
     positions: Callable[[int], Positions]
     precision: str = "auto"
     device: str = "cpu"
+    reference: Reference | None = None
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)
+    drift: Tensor | None = None
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -88,13 +94,16 @@ class Block:
         """Grams of the block as it is now, measured once.
 
         ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
-        [kv_heads blocks of d_v] are the value heads.
+        [kv_heads blocks of d_v] are the value heads. With a reference, ``drift`` [inner, d_model] is the mean of
+        ``inner^T (y_dense - y)``, where y is the block's output as it is now.
         """
         if not self.grams:
             self.together("observe")
             with forward_precision(self.precision):
                 for batch in self.feed.batches():
-                    self._observe(self.feed.states[batch].to(self.device, torch.float32))
+                    self._observe(self.feed.states[batch].to(self.device, torch.float32), batch)
+                if self.drift is not None:
+                    ranks.add(self.drift)
                 for name, gram in self.grams.items():
                     gram.gather()
                     if not gram.finite:
@@ -106,7 +115,7 @@ class Block:
         if ranks.first():
             ranks.agreed(what)
 
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor, batch: slice) -> None:
         layer, dims = self.layer, self.dims
         if self.half == "attention":
             normed = layer.attention_norm(x)
@@ -117,6 +126,11 @@ class Block:
             inner = layer.widen(normed)
         self._gram("input", normed)
         self._gram("inner", inner)
+        if self.reference is not None:
+            dense = self.reference.follow(self, batch)
+            out = layer.o if self.half == "attention" else layer.down
+            drift = inner.flatten(0, 1).T @ (dense - x - out(inner)).flatten(0, 1)
+            self.drift = drift if self.drift is None else self.drift + drift
 
     def _gram(self, name: str, x: Tensor, blocks: int = 1) -> None:
         if name not in self.grams:
@@ -152,6 +166,23 @@ class Block:
         getattr(self.layer, linear).weight = nn.Parameter(weight.dequantize(), requires_grad=False)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Hidden states of the dense model before and after a block."""
+
+    before: Feed
+    after: Feed
+
+    def follow(self, block: Block, batch: slice) -> Tensor:
+        """Send samples of the dense model through a block that is not changed yet: its outputs, [b, s, d_model]."""
+        x = self.before.states[batch].to(block.device, torch.float32)
+        y = block.layer.run(block.half, x, block.positions(x.shape[0]))
+        self.after.states[batch] = y
+        self.before.forget()
+        self.after.forget()
+        return y
+
+
 REMEDY = "check the weights for damage, or choose other calibration text"
 
 
@@ -166,6 +197,7 @@ def walk(
     states: str = "auto",
     device: str = "cpu",
     working_set: int = WORKING_SET,
+    reference: bool = False,
 ) -> Iterator[Block]:
     """Yield every block in order; ``save`` is called with each block after the loop body has changed it.
 
@@ -175,17 +207,22 @@ def walk(
         work: folder for the hidden states and the resume state; may hold those of a killed run.
         states: how the hidden states are stored, ``float32``, ``bfloat16`` or ``auto`` (by their size).
         working_set: bytes for the activations of a batch.
+        reference: walk the dense model along; the loop body must observe every block.
     """
     config = weights.config
     samples, length = tokens.shape
     shape = (samples, length, config.d_model)
     dtype = stored_as(states, tokens.numel(), config.d_model)
     work.mkdir(parents=True, exist_ok=True)
-    feeds = [Feed(work / f"states-{turn}", shape, dtype, batch_tokens(config, working_set)) for turn in (0, 1)]
+    size = batch_tokens(config, working_set)
+    feeds = [Feed(work / f"states-{turn}", shape, dtype, size) for turn in (0, 1)]
+    dense = [Feed(work / f"dense-{turn}", shape, dtype, size) for turn in (0, 1)] if reference else []
     order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
     start = ranks.agreed(blocks_done(work))
     if start == 0:
         feeds[0].embed(tokens, weights.tensor("embed.weight") if embed is None else embed)
+        if reference:
+            dense[0].embed(tokens, weights.tensor("embed.weight"))
     embed = None  # a large table is not held through the walk
     for done in range(start, len(order)):
         index, half = order[done]
@@ -198,6 +235,7 @@ def walk(
             lambda batch: locate(config, batch, length, device=torch.device(device)),
             precision,
             device,
+            Reference(dense[done % 2], dense[(done + 1) % 2]) if reference else None,
         )
         if ranks.first():
             yield block
@@ -208,7 +246,8 @@ def walk(
                 block.observe()
         ranks.hand_out(block.layer, device)
         block.advance(feeds[(done + 1) % 2])
-        feeds[(done + 1) % 2].flush()
+        for stream in (feeds, dense)[: 1 + reference]:
+            stream[(done + 1) % 2].flush()
         ranks.wait()
         if ranks.first():
             write_json(work / "state.json", {"blocks_done": done + 1})

@@ -142,7 +142,7 @@ def test_a_finished_walk_yields_nothing(tmp_path: Path) -> None:
 def test_a_block_is_observed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
     observe = Block._observe
-    monkeypatch.setattr(Block, "_observe", lambda self, x: looks.append(len(x)) or observe(self, x))
+    monkeypatch.setattr(Block, "_observe", lambda self, x, batch: looks.append(len(x)) or observe(self, x, batch))
     for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None):
         assert block.observe() is block.observe()
         assert set(block.grams) == ({"input", "inner", "values"} if block.half == "attention" else {"input", "inner"})
@@ -245,3 +245,43 @@ def test_a_layer_that_does_nothing_has_no_importance(tmp_path: Path) -> None:
     first, second = layer_importance(idle, TOKENS, tmp_path, precision="float32")
     assert first > 0.01
     assert second == pytest.approx(0, abs=1e-3)
+
+
+def test_a_reference_walks_the_dense_model_whatever_becomes_of_the_blocks(tmp_path: Path) -> None:
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, precision="float32", reference=True):
+        block.observe()
+        halve(block)
+    last = torch.from_file(str(tmp_path / "dense-0"), size=5 * 12 * 64, dtype=torch.float32).view(5, 12, 64)
+    decoder = load_decoder(WEIGHTS)
+    torch.testing.assert_close(decoder.norm(last), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_drift_is_what_the_stream_lacks_seen_through_the_inner_activation(tmp_path: Path) -> None:
+    drifts = []
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, precision="float32", reference=True):
+        gram = block.observe()["inner"]
+        assert block.drift is not None
+        drifts.append(block.drift)
+        assert block.drift.shape == (gram.total.shape[-1], 64)
+        halve(block)
+    assert drifts[0].abs().max() < 1e-3, "nothing was changed before the first block"
+    assert drifts[1].abs().max() > 1e-2
+
+
+def test_a_broken_walk_with_a_reference_ends_with_the_same_states(tmp_path: Path) -> None:
+    def correct(block: Block) -> None:
+        block.observe()
+        assert block.drift is not None
+        linear = "o" if block.half == "attention" else "down"
+        block.narrow(linear, getattr(block.layer, linear).weight / 2 + block.drift.T / 1000, None)
+
+    for block in walk(WEIGHTS, TOKENS, tmp_path / "whole", lambda _: None, reference=True):
+        correct(block)
+    for seen, block in enumerate(walk(WEIGHTS, TOKENS, tmp_path / "broken", lambda _: None, reference=True)):
+        block.observe()
+        if seen == 2:
+            break  # observed, and so with dense outputs on disk, but neither changed nor finished
+        correct(block)
+    for block in walk(WEIGHTS, TOKENS, tmp_path / "broken", lambda _: None, reference=True):
+        correct(block)
+    assert torch.equal(last_states(tmp_path / "whole"), last_states(tmp_path / "broken"))

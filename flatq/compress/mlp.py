@@ -43,6 +43,31 @@ def nystroem(w_down: Tensor, gram: Tensor, keep: Tensor, ridge: float = 1e-6) ->
     return torch.cholesky_solve(right, factor_(inside)).T.to(w_down.dtype)
 
 
+def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
+    """The Gram as if every feature also carried noise of its own, ``shrinkage`` of its energy, [i, i].
+
+    A fit on few tokens believes in every coincidence between them. Noise that no feature shares with another makes it
+    prefer what it was told before (plain selection) wherever the tokens give no clear answer.
+    """
+    if shrinkage == 0:
+        return gram
+    noisy = gram.clone()
+    noisy.diagonal().mul_(1 + shrinkage)
+    return noisy
+
+
+def drift_correction(gram: Tensor, drift: Tensor, shrinkage: float) -> Tensor:
+    """What to add to an output projection to undo what its inner activation can foresee of the drift, [m, i].
+
+    Args:
+        gram: second moment of the inner activation, [i, i].
+        drift: ``E[inner^T (y_dense - y)]``, [i, m].
+        shrinkage: see ``shrunk``.
+    """
+    lower = factor_(damped(shrunk(gram, shrinkage), 1e-8)[0])
+    return torch.cholesky_solve(drift.double(), lower).T
+
+
 def output_error(w: Tensor, gram: Tensor, w_new: Tensor, keep: Tensor) -> float:
     """Share of the output's energy that is lost by reading only ``keep`` with ``w_new``; 0 is perfect."""
     difference = w.to(gram.dtype, copy=True)

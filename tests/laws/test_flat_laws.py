@@ -184,7 +184,7 @@ def test_narrowed_grams_equal_grams_of_the_narrowed_block(
     weights = RandomWeights(tiny_config(kv_heads=kv_heads, heads=heads))
     stage = FlatStage(FlatSpec(keep_ratio=0.5, method=method), RankPlan(plan(weights.config, d_v, d_ff), 0.5, 0.5))
     tokens = torch.arange(6 * 20).view(6, 20).remainder(128)
-    for block in walk(weights, tokens, tmp_path, lambda _: None, precision="float32"):
+    for block in walk(weights, tokens, tmp_path, lambda _: None, precision="float32", reference=stage.corrects):
         stage.apply(block)
         carried = {name: gram.mean() for name, gram in block.grams.items()}
         block.grams.clear()

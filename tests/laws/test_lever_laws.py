@@ -16,7 +16,7 @@ from flatq.compress.allocate import Curves, Multiples, spend
 from flatq.compress.budget import parameter_budget
 from flatq.compress.curves import error_curves
 from flatq.compress.heads import head_basis, output_basis, project_heads, refit_output, spread_over_queries
-from flatq.compress.mlp import eliminate, nystroem, output_error
+from flatq.compress.mlp import drift_correction, eliminate, nystroem, output_error, shrunk
 from flatq.compress.sensitivity import LONGEST, output_sensitivity, weighted
 from flatq.decoder import locate
 from flatq.dims import LayerDims
@@ -182,3 +182,30 @@ def test_spending_takes_the_cheapest_steps_of_convex_curves() -> None:
 def test_everything_kept_is_everything() -> None:
     curves = [Curves((0.0,) * 5, (0.0,) * 9)]
     assert spend((DIMS,), parameter_budget((DIMS,), 8, 1.0), curves, Multiples(1, 1)) == (DIMS,)
+
+
+@settings(deadline=None, max_examples=20)
+@given(features=st.integers(2, 16), seed=st.integers(0, 99), share=st.floats(0, 1), shrinkage=st.floats(0, 2))
+def test_correcting_towards_the_dense_stream_never_leaves_the_output_further_from_it(
+    features: int, seed: int, share: float, shrinkage: float
+) -> None:
+    x, w = activations(features, seed), matrix(5, features, seed)
+    dense = x @ matrix(features, 5, seed + 1) + matrix(len(x), 5, seed + 2)
+    away = dense - x @ w.T
+    correction = drift_correction(x.T @ x / len(x), x.T @ away / len(x), shrinkage)
+    assert correction.shape == w.shape
+    assert (away - share * (x @ correction.T)).square().sum() <= away.square().sum() * (1 + 1e-9)
+
+
+def test_without_shrinkage_the_correction_is_least_squares() -> None:
+    x, away = activations(6, 0), matrix(400, 3, 1)
+    found = drift_correction(x.T @ x / len(x), x.T @ away / len(x), 0)
+    torch.testing.assert_close(found.T, torch.linalg.lstsq(x, away).solution, rtol=1e-2, atol=1e-3)
+
+
+def test_full_distrust_of_the_tokens_is_plain_selection() -> None:
+    x, w = activations(8, 0), matrix(5, 8, 1)
+    keep = torch.tensor([0, 2, 3, 7])
+    gram = x.T @ x / len(x)
+    torch.testing.assert_close(nystroem(w, shrunk(gram, 1e9), keep), w[:, keep], rtol=1e-5, atol=1e-6)
+    assert shrunk(gram, 0) is gram
