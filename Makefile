@@ -2,12 +2,14 @@
 # make test    install, then run the tests
 # make check   what CI runs: lint, format, types, tests
 # make llamacpp  build llama.cpp (llama-cpp-python) so that GGUF exports are verified and measured: minutes
+# make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB)
 # make clean   remove what make made, except runs/
 #
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.
 
 PYTHON ?= python3
 VENV ?= .venv
+OPTIMUM_VENV ?= .venv-optimum
 PIP_FLAGS ?=
 
 bin := $(VENV)/bin
@@ -24,7 +26,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check lint types llamacpp clean
+.PHONY: demo test check lint types llamacpp interop-optimum clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -55,6 +57,15 @@ llamacpp: $(installed)
 	CMAKE_ARGS="$(strip $(llama_flags))" PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(bin)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[llamacpp]"
 
+interop-optimum: $(installed) $(OPTIMUM_VENV)/.installed
+	FLATQ_OPTIMUM_PYTHON=$(OPTIMUM_VENV)/bin/python $(bin)/python -m pytest -m optimum tests/interop
+
+$(OPTIMUM_VENV)/.installed: tests/interop/optimum.txt
+	test -x $(OPTIMUM_VENV)/bin/python || $(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --requirement $<
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps onnxruntime-genai==0.18.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -143,18 +143,23 @@ def export(
 @app.command()
 def bench(
     paths: Annotated[list[Path], typer.Argument(help="Export folders, measured in turn.", show_default=False)],
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Folder with another program's ONNX decoder; repeatable.")
+    ] = None,
     provider: Provider = "auto",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 128,
+    prompt: Annotated[list[int] | None, typer.Option(min=1, help="Tokens read at once [128]; repeatable.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated one by one.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences side by side [1]; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements, of which the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")] = 0,
 ) -> None:
     """Measure tokens per second, first-token latency, load time and memory of exports."""
     from flatq import pipeline
 
-    wanted: dict[str, Any] = {"new_tokens": new_tokens, "batch": batch, "repeats": repeats, "threads": threads}
-    print(pipeline.bench_exports(paths, provider=provider, prompt=prompt, **wanted))
+    pairs = [(length, rows) for rows in batch or [1] for length in prompt or [128]]
+    loads = [{"prompt": length, "new_tokens": new_tokens, "batch": rows} for length, rows in pairs]
+    settings: dict[str, Any] = {"provider": provider, "repeats": repeats, "threads": threads}
+    print(pipeline.bench_exports(paths, against or [], loads, **settings))
 
 
 @app.command(name="eval")

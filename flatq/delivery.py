@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -61,9 +61,26 @@ def planned_exports(recipe: Recipe) -> list[PlannedExport]:
             problems += error.problems
         except ValidationError as error:
             problems += explain_options(recipe, index, exporter.Options, error)
+    problems += absent_providers(recipe, planned)
     if problems:
         raise RecipeError(problems)
     return planned
+
+
+def absent_providers(recipe: Recipe, planned: Sequence[PlannedExport]) -> list[str]:
+    """What ``bench.provider`` asks for and the runtimes that are installed here do not have."""
+    wanted = recipe.bench.provider if recipe.bench else "auto"
+    lacking = {
+        item.format for item in planned if (found := item.exporter.providers()) and wanted not in (*found, "auto")
+    }
+    return [
+        recipe.problem(
+            ("bench", "provider"),
+            f"{wanted} was asked for, but the runtime of {form} that is installed here does not have it; use auto, or "
+            "check the recipe where it will run",
+        )
+        for form in sorted(lacking)
+    ]
 
 
 def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor | None) -> dict[str, Any]:
@@ -185,6 +202,18 @@ def reopened(root: Path) -> tuple[PlannedExport, Path]:
             f"{root}: is no export folder of flatq ({wrong}); give a folder below exports/ of a run"
         ) from wrong
     return PlannedExport(root.name, described["format"], exporter, options), (root / described["artifact"]).resolve()
+
+
+def foreign(root: Path) -> PlannedExport:
+    """A folder with a decoder graph that another program made, to be run beside flatq's exports.
+
+    Raises:
+        ArtifactError: there is no such graph.
+    """
+    if not list(root.glob("*.onnx")):
+        raise ArtifactError(f"{root}: holds no .onnx file; give a folder that onnxruntime-genai or optimum wrote")
+    exporter = exporter_named("onnx")
+    return PlannedExport(str(root), "onnx", exporter, exporter.Options())
 
 
 def opened(root: Path, provider: str) -> Runner:

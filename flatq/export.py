@@ -107,6 +107,10 @@ class Exporter(Protocol):
         """Write the files into the empty folder ``out``."""
         ...
 
+    def providers(self) -> tuple[str, ...]:
+        """What ``open`` can compute on here, of ``cpu`` and ``cuda``; empty if the runtime is not installed."""
+        ...
+
     def open(
         self, exported: Path, options: Any, *, provider: str = "auto", threads: int = 0, exact: bool = False
     ) -> Runner | None:

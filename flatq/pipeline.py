@@ -23,7 +23,7 @@ from flatq.compress.curves import error_curves
 from flatq.compress.importance import layer_importance
 from flatq.compress.sensitivity import measured_sensitivity, output_sensitivity
 from flatq.compress.stage import RankPlan, plan_ranks
-from flatq.delivery import PlannedExport, deliver, measured, opened, planned_exports, reopened, side_by_side
+from flatq.delivery import PlannedExport, deliver, foreign, measured, opened, planned_exports, reopened, side_by_side
 from flatq.device import resolve_device
 from flatq.errors import ArtifactError, RecipeError
 from flatq.evaluate import perplexity
@@ -243,26 +243,27 @@ def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> l
     return [out / file for file in deliver(item, model, out, None)["files"]]
 
 
-def bench_exports(
-    paths: list[Path], *, provider: str, prompt: int, new_tokens: int, batch: int, repeats: int, threads: int
-) -> str:
-    """Measure export folders in turns; a table."""
-    spec = BenchSpec.model_validate(
-        {
-            "provider": provider,
-            "prompt": prompt,
-            "new_tokens": new_tokens,
-            "batch": batch,
-            "repeats": repeats,
-            "threads": threads,
-        }
-    )
+def bench_exports(paths: list[Path], against: list[Path], loads: list[dict[str, int]], **settings: Any) -> str:
+    """Measure export folders in turns, and graphs of other programs beside them; a table for each load.
+
+    Args:
+        paths: folders that flatq wrote.
+        against: folders with someone else's decoder graph.
+        loads: ``prompt``, ``new_tokens`` and ``batch`` of each table.
+        settings: the other keys of a recipe's ``bench``.
+    """
     entries = {}
     for path in paths:
         item, artifact = reopened(path)
         entries[str(path)] = (item, path)
+    entries |= {str(path): (foreign(path), path) for path in against}
     vocab = Artifact.open(artifact).config.vocab
-    return planning.bench_table(side_by_side(entries, spec, vocab))
+    tables = []
+    for load in loads:
+        spec = BenchSpec.model_validate({**settings, **load})
+        title = ", ".join(f"{name} {value}" for name, value in load.items())
+        tables.append(f"{title}\n{planning.bench_table(side_by_side(entries, spec, vocab))}")
+    return "\n".join(tables)
 
 
 def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_len: int) -> float:

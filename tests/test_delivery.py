@@ -109,3 +109,28 @@ def test_one_more_format_from_the_command_line(artifact: Artifact, tmp_path: Pat
     again = flatq("export", artifact.root.parent, "--format", "onnx", "--out", tmp_path / "new")
     assert again.exit_code == 2
     assert "exists; choose another place" in again.stderr
+
+
+@pytest.mark.skipif("cuda" in exporter_named("onnx").providers(), reason="this machine has CUDA")
+def test_cuda_is_missed_before_anything_is_computed(tmp_path: Path) -> None:
+    file = tmp_path / "fast.yaml"
+    file.write_text(HEAD + "exports: [{onnx: {}}]\nbench: {provider: cuda}\n")
+    shown = flatq("check", file)
+    assert shown.exit_code == 2
+    assert shown.stderr.count("\n") == 1
+    assert "fast.yaml:5: bench.provider: cuda was asked for, but the runtime of onnx" in shown.stderr
+
+
+def test_graphs_of_other_programs_are_measured_beside_ours(artifact: Artifact, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "run" / "ours", tmp_path / "theirs"
+    deliver(onnx(attention="gqa"), artifact, ours, None)
+    theirs.mkdir()
+    (theirs / "model.onnx").write_bytes((ours / "model.onnx").read_bytes())
+    few = ("--new-tokens", "2", "--repeats", "1", "--threads", "1")
+    shown = flatq("bench", ours, "--against", theirs, "--prompt", "3", "--prompt", "5", *few)
+    assert shown.exit_code == 0, shown.stderr
+    assert "prompt 3, new_tokens 2, batch 1" in shown.stdout
+    assert "prompt 5, new_tokens 2, batch 1" in shown.stdout
+    refused = flatq("bench", ours, "--against", tmp_path)
+    assert refused.exit_code == 3
+    assert "holds no .onnx file" in refused.stderr

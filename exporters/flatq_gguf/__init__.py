@@ -59,6 +59,14 @@ class GgufExporter:
             raise ExportError("\n".join(problems))
         return write_file(artifact, out, Contents.of(artifact.config, artifact.grids, options))
 
+    def providers(self) -> tuple[str, ...]:
+        """See ``flatq.export.Exporter.providers``."""
+        if find_spec("llama_cpp") is None:
+            return ()
+        from flatq_gguf.runner import available
+
+        return available()
+
     def open(
         self, exported: Path, options: GgufOptions, *, provider: str = "auto", threads: int = 0, exact: bool = False
     ) -> Runner:

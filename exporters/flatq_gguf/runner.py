@@ -52,6 +52,11 @@ def keep_log() -> int:
     return len(LOG)
 
 
+def available() -> tuple[str, ...]:
+    """What this build of llama.cpp computes on, as ``LlamaCppRunner`` calls it."""
+    return ("cpu", "cuda") if llama_cpp.llama_supports_gpu_offload() else ("cpu",)
+
+
 class LlamaCppRunner:
     """An open GGUF file; satisfies ``flatq.export.Runner``.
 

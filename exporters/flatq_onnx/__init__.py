@@ -1,15 +1,16 @@
 """ONNX export: one graph builder, two attention layouts, quantized weights as the artifact holds them.
 
-Read ``graph.py`` first. ``blocks.py`` turns codes into bytes, ``matmul.py`` and ``attention.py`` draw the two
-kinds of block, ``runner.py`` runs the result in onnxruntime. Importing this package needs neither onnx nor
+Read ``graph.py`` first. ``options.py`` says what each target wants; ``blocks.py`` turns codes into bytes,
+``matmul.py`` and ``attention.py`` draw the two kinds of block, ``companions.py`` writes what the target's program
+wants beside the graph, ``runner.py`` runs the result in onnxruntime. Importing this package needs neither onnx nor
 onnxruntime.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from flatq.artifact import Artifact
@@ -17,11 +18,14 @@ from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import ExportError
 from flatq.export import Exported, Runner
 from flatq.quantize.grid import Grid
-from flatq_onnx.contract import Contract
+from flatq_onnx.companions import TOKENIZER, write_companions
+from flatq_onnx.contract import CONTRACT, Contract
 from flatq_onnx.options import OnnxOptions, objections
 from flatq_onnx.size import estimated_bytes
 
 __all__ = ["OnnxExporter", "OnnxOptions"]
+
+HALF_KL = 0.01  # nats that float16 may cost; the rounding of one sum in a long row is the largest part
 
 
 class OnnxExporter:
@@ -38,8 +42,8 @@ class OnnxExporter:
         return estimated_bytes(config, grids, options)
 
     def dense(self, options: OnnxOptions) -> OnnxOptions:
-        """The same graph with float32 weights in a file of their own: written one by one, never all in memory."""
-        return options.model_copy(update={"precision": "fp32", "external_data_above": 0})
+        """The same graph with plain weights in a file of their own: written one by one, never all in memory."""
+        return options.model_copy(update={"precision": options.activations, "external_data_above": 0})
 
     def write(self, artifact: Artifact, out: Path, options: OnnxOptions) -> Exported:
         """Write the files into ``out``; the graph appears last, when all that it needs is there.
@@ -53,25 +57,38 @@ class OnnxExporter:
         _need_packages()
         from flatq_onnx.saving import save_model
 
-        files = [Contract.of(artifact, options).save(out), *save_model(artifact, out, options, metadata_of(artifact))]
-        return Exported(out, tuple(files), notes=tuple(_notes(artifact, options)))
+        files = [Contract.of(artifact, options).save(out), *write_companions(artifact, out, options)]
+        files += save_model(artifact, out, options, metadata_of(artifact))
+        rounding = HALF_KL if options.activations == "fp16" else 0.0
+        return Exported(out, tuple(files), notes=tuple(_notes(artifact, options)), rounding_kl=rounding)
 
     def open(
         self, exported: Path, options: OnnxOptions, *, provider: str = "auto", threads: int = 0, exact: bool = False
     ) -> Runner:
-        """Open what ``write`` wrote in onnxruntime; see ``flatq.export.Exporter.open``."""
+        """Open what ``write`` wrote, or a decoder graph of someone else's, in onnxruntime.
+
+        See ``flatq.export.Exporter.open``.
+        """
         _need_packages()
+        from flatq_onnx.foreign import contract_of
         from flatq_onnx.runner import OnnxRunner
 
-        return OnnxRunner(exported, provider=provider, threads=threads, exact=exact)
+        contract = None if (exported / CONTRACT).exists() else contract_of(exported)
+        return OnnxRunner(exported, provider=provider, threads=threads, exact=exact, contract=contract)
+
+    def providers(self) -> tuple[str, ...]:
+        """See ``flatq.export.Exporter.providers``."""
+        if find_spec("onnxruntime") is None:
+            return ()
+        from flatq_onnx.session import available
+
+        return available()
 
 
 def metadata_of(artifact: Artifact) -> dict[str, str]:
-    """Where a graph came from: digest of the recipe's text, format, family."""
-    recipe = artifact.manifest.get("recipe", "")
-    text = recipe if isinstance(recipe, str) else json.dumps(recipe, sort_keys=True)
+    """Where a graph came from: digest of the recipe, family, widths."""
     return {
-        "flatq.recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "flatq.recipe_digest": str(artifact.manifest.get("recipe_digest", "")),
         "flatq.family": artifact.config.family,
         "flatq.decoder": json.dumps(artifact.config.to_dict(), sort_keys=True),
     }
@@ -92,9 +109,12 @@ def _notes(artifact: Artifact, options: OnnxOptions) -> list[str]:
             name for name in ("embed",) + (() if artifact.config.tied_head else ("head",)) if name not in artifact.grids
         ]
         if plain or ends:
-            notes.append(f"stored as float32, for they have no codes: {', '.join([*plain, *ends])}")
+            floats = "float16" if options.activations == "fp16" else "float32"
+            notes.append(f"stored as {floats}, for they have no codes: {', '.join([*plain, *ends])}")
         if any(grid.bits == 3 for grid in artifact.grids.values()):
             notes.append("3-bit codes are stored in 4 bits, for there is no 3-bit kernel")
+    if options.target in ("genai", "optimum") and not (artifact.root / TOKENIZER).exists():
+        notes.append(f"the artifact has no {TOKENIZER}, so {options.target} can only be given token ids")
     if options.fused_rope:
         notes.append("a padded batch must be padded on the right; left_padding: true takes both")
     return notes

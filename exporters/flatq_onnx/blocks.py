@@ -78,11 +78,10 @@ class Blocks:
         """Shape of the packed zero points, uint8 [n, bytes of a row's zeros]."""
         return self.rows, -(-self.count * self.bits // 8)
 
-    @property
-    def nbytes(self) -> int:
-        """Size in the file."""
+    def nbytes(self, scale: int = 4) -> int:
+        """Size in the file when a scale has ``scale`` bytes."""
         zeros = self.zeros_shape[1] if self.has_zeros else 0
-        return self.rows * (self.count * (self.block * self.bits // 8 + 4) + zeros)
+        return self.rows * (self.count * (self.block * self.bits // 8 + scale) + zeros)
 
 
 def pack_codes(weight: QuantizedWeight, blocks: Blocks) -> Bytes:

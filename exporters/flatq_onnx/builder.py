@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-OPSET = 23
+OPSET = 23  # the first with RMSNormalization; TensorScatter needs one more
 IR_VERSION = 11  # the one that came with opset 23
 MICROSOFT = "com.microsoft"
 
-FLOAT, INT64, INT32, UINT8, BOOL = (
+FLOAT, FLOAT16, INT64, INT32, UINT8, BOOL = (
     ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
     ir.DataType.INT64,
     ir.DataType.INT32,
     ir.DataType.UINT8,
@@ -29,17 +30,23 @@ Dims = Sequence[int | str]
 
 
 class Builder:
-    """Collects inputs, nodes and initializers of one graph."""
+    """Collects inputs, nodes and initializers of one graph.
 
-    def __init__(self) -> None:
+    Args:
+        float_type: of every tensor that is not said to be of another type.
+        opset: of the standard operators.
+    """
+
+    def __init__(self, float_type: Any = FLOAT, opset: int = OPSET) -> None:
+        self.float_type = float_type
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._nodes: list[Any] = []
         self._initializers: dict[str, Any] = {}
         self._taken: dict[str, int] = {}
-        self._domains = {"": OPSET}
+        self._domains = {"": opset}
 
-    def input(self, name: str, shape: Dims, dtype: Any) -> Any:
+    def input(self, name: str, shape: Dims, dtype: Any = None) -> Any:
         """A graph input."""
         value = self._value(name, shape, dtype)
         self._inputs.append(value)
@@ -58,20 +65,23 @@ class Builder:
 
     def constant(self, name: str, array: NDArray[Any]) -> Any:
         """A small initializer, made now; asking again for the same name gives the same value."""
-        return self.weight(name, array.shape, ir.DataType.from_numpy(array.dtype), lambda: array)
+        return self.weight(name, array.shape, lambda: array, ir.DataType.from_numpy(array.dtype))
 
-    def weight(self, name: str, shape: Sequence[int], dtype: Any, make: Callable[[], NDArray[Any]]) -> Any:
-        """An initializer whose content is made when the file is written."""
+    def weight(self, name: str, shape: Sequence[int], make: Callable[[], NDArray[Any]], dtype: Any = None) -> Any:
+        """An initializer whose content is made, and brought to its type, when the file is written."""
         if name not in self._initializers:
             value = self._value(name, shape, dtype)
-            value.const_value = ir.LazyTensor(
-                lambda: ir.Tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
-            )
+            wanted = value.dtype.numpy()
+
+            def tensor() -> Any:
+                return ir.Tensor(make().astype(wanted, copy=False), name=name)
+
+            value.const_value = ir.LazyTensor(tensor, dtype=value.dtype, shape=ir.Shape(shape), name=name)
             self._initializers[name] = value
         return self._initializers[name]
 
     def op(
-        self, kind: str, inputs: Sequence[Any], shape: Dims, *, dtype: Any = FLOAT, domain: str = "", **attributes: Any
+        self, kind: str, inputs: Sequence[Any], shape: Dims, *, dtype: Any = None, domain: str = "", **attributes: Any
     ) -> Any:
         """A node with one output."""
         return self.ops(kind, inputs, [shape], dtype=dtype, domain=domain, **attributes)[0]
@@ -82,7 +92,7 @@ class Builder:
         inputs: Sequence[Any],
         shapes: Sequence[Dims],
         *,
-        dtype: Any = FLOAT,
+        dtype: Any = None,
         domain: str = "",
         **attributes: Any,
     ) -> list[Any]:
@@ -109,9 +119,8 @@ class Builder:
         self._taken[kind] = self._taken.get(kind, -1) + 1
         return f"{kind}_{self._taken[kind]}"
 
-    @staticmethod
-    def _value(name: str, shape: Dims, dtype: Any) -> Any:
-        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    def _value(self, name: str, shape: Dims, dtype: Any) -> Any:
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype or self.float_type))
 
 
 def ints(*values: int) -> NDArray[np.int64]:

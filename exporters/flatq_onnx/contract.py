@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,10 +20,11 @@ from flatq_onnx.options import OnnxOptions
 CONTRACT = "flatq_onnx.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+MOBILE = "model.ort"
 
 
 class CacheShape(BaseModel):
-    """One layer's cache: keys [b, heads, t, key_width] and values [b, heads, t, value_width], float32."""
+    """One layer's cache: keys [b, heads, t, key_width] and values [b, heads, t, value_width]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,7 +38,10 @@ class Contract(BaseModel):
 
     Attributes:
         left_padding: whether a left-padded batch is right; if not, padding must stand on the right.
-        shared_cache: whether past and present may be one buffer, longer than what it holds.
+        growth: how past becomes present. ``fixed``: both are one buffer with room for more than it holds, the mask is
+            as long as the buffer, and so all shapes stay as they are; ``shared``: the same, but the mask ends at the
+            last token; ``returned``: present is a new tensor, longer than past.
+        float_type: of cache and logits.
         context_length: positions that the graph can place; None is no limit of the graph.
         token_ids: the model's bos, eos and pad ids as its own configuration has them.
         layers: widths of each layer.
@@ -50,7 +54,8 @@ class Contract(BaseModel):
     attention: str
     precision: str
     left_padding: bool
-    shared_cache: bool
+    growth: Literal["fixed", "shared", "returned"]
+    float_type: Literal["float32", "float16"]
     context_length: int | None
     sliding_window: int | None
     vocab: int
@@ -65,23 +70,30 @@ class Contract(BaseModel):
     def of(cls, artifact: Artifact, options: OnnxOptions) -> Contract:
         """The contract of an artifact's export."""
         config = artifact.config
-        wide = options.attention == "gqa"
+        reduced = options.attention == "reduced"
         pairs = [f"{index}.{part}" for index in range(len(config.layers)) for part in ("key", "value")]
         return cls(
+            model=MOBILE if options.target == "mobile" else MODEL,
             attention=options.attention,
             precision=options.precision,
             left_padding=not options.fused_rope,
-            shared_cache=wide,
+            growth="fixed" if reduced or options.fused_rope else "shared",
+            float_type="float16" if options.activations == "fp16" else "float32",
             context_length=(options.context_length or config.max_positions) if options.fused_rope else None,
             sliding_window=config.sliding_window,
             vocab=config.vocab,
             token_ids={name: value for name, value in artifact.settings.items() if name.endswith("_token_id")},
-            inputs=["input_ids", "attention_mask", *(f"past_key_values.{pair}" for pair in pairs)],
+            inputs=[
+                "input_ids",
+                "attention_mask",
+                *(["cache_position"] if reduced else []),
+                *(f"past_key_values.{pair}" for pair in pairs),
+            ],
             optional_inputs=["logits_from"],
             outputs=["logits", *(f"present.{pair}" for pair in pairs)],
             layers=[asdict(dims) for dims in config.layers],
             cache=[
-                CacheShape(heads=dims.kv_heads, key_width=dims.d_qk, value_width=dims.d_qk if wide else dims.d_v)
+                CacheShape(heads=dims.kv_heads, key_width=dims.d_qk, value_width=dims.d_v if reduced else dims.d_qk)
                 for dims in config.layers
             ],
         )

@@ -1,9 +1,10 @@
 """The whole decoder as one ONNX graph, drawn straight from the configuration.
 
 No tracing: a traced graph of the same model has four times as many nodes, cannot name its cache, and knows no
-MatMulNBits. Inputs are ``input_ids`` [b, s], ``attention_mask`` [b, t] (1 = valid) and the cache; outputs are
-``logits`` and the new cache. ``logits_from`` may be left out: logits are made for positions from there on (-1 is
-the last one only), which spares a long prompt the head's work at positions whose logits nobody reads.
+MatMulNBits. Inputs are ``input_ids`` [b, s], ``attention_mask`` [b, t] (1 = valid), the cache and, with
+``attention: reduced``, ``cache_position`` [b], the place in the cache that a row's first new token gets; outputs are
+``logits`` and the new cache. ``logits_from`` may be left out: logits are made for positions from there on (-1 is the
+last one only), which spares a long prompt the head's work at positions whose logits nobody reads.
 
 Norms are RMSNormalization of opset 23, because onnx's checker rejects onnxruntime's older
 SimplifiedLayerNormalization, which claims to be a standard operator; both are equally fast.
@@ -17,7 +18,7 @@ from typing import Any
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid
 from flatq_onnx.attention import Attention, Grouped, Reduced
-from flatq_onnx.builder import FLOAT, INT64, Builder, Dims, ints
+from flatq_onnx.builder import FLOAT, FLOAT16, INT64, Builder, Dims, ints
 from flatq_onnx.matmul import TOKENS, Linears, Part, Read
 from flatq_onnx.options import OnnxOptions
 
@@ -40,7 +41,9 @@ def draw(
 class _Sheet:
     def __init__(self, config: DecoderConfig, grids: Mapping[str, Grid], read: Read, options: OnnxOptions) -> None:
         self.config, self.options = config, options
-        self.builder = Builder()
+        self.builder = Builder(
+            FLOAT16 if options.activations == "fp16" else FLOAT, opset=24 if options.attention == "reduced" else 23
+        )
         self.linears = Linears(self.builder, grids, read, options.accuracy_level)
 
     def model(self, metadata: dict[str, str]) -> Any:
@@ -75,7 +78,7 @@ class _Sheet:
         dims = self.config.layers[index]
         widths = {"key": dims.d_qk, "value": attention.value_width(dims)}
         keys, values = (
-            self.builder.input(f"past_key_values.{index}.{part}", ["batch", dims.kv_heads, "past", width], FLOAT)
+            self.builder.input(f"past_key_values.{index}.{part}", ["batch", dims.kv_heads, attention.past, width])
             for part, width in widths.items()
         )
         return keys, values

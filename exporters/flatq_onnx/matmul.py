@@ -22,7 +22,7 @@ from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.weights import dense
 from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
-from flatq_onnx.builder import FLOAT, MICROSOFT, UINT8, Builder, Dims, ints
+from flatq_onnx.builder import MICROSOFT, UINT8, Builder, Dims, ints
 
 Read = Callable[[str], Tensor | QuantizedWeight]
 TOKENS: tuple[int | str, ...] = ("batch", "sequence")
@@ -79,7 +79,7 @@ class Linears:
         def transposed() -> NDArray[Any]:
             return np.ascontiguousarray(dense(self._weight(parts)).numpy().T)
 
-        weight = self.builder.weight(f"{name}.weight", (first.columns, rows), FLOAT, transposed)
+        weight = self.builder.weight(f"{name}.weight", (first.columns, rows), transposed)
         product = self.builder.op("MatMul", [x, weight], [*lead, rows])
         return product if bias is None else self.builder.op("Add", [product, bias], [*lead, rows])
 
@@ -87,10 +87,12 @@ class Linears:
         """Each part's output, from one node if they can be stacked."""
         if len(parts) == 1 or not self.can_stack(parts):
             return [self.stacked(x, [part], lead) for part in parts]
-        sizes = [part.rows for part in parts]
+        return self.split(self.stacked(x, parts, lead), [part.rows for part in parts], lead)
+
+    def split(self, x: Any, sizes: Sequence[int], lead: Dims = TOKENS) -> list[Any]:
+        """Consecutive columns of ``x``."""
         sections = self.builder.constant("split." + "_".join(map(str, sizes)), ints(*sizes))
-        shapes = [[*lead, size] for size in sizes]
-        return self.builder.ops("Split", [self.stacked(x, parts, lead), sections], shapes, axis=-1)
+        return self.builder.ops("Split", [x, sections], [[*lead, size] for size in sizes], axis=-1)
 
     def embed(self, tokens: Any, config: DecoderConfig) -> Any:
         """Rows of the embedding, int64 [b, s] -> [b, s, m]."""
@@ -101,20 +103,27 @@ class Linears:
             return self.builder.op("Gather", [table, tokens], [*TOKENS, part.columns], axis=0)
         blocks = Blocks.of(grid, part.rows, part.columns, lookup=True)
         codes, scales, *zeros = self._packed("embed", (part,), blocks)
-        flat = [part.rows, blocks.codes_shape[1] * blocks.codes_shape[2]]
-        shape = self.builder.constant("shape.table", ints(-1, flat[1]))
-        codes = self.builder.op("Reshape", [codes, shape], flat, dtype=UINT8)
-        filled = blocks.count * blocks.block
+        filled, axis = blocks.count * blocks.block, 2
+        if zeros:  # their bytes go with a table of two axes
+            flat = blocks.codes_shape[1] * blocks.codes_shape[2]
+            shape = self.builder.constant("shape.table", ints(-1, flat))
+            codes, axis = self.builder.op("Reshape", [codes, shape], [part.rows, flat], dtype=UINT8), 1
+        else:  # the head's codes as they are: in another shape onnxruntime would keep a second copy of them
+            shape = self.builder.constant("shape.scales", ints(*blocks.scales_shape, 1))
+            scales = self.builder.op("Reshape", [scales, shape], [*blocks.scales_shape, 1])
         rows = self.builder.op(
             "GatherBlockQuantized",
             [codes, tokens, scales, *zeros],
-            [*TOKENS, filled],
+            [*TOKENS, filled] if zeros else [*TOKENS, blocks.count, blocks.block],
             domain=MICROSOFT,
             bits=blocks.bits,
             block_size=blocks.block,
             gather_axis=0,
-            quantize_axis=1,
+            quantize_axis=axis,
         )
+        if not zeros:
+            joined = self.builder.constant(f"shape.{filled}", ints(0, 0, filled))
+            rows = self.builder.op("Reshape", [rows, joined], [*TOKENS, filled])
         if filled == part.columns:
             return rows
         limits = [self.builder.constant(f"const.{value}", ints(value)) for value in (0, part.columns, 2)]
@@ -134,11 +143,11 @@ class Linears:
 
     def vector(self, name: str, width: int) -> Any:
         """A norm's weight as an initializer, [width]."""
-        return self.builder.weight(name, (width,), FLOAT, lambda: dense(self._read(name)).numpy())
+        return self.builder.weight(name, (width,), lambda: dense(self._read(name)).numpy())
 
     def _plain_table(self, part: Part) -> Any:
         return self.builder.weight(
-            f"{part.stem}.weight", (part.rows, part.columns), FLOAT, lambda: dense(self._weight((part,))).numpy()
+            f"{part.stem}.weight", (part.rows, part.columns), lambda: dense(self._weight((part,))).numpy()
         )
 
     def _n_bits(self, x: Any, name: str, parts: tuple[Part, ...], blocks: Blocks, bias: Any, lead: Dims) -> Any:
@@ -170,11 +179,11 @@ class Linears:
             return make
 
         values = [
-            self.builder.weight(f"{name}.codes", blocks.codes_shape, UINT8, made(pack_codes)),
-            self.builder.weight(f"{name}.scales", blocks.scales_shape, FLOAT, made(pack_scales)),
+            self.builder.weight(f"{name}.codes", blocks.codes_shape, made(pack_codes), UINT8),
+            self.builder.weight(f"{name}.scales", blocks.scales_shape, made(pack_scales)),
         ]
         if blocks.has_zeros:
-            values.append(self.builder.weight(f"{name}.zeros", blocks.zeros_shape, UINT8, made(pack_zeros)))
+            values.append(self.builder.weight(f"{name}.zeros", blocks.zeros_shape, made(pack_zeros), UINT8))
         return values
 
     def _bias(self, name: str, parts: tuple[Part, ...], rows: int) -> Any:
@@ -182,7 +191,7 @@ class Linears:
             vectors = [self._shaped(part, dense(self._read(f"{part.stem}.bias"))) for part in parts]
             return dense(stack_rows(vectors)).numpy()
 
-        return self.builder.weight(f"{name}.bias", (rows,), FLOAT, make)
+        return self.builder.weight(f"{name}.bias", (rows,), make)
 
     def _weight(self, parts: tuple[Part, ...]) -> Tensor | QuantizedWeight:
         """The stacked matrix; the latest is kept, for its codes, scales and zeros are asked for one by one."""

@@ -6,25 +6,42 @@ Nothing here needs onnx: a recipe is checked on a machine that only has the core
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid
 from flatq_onnx.blocks import LEAST_BLOCK, block_of
+
+CUDA_ROWS = 64
+
+
+# What each consumer needs; a recipe may still say otherwise, as long as `objections` has nothing against it.
+TARGETS: Mapping[str, Mapping[str, Any]] = {
+    "ort": {},
+    "mobile": {},
+    "genai": {"attention": "gqa"},
+    "optimum": {"attention": "gqa", "left_padding": True},
+    "cuda": {"attention": "gqa", "activations": "fp16"},
+}
 
 
 class OnnxOptions(BaseModel):
     """Options of ``exports: - onnx: {...}``.
 
     Attributes:
-        attention: ``reduced`` is the Attention operator of opset 23 with a value cache that is truly narrower; it is
-            right for left- and right-padded batches. ``gqa`` is onnxruntime's GroupQueryAttention, whose value heads
-            are as wide as the keys' (missing columns are zero): the usual cache shape, updated in place, which other
-            programs expect.
-        precision: ``fp32``, or ``int4`` for MatMulNBits nodes that hold the artifact's own codes, whatever their
-            bits (the name is that of the usual case); linears without a grid stay float32.
+        target: the program that will run the graph; sets the layout, the type of numbers and the files beside it.
+            ``ort`` is onnxruntime itself on a CPU; ``genai`` onnxruntime-genai (``genai_config.json`` and tokenizer);
+            ``optimum`` ORTModelForCausalLM, right for left-padded batches (configuration and tokenizer as
+            transformers 4 reads them); ``cuda`` onnxruntime on CUDA; ``mobile`` one ``.ort`` file, opened with little
+            memory.
+        attention: ``reduced`` has a value cache as narrow as the model's value heads, written in place, and is right
+            for left- and right-padded batches. ``gqa`` is onnxruntime's GroupQueryAttention, whose value heads are as
+            wide as the keys' (missing columns are zero): the usual cache shape, which other programs expect.
+        precision: ``fp32``, ``fp16``, or ``int4`` for MatMulNBits nodes that hold the artifact's own codes, whatever
+            their bits (the name is that of the usual case); linears without a grid stay plain.
+        activations: type of all numbers that are not codes, the cache included.
         accuracy_level: what MatMulNBits may compute in: 4 int8 activations (fast), 0 and 1 float32.
         left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, so that left-padded
             batches are right. Without it a padded batch must be padded on the right.
@@ -37,13 +54,24 @@ class OnnxOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    target: Literal["ort", "genai", "optimum", "cuda", "mobile"] = "ort"
     attention: Literal["reduced", "gqa"] = "reduced"
-    precision: Literal["fp32", "int4"] = "int4"
+    precision: Literal["fp32", "fp16", "int4"] = "int4"
+    activations: Literal["fp32", "fp16"] = "fp32"
     accuracy_level: Literal[0, 1, 4] = 4
     left_padding: bool = False
     last_logits_only: bool = False
     context_length: int | None = Field(default=None, ge=1)
     external_data_above: int = Field(default=1_500_000_000, ge=0, le=1_500_000_000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_target_wants(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        half = {"activations": "fp16"} if data.get("precision") == "fp16" else {}
+        wanted = data.get("target", "ort")
+        return {**half, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
 
     @property
     def fused_rope(self) -> bool:
@@ -53,7 +81,52 @@ class OnnxOptions(BaseModel):
 
 def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
     """Why this model cannot be written with these options, each with the way out."""
-    return [*_shape_objections(config, options), *_grid_objections(grids, options)]
+    return [
+        *_target_objections(config, grids, options),
+        *_shape_objections(config, options),
+        *_grid_objections(grids, options),
+    ]
+
+
+def _target_objections(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
+    found = []
+    target, floats = options.target, {"fp32": "fp32", "fp16": "fp16"}.get(options.precision, options.activations)
+    if floats != options.activations:
+        found.append(f"onnx: precision {floats} with activations {options.activations}; leave activations out")
+    if target in ("genai", "optimum", "cuda") and options.attention != "gqa":
+        found.append(f"onnx: target: {target} needs attention: gqa, for it has one cache shape; leave attention out")
+    if target == "optimum" and not options.left_padding:
+        found.append("onnx: target: optimum pads on the left; leave left_padding out")
+    if target == "cuda" and options.left_padding:
+        found.append(
+            "onnx: target: cuda with left_padding takes CUDA's slow path; leave it out, or use target: optimum"
+        )
+    if target == "cuda" and options.activations != "fp16":
+        found.append("onnx: target: cuda computes in fp16; leave activations out, or use precision: fp16")
+    if target == "cuda" and options.precision == "int4":
+        found += _cuda_shapes(config, grids)
+    return found
+
+
+def _cuda_shapes(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
+    """CUDA's fast product with codes takes outputs in 64s and whole blocks of inputs."""
+    found: dict[str, list[str]] = {}
+    for index, dims in enumerate(config.layers):
+        for linear in ("o", "gate", "up", "down"):  # q, k and v are filled up, embedding and head are not narrowed
+            grid = grids.get(f"layers.{index}.{linear}")
+            block = None if grid is None else block_of(grid, dims.shape(linear, config.d_model)[1])
+            if block is None:
+                continue
+            rows, columns = dims.shape(linear, config.d_model)
+            if rows % CUDA_ROWS:
+                found.setdefault(f"outputs in multiples of {CUDA_ROWS}", []).append(f"layers.{index}.{linear} {rows}")
+            if columns % block:
+                found.setdefault(f"inputs in whole blocks of {block}", []).append(f"layers.{index}.{linear} {columns}")
+    return [
+        f"onnx: target: cuda needs {what}, not so in {places[0]} and {len(places) - 1} more; set the flat stage's "
+        "rank_multiple and width_multiple so, or use a smaller group_size"
+        for what, places in found.items()
+    ]
 
 
 def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
@@ -79,7 +152,7 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
 
 
 def _grid_objections(grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
-    if options.precision == "fp32":
+    if options.precision != "int4":
         return []
     if not grids:
         return [

@@ -1,4 +1,4 @@
-"""Writing the graph: one file, or two when the weights are large."""
+"""Writing the graph: one file, or two when the weights are large, or onnxruntime's own ``.ort`` file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime as ort
 
 from flatq.artifact import Artifact
 from flatq.errors import ExportError, FlatqError
-from flatq_onnx.contract import DATA, MODEL
+from flatq_onnx.contract import DATA, MOBILE, MODEL
 from flatq_onnx.graph import draw
 from flatq_onnx.options import OnnxOptions
 
@@ -18,6 +19,8 @@ SMALL = 1024  # tensors of fewer bytes stay in the graph's file, where shape inf
 
 def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: dict[str, str]) -> list[Path]:
     """Write ``model.onnx`` and, above the options' threshold, ``model.onnx.data``; each appears whole or not at all.
+
+    For ``target: mobile`` it is ``model.ort`` instead.
 
     Raises:
         ExportError: a tensor cannot be read or a file cannot be written; an error of flatq's own comes as it is.
@@ -34,10 +37,46 @@ def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: di
         if isinstance(cause, FlatqError):
             raise cause from None
         raise ExportError(f"{out}: the graph cannot be written: {cause}; mend that and export again") from problem
+    if options.target == "mobile":
+        return [_converted(partial, out, external)]
+    _appear(partial, out / MODEL)
+    return [out / MODEL] if external is None else [out / MODEL, out / DATA]
+
+
+def convert(source: Path, target: Path, form: str, *, optimize: bool = False) -> None:
+    """Load a graph and save it in another format, ``ORT`` or ``ONNX``.
+
+    Only rewrites that hold on every processor are made (``optimize``), and no weight is rearranged for this one.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if optimize else levels.ORT_DISABLE_ALL
+    options.optimized_model_filepath = str(target)
+    options.add_session_config_entry("session.save_model_format", form)
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+def _converted(graph: Path, out: Path, external: str | None) -> Path:
+    partial = out / f"{MOBILE}.partial"
+    try:
+        convert(graph, partial, "ORT", optimize=True)
+    except Exception as problem:  # onnxruntime's own exceptions have no common type but this
+        partial.unlink(missing_ok=True)
+        raise ExportError(f"{out}: onnxruntime {ort.__version__} cannot write {MOBILE}: {problem}") from problem
+    finally:
+        graph.unlink()
+        if external is not None:
+            (out / external).unlink()
+    _appear(partial, out / MOBILE)
+    return out / MOBILE
+
+
+def _appear(partial: Path, path: Path) -> None:
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
-    partial.replace(out / MODEL)
-    return [out / MODEL] if external is None else [out / MODEL, out / DATA]
+    partial.replace(path)
 
 
 def _first_cause(problem: BaseException) -> BaseException:

@@ -7,6 +7,7 @@ which node went where is read.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import onnx
 import onnxruntime as ort
 
 from flatq.errors import ExportError
+from flatq_onnx.saving import convert
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 WORK = frozenset(  # the operators that take the time; a few shape computations may sit on the CPU by right
@@ -30,6 +32,8 @@ WORK = frozenset(  # the operators that take the time; a few shape computations 
         "RotaryEmbedding",
         "SimplifiedLayerNormalization",
         "SkipSimplifiedLayerNormalization",
+        "Softmax",
+        "TensorScatter",
     }
 )
 
@@ -56,7 +60,9 @@ class Session:
         return f"{self.wanted} (but {len(self.fallbacks)} nodes elsewhere: {shown})"
 
 
-def open_session(path: Path, *, provider: str = "auto", threads: int = 0, exact: bool = False) -> Session:
+def open_session(
+    path: Path, *, provider: str = "auto", threads: int = 0, exact: bool = False, replay: bool = False
+) -> Session:
     """Load a graph.
 
     Args:
@@ -64,6 +70,7 @@ def open_session(path: Path, *, provider: str = "auto", threads: int = 0, exact:
         provider: ``auto`` is CUDA where there is one.
         threads: 0 is one per physical core.
         exact: let MatMulNBits compute with float32 activations.
+        replay: on CUDA, let a step be recorded as a CUDA graph; every run must then say which one it is.
 
     Raises:
         ExportError: the file cannot be loaded, or CUDA was asked for and cannot be had.
@@ -73,12 +80,13 @@ def open_session(path: Path, *, provider: str = "auto", threads: int = 0, exact:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # warnings speak of our optional input; errors are raised
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    source: str | bytes = str(path)
-    if exact:
-        source = _with_float_activations(path)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    cuda = (CUDA, {"enable_cuda_graph": "1" if replay else "0", "arena_extend_strategy": "kSameAsRequested"})
     try:
-        session = ort.InferenceSession(source, options, providers=[wanted] if wanted == CPU else [wanted, CPU])
+        source: str | bytes = str(path)
+        if exact:
+            source = _with_float_activations(path)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        session = ort.InferenceSession(source, options, providers=[CPU] if wanted == CPU else [cuda, CPU])
     except Exception as problem:  # onnxruntime's own exceptions have no common type but this
         raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {problem}") from problem
     if wanted not in session.get_providers():
@@ -86,6 +94,11 @@ def open_session(path: Path, *, provider: str = "auto", threads: int = 0, exact:
             raise ExportError(_no_cuda("its libraries could not be loaded"))
         wanted = CPU
     return Session(session, wanted, _elsewhere(session, wanted))
+
+
+def available() -> tuple[str, ...]:
+    """The providers that this build of onnxruntime has, as ``open_session`` calls them."""
+    return ("cpu", "cuda") if CUDA in ort.get_available_providers() else ("cpu",)
 
 
 def _choose(provider: str) -> str:
@@ -103,6 +116,11 @@ def _no_cuda(why: str) -> str:
 
 def _with_float_activations(path: Path) -> bytes:
     """The graph with every MatMulNBits at accuracy level 0; weights in a file of their own stay there."""
+    if path.suffix == ".ort":
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "model.onnx"
+            convert(path, plain, "ONNX")
+            return _with_float_activations(plain)
     model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:

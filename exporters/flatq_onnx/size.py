@@ -10,8 +10,7 @@ from flatq.quantize.grid import Grid
 from flatq_onnx.blocks import Blocks
 from flatq_onnx.options import OnnxOptions
 
-FLOAT_BYTES = 4
-LAYER_GRAPH_BYTES = 5300  # nodes, names and shapes of a layer in the protobuf file, as measured
+LAYER_GRAPH_BYTES = {False: 5300, True: 25_000}  # nodes, names, shapes of a layer, as measured; True: in an .ort file
 ENDS_GRAPH_BYTES = 8000
 
 
@@ -23,31 +22,35 @@ def estimated_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: O
 
 
 def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
-    dims = config.layers[index]
-    total = LAYER_GRAPH_BYTES + 2 * config.d_model * FLOAT_BYTES
-    total += 2 * dims.d_qk * FLOAT_BYTES if config.qk_norm else 0
+    dims, number = config.layers[index], _number_bytes(options)
+    total = LAYER_GRAPH_BYTES[options.target == "mobile"] + 2 * config.d_model * number
+    total += 2 * dims.d_qk * number if config.qk_norm else 0
     for linear in LINEARS:
         rows, columns = dims.shape(linear, config.d_model)
         if linear == "v" and options.attention == "gqa":
             rows = dims.kv_heads * dims.d_qk
-        total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"))
-        total += rows * FLOAT_BYTES if config.has_bias(linear) else 0
+        total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"), number)
+        total += rows * number if config.has_bias(linear) else 0
     return total
 
 
 def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
     """Embedding, head, final norm and rotary tables."""
-    table = config.vocab, config.d_model
-    total = config.d_model * FLOAT_BYTES + matrix_bytes(*table, grids.get("embed"), lookup=True)
+    table, number = (config.vocab, config.d_model), _number_bytes(options)
+    total = config.d_model * number + matrix_bytes(*table, grids.get("embed"), number, lookup=True)
     if not config.tied_head:
-        total += matrix_bytes(*table, grids.get("head"))
+        total += matrix_bytes(*table, grids.get("head"), number)
     if options.fused_rope:
-        total += (options.context_length or config.max_positions) * config.layers[0].d_qk * FLOAT_BYTES
+        total += (options.context_length or config.max_positions) * config.layers[0].d_qk * number
     return total
 
 
-def matrix_bytes(rows: int, columns: int, grid: Grid | None, *, lookup: bool = False) -> int:
-    """Bytes of one matrix in the file."""
+def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, *, lookup: bool = False) -> int:
+    """Bytes of one matrix in the file; a scale or a plain weight has ``number`` bytes."""
     if grid is None:
-        return prod((rows, columns, FLOAT_BYTES))
-    return Blocks.of(grid, rows, columns, lookup=lookup).nbytes
+        return prod((rows, columns, number))
+    return Blocks.of(grid, rows, columns, lookup=lookup).nbytes(number)
+
+
+def _number_bytes(options: OnnxOptions) -> int:
+    return 2 if options.activations == "fp16" else 4

@@ -54,6 +54,12 @@ class SafetensorsExporter:
 
         return write_folder(artifact, out, options)
 
+    def providers(self) -> tuple[str, ...]:
+        """See ``flatq.export.Exporter.providers``."""
+        import torch
+
+        return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
     def open(
         self,
         exported: Path,

@@ -26,6 +26,7 @@ from flatq.export import Exported, exporter_named
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
+from flatq_onnx.cache import cache_shapes
 from flatq_onnx.runner import OnnxRunner
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
 from tests.models import tiny_config
@@ -44,6 +45,7 @@ GRIDS: dict[str, tuple[Grid | None, Grid | None]] = {  # of the layers' linears,
     "3-bit": (Grid(3, 32, symmetric=False), Grid(3, 48)),
     "2-bit": (Grid(2, -1), Grid(2, 16, symmetric=False)),
 }
+HALF_SHARE = 0.02  # of the logits' spread, what float16 may move a logit by
 SWITCHES: dict[str, dict[str, Any]] = {
     "qkv_bias": {"qkv_bias": True},
     "all biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
@@ -65,6 +67,17 @@ def export(artifact: Artifact, **options: Any) -> tuple[Exported, OnnxOptions]:
 def opened(artifact: Artifact, *, exact: bool = True, **options: Any) -> OnnxRunner:
     exported, _ = export(artifact, **options)
     return OnnxRunner(exported.root, provider="cpu", threads=1, exact=exact)
+
+
+def empty_past(runner: OnnxRunner, batch: int, positions: int) -> dict[str, NDArray[Any]]:
+    """What a program of one's own feeds first: a cache of zeros, with room for all where the graph wants room."""
+    contract = runner.contract
+    room = positions if "cache_position" in contract.inputs else 0
+    feeds: dict[str, NDArray[Any]] = {
+        f"past_key_values.{name}": np.zeros(shape, contract.float_type)
+        for name, shape in cache_shapes(contract, batch, room)
+    }
+    return feeds | ({"cache_position": np.zeros(batch, np.int64)} if room else {})
 
 
 def decoded(runner: OnnxRunner, tokens: NDArray[np.int64], prompt: int) -> NDArray[np.float32]:
@@ -161,7 +174,7 @@ def test_packed_bytes_stand_for_the_same_numbers(
     blocks = Blocks.of(weight.grid, rows, columns, lookup=lookup)
     codes, scales, zeros = pack_codes(weight, blocks), pack_scales(weight, blocks), pack_zeros(weight, blocks)
     assert (codes.shape, scales.shape, zeros.shape) == (blocks.codes_shape, blocks.scales_shape, blocks.zeros_shape)
-    assert blocks.nbytes == codes.nbytes + scales.nbytes + blocks.has_zeros * zeros.nbytes
+    assert blocks.nbytes() == codes.nbytes + scales.nbytes + blocks.has_zeros * zeros.nbytes
 
     def unpacked(data: NDArray[np.uint8]) -> NDArray[np.int64]:
         flat = np.unpackbits(data.reshape(rows, -1), axis=1, bitorder="little").reshape(rows, -1, blocks.bits)
@@ -219,20 +232,36 @@ def test_a_left_padded_batch_decodes_like_its_rows_where_the_graph_allows_it(
     artifact = make_artifact(tiny_config(d_v=(16, 11)))
     runner = opened(artifact, **LAYOUTS[layout])
     tokens, valid = some_tokens(artifact.config, 2, 7), np.array(PADDINGS["left"])
-    session = runner.session.ort
-    feeds = {"input_ids": tokens[:, :5], "attention_mask": valid[:, :5]}
-    for spec in session.get_inputs()[2:]:
-        feeds[spec.name] = np.zeros((2, spec.shape[1], 0, spec.shape[3]), np.float32)
+    session, room = runner.session.ort, layout == "reduced"
     names = [output.name for output in session.get_outputs()]
-    rows = []
-    for place in range(5, 8):
+    past, first, rows = empty_past(runner, 2, 7), 0, []
+    for end in range(5, 8):
+        mask = valid * (np.arange(7) < end) if room else valid[:, :end]
+        feeds = {"input_ids": tokens[:, first:end], "attention_mask": mask, **past}
         logits, *cache = session.run(names, feeds)
         rows.append(logits[:, -1])
-        if place < 7:
-            feeds = {"input_ids": tokens[:, place : place + 1], "attention_mask": valid[:, : place + 1]}
-            feeds |= {name.replace("present", "past_key_values"): v for name, v in zip(names[1:], cache, strict=True)}
+        past = {name.replace("present", "past_key_values"): v for name, v in zip(names[1:], cache, strict=True)}
+        past |= {"cache_position": np.full(2, end)} if room else {}
+        first = end
     wanted = reference_logits(artifact, tokens, valid)[:, 4:]
     assert np.abs(np.stack(rows, 1) - wanted).max() < TOLERANCE
+
+
+def test_rows_of_different_lengths_go_on_where_each_ends(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config(d_v=(16, 11)))
+    runner = opened(artifact)
+    tokens, lengths = some_tokens(artifact.config, 2, 6), np.array([3, 5])
+    mask = (np.arange(6) < lengths[:, None]).astype(np.int64)
+    names = [output.name for output in runner.session.ort.get_outputs()]
+    feeds = {"input_ids": tokens[:, :5], "attention_mask": mask, **empty_past(runner, 2, 6)}
+    _, *cache = runner.session.ort.run(names, feeds)
+    mask[np.arange(2), lengths] = 1
+    feeds = {"input_ids": tokens[:, 5:], "attention_mask": mask, "cache_position": lengths}
+    feeds |= {name.replace("present", "past_key_values"): v for name, v in zip(names[1:], cache, strict=True)}
+    logits = runner.session.ort.run(["logits"], feeds)[0][:, 0]
+    for row, length in enumerate(lengths):
+        alone = np.concatenate([tokens[row, :length], tokens[row, 5:]])[None]
+        assert np.abs(logits[row] - reference_logits(artifact, alone)[0, -1]).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("precision", [name for name in GRIDS if name != "fp32"])
@@ -294,9 +323,7 @@ def test_logits_can_be_asked_for_the_last_position_only(make_artifact: MakeArtif
     artifact = make_artifact(tiny_config())
     runner = opened(artifact, last_logits_only=last_only)
     tokens = some_tokens(artifact.config, 2, 5)
-    feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-    for spec in runner.session.ort.get_inputs()[2:]:
-        feeds[spec.name] = np.zeros((2, spec.shape[1], 0, spec.shape[3]), np.float32)
+    feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), **empty_past(runner, 2, 5)}
     plain = runner.session.ort.run(["logits"], feeds)[0]
     assert plain.shape == (2, 1 if last_only else 5, artifact.config.vocab)
     assert runner.logits(tokens).shape == (2, 5, artifact.config.vocab)
@@ -326,14 +353,15 @@ def test_every_tensor_has_a_type_and_a_shape(make_artifact: MakeArtifact, layout
 
 def test_the_graph_and_its_contract_say_where_they_come_from(make_artifact: MakeArtifact) -> None:
     artifact = make_artifact(tiny_config(d_v=(16, 11)))
+    artifact.manifest["recipe_digest"] = "a" * 64
     root = export(artifact)[0].root
     properties = {entry.key: entry.value for entry in onnx.load(root / "model.onnx").metadata_props}
-    assert len(properties["flatq.recipe_sha256"]) == 64
+    assert properties["flatq.recipe_digest"] == "a" * 64
     assert DecoderConfig.from_dict(json.loads(properties["flatq.decoder"])) == artifact.config
     contract = json.loads((root / "flatq_onnx.json").read_text())
     assert contract["cache"][1] == {"heads": 2, "key_width": 16, "value_width": 11}
     assert contract["token_ids"] == {"bos_token_id": 1, "eos_token_id": 2}
-    assert not contract["shared_cache"]
+    assert contract["growth"] == "fixed"
     session = ort.InferenceSession(root / "model.onnx", providers=["CPUExecutionProvider"])
     assert contract["inputs"] == [spec.name for spec in session.get_inputs()]
     assert contract["outputs"] == [spec.name for spec in session.get_outputs()]
@@ -482,3 +510,112 @@ def test_cuda_says_what_the_artifact_says(make_artifact: MakeArtifact, layout: s
 def test_the_package_loads_without_its_runtime(tmp_path: Path) -> None:
     code = "import sys, flatq_onnx; sys.exit(bool({'onnx', 'onnx_ir', 'onnxruntime'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("grid", [None, Grid(4, 32), Grid(8, 32, symmetric=False)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float16_graphs_stay_close(make_artifact: MakeArtifact, layout: str, grid: Grid | None, tied: bool) -> None:
+    config = tiny_config(d_v=(16, 11), d_ff=(96, 77), tied_head=tied)
+    artifact = make_artifact(config, grid=grid, embed_grid=grid)
+    runner = opened(artifact, precision="int4" if grid else "fp16", activations="fp16", **LAYOUTS[layout])
+    path = str(runner.root / "model.onnx")
+    onnx.checker.check_model(path, full_check=True)
+    floats = {v.type.tensor_type.elem_type for v in onnx.load(path).graph.input} - {onnx.TensorProto.INT64}
+    assert floats == {onnx.TensorProto.FLOAT16}
+    tokens = some_tokens(artifact.config, 2, 9)
+    wanted = reference_logits(artifact, tokens)
+    limit = HALF_SHARE * wanted.std(-1).mean()
+    assert np.abs(runner.logits(tokens) - wanted).max() < limit
+    assert np.abs(decoded(runner, tokens, 4) - wanted[:, 3:]).max() < limit
+
+
+TARGET_FILES = {
+    "ort": {"model.onnx"},
+    "genai": {"model.onnx", "genai_config.json"},
+    "optimum": {"model.onnx", "config.json"},
+    "cuda": {"model.onnx"},
+    "mobile": {"model.ort"},
+}
+
+
+@pytest.mark.parametrize("target", TARGET_FILES)
+def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, target: str) -> None:
+    artifact = make_artifact(tiny_config(d_v=(16, 16), d_ff=(64, 128)), grid=Grid(4, 32), embed_grid=Grid(4, 32))
+    exported, options = export(artifact, target=target)
+    assert {path.name for path in exported.root.iterdir()} == TARGET_FILES[target] | {"flatq_onnx.json"}
+    assert set(exported.files) == set(exported.root.iterdir())
+    assert OnnxOptions(**options.model_dump()) == options
+    runner = OnnxRunner(exported.root, provider="cpu", threads=1, exact=True)
+    if target != "cuda":
+        assert_says_what_the_artifact_says(artifact, runner)
+    else:
+        assert runner.contract.float_type == "float16"
+    assert OnnxExporter().bytes(artifact.config, artifact.grids, options) == pytest.approx(exported.bytes, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "objection"),
+    [
+        ({"target": "genai", "attention": "reduced"}, "genai needs attention: gqa"),
+        ({"target": "optimum", "left_padding": False}, "pads on the left"),
+        ({"target": "cuda", "left_padding": True}, "slow path"),
+        ({"target": "cuda", "activations": "fp32"}, "computes in fp16"),
+        ({"precision": "fp16", "activations": "fp32"}, "leave activations out"),
+    ],
+)
+def test_what_a_target_cannot_take_is_refused(options: dict[str, Any], objection: str) -> None:
+    config, grids = tiny_config(d_ff=(64, 64)), {"layers.0.q": Grid(4, 32)}
+    (found,) = OnnxExporter().check(config, grids, OnnxOptions(**options))
+    assert objection in found
+
+
+@pytest.mark.parametrize(("d_ff", "objects"), [((64, 128), False), ((96, 128), True)])
+def test_cuda_wants_whole_blocks_and_outputs_in_64s(d_ff: tuple[int, int], objects: bool) -> None:
+    config = tiny_config(d_ff=d_ff)
+    grids = {f"layers.{index}.{linear}": Grid(4, 32) for index in range(2) for linear in ("o", "gate", "up", "down")}
+    found = OnnxExporter().check(config, grids, OnnxOptions(target="cuda"))
+    assert bool(found) == objects
+    assert all("multiples of 64, not so in layers.0.gate 96" in words for words in found)
+
+
+def test_genai_and_optimum_get_a_tokenizer_in_the_older_spelling(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    (artifact.root / "tokenizer.json").write_text("{}")
+    (artifact.root / "chat_template.jinja").write_text("{{ messages }}")
+    (artifact.root / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "eos_token": "</s>"})
+    )
+    for target, name in (("genai", "genai_config.json"), ("optimum", "config.json")):
+        exported, _ = export(artifact, target=target, precision="fp32")
+        assert {"tokenizer.json", "chat_template.jinja", name} <= {path.name for path in exported.files}
+        settings = json.loads((exported.root / "tokenizer_config.json").read_text())
+        assert settings == {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "</s>",
+            "padding_side": "left",
+        }
+    stated = json.loads((exported.root / "config.json").read_text())
+    assert (stated["model_type"], stated["head_dim"], stated["eos_token_id"]) == ("llama", 16, 2)
+    decoder = json.loads((exported.root / "genai_config.json").read_text())["model"]["decoder"]
+    assert decoder["inputs"]["past_key_names"] == "past_key_values.%d.key"
+
+
+@pytest.mark.parametrize("layout", ["gqa", "gqa-left"])
+def test_a_graph_without_our_contract_is_run_by_what_it_says_itself(make_artifact: MakeArtifact, layout: str) -> None:
+    artifact = make_artifact(tiny_config(d_v=(16, 11)), grid=Grid(4, 32), embed_grid=Grid(8, 32))
+    exported, options = export(artifact, **LAYOUTS[layout])
+    (exported.root / "flatq_onnx.json").unlink()
+    runner = OnnxExporter().open(exported.root, options, provider="cpu", threads=1, exact=True)
+    assert isinstance(runner, OnnxRunner)
+    assert runner.contract.growth == "shared"
+    assert_says_what_the_artifact_says(artifact, runner)
+
+
+def test_a_foreign_graph_that_is_no_decoder_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    root = export(make_artifact(tiny_config()))[0].root
+    (root / "flatq_onnx.json").unlink()
+    with pytest.raises(ExportError, match=r"unknown inputs \['cache_position'\]"):
+        OnnxExporter().open(root, OnnxOptions())
+    with pytest.raises(ExportError, match=r"holds 0 \.onnx files"):
+        OnnxExporter().open(tmp_path / "nothing", OnnxOptions())

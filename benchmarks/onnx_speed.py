@@ -1,0 +1,112 @@
+"""Our narrowed and dense int4 graphs beside the graph of onnxruntime-genai's builder and beside llama.cpp.
+
+    python benchmarks/onnx_speed.py --narrow RUN --narrow RUN --dense RUN --builder FOLDER --gguf FOLDER --threads 1
+
+RUN is a finished run (or artifact) with 4-bit codes; it is exported for ``target: ort`` into ``--work``. FOLDER is what
+``python -m onnxruntime_genai.models.builder -i HF_FOLDER -o FOLDER -p int4 -e cpu --extra_options
+int4_accuracy_level=4`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would, with a cache
+that every step copies, and with past and present in one buffer, the best it can do. ``--gguf`` is a folder with a Q4_0
+file.
+
+Each graph lives in a process of its own, all take turns, and what is printed are medians with the whole range and the
+ratio to the builder's graph in its better way. Results are kept in ``--work``/onnx_speed.json, a key for each number of
+threads and prompt length, so that several short calls add up to one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flatq.artifact import Artifact, write_json
+from flatq.bench import BenchResult, Load, OpenRunner, bench_side_by_side
+from flatq.export import Runner
+from flatq_gguf import GgufExporter, GgufOptions
+from flatq_onnx import OnnxExporter, OnnxOptions
+
+BEST, PLAIN = "builder, one buffer", "builder, cache copied"
+
+
+def open_builder(root: Path, threads: int, growth: str) -> Runner:
+    """Someone else's graph with the cache handled in one way."""
+    from flatq_onnx.foreign import contract_of
+    from flatq_onnx.runner import OnnxRunner
+
+    contract = contract_of(root).model_copy(update={"growth": growth})
+    return OnnxRunner(root, provider="cpu", threads=threads, contract=contract)
+
+
+def exported(run: Path, work: Path) -> Path:
+    """The run's graph for ``target: ort``, written once."""
+    out = work / run.name
+    if not (out / "flatq_onnx.json").exists():
+        out.mkdir(parents=True)
+        OnnxExporter().write(Artifact.open(run), out, OnnxOptions(target="ort"))
+    return out
+
+
+def openers(options: argparse.Namespace, threads: int) -> dict[str, OpenRunner]:
+    found: dict[str, OpenRunner] = {
+        BEST: partial(open_builder, options.builder, threads, "shared"),
+        PLAIN: partial(open_builder, options.builder, threads, "returned"),
+    }
+    for run in [*options.dense, *options.narrow]:
+        root = exported(run, options.work)
+        found[f"flatq {run.name}"] = partial(OnnxExporter().open, root, OnnxOptions(), provider="cpu", threads=threads)
+    if options.gguf is not None:
+        gguf = GgufExporter().open
+        found["llama.cpp Q4_0"] = partial(gguf, options.gguf, GgufOptions(), provider="cpu", threads=threads)
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Median, range and ratio of each runner as Markdown."""
+    best = results[0]
+    lines = [
+        "| | decode tok/s | range | ratio | prefill tok/s | range | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        cells = [result["name"]]
+        for kind in ("decode_tokens_per_second", "prefill_tokens_per_second"):
+            spread = result[kind]
+            cells += [
+                f"{spread['median']:.1f}",
+                f"{spread['low']:.1f}-{spread['high']:.1f}",
+                f"{spread['median'] / best[kind]['median']:.2f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--narrow", type=Path, action="append", default=[])
+    parser.add_argument("--dense", type=Path, action="append", default=[])
+    parser.add_argument("--builder", type=Path, required=True)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--threads", type=int, action="append")
+    parser.add_argument("--prompt", type=int, action="append", help="128, 256 and 1024 if not given")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("runs/onnx-speed"))
+    options = parser.parse_args()
+    file = options.work / "onnx_speed.json"
+    for threads in options.threads or [1, 2]:
+        for prompt in options.prompt or [128, 256, 1024]:
+            load = Load(prompt, options.new_tokens, batch=1, vocab=32_000)
+            found: list[BenchResult] = bench_side_by_side(
+                openers(options, threads), load, repeats=options.repeats, threads=threads
+            )
+            kept = json.loads(file.read_text()) if file.exists() else {}
+            kept[f"{threads} threads, prompt {prompt}"] = rows = [asdict(result) for result in found]
+            write_json(file, kept)
+            print(f"\n{threads} threads, prompt {prompt}, {options.new_tokens} new tokens\n\n{table(rows)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Keys and values of the positions so far, bound to a session's inputs and outputs so that they never leave the device.
+
+Three ways in which past becomes present, named by ``Contract.growth``. Two of them write new positions into the
+buffer that holds the old ones. Such a buffer has room for some positions more than it holds, because the work of
+``attention: reduced`` goes with the room, not with the positions: it grows by a share of itself, which costs a copy
+now and then and leaves every shape as it is in between. Constant shapes also let onnxruntime plan its memory once,
+and let CUDA record a step once and replay it.
+
+Axes: b batch, s new positions, t positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from flatq.errors import ExportError
+from flatq.export import FloatArray, IntArray
+from flatq_onnx.contract import Contract
+
+STEP = 64  # positions by which room grows at least
+NO_GRAPH = -1  # onnxruntime's number for a run that must not be recorded
+
+
+class Cache:
+    """An empty cache of one batch.
+
+    Args:
+        session: onnxruntime's.
+        capacity: positions that will be asked for at most.
+        device: ``cpu`` or ``cuda``.
+        replay: record single steps as CUDA graphs; only for ``growth: fixed``.
+    """
+
+    def __init__(
+        self, session: Any, contract: Contract, batch: int, capacity: int, device: str, *, replay: bool = False
+    ) -> None:
+        self._session, self._contract, self._device = session, contract, device
+        self.batch, self.capacity, self.length, self.room = batch, capacity, 0, 0
+        self._replay = replay and contract.growth == "fixed"
+        self._binding = session.io_binding()
+        self._valid = np.zeros((batch, 0), np.int64)
+        self._buffers: dict[str, Any] = {}
+        self._logits: Any = None
+        self._bound: dict[str, tuple[tuple[int, ...], Any]] = {}
+        if "logits_from" in contract.optional_inputs:
+            self._bind("logits_from", np.full(1, -1, np.int64))
+        self._binding.bind_output("logits", "cpu")  # outputs come back in the order of their first binding
+        if contract.growth == "returned":
+            self._keep([_value(np.zeros(shape, contract.float_type), device) for _, shape in self._shapes(0)])
+
+    def append(self, tokens: IntArray) -> FloatArray:
+        """Run new tokens, [b, s] -> logits of the last one [b, vocab]."""
+        first, new = self.length, tokens.shape[1]
+        if first + new > self.capacity:
+            raise ExportError(f"the cache holds {self.capacity} positions, all used; start with a larger capacity")
+        self._make_room(first + new)
+        self.length += new
+        self._valid[:, first : self.length] = 1
+        self._bind("input_ids", tokens)
+        # GroupQueryAttention knows a prompt by a mask as long as the prompt.
+        whole = self._contract.growth == "fixed" and (new == 1 or "cache_position" in self._contract.inputs)
+        self._bind("attention_mask", self._valid if whole else self._valid[:, : self.length])
+        place = np.arange(first, self.length)
+        for name, array in (
+            ("cache_position", np.full(self.batch, first)),
+            ("position_ids", np.tile(place, (self.batch, 1))),
+        ):
+            if name in self._contract.inputs:
+                self._bind(name, array)
+        return self._run(single=new == 1)
+
+    def _run(self, *, single: bool) -> FloatArray:
+        recorded = self._replay and single  # once for each room, with everything where it was
+        options = run_options(self.room if recorded else NO_GRAPH) if self._replay else None
+        if recorded:
+            self._binding.bind_ortvalue_output("logits", self._device_logits())
+        else:
+            self._binding.bind_output("logits", "cpu")
+        if self._contract.growth == "returned":
+            for name, _ in self._shapes(0):
+                self._binding.bind_output(f"present.{name}", self._device)
+        self._session.run_with_iobinding(self._binding, options)
+        logits, *cache = self._binding.get_outputs()
+        if self._contract.growth == "returned":
+            self._keep(cache)
+        rows: NDArray[np.float32] = logits.numpy()
+        return rows[:, -1].astype(np.float32, copy=False)
+
+    def _device_logits(self) -> Any:
+        if self._logits is None:
+            shape = (self.batch, 1, self._contract.vocab)
+            self._logits = _value(np.zeros(shape, self._contract.float_type), self._device)
+        return self._logits
+
+    def _make_room(self, needed: int) -> None:
+        """At least ``needed`` positions, a share more so that it is seldom done, never more than the capacity."""
+        if needed <= self.room:
+            return
+        room = min(self.capacity, -(-(needed + needed // 8) // STEP) * STEP)
+        self._valid = np.pad(self._valid, ((0, 0), (0, room - self.room)))
+        if self._contract.growth != "returned":
+            for name, shape in self._shapes(room):
+                wider = np.zeros(shape, self._contract.float_type)
+                if self.length:
+                    wider[:, :, : self.length] = self._buffers[name].numpy()[:, :, : self.length]
+                self._buffers[name] = _value(wider, self._device)
+                self._binding.bind_ortvalue_input(f"past_key_values.{name}", self._buffers[name])
+                self._binding.bind_ortvalue_output(f"present.{name}", self._buffers[name])
+        self.room = room
+
+    def _bind(self, name: str, array: IntArray) -> None:
+        """Bind an input; one of the same shape as before gets new content where it is."""
+        array = np.ascontiguousarray(array, np.int64)
+        shape, value = self._bound.get(name, ((), None))
+        if shape == array.shape:
+            value.update_inplace(array)
+            return
+        value = _value(array.copy(), self._device)
+        self._bound[name] = array.shape, value
+        self._binding.bind_ortvalue_input(name, value)
+
+    def _keep(self, cache: list[Any]) -> None:
+        """What a step returned is the next one's past."""
+        for (name, _), value in zip(self._shapes(0), cache, strict=True):
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+
+    def _shapes(self, positions: int) -> list[tuple[str, tuple[int, int, int, int]]]:
+        return cache_shapes(self._contract, self.batch, positions)
+
+
+def run_options(graph: int) -> Any:
+    """Options of a run that is recorded as a CUDA graph of this number, or replays it."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
+
+
+def _value(array: NDArray[Any], device: str) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(array, device)
+
+
+def cache_shapes(contract: Contract, batch: int, positions: int) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """Name and shape of each cache tensor, in the graph's order."""
+    return [
+        (f"{index}.{part}", (batch, layer.heads, positions, width))
+        for index, layer in enumerate(contract.cache)
+        for part, width in (("key", layer.key_width), ("value", layer.value_width))
+    ]

@@ -1,0 +1,121 @@
+"""What the program that will run the graph wants to find beside it: its configuration and a tokenizer it can read.
+
+Widths per layer need no entry anywhere: both programs take the shapes of the cache from heads and head size, and the
+rest from the graph. transformers 4, which optimum needs, reads the tokenizer's settings in an older spelling than the
+artifact, which is written by transformers 5.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flatq.artifact import Artifact, write_json
+from flatq_onnx.contract import MODEL
+from flatq_onnx.options import OnnxOptions
+
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+NEW_KEYS = ("backend", "is_local", "local_files_only")  # of transformers 5
+
+
+def write_companions(artifact: Artifact, out: Path, options: OnnxOptions) -> list[Path]:
+    """Write the files that ``options.target`` wants; returns them."""
+    if options.target == "genai":
+        write_json(out / "genai_config.json", genai_config(artifact, options))
+        return [out / "genai_config.json", *_tokenizer(artifact, out)]
+    if options.target == "optimum":
+        write_json(out / "config.json", transformers_config(artifact))
+        return [out / "config.json", *_tokenizer(artifact, out)]
+    return []
+
+
+def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
+    """``genai_config.json``; greedy by default."""
+    config, dims = artifact.config, artifact.config.layers[0]
+    context = options.context_length or config.max_positions
+    names = {
+        part: {f"{when}_{kind}_names": f"{stem}.%d.{kind}" for kind in ("key", "value")}
+        for part, when, stem in (("inputs", "past", "past_key_values"), ("outputs", "present", "present"))
+    }
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **_token_ids(artifact)}
+    if ids["pad_token_id"] is None:
+        ends = ids["eos_token_id"]
+        ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    return {
+        "model": {
+            "type": config.family,
+            **{name: value for name, value in ids.items() if value is not None},
+            "context_length": context,
+            "vocab_size": config.vocab,
+            "decoder": {
+                "filename": MODEL,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "head_size": dims.d_qk,
+                "hidden_size": config.d_model,
+                "num_attention_heads": dims.heads,
+                "num_key_value_heads": dims.kv_heads,
+                "num_hidden_layers": len(config.layers),
+                "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names["inputs"]},
+                "outputs": {"logits": "logits", **names["outputs"]},
+            },
+        },
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": True},
+    }
+
+
+def transformers_config(artifact: Artifact) -> dict[str, Any]:
+    """``config.json`` as transformers 4 reads it; of the MLP it can only say the largest width."""
+    config, dims = artifact.config, artifact.config.layers[0]
+    rope = config.rope
+    scaling: dict[str, Any] | None = None
+    if rope.scaling is not None:
+        scaling = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling == "llama3":
+        scaling = {
+            **(scaling or {}),
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
+    return {
+        "model_type": config.family,
+        "architectures": [f"{ARCHITECTURES.get(config.family, 'Llama')}ForCausalLM"],
+        "vocab_size": config.vocab,
+        "hidden_size": config.d_model,
+        "intermediate_size": max(layer.d_ff for layer in config.layers),
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": dims.heads,
+        "num_key_value_heads": dims.kv_heads,
+        "head_dim": dims.d_qk,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": config.tied_head,
+        "torch_dtype": "float32",
+        **_token_ids(artifact),
+    }
+
+
+def _token_ids(artifact: Artifact) -> dict[str, Any]:
+    return {name: value for name, value in artifact.settings.items() if name.endswith("_token_id")}
+
+
+def _tokenizer(artifact: Artifact, out: Path) -> list[Path]:
+    """The artifact's tokenizer, its settings in the older spelling; nothing if it has none."""
+    root, written = artifact.root, list[Path]()
+    for name in (TOKENIZER, TEMPLATE):
+        if (root / name).exists():
+            written.append(Path(shutil.copyfile(root / name, out / name)))
+    if (root / "tokenizer_config.json").exists():
+        settings = json.loads((root / "tokenizer_config.json").read_text())
+        settings = {name: value for name, value in settings.items() if name not in NEW_KEYS}
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path = out / "tokenizer_config.json"
+        write_json(path, {**settings, "padding_side": "left"})
+        written.append(path)
+    return written

@@ -1,0 +1,90 @@
+"""The contract of a decoder graph that someone else made: onnxruntime-genai's builder, optimum, a script.
+
+Nothing is beside such a graph that could be trusted, so all is read from the graph: inputs called ``input_ids``,
+``attention_mask``, ``position_ids`` and ``past_key_values.N.key``, outputs ``logits`` and ``present.N.key``, which is
+how those programs name them. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from flatq.errors import ExportError
+from flatq_onnx.contract import CacheShape, Contract
+
+KNOWN = {"input_ids", "attention_mask", "position_ids"}
+PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+FLOATS = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
+
+
+def contract_of(root: Path) -> Contract:
+    """What the only graph in a folder takes and gives.
+
+    Raises:
+        ExportError: there is not exactly one graph, or it is no decoder that can be run here.
+    """
+    files = sorted(root.glob("*.onnx"))
+    if len(files) != 1:
+        raise ExportError(f"{root}: holds {len(files)} .onnx files; give a folder with exactly one decoder graph")
+    graph = onnx.load(files[0], load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name: value.type.tensor_type for value in graph.input if value.name not in weights}
+    optional = ["logits_from"] if "logits_from" in weights else []
+    outputs = {value.name: value.type.tensor_type for value in graph.output}
+    strange = [name for name in inputs if name not in KNOWN and not PAST.fullmatch(name)]
+    cache = _cache(files[0], inputs)
+    presents = [name.replace("past_key_values", "present") for name in inputs if PAST.fullmatch(name)]
+    missing = [name for name in ["logits", *presents] if name not in outputs]
+    if strange or missing:
+        raise ExportError(
+            f"{files[0]}: is no decoder as onnxruntime-genai and optimum name it; unknown inputs {strange or 'none'}, "
+            f"missing outputs {missing or 'none'}"
+        )
+    kinds = {node.op_type for node in graph.node}
+    return Contract(
+        model=files[0].name,
+        attention="foreign",
+        precision="int4" if "MatMulNBits" in kinds else "fp32",
+        left_padding="position_ids" in inputs,
+        growth="shared" if "GroupQueryAttention" in kinds else "returned",
+        float_type=FLOATS[inputs["past_key_values.0.key"].elem_type],
+        context_length=None,
+        sliding_window=None,
+        vocab=_sizes(outputs["logits"])[-1],
+        token_ids={},
+        inputs=list(inputs),
+        optional_inputs=optional,
+        outputs=["logits", *presents],
+        layers=[],
+        cache=cache,
+    )
+
+
+def _cache(path: Path, inputs: dict[str, Any]) -> list[CacheShape]:
+    cache: list[CacheShape] = []
+    stated = _head_size(path.parent)
+    while f"past_key_values.{len(cache)}.key" in inputs:
+        key, value = (_sizes(inputs[f"past_key_values.{len(cache)}.{part}"]) for part in ("key", "value"))
+        cache.append(CacheShape(heads=key[1], key_width=key[3] or stated, value_width=value[3] or stated))
+    if not cache or any(0 in (layer.heads, layer.key_width, layer.value_width) for layer in cache):
+        raise ExportError(f"{path}: its inputs past_key_values.N.key do not tell heads and widths; nothing can run it")
+    return cache
+
+
+def _head_size(root: Path) -> int:
+    """What onnxruntime-genai's configuration says where the graph leaves the width open; 0 if there is none."""
+    try:
+        stated = json.loads((root / "genai_config.json").read_text())
+        return int(stated["model"]["decoder"]["head_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # the caller refuses it
+
+
+def _sizes(tensor: Any) -> list[int]:
+    """Sizes of a tensor's axes, 0 where it is not fixed."""
+    return [axis.dim_value for axis in tensor.shape.dim]

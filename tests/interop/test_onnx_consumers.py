@@ -1,0 +1,94 @@
+"""Programs that people run ONNX folders with write what the artifact writes: greedy, one prompt and a padded batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flatq.artifact import Artifact
+from flatq.generate import DecoderRunner
+from flatq_onnx import OnnxExporter, OnnxOptions
+
+PYTHON = os.environ.get("FLATQ_OPTIMUM_PYTHON", "")
+NEW = 10
+pytestmark = [
+    pytest.mark.optimum,
+    pytest.mark.skipif(not PYTHON, reason="make interop-optimum sets FLATQ_OPTIMUM_PYTHON"),
+]
+PROMPTS = ["the bright river", "a slow bird sings under the stone of"]
+
+OPTIMUM = """
+import json, sys, torch
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], pad_token="</s>")
+model = ORTModelForCausalLM.from_pretrained(sys.argv[1], use_io_binding=False)
+found = []
+for texts in json.loads(sys.argv[2]):
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    assert len(texts) == 1 or batch["attention_mask"][0, 0] == 0, "not padded on the left"
+    rows = model.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=int(sys.argv[3]),
+        do_sample=False, eos_token_id=None,
+    )
+    found.append(rows[:, batch["input_ids"].shape[1]:].tolist())
+print("FOUND", json.dumps(found))
+"""
+GENAI = """
+import json, sys, numpy, onnxruntime_genai
+model = onnxruntime_genai.Model(sys.argv[1])
+tokenizer = onnxruntime_genai.Tokenizer(model)
+found = []
+for texts in json.loads(sys.argv[2]):
+    tokens = tokenizer.encode_batch(texts) if len(texts) > 1 else tokenizer.encode(texts[0])
+    longest = max(len(tokenizer.encode(text)) for text in texts)
+    settings = onnxruntime_genai.GeneratorParams(model)
+    settings.set_search_options(max_length=longest + int(sys.argv[3]), batch_size=len(texts), do_sample=False)
+    generator = onnxruntime_genai.Generator(model, settings)
+    generator.append_tokens(tokens)
+    while not generator.is_done():
+        generator.generate_next_token()
+    found.append([numpy.array(generator.get_sequence(row))[longest:].tolist() for row in range(len(texts))])
+print("FOUND", json.dumps(found))
+"""
+
+
+def greedy(artifact: Artifact, text: str) -> list[int]:
+    """What the artifact itself goes on with."""
+    from transformers import AutoTokenizer
+
+    tokens = np.array([AutoTokenizer.from_pretrained(artifact.root)(text)["input_ids"]])
+    runner, written = DecoderRunner(artifact), list[int]()
+    logits = runner.start(tokens, tokens.shape[1] + NEW)
+    while len(written) < NEW:
+        written.append(int(logits[0].argmax()))
+        logits = runner.step(np.array(written[-1:]))
+    return written
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize(("target", "script"), [("optimum", OPTIMUM), ("genai", GENAI)])
+def test_it_writes_what_the_artifact_writes(
+    exported_run: tuple[Path, Path], tmp_path: Path, target: str, script: str, precision: str
+) -> None:
+    artifact = Artifact.open(exported_run[1])
+    artifact.settings["eos_token_id"] = artifact.config.vocab - 1  # go on to the end, whatever is written
+    options = OnnxOptions.model_validate({"target": target, "precision": precision, "accuracy_level": 0})
+    OnnxExporter().write(artifact, tmp_path, options)
+    batches = json.dumps([PROMPTS[:1], PROMPTS[1:], PROMPTS])
+    ran = subprocess.run(
+        [PYTHON, "-c", script, tmp_path, batches, str(NEW)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.rpartition("FOUND")[2])
+    wanted = [greedy(artifact, text) for text in PROMPTS]
+    assert found == [wanted[:1], wanted[1:], wanted]
