@@ -168,8 +168,7 @@ class Artifact:
         for name in self.names():
             tensor = self.tensor(name)
             if isinstance(tensor, QuantizedWeight):
-                zeros = 0 if tensor.grid.symmetric else -(-tensor.zero.numel() * tensor.grid.bits // 8)
-                total += -(-tensor.codes.numel() * tensor.grid.bits // 8) + 2 * tensor.scale.numel() + zeros
+                total += tensor.grid.stored_bytes(*tensor.codes.shape)
             else:
                 total += tensor.numel() * tensor.element_size()
         return total

@@ -139,7 +139,8 @@ def stages_of(recipe: Recipe, plan: RankPlan, config: DecoderConfig, work: Path)
     """What is done to each block, in order; ``work`` holds the sensitivity if the FLAT stage asks for one."""
     stages: list[FlatStage | GptqStage] = []
     if recipe.flat is not None:
-        fisher = measured_sensitivity(config, work) if recipe.flat.sensitive and recipe.flat.keep_ratio < 1 else None
+        narrows = plan.layers != config.layers
+        fisher = measured_sensitivity(config, work) if recipe.flat.sensitive and narrows else None
         stages.append(FlatStage(recipe.flat, plan, fisher))
     if recipe.gptq is not None:
         stages.append(GptqStage(recipe.gptq))

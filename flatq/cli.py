@@ -244,7 +244,7 @@ def summary(file: Path) -> str:
         recipe = Recipe.load(file)
     except RecipeError as error:
         return f"not usable: {error.problems[0]}"
-    flat = [f"flat keeps {recipe.flat.keep_ratio:.0%}"] if recipe.flat else []
+    flat = [f"flat {recipe.flat.budget}"] if recipe.flat else []
     gptq = [f"gptq {recipe.gptq.bits} bit, groups of {recipe.gptq.group_size}"] if recipe.gptq else []
     exports = [f"to {', '.join(export.name for export in recipe.exports)}"] if recipe.exports else []
     return f"{recipe.model.path}: {'; '.join(flat + gptq + exports)}"

@@ -73,6 +73,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
     room = planning.working_set(source.config, recipe, memory)
     refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
     refuse_early(recipe, source, exports)
+    draft(recipe, source)  # a budget that no plan can meet is heard before anything is measured
     with folder.working():
         tokens = ranks.told(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
         origins = ranks.told(lambda: provenance(recipe, source, tokens))
@@ -117,13 +118,24 @@ def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
         return perplexity(weights, tokens.heldout, device=device, on_half=advance).value
 
 
+def draft(recipe: Recipe, source: Source) -> RankPlan:
+    """The plan with equal shares: from shapes alone, where the real one may follow from the weights.
+
+    Raises:
+        RecipeError: the budget cannot be reached.
+    """
+    if recipe.flat is None:
+        return RankPlan(source.config.layers, 1.0, 1.0)
+    return plan_ranks(source.config, recipe.flat, gptq=recipe.gptq, itemsize=source.dtype.itemsize)
+
+
 def rank_plan(
     recipe: Recipe, source: Source, tokens: Tokens, folder: RunFolder, device: str, room: int = WORKING_SET
 ) -> RankPlan:
     """Widths of the compressed model; measures what the allocation goes by."""
-    spec, config = recipe.flat, source.config
-    if spec is None or spec.keep_ratio == 1:
-        return RankPlan(config.layers, 1.0, 1.0)
+    spec, config, first = recipe.flat, source.config, draft(recipe, source)
+    if spec is None or first.layers == config.layers:
+        return first
     text = recipe.calibration
     settings: dict[str, Any] = {
         "precision": text.precision,
@@ -145,9 +157,12 @@ def rank_plan(
 
     if spec.sensitive:
         folder.phase("sensitivity", sensitivity)
+    measured: dict[str, Any] = {}
     if spec.parts.allocation == "curves":
-        return plan_ranks(config, spec, curves=[Curves(**curve) for curve in folder.phase("curves", curves)])
-    return plan_ranks(config, spec, folder.phase("importance", importance) if spec.parts.allocation == "iprs" else ())
+        measured["curves"] = [Curves(**curve) for curve in folder.phase("curves", curves)]
+    elif spec.parts.allocation == "iprs":
+        measured["importance"] = folder.phase("importance", importance)
+    return plan_ranks(config, spec, **measured, gptq=recipe.gptq, itemsize=source.dtype.itemsize)
 
 
 def compressed(
@@ -216,11 +231,8 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     """
     exports = planned_exports(recipe)
     source = open_source(recipe, need_weights=False)
-    config = source.config
     refuse_early(recipe, source, exports)
-    ranks = RankPlan(config.layers, 1.0, 1.0)
-    if recipe.flat is not None:
-        ranks = plan_ranks(config, recipe.flat)  # equal shares: the real ones follow from the weights
+    config, ranks = source.config, draft(recipe, source)
     refuse(recipe, config.with_layers(ranks.layers), exports)
     return planning.forecast(recipe, config, ranks, exports, source.dtype.itemsize, resolve_device(device))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,12 @@ from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import ArtifactError, RecipeError
 from flatq.export import Exporter
 from flatq.feed import BATCH_TOKENS, WORKING_SET, activation_bytes
+from flatq.footprint import decode_bytes, weight_bytes
+from flatq.quantize.grid import Grid
 from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
 from flatq.report import size
+from flatq.specs import CONTEXT
 from flatq.walk import forward_precision
 
 if TYPE_CHECKING:
@@ -40,9 +43,8 @@ def explanation(recipe: Recipe) -> list[str]:
     text = calibration.path or calibration.dataset
     lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {text}")
     if (flat := recipe.flat) is not None:
-        lines.append(
-            f"flat         keep {flat.keep_ratio:.0%} of the decoder's parameters, {flat.parts.allocation} allocation"
-        )
+        kind = ", the same widths in all layers" if flat.uniform else ""
+        lines.append(f"flat         {flat.budget}, {flat.parts.allocation} allocation{kind}")
     if (gptq := recipe.gptq) is not None:
         kind = "symmetric" if gptq.symmetric else "asymmetric"
         group = "one group per row" if gptq.group_size == -1 else f"groups of {gptq.group_size}"
@@ -102,7 +104,7 @@ def operations(dense: DecoderConfig, plan: RankPlan, recipe: Recipe) -> tuple[fl
     tokens = recipe.calibration.samples * recipe.calibration.seq_len
     narrow = dense.with_layers(plan.layers).decoder_parameters()
     wide = dense.decoder_parameters()
-    measured = recipe.flat is not None and recipe.flat.keep_ratio < 1 and recipe.flat.parts.allocation != "uniform"
+    measured = recipe.flat is not None and plan.layers != dense.layers and recipe.flat.parts.allocation != "uniform"
     importance = wide if measured else 0
     grams = sum(2 * dense.d_model**2 + (d.heads * d.d_v) ** 2 + d.d_ff**2 for d in dense.layers)
     forward = 2.0 * tokens * (importance + wide + narrow + grams)
@@ -148,6 +150,8 @@ def forecast(
     table.add_row("parameters", f"{dense.parameters():,}", f"{config.parameters():,}")
     table.add_row("decoder parameters", f"{dense.decoder_parameters():,}", f"{config.decoder_parameters():,}")
     table.add_row("value cache per token", *(f"{sum(d.kv_heads * d.d_v for d in c.layers):,}" for c in (dense, config)))
+    for name, cells in footprints(recipe, dense, config, grids, itemsize).items():
+        table.add_row(name, *map(size, cells))
     table.add_row(
         "checkpoint / artifact", size(dense.parameters() * itemsize), size(disk_bytes(config, recipe, itemsize))
     )
@@ -162,6 +166,20 @@ def forecast(
     if recipe.flat is not None and recipe.flat.parts.allocation != "uniform":
         text += "widths per layer follow from the weights and are not planned here: sizes are for equal shares\n"
     return text
+
+
+def footprints(
+    recipe: Recipe, dense: DecoderConfig, planned: DecoderConfig, grids: Mapping[str, Grid], itemsize: int
+) -> dict[str, tuple[int, int]]:
+    """Bytes stored and bytes read per decoded token, (dense, planned), in the units that budgets are given in."""
+    context = recipe.flat.cache_context if recipe.flat else CONTEXT
+    return {
+        "weights": (weight_bytes(dense, {}, itemsize), weight_bytes(planned, grids, itemsize)),
+        f"read per decoded token, context {context:,}": (
+            decode_bytes(dense, {}, itemsize, context),
+            decode_bytes(planned, grids, itemsize, context),
+        ),
+    }
 
 
 def rendered(table: Table) -> str:

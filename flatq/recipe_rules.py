@@ -15,6 +15,7 @@ from flatq.strict_yaml import Place
 
 MOST_TOKENS = 2**24  # at d_model 4096 and bfloat16 their hidden states already take 137 GB of disk
 ORDER = ("flat", "gptq")
+BUDGETS = ("keep_ratio", "size", "decode_bytes")
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Broken = Iterator[tuple[Place, str]]
@@ -34,11 +35,8 @@ def broken_rules(recipe: Mapping[str, Any]) -> Broken:
 def _stages(entries: list[tuple[int, str, Any]]) -> Broken:
     seen: list[str] = []
     for index, kind, options in entries:
-        if isinstance(options, Mapping) and options.get("uniform") is True and options.get("allocation") == "iprs":
-            yield (
-                ("stages", index, kind, "uniform"),
-                "the same widths for all layers leave iprs nothing to share out; remove `uniform` or `allocation`",
-            )
+        if kind == "flat" and isinstance(options, Mapping):
+            yield from _flat(("stages", index, kind), options)
         if kind in seen:
             yield ("stages", index), f"a second {kind} stage; keep one"
         elif kind == "flat" and "gptq" in seen:
@@ -47,6 +45,20 @@ def _stages(entries: list[tuple[int, str, Any]]) -> Broken:
                 "flat comes after gptq, but narrowing would undo the rounding; move flat before gptq",
             )
         seen.append(kind)
+
+
+def _flat(place: Place, options: Mapping[str, Any]) -> Broken:
+    given = [key for key in BUDGETS if options.get(key) is not None]
+    if len(given) != 1:
+        examples = "keep_ratio: 0.8, size: 90MB, decode_bytes: 75MB"
+        yield place, f"{' and '.join(given) or 'no budget'} given; exactly one of {examples} is needed"
+    if options.get("context") is not None and "decode_bytes" not in given:
+        yield (*place, "context"), "only read with decode_bytes; remove it, or give that budget"
+    if options.get("uniform") is True and options.get("allocation") == "iprs":
+        yield (
+            (*place, "uniform"),
+            "the same widths for all layers leave iprs nothing to share out; remove `uniform` or `allocation`",
+        )
 
 
 def _exports(entries: list[tuple[int, str, Any]]) -> Broken:

@@ -82,12 +82,15 @@ class Measure(Section):
 
     Attributes:
         bytes: of the weights as they are stored.
+        decode_bytes: read per decoded token, with ``decode_context`` tokens in the cache.
         perplexity: on ``perplexity_tokens`` held-out tokens; None if it was not measured.
     """
 
     parameters: int
     decoder_parameters: int
     bytes: int
+    decode_bytes: int | None = None
+    decode_context: int | None = None
     perplexity: float | None = None
     perplexity_tokens: int | None = None
 
@@ -190,6 +193,11 @@ def _compare_model(report: Report, found: Findings) -> None:
         ratio = after.bytes / before.bytes
         grew = times(ratio, "larger", "smaller")
         found.sort(ratio, f"Weights: {size(before.bytes)} → {size(after.bytes)}, {grew}", more_is_better=False)
+        if before.decode_bytes and after.decode_bytes:
+            ratio = after.decode_bytes / before.decode_bytes
+            words = f"{size(before.decode_bytes)} → {size(after.decode_bytes)}, {times(ratio, 'more', 'less')}"
+            where = f"Read per decoded token at a context of {after.decode_context:,} (weights, float16 cache)"
+            found.sort(ratio, f"{where}: {words}", more_is_better=False)
         kept = after.decoder_parameters / before.decoder_parameters
         if kept < 1:
             found.gains.append(f"Decoder parameters: {1 - kept:.1%} removed")

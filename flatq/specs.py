@@ -6,11 +6,13 @@ A class is a block of the file, a field is a key, and the text below a field is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flatq.recipe_rules import MOST_TOKENS
 
@@ -73,12 +75,36 @@ class EvaluationSpec(Spec):
     """Tokens in a sequence."""
 
 
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
+CONTEXT = 4096
+
+
+def _size(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"\d{1,9}(\.\d{1,9})?(kB|MB|GB)", value) or bytes_of(value) == 0:
+        raise ValueError(f"{str(value)!r:.60} is not allowed; a size above 0 such as 90MB or 1.5GB (kB, MB, GB)")
+    return value
+
+
+def bytes_of(size: str) -> int:
+    """``90MB`` as a number of bytes."""
+    return int(Decimal(size[:-2]) * UNITS[size[-2:]])
+
+
+Size = Annotated[str, BeforeValidator(_size)]
+
+
 class FlatSpec(Spec):
     """FLAT-LLM: fewer value dimensions and a narrower MLP in every layer."""
 
     kind: ClassVar[Literal["flat"]] = "flat"
-    keep_ratio: Annotated[float, Field(gt=0, le=1)]
-    """Share of the decoder's parameters that is kept, embedding and head not counted."""
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """A budget: share of the decoder's parameters that is kept, embedding and head not counted."""
+    size: Size | None = None
+    """A budget: bytes of all weights at the bits of the gptq stage that follows, such as 90MB."""
+    decode_bytes: Size | None = None
+    """A budget: bytes read per decoded token, weights and cached keys and values, such as 75MB."""
+    context: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    """Tokens in the cache for decode_bytes; null is 4096."""
     method: Literal["default", "paper"] = "default"
     """paper is FLAT-LLM as published; default damages less at the same size. The keys below override one part."""
     allocation: Literal["curves", "iprs", "uniform"] | None = None
@@ -104,6 +130,20 @@ class FlatSpec(Spec):
     """Ridge of the channel scores, relative to the mean of the Gram's diagonal."""
 
     @property
+    def cache_context(self) -> int:
+        """Tokens in the cache when a decoded token's bytes are counted."""
+        return self.context or CONTEXT
+
+    @property
+    def budget(self) -> str:
+        """The budget in words."""
+        if self.keep_ratio is not None:
+            return f"keeps {self.keep_ratio:.0%} of the decoder's parameters"
+        if self.size is not None:
+            return f"weights of {self.size}"
+        return f"{self.decode_bytes} read per token at a context of {self.cache_context:,}"
+
+    @property
     def parts(self) -> FlatParts:
         """The method with its overrides."""
         paper = self.method == "paper"
@@ -119,7 +159,7 @@ class FlatSpec(Spec):
     @property
     def corrects(self) -> bool:
         """Whether the dense model's hidden states have to be walked along."""
-        return self.keep_ratio < 1 and self.parts.correction > 0
+        return self.keep_ratio != 1 and self.parts.correction > 0
 
     @property
     def sensitive(self) -> bool:

@@ -8,9 +8,12 @@ from typing import Any
 from flatq.artifact import Artifact
 from flatq.calibrate import Tokens
 from flatq.decoder import DecoderConfig
+from flatq.footprint import decode_bytes
+from flatq.quantize.grid import Grid
 from flatq.recipe import Recipe
 from flatq.report import Environment, LayerReport, Measure, ModelInfo, Report, version_of
 from flatq.source import Source
+from flatq.specs import CONTEXT
 
 SCHEMA_VERSION = 1
 
@@ -56,7 +59,7 @@ def summarize(
         peak_rss_bytes: of this process.
     """
     scored = tokens.heldout.shape[0] * (tokens.heldout.shape[1] - 1)
-    config = source.config
+    config, itemsize = source.config, source.dtype.itemsize
     return Report.model_validate(
         {
             "model": ModelInfo(
@@ -68,8 +71,8 @@ def summarize(
             ),
             "recipe": recipe.model_dump(mode="json"),
             "environment": Environment.collect(),
-            "baseline": _measure(config, config.parameters() * source.dtype.itemsize, baseline, scored),
-            "result": _measure(artifact.config, artifact.bytes(), result, scored),
+            "baseline": _measure(config, config.parameters() * itemsize, baseline, scored, {}, recipe, itemsize),
+            "result": _measure(artifact.config, artifact.bytes(), result, scored, artifact.grids, recipe, itemsize),
             "layers": _layers(config, artifact),
             "exports": list(exports),
             "bench": list(bench),
@@ -79,11 +82,22 @@ def summarize(
     )
 
 
-def _measure(config: DecoderConfig, size: int, perplexity: float, tokens: int) -> Measure:
+def _measure(
+    config: DecoderConfig,
+    size: int,
+    perplexity: float,
+    tokens: int,
+    grids: Mapping[str, Grid],
+    recipe: Recipe,
+    itemsize: int,
+) -> Measure:
+    context = recipe.flat.cache_context if recipe.flat else CONTEXT
     return Measure(
         parameters=config.parameters(),
         decoder_parameters=config.decoder_parameters(),
         bytes=size,
+        decode_bytes=decode_bytes(config, grids, itemsize, context),
+        decode_context=context,
         perplexity=perplexity,
         perplexity_tokens=tokens,
     )

@@ -79,7 +79,7 @@ def test_a_bad_recipe_is_exit_code_2_and_every_problem_on_stderr(verb: str, tmp_
     assert shown.stdout == ""
     first, second = shown.stderr.strip().split("\n")
     assert first.startswith(
-        f"{file}:3: stages[0].flat.keep_ratio: 70 is not allowed; a number in (0, 1]; did you mean 0.7"
+        f"{file}:3: stages[0].flat.keep_ratio: 70 is not allowed; a number in (0, 1] or null; did you mean 0.7"
     )
     assert "'[b]its': unknown key; did you mean 'bits'?" in second, "brackets are text, not markup"
     assert sorted(tmp_path.iterdir()) == [file], "nothing is left behind"
@@ -113,7 +113,7 @@ def test_ls_tells_each_recipe_in_a_line(tmp_path: Path) -> None:
     shown = cli.invoke(app, ["ls", str(tmp_path)])
     assert shown.exit_code == 0
     good, bad = shown.stdout.strip().split("\n")
-    assert good.endswith("a.yaml  a/b: flat keeps 70%; gptq 4 bit, groups of 128; to mine")
+    assert good.endswith("a.yaml  a/b: flat keeps 70% of the decoder's parameters; gptq 4 bit, groups of 128; to mine")
     assert "not usable:" in bad
 
 
@@ -123,7 +123,10 @@ def test_ls_of_an_empty_folder_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stages", "line"),
-    [("[{gptq: {}}]", "m: gptq 4 bit, groups of 128"), ("[{flat: {keep_ratio: 1}}]", "m: flat keeps 100%")],
+    [
+        ("[{gptq: {}}]", "m: gptq 4 bit, groups of 128"),
+        ("[{flat: {keep_ratio: 1}}]", "m: flat keeps 100% of the decoder's parameters"),
+    ],
 )
 def test_a_summary_leaves_out_what_is_not_there(stages: str, line: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: m\nstages: {stages}")

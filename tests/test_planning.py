@@ -38,7 +38,7 @@ def _quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ("stages: [{flat: {keep_ratio: 0.7}}]", ["keep 70% of the decoder's parameters, curves allocation"]),
+        ("stages: [{flat: {keep_ratio: 0.7}}]", ["keeps 70% of the decoder's parameters, curves allocation"]),
         ("stages: [{gptq: {bits: 3, group_size: -1}}]", ["3 bit symmetric, one group per row"]),
         ("stages: [{gptq: {symmetric: false, embedding: {}}}]", ["4 bit asymmetric, groups of 128, embedding 8 bit"]),
         ("exports: [{onnx: {name: mine, precision: fp32}}]", ["export       mine: onnx precision=fp32"]),

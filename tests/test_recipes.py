@@ -33,7 +33,7 @@ def test_a_recipe_loads_and_its_name_says_what_it_does(file: Path) -> None:
     named = re.search(r"-flat(\d+)", file.stem)
     assert (named is None) == (recipe.flat is None)
     if named and recipe.flat:
-        assert round(100 * (1 - recipe.flat.keep_ratio)) == int(named[1])
+        assert round(100 * (1 - (recipe.flat.keep_ratio or 1))) == int(named[1])
     coded = re.search(r"-int(\d)", file.stem)
     assert (coded is None) == (recipe.gptq is None)
     if coded and recipe.gptq:

@@ -84,15 +84,20 @@ def share_of_the_rest(layers: Sequence[LayerDims], budget: Budget, multiples: Mu
     fixed = budget.total([multiples.floor(dims) for dims in layers])
     whole = budget.total(layers)
     if least > budget.limit:
-        raise budget.refusal(least, _least_in_words(layers, multiples, fixed / whole))
+        raise budget.refusal(least, _least_in_words(layers, multiples, budget, fixed))
     return min(1.0, (budget.limit - fixed) / (whole - fixed)) if whole > fixed else 1.0
 
 
-def _least_in_words(layers: Sequence[LayerDims], multiples: Multiples, fixed: float) -> str:
-    values = all(multiples.rank >= dims.d_v for dims in layers)
-    stay = "query, key, value and output projections" if values else "query and key projections"
-    hint = " (`values: output` narrows them)" if values else ""
-    return f"the {stay}, which stay whole{hint}, are {fixed:.1%} of it, and no width goes below one multiple"
+def _least_in_words(layers: Sequence[LayerDims], multiples: Multiples, budget: Budget, fixed: float) -> str:
+    stay = ["embedding, head and norms"] if budget.key == "size" else []
+    stay += ["head and norms", "cached keys"] if budget.key == "decode_bytes" else []
+    stay += ["query and key projections"]
+    stay += ["whole value heads (`values: output` narrows them)"] if _values_stay(layers, multiples) else []
+    return f"{', '.join(stay)} alone are {budget.written(fixed)}, and no width goes below one multiple"
+
+
+def _values_stay(layers: Sequence[LayerDims], multiples: Multiples) -> bool:
+    return all(multiples.rank >= dims.d_v for dims in layers)
 
 
 def widths(

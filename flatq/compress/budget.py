@@ -3,16 +3,25 @@
 Allocations compare prices and never look at their unit, so every budget is one function from a layer's widths to a
 number, plus a limit. A price is taken of whole layers and not "per rank" and "per channel": rows of groups, scales and
 a cache make it a staircase, and the difference of two prices is exact where a rate would be an average.
+
+    keep_ratio     parameters of the decoder's linears, as in the FLAT-LLM paper
+    size           bytes of all weights as the artifact stores them, at the bits of the stage that follows
+    decode_bytes   bytes read per decoded token: those weights, and keys and values of a context
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from flatq import footprint
+from flatq.decoder import DecoderConfig
 from flatq.dims import LayerDims
 from flatq.errors import RecipeError
+from flatq.quantize.stage import planned_grids
+from flatq.specs import FlatSpec, GptqSpec, bytes_of
 
 Price = Callable[[int, LayerDims], float]  # (layer number, its widths) -> cost; widths may be 0
 
@@ -24,38 +33,66 @@ class Budget:
     Attributes:
         key: the recipe's key below ``stages.flat``.
         given: the value as the recipe states it, for messages.
-        limit: what all layers together may cost.
+        limit: what the model may cost, in parameters or bytes.
         price: what one layer of some widths costs.
-        written: an amount as a value of ``key``, rounded up to what a recipe would say.
+        rest: what the model costs beside its layers, whatever their widths.
+        unit: what a value of 1 in the recipe costs: all parameters for a share, 1 for bytes.
     """
 
     key: str
     given: str
     limit: float
     price: Price
-    written: Callable[[float], str]
+    rest: float = 0
+    unit: float = 1
 
     def total(self, layers: Sequence[LayerDims]) -> float:
-        """Cost of all layers."""
-        return sum(self.price(index, dims) for index, dims in enumerate(layers))
+        """Cost of a model with these layers."""
+        return self.rest + sum(self.price(index, dims) for index, dims in enumerate(layers))
+
+    def written(self, cost: float) -> str:
+        """A cost as the recipe would state it, rounded up."""
+        return f"{math.ceil(1000 * cost / self.unit) / 1000}" if self.key == "keep_ratio" else _in_bytes(cost)
 
     def refusal(self, least: float, reason: str) -> RecipeError:
-        """The error of a budget below ``least``."""
+        """The error of a limit below ``least``."""
         return RecipeError(
             f"stages.flat.{self.key}: {self.given} cannot be reached: {reason}; choose {self.written(least)} or more"
         )
 
 
+def _in_bytes(count: float) -> str:
+    unit, factor = next(((u, f) for u, f in (("GB", 1e9), ("MB", 1e6)) if count >= f), ("kB", 1e3))
+    return f"{math.ceil(1000 * count / factor) / 1000:.10g}{unit}"
+
+
+def budget_of(config: DecoderConfig, flat: FlatSpec, gptq: GptqSpec | None, itemsize: int) -> Budget:
+    """The budget that a ``flat`` stage names, for a dense model.
+
+    Args:
+        gptq: the stage that follows; it decides in how many bits the weights are stored.
+        itemsize: bytes of a number that is not quantized.
+    """
+    if flat.keep_ratio is not None:
+        return parameter_budget(config.layers, config.d_model, flat.keep_ratio)
+    grids = planned_grids(config, gptq)
+    given = flat.size or flat.decode_bytes or ""
+    whole_cache = flat.cache_context if flat.decode_bytes else 0
+
+    @functools.cache
+    def price(index: int, dims: LayerDims) -> float:
+        weights = footprint.layer_bytes(config, grids, itemsize, index, dims)
+        return weights + footprint.cache_bytes(config, dims, whole_cache)
+
+    rest = (footprint.ends_bytes if flat.size else footprint.decode_ends_bytes)(config, grids, itemsize)
+    return Budget("size" if flat.size else "decode_bytes", given, bytes_of(given), price, rest)
+
+
 def parameter_budget(layers: Sequence[LayerDims], d_model: int, keep_ratio: float) -> Budget:
-    """A share of the decoder's parameters, as in the FLAT-LLM paper."""
+    """A share of the decoder's parameters."""
     whole = sum(dims.parameters(d_model) for dims in layers)
-    return Budget(
-        "keep_ratio",
-        f"{keep_ratio}",
-        keep_ratio * whole * (1 + 1e-12),  # 0.7 * 10 is 7, not a hair less
-        lambda _, dims: dims.parameters(d_model),
-        lambda amount: f"{math.ceil(1000 * amount / whole) / 1000}",
-    )
+    limit = keep_ratio * whole * (1 + 1e-12)  # 0.7 * 10 is 7, not a hair less
+    return Budget("keep_ratio", f"{keep_ratio}", limit, lambda _, dims: dims.parameters(d_model), unit=whole)
 
 
 def together(layers: Sequence[LayerDims], budget: Budget) -> tuple[tuple[LayerDims, ...], Budget]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, spend, summed, uniform, widths
-from flatq.compress.budget import parameter_budget, together
+from flatq.compress.budget import budget_of, together
 from flatq.compress.heads import (
     head_basis,
     orthonormal,
@@ -28,7 +28,7 @@ from flatq.compress.mlp import (
 )
 from flatq.compress.sensitivity import Sensitivity, weighted
 from flatq.decoder import DecoderConfig, LayerDims
-from flatq.specs import FlatSpec
+from flatq.specs import FlatSpec, GptqSpec
 from flatq.walk import Block
 from flatq.weights import HALVES
 
@@ -37,44 +37,57 @@ DRIFT_SHRINKAGE = 0.3  # the drift is mostly noise: measured to be better than 0
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """The widths that the model will have."""
+    """The widths that the model will have.
+
+    ``requested`` and ``achieved`` are what ``budget`` says: a share of the decoder's parameters (``keep_ratio``), or
+    bytes (``size``, ``decode_bytes``).
+    """
 
     layers: tuple[LayerDims, ...]
     requested: float
     achieved: float
+    budget: str = "keep_ratio"
     importance: tuple[float, ...] = ()
 
 
 def plan_ranks(
-    config: DecoderConfig, spec: FlatSpec, importance: Sequence[float] = (), curves: Sequence[Curves] = ()
+    config: DecoderConfig,
+    spec: FlatSpec,
+    importance: Sequence[float] = (),
+    curves: Sequence[Curves] = (),
+    *,
+    gptq: GptqSpec | None = None,
+    itemsize: int = 4,
 ) -> RankPlan:
-    """Widths of every layer for a wanted share of the decoder's parameters.
+    """Widths of every layer for a wanted budget.
 
     Args:
         importance: one number per layer, for ``allocation: iprs``.
         curves: one per layer, for ``allocation: curves``. Without what its allocation needs, a plan has equal shares.
+        gptq: the stage that follows, for budgets in bytes.
+        itemsize: bytes of a number that is not quantized.
 
     Raises:
-        RecipeError: the share cannot be reached.
+        RecipeError: the budget cannot be reached.
     """
-    if spec.keep_ratio == 1:
-        return RankPlan(config.layers, 1.0, 1.0, tuple(importance))
     layers, allocation = config.layers, spec.parts.allocation
-    budget = parameter_budget(layers, config.d_model, spec.keep_ratio)
+    wanted = budget = budget_of(config, spec, gptq, itemsize)
     whole = max(dims.d_v for dims in layers)
     multiples = Multiples(whole if spec.parts.values == "whole" else spec.rank_multiple, spec.width_multiple)
     if spec.uniform:
         layers, budget = together(layers, budget)
         curves = [summed(curves)] if curves else ()
     share = share_of_the_rest(layers, budget, multiples)
-    if allocation == "curves" and curves:
+    if share == 1:
+        planned = layers
+    elif allocation == "curves" and curves:
         planned = spend(layers, budget, curves, multiples)
     else:
         shares = iprs(importance, share) if allocation == "iprs" and importance else uniform(len(layers), share)
         planned = widths(layers, budget, shares, multiples)
     layers = planned * len(config.layers) if spec.uniform else planned
-    achieved = config.with_layers(layers).decoder_parameters() / config.decoder_parameters()
-    return RankPlan(layers, spec.keep_ratio, achieved, tuple(importance))
+    requested, achieved = wanted.limit / wanted.unit, wanted.total(layers) / wanted.unit
+    return RankPlan(layers, requested, achieved, wanted.key, tuple(importance))
 
 
 def uneven(config: DecoderConfig, spec: FlatSpec) -> DecoderConfig:

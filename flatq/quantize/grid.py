@@ -53,6 +53,12 @@ class Grid:
         """Number of groups, the short last one included."""
         return -(-columns // self.width(columns))
 
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of an [o, i] matrix as it is deployed: codes at their bits, float16 scales, packed zeros."""
+        cells = rows * self.groups(columns)
+        zeros = 0 if self.symmetric else -(-cells * self.bits // 8)
+        return -(-rows * columns * self.bits // 8) + 2 * cells + zeros
+
     def group_index(self, columns: int, device: torch.device | None = None) -> Tensor:
         """Group of each column, int64 [i]."""
         return torch.arange(columns, device=device) // self.width(columns)

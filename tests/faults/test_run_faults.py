@@ -45,7 +45,7 @@ def fault(recipe: Path, out: Path, code: int, *options: str) -> str:
     ("stage", "words"),
     [
         ({"flat": {"keep_ratoi": 0.8}}, "unknown key; did you mean 'keep_ratio'?"),
-        ({"flat": {"keep_ratio": 70}}, "keep_ratio: 70 is not allowed; a number in (0, 1]; did you mean 0.7"),
+        ({"flat": {"keep_ratio": 70}}, "keep_ratio: 70 is not allowed; a number in (0, 1] or null; did you mean 0.7"),
         ({"flat": {"keep_ratio": 0.05}}, "keep_ratio: 0.05 cannot be reached"),
         ({"gptq": {"group_size": 128}}, "group_size: 128 is wider than"),
         ({"gptq": {"group_size": 48}}, "group_size: 48 is not allowed"),
