@@ -29,7 +29,7 @@ and walk; loading and scoring not counted) and their multiple of the paper's wit
 def one_line(result: Result) -> str:
     """A row for the log."""
     settings = f"{result['label']}{' + gptq' if result['gptq'] else ''}, keep {result['keep_ratio']}, "
-    settings += f"{result['tokens']} tokens of {_text(result)}, seed {result['seed']}"
+    settings += f"{result['tokens']} tokens of {text(result)}, seed {result['seed']}"
     if "damage" not in result:
         return settings
     if result["damage"] is None:
@@ -42,31 +42,33 @@ def one_line(result: Result) -> str:
 
 def write(results: Mapping[str, Result], out: Path) -> None:
     """The table and the plot beside the JSON file ``out``."""
-    groups = _grouped(results.values())
+    groups = grouped(results.values())
     write_atomically(out.with_suffix(".md"), markdown(groups).encode())
-    if any(_damage(group) is not None and not group[0]["gptq"] for group in groups):
+    if any(damage(group) is not None and not group[0]["gptq"] for group in groups):
         write_atomically(out.with_suffix(".svg"), plot(groups).encode())
 
 
-def _grouped(results: Iterable[Result]) -> list[Group]:
+def grouped(results: Iterable[Result]) -> list[Group]:
+    """Rows that differ in nothing but the seed, together."""
     groups: dict[tuple[Any, ...], Group] = {}
     for result in results:
-        groups.setdefault((_setting(result), result["label"], bool(result["gptq"])), []).append(result)
+        groups.setdefault((setting(result), result["label"], bool(result["gptq"])), []).append(result)
     return list(groups.values())
 
 
-def _setting(result: Result) -> tuple[Any, ...]:
+def setting(result: Result) -> tuple[Any, ...]:
     """What rows must share to be compared."""
-    return (*_corpus(result), result["keep_ratio"])
+    return (*corpus(result), result["keep_ratio"])
 
 
-def _corpus(result: Result) -> tuple[Any, ...]:
+def corpus(result: Result) -> tuple[Any, ...]:
     """What all rows of one panel share."""
     names = ("model", "text", "score_text", "tokens", "seq_len", "score_tokens", "score_seq_len", "precision")
     return tuple(result[name] for name in names)
 
 
-def _damage(group: Group) -> float | None:
+def damage(group: Group) -> float | None:
+    """Mean over the seeds; None if no row was had."""
     values = [row["damage"] for row in group if row["damage"] is not None]
     return statistics.mean(values) if values else None
 
@@ -76,7 +78,8 @@ def _seconds(group: Group) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _text(result: Result) -> str:
+def text(result: Result) -> str:
+    """Names of the texts, without digests."""
     seen, judged = (result[name].split("@")[0] for name in ("text", "score_text"))
     return seen if seen == judged else f"{seen}, scored on {judged}"
 
@@ -85,11 +88,11 @@ def markdown(groups: Sequence[Group]) -> str:
     """All tables: one per calibration setting, and one for GPTQ where it was measured."""
     panels: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
-        panels.setdefault(_corpus(group[0]), []).append(group)
+        panels.setdefault(corpus(group[0]), []).append(group)
     parts = ["# Quality", NOTE]
     for members in panels.values():
         first = members[0][0]
-        parts.append(f"## {first['tokens']:,} calibration tokens of {_text(first)}\n")
+        parts.append(f"## {first['tokens']:,} calibration tokens of {text(first)}\n")
         parts.append(_panel_note(members))
         parts.append(_damage_table([group for group in members if not group[0]["gptq"]]))
         if any(group[0]["gptq"] for group in members):
@@ -107,28 +110,28 @@ def _panel_note(members: Sequence[Group]) -> str:
     return note + ("" if len(codes) == 1 else f" **Rows of {len(codes)} versions of the code.**") + "\n"
 
 
-def _reference(members: Iterable[Group]) -> dict[tuple[Any, ...], Group]:
+def references_of(members: Iterable[Group]) -> dict[tuple[Any, ...], Group]:
     """The paper's rows by setting; where there are several, the one without further options."""
     papers = [group for group in members if (group[0]["method"], group[0]["allocation"]) == REFERENCE]
     papers.sort(key=lambda group: len(group[0]["options"]), reverse=True)
-    return {_setting(group[0]): group for group in papers if not group[0]["gptq"]}
+    return {setting(group[0]): group for group in papers if not group[0]["gptq"]}
 
 
 def _damage_table(members: Sequence[Group]) -> str:
     lines = ["| method | wanted | kept | perplexity | damage | of paper | time, s | seeds |", "|---|" + "---:|" * 7]
-    references = _reference(members)
+    references = references_of(members)
     for group in sorted(members, key=lambda group: (-group[0]["keep_ratio"], group[0]["method"] in BASELINES)):
-        first, mean = group[0], _damage(group)
+        first, mean = group[0], damage(group)
         if mean is None:
             lines.append(f"| {first['label']} | {first['keep_ratio']:.0%} | refused: {_refused(first)} | | | | | |")
             continue
-        reference = references.get(_setting(first), [])
+        paper = references.get(setting(first), [])
         good = [row for row in group if row["damage"] is not None]
         lines.append(
             f"| {first['label']} | {first['keep_ratio']:.0%} | {statistics.mean(r['share'] for r in good):.2%} "
             f"| {statistics.mean(r['perplexity'] for r in good):.2f} | {_spread([r['damage'] for r in good])} "
-            f"| {_ratio(mean, _damage(reference))} "
-            f"| {_seconds(group):.1f}{_times(_seconds(group), _seconds(reference))} | {len(good)} |"
+            f"| {_ratio(mean, damage(paper))} "
+            f"| {_seconds(group):.1f}{_times(_seconds(group), _seconds(paper))} | {len(good)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -152,11 +155,11 @@ def _times(value: float | None, reference: float | None) -> str:
 
 def _gptq_table(members: Sequence[Group]) -> str:
     lines = ["| method | wanted | flat | gptq | sum | both | both - sum |", "|---|" + "---:|" * 6]
-    alone = next((_damage(g) for g in members if g[0]["method"] == "none"), None)
-    plain = {(g[0]["label"], g[0]["keep_ratio"]): _damage(g) for g in members if not g[0]["gptq"]}
+    alone = next((damage(g) for g in members if g[0]["method"] == "none"), None)
+    plain = {(g[0]["label"], g[0]["keep_ratio"]): damage(g) for g in members if not g[0]["gptq"]}
     for group in members:
         label, keep = group[0]["label"], group[0]["keep_ratio"]
-        flat, both = plain.get((label, keep)), _damage(group)
+        flat, both = plain.get((label, keep)), damage(group)
         if not group[0]["gptq"] or group[0]["method"] == "none" or flat is None or both is None or alone is None:
             continue
         total = flat + alone
@@ -168,10 +171,10 @@ def _gptq_table(members: Sequence[Group]) -> str:
 
 def plot(groups: Sequence[Group]) -> str:
     """Damage over the share removed, a panel per calibration setting, a line per method; an SVG file's text."""
-    shown = [group for group in groups if not group[0]["gptq"] and _damage(group) is not None]
+    shown = [group for group in groups if not group[0]["gptq"] and damage(group) is not None]
     panels: dict[tuple[Any, ...], dict[str, list[Group]]] = {}
     for group in shown:
-        panels.setdefault(_corpus(group[0]), {}).setdefault(group[0]["label"], []).append(group)
+        panels.setdefault(corpus(group[0]), {}).setdefault(group[0]["label"], []).append(group)
     colours = [matplotlib.colormaps["tab10"](number) for number in range(10)]
     labels = list(dict.fromkeys(group[0]["label"] for group in shown))
     with matplotlib.rc_context({"svg.hashsalt": "flatq", "font.size": 9}):
@@ -181,7 +184,7 @@ def plot(groups: Sequence[Group]) -> str:
             for label, members in lines.items():
                 _line(panel, label, members, colours[labels.index(label) % len(colours)])
             first = next(iter(lines.values()))[0][0]
-            panel.set_title(f"{first['tokens']:,} tokens of {_text(first)}", loc="left")
+            panel.set_title(f"{first['tokens']:,} tokens of {text(first)}", loc="left")
             panel.set_xlabel("decoder parameters removed")
             panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             panel.set_yscale("symlog", linthresh=0.1)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from flatq import pipeline
 from flatq.artifact import Artifact
 from flatq.dims import LayerDims
+from flatq.errors import ArtifactError
 from flatq.evaluate import perplexity
 from flatq.recipe import Recipe
 from flatq.specs import CalibrationSpec, EvaluationSpec, FlatSpec
@@ -29,6 +30,7 @@ import baselines
 import quality
 import quality_grid as grid
 import quality_lab
+import quality_readme
 import quality_tables as tables
 
 TOKENS = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -378,3 +380,38 @@ def test_the_table_takes_means_over_seeds_and_compares_with_the_paper(tmp_path: 
     table = out.with_suffix(".md").read_text()
     assert "| better | 80% | 80.00% | 20.00 | 0.3000 (0.2000 to 0.4000) | 0.50 | 3.0 (1.50 x) | 2 |" in table
     assert "| better | 80% | 0.3000 | 0.1000 | 0.4000 | 0.3500 | -0.0500 |" in table
+
+
+def test_the_readme_s_tables_are_drawn_between_their_markers(tmp_path: Path) -> None:
+    better = {"label": "better", "method": "better"}
+    rows = [
+        result(damage=0.5),
+        result(seed=2, damage=0.7),
+        result(**better, damage=0.3),
+        result(keep_ratio=0.5, damage=2.0),
+        result(**better, gptq={"bits": 4}, damage=0.35),
+        result(label="better refit=False", method="better", options={"refit": False}, damage=0.4),
+    ]
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
+    for _ in range(2):
+        quality_readme.update({str(number): row for number, row in enumerate(rows)}, readme)
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- quality: begin -->\n")
+        assert text.endswith("<!-- quality: end -->\nafter\n")
+        assert "| damage | 20% removed | 50% removed |" in text
+        assert "| better | 0.300 (0.50) |  |\n| paper iprs | 0.600 ± 0.141 (1.00) | 2.000 (1.00) |" in text
+        assert "old" not in text
+        assert "refit" not in text
+    readme.write_text("no markers")
+    with pytest.raises(ArtifactError, match="put both where the tables belong"):
+        quality_readme.update({}, readme)
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    root = Path(__file__).parents[1]
+    results = quality.read_results(root / "benchmarks/results/quality.json")
+    assert (
+        f"{quality_readme.BEGIN}\n{quality_readme.markdown(results)}{quality_readme.END}"
+        in (root / "README.md").read_text()
+    )
