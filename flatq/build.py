@@ -60,7 +60,7 @@ def build(
     """
     config = source.config.with_layers(plan.layers)
     grids = planned_grids(config, recipe.gptq)
-    stages = stages_of(recipe, plan, config, work)
+    stages = stages_of(recipe, plan, source.config, work)
 
     if ranks.first():
         partial.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,12 @@ def _finish(
 
 
 def stages_of(recipe: Recipe, plan: RankPlan, config: DecoderConfig, work: Path) -> list[FlatStage | GptqStage]:
-    """What is done to each block, in order; ``work`` holds the sensitivity if the FLAT stage asks for one."""
+    """What is done to each block, in order.
+
+    Args:
+        config: the dense model's.
+        work: holds the sensitivity, if the FLAT stage asks for one.
+    """
     stages: list[FlatStage | GptqStage] = []
     if recipe.flat is not None:
         narrows = plan.layers != config.layers
