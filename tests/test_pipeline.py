@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flatq as package
 from flatq.artifact import Artifact
+from flatq.decoder import LINEARS
 from flatq.quantize.grid import QuantizedWeight
 from flatq.report import BASELINE, read_report
 from flatq.source import open_model
@@ -135,6 +136,13 @@ def test_each_stage_works_alone_and_both_together(
     kept = artifact.config.decoder_parameters() / dense.decoder_parameters()
     assert kept == (pytest.approx(0.8, abs=0.02) if FLAT in stages else 1)
     assert bool(artifact.grids) == (GPTQ in stages)
+    energies = artifact.energies()
+    for index, dims in enumerate(artifact.config.layers):
+        for linear in LINEARS:
+            energy = energies.pop(f"layers.{index}.{linear}")
+            assert energy.shape == dims.shape(linear, dense.d_model)[1:]
+            assert bool((energy > 0).any())
+    assert not energies
 
 
 @pytest.mark.parametrize("method", ["default", "paper"])

@@ -23,6 +23,7 @@ from flatq.quantize.grid import Grid
 from flatq.weights import dense
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_gguf.writing import PIECE_BYTES
+from tests.conftest import MakeRecipe, flatq
 from tests.exporters.conftest import MakeArtifact
 from tests.models import tiny_config
 
@@ -270,6 +271,28 @@ def test_k_quants_without_llama_cpp_are_refused_with_the_command(
     (found,) = GgufExporter().check(tiny_config(), {}, GgufOptions(precision="q4_k_m", quantize_with=wanted))
     assert f"{missing};" in found
     assert "llama-quantize FILE-F16.gguf FILE.gguf Q4_K_M" in found
+
+
+@pytest.mark.parametrize(
+    ("verb", "flat", "refused"),
+    [
+        ("run", {}, True),
+        ("plan", {}, True),
+        ("plan", {"uniform": True}, False),
+        ("plan", {"values": "whole"}, False),
+    ],
+)
+def test_ranks_that_will_differ_are_refused_before_they_are_measured(
+    make_recipe: MakeRecipe, tmp_path: Path, verb: str, flat: dict[str, Any], refused: bool
+) -> None:
+    stages = [{"flat": {"keep_ratio": 0.8, **flat}}]
+    recipe = make_recipe(stages=stages, exports=[{"gguf": {"layout": "compact", "precision": "f16"}}])
+    out = tmp_path / "out"
+    shown = flatq(verb, recipe, *(("--out", out) if verb == "run" else ()))
+    words = " ".join(shown.stderr.split())
+    assert shown.exit_code == 2  # this model's head is tied, which compact refuses in any case
+    assert ("one d_v for all layers, this model has [8, 16]; set uniform: true" in words) == refused
+    assert not (out / "work").exists()
 
 
 def test_the_program_quantizes_where_there_is_no_library(

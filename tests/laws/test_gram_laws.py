@@ -44,7 +44,9 @@ def test_a_gram_is_the_mean_outer_product_of_each_block(tokens: int, features: i
     x = samples(tokens, blocks * features)
     heads = x.double().view(tokens, blocks, features)
     expected = (torch.einsum("tkd,tke->kde", heads, heads) / tokens).float()
-    torch.testing.assert_close(gram_of(x, blocks=blocks).mean(), expected[0] if blocks == 1 else expected)
+    gram = gram_of(x, blocks=blocks)
+    torch.testing.assert_close(gram.mean(), expected[0] if blocks == 1 else expected)
+    torch.testing.assert_close(gram.energy(), x.square().mean(0))
 
 
 def test_leading_axes_are_all_tokens() -> None:
