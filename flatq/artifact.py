@@ -173,6 +173,12 @@ class Artifact:
                 total += tensor.numel() * tensor.element_size()
         return total
 
+    def note_quality(self, quality: Mapping[str, Any]) -> None:
+        """Put measured quality into the manifest, where model cards find it."""
+        if self.manifest.get("quality") != quality:
+            self.manifest["quality"] = dict(quality)
+            write_json(self.root / MANIFEST, self.manifest)
+
     def verify(self) -> None:
         """Compare every file with the checksum in the manifest.
 

@@ -21,7 +21,7 @@ from flatq.decoder import DecoderConfig
 from flatq.feed import WORKING_SET
 from flatq.progress import progress
 from flatq.quantize.grid import Grid, QuantizedWeight
-from flatq.quantize.stage import READERS, GptqStage, planned_grids, quantize_table
+from flatq.quantize.stage import READERS, GptqStage, quantize_table
 from flatq.recipe import Recipe
 from flatq.source import Source
 from flatq.walk import Block, blocks_done, walk
@@ -41,6 +41,7 @@ def build(
     tokens: Tensor,
     plan: RankPlan,
     recipe: Recipe,
+    grids: Mapping[str, Grid],
     *,
     partial: Path,
     root: Path,
@@ -53,14 +54,14 @@ def build(
 
     Args:
         tokens: calibration tokens, int64 [samples, seq].
+        grids: of every weight that is to be quantized, by stem.
         partial: folder in which the artifact grows; renamed to ``root`` at the end.
         work: hidden states and the per-block reports.
         provenance: goes into the manifest; must not hold anything that differs between two runs.
         working_set: bytes for the activations of a batch.
     """
     config = source.config.with_layers(plan.layers)
-    grids = planned_grids(config, recipe.gptq)
-    stages = stages_of(recipe, plan, source.config, work)
+    stages = stages_of(recipe, plan, grids, source.config, work)
 
     if ranks.first():
         partial.mkdir(parents=True, exist_ok=True)
@@ -135,10 +136,13 @@ def _finish(
     finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
 
 
-def stages_of(recipe: Recipe, plan: RankPlan, config: DecoderConfig, work: Path) -> list[FlatStage | GptqStage]:
+def stages_of(
+    recipe: Recipe, plan: RankPlan, grids: Mapping[str, Grid], config: DecoderConfig, work: Path
+) -> list[FlatStage | GptqStage]:
     """What is done to each block, in order.
 
     Args:
+        grids: of every weight that is to be quantized, by stem.
         config: the dense model's.
         work: holds the sensitivity, if the FLAT stage asks for one.
     """
@@ -148,7 +152,7 @@ def stages_of(recipe: Recipe, plan: RankPlan, config: DecoderConfig, work: Path)
         fisher = measured_sensitivity(config, work) if recipe.flat.sensitive and narrows else None
         stages.append(FlatStage(recipe.flat, plan, fisher))
     if recipe.gptq is not None:
-        stages.append(GptqStage(recipe.gptq))
+        stages.append(GptqStage(recipe.gptq, grids))
     return stages
 
 

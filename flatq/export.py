@@ -95,8 +95,13 @@ class Exporter(Protocol):
         """
         ...
 
-    def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: Any) -> int:
-        """Size of the files that ``write`` would make, estimated from shapes alone."""
+    def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: Any, *, itemsize: int = 2) -> int:
+        """Size of the files that ``write`` would make, estimated from shapes alone.
+
+        Args:
+            config, grids, options: as for ``check``.
+            itemsize: bytes of a number that the artifact holds unquantized.
+        """
         ...
 
     def dense(self, options: Any) -> Any | None:

@@ -203,6 +203,8 @@ class HubLayer(DecoderLayer):
 class HubDecoder(Decoder):
     """A decoder without its head, under the hub's names."""
 
+    _pp_plan = _tp_plan = None  # transformers asks a base model for its parallel plans, optimum for every attribute
+
     def __init__(self, config: DecoderConfig) -> None:
         nn.Module.__init__(self)
         self.config = config

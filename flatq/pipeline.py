@@ -8,8 +8,7 @@ Each step is one call below; each is a phase of the run folder, so that a killed
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,7 @@ from flatq import planning, ranks
 from flatq.artifact import Artifact
 from flatq.build import build
 from flatq.calibrate import Tokens, token_batches
-from flatq.compress.allocate import Curves
-from flatq.compress.curves import error_curves
-from flatq.compress.importance import layer_importance
-from flatq.compress.sensitivity import measured_sensitivity, output_sensitivity
-from flatq.compress.stage import RankPlan, plan_ranks
+from flatq.compress.stage import RankPlan
 from flatq.delivery import PlannedExport, deliver, foreign, measured, opened, planned_exports, reopened, side_by_side
 from flatq.device import resolve_device
 from flatq.errors import ArtifactError, RecipeError
@@ -31,13 +26,15 @@ from flatq.export import Runner, exporter_named
 from flatq.feed import WORKING_SET
 from flatq.folder import RunFolder, require_space
 from flatq.generate import DecoderRunner, stream
+from flatq.plans import bit_plan, draft, rank_plan
 from flatq.progress import progress
+from flatq.quantize.grid import Grid
 from flatq.recipe import Recipe
 from flatq.refusals import refuse, refuse_early
 from flatq.report import write_report
 from flatq.source import Source, open_model
 from flatq.specs import BenchSpec, CalibrationSpec, EvaluationSpec
-from flatq.summary import provenance, summarize
+from flatq.summary import provenance, quality, summarize
 from flatq.weights import HALVES, Weights
 
 log = logging.getLogger(__name__)
@@ -80,11 +77,13 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         ranks.told(lambda: folder.depend_on({name: origins[name] for name in ("source", "tokens", "versions")}))
         baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
         plan = rank_plan(recipe, source, tokens, folder, device, room)
-        refuse(recipe, source.config.with_layers(plan.layers), exports)
-        artifact = compressed(recipe, source, tokens, plan, folder, origins, device, room)
+        grids = bit_plan(recipe, source, tokens, plan, folder, device, room)
+        refuse(recipe, source.config.with_layers(plan.layers), exports, grids)
+        artifact = compressed(recipe, source, tokens, plan, grids, folder, origins, device, room)
         result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"))
         if not ranks.part():
             return None
+        artifact.note_quality(quality(recipe, tokens, baseline=baseline, result=result))
         written = [exported(item, artifact, tokens, folder) for item in exports]
         bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports))
         report = summarize(
@@ -118,58 +117,12 @@ def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
         return perplexity(weights, tokens.heldout, device=device, on_half=advance).value
 
 
-def draft(recipe: Recipe, source: Source) -> RankPlan:
-    """The plan with equal shares: from shapes alone, where the real one may follow from the weights.
-
-    Raises:
-        RecipeError: the budget cannot be reached.
-    """
-    if recipe.flat is None:
-        return RankPlan(source.config.layers, 1.0, 1.0)
-    return plan_ranks(source.config, recipe.flat, gptq=recipe.gptq, itemsize=source.dtype.itemsize)
-
-
-def rank_plan(
-    recipe: Recipe, source: Source, tokens: Tokens, folder: RunFolder, device: str, room: int = WORKING_SET
-) -> RankPlan:
-    """Widths of the compressed model; measures what the allocation goes by."""
-    spec, config, first = recipe.flat, source.config, draft(recipe, source)
-    if spec is None or first.layers == config.layers:
-        return first
-    text = recipe.calibration
-    settings: dict[str, Any] = {
-        "precision": text.precision,
-        "states": text.states,
-        "device": device,
-        "working_set": room,
-    }
-
-    def sensitivity() -> None:
-        output_sensitivity(source, tokens.calibration, folder.work, **settings)
-
-    def importance() -> list[float]:
-        return layer_importance(source, tokens.calibration, folder.work, **settings)
-
-    def curves() -> list[dict[str, Any]]:
-        fisher = measured_sensitivity(config, folder.work)
-        found = error_curves(source, tokens.calibration, fisher, folder.work, ridge=spec.ridge, **settings)
-        return [asdict(curve) for curve in found]
-
-    if spec.sensitive:
-        folder.phase("sensitivity", sensitivity)
-    measured: dict[str, Any] = {}
-    if spec.parts.allocation == "curves":
-        measured["curves"] = [Curves(**curve) for curve in folder.phase("curves", curves)]
-    elif spec.parts.allocation == "iprs":
-        measured["importance"] = folder.phase("importance", importance)
-    return plan_ranks(config, spec, **measured, gptq=recipe.gptq, itemsize=source.dtype.itemsize)
-
-
 def compressed(
     recipe: Recipe,
     source: Source,
     tokens: Tokens,
     plan: RankPlan,
+    grids: Mapping[str, Grid],
     folder: RunFolder,
     origins: dict[str, Any],
     device: str,
@@ -188,6 +141,7 @@ def compressed(
             tokens.calibration,
             plan,
             recipe,
+            grids,
             partial=folder.partial,
             root=folder.artifact,
             work=folder.work,

@@ -47,9 +47,14 @@ def explanation(recipe: Recipe) -> list[str]:
         lines.append(f"flat         {flat.budget}, {flat.parts.allocation} allocation{kind}")
     if (gptq := recipe.gptq) is not None:
         kind = "symmetric" if gptq.symmetric else "asymmetric"
+        choices = "/".join(map(str, sorted(gptq.bit_choices)))
+        bits = f"{gptq.bits}" if gptq.average_bits is None else f"{gptq.average_bits:g} (on average, of {choices})"
         group = "one group per row" if gptq.group_size == -1 else f"groups of {gptq.group_size}"
         table = f", embedding {gptq.embedding.bits} bit" if gptq.embedding else ""
-        lines.append(f"gptq         {gptq.bits} bit {kind}, {group}{table}")
+        lines.append(f"gptq         {bits} bit {kind}, {group}{table}")
+        for pattern, rule in gptq.overrides.items():
+            changed = ", ".join(f"{key} {value}" for key, value in rule.model_dump(exclude_unset=True).items())
+            lines.append(f"             {pattern}: {changed}")
     for spec in recipe.exports:
         options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
         lines.append(f"export       {spec.name}: {spec.format} {options}".rstrip())
@@ -156,7 +161,8 @@ def forecast(
         "checkpoint / artifact", size(dense.parameters() * itemsize), size(disk_bytes(config, recipe, itemsize))
     )
     for item in exports:
-        table.add_row(f"export {item.name}", "", size(item.exporter.bytes(config, grids, item.options)))
+        bytes_ = item.exporter.bytes(config, grids, item.options, itemsize=itemsize)
+        table.add_row(f"export {item.name}", "", size(bytes_))
     fast, exact = rates(device, recipe.calibration.precision)
     forward, solves = operations(dense, plan, recipe)
     seconds = forward / fast + solves / exact
@@ -165,6 +171,8 @@ def forecast(
     text = rendered(table)
     if recipe.flat is not None and recipe.flat.parts.allocation != "uniform":
         text += "widths per layer follow from the weights and are not planned here: sizes are for equal shares\n"
+    if recipe.gptq is not None and recipe.gptq.average_bits is not None:
+        text += "bits per linear follow from measured errors: sizes are for a choice of the same average\n"
     return text
 
 

@@ -8,35 +8,46 @@ where a format wants them alike.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from flatq.compress.stage import uneven
 from flatq.decoder import DecoderConfig
 from flatq.delivery import PlannedExport
 from flatq.errors import RecipeError
 from flatq.export import TokenizerCarrier
-from flatq.quantize.stage import objections, planned_grids
+from flatq.quantize.grid import Grid
+from flatq.quantize.stage import objections, possible_grids
 from flatq.recipe import Recipe
 from flatq.source import Source
 
 
-def refuse(recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport]) -> None:
+def refuse(
+    recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport], grids: Mapping[str, Grid] | None = None
+) -> None:
     """Hear every objection to the planned model now, before hours of work.
+
+    Args:
+        grids: as ``plans.bit_plan`` decided; None takes what is known without measuring, and all that could be chosen.
 
     Raises:
         RecipeError: all objections at once.
     """
-    if problems := objections(config, recipe.gptq) + heard(recipe, config, exports):
+    if problems := objections(config, recipe.gptq) + heard(recipe, config, exports, grids):
         raise RecipeError(problems)
 
 
-def heard(recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport]) -> list[str]:
-    """What the exporters object to."""
-    grids = planned_grids(config, recipe.gptq)
-    return [
+def heard(
+    recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport], grids: Mapping[str, Grid] | None = None
+) -> list[str]:
+    """What the exporters object to, each objection once."""
+    possible = possible_grids(config, recipe.gptq) if grids is None else [grids]
+    words = [
         f"exports.{item.name}: {words}"
+        for some in possible
         for item in exports
-        for words in item.exporter.check(config, grids, item.options)
+        for words in item.exporter.check(config, some, item.options)
     ]
+    return list(dict.fromkeys(words))
 
 
 def refuse_early(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:

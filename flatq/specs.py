@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from flatq.recipe_rules import MOST_TOKENS
 
 Dataset = Literal["wikitext2", "c4", "alpaca", "python-docs", "text"]
+Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 16, 32, 64, 128, 256, 512, 1024]
 
 
@@ -189,12 +190,29 @@ class EmbeddingSpec(Spec):
     """Columns that share a scale; -1 is the whole row."""
 
 
+class OverrideSpec(Spec):
+    """What is different for some linears; null keeps the stage's own value."""
+
+    bits: Bits | None = None
+    """Bits per weight; these linears then take no part in average_bits' choice, but count in its average."""
+    group_size: GroupSize | None = None
+    """Columns that share a scale; -1 is the whole row."""
+    symmetric: bool | None = None
+    """Fix the zero in the middle of the codes."""
+    quantize: bool = True
+    """false leaves them as they are."""
+
+
 class GptqSpec(Spec):
     """GPTQ: round the weights one column after another, each error passed on to the columns still to come."""
 
     kind: ClassVar[Literal["gptq"]] = "gptq"
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Bits = 4
     """Bits per weight."""
+    average_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    """In place of bits: choose them linear by linear, by measured error, so that a weight has so many on average."""
+    bit_choices: Annotated[tuple[Bits, ...], Field(strict=False, min_length=1)] = (3, 4, 8)
+    """What average_bits chooses from; runtimes differ in what they read, and exporters object to the others."""
     group_size: GroupSize = 128
     """Columns that share a scale; -1 is the whole row. Small groups are more accurate and larger on disk."""
     symmetric: bool = True
@@ -207,6 +225,11 @@ class GptqSpec(Spec):
     """Added to the Hessian's diagonal, relative to its mean."""
     block_size: Annotated[int, Field(ge=1, le=4096)] = 128
     """Columns per lazy update; changes speed, not the result beyond rounding."""
+    refinements: Annotated[int, Field(ge=0, le=16)] = 0
+    """How often scales and codes are fitted to each other once more; 2 multiply the time of the solves by about 3."""
+    overrides: Mapping[str, OverrideSpec] = Field(default_factory=dict)
+    """Other settings for linears by name, as in {"*.down": {bits: 8}, "layers.0.*": {quantize: false}}; the later
+    pattern wins. The linears of a layer are q, k, v, o, gate, up and down."""
     embedding: EmbeddingSpec | None = None
     """How embedding and head are quantized; null leaves them as they are."""
 

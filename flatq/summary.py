@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flatq.artifact import Artifact
@@ -28,6 +29,18 @@ def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]
         "tokens": tokens.description,
         "versions": {name: version_of(name) for name in ("flatq", "torch", "transformers", "numpy")},
         "seed": recipe.calibration.seed,
+    }
+
+
+def quality(recipe: Recipe, tokens: Tokens, *, baseline: float, result: float) -> dict[str, Any]:
+    """What a model card says about how good the model is."""
+    spec = recipe.evaluation
+    text = spec.path or spec.dataset or recipe.calibration.path or recipe.calibration.dataset
+    rows, length = tokens.heldout.shape
+    return {
+        "perplexity": round(result, 4),
+        "perplexity of the original": round(baseline, 4),
+        "measured on": f"{rows} x {length} tokens of {Path(text).name}",
     }
 
 

@@ -40,7 +40,9 @@ class GgufExporter:
         """Objections to the tokenizer; see ``flatq.export.TokenizerCarrier``."""
         return [f"gguf: {problem}" for problem in tokenizer_objections(described, config.vocab, options.pre_tokenizer)]
 
-    def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions) -> int:
+    def bytes(
+        self, config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions, *, itemsize: int = 2
+    ) -> int:
         """Size of the files, from shapes."""
         return estimated_bytes(Contents.of(config, grids, options))
 

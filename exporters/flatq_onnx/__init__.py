@@ -37,7 +37,9 @@ class OnnxExporter:
         """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
         return objections(config, grids, options)
 
-    def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
+    def bytes(
+        self, config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions, *, itemsize: int = 2
+    ) -> int:
         """Size of the files, from shapes."""
         return estimated_bytes(config, grids, options)
 

@@ -36,10 +36,16 @@ class SafetensorsExporter:
         """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
         return objections(config, grids, options)
 
-    def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> int:
-        """Size of the weights, from shapes; what is neither quantized nor given a ``dtype`` is taken as 16 bit."""
-        layout = Layout.of(config, grids, options, torch.bfloat16)
+    def bytes(
+        self, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions, *, itemsize: int = 2
+    ) -> int:
+        """Size of the weights, from shapes."""
+        layout = Layout.of(config, grids, options, torch.float32 if itemsize == 4 else torch.bfloat16)
         return sum(plan.bytes for name in layout.names() for plan in layout.planned(name).values())
+
+    def dense(self, options: SafetensorsOptions) -> SafetensorsOptions:
+        """The model before compression: a plain checkpoint, computed in float32 as ``open`` does."""
+        return SafetensorsOptions(format="fp32", max_shard_size=options.max_shard_size)
 
     def write(self, artifact: Artifact, out: Path, options: SafetensorsOptions) -> Exported:
         """Write the folder; ``config.json`` appears last, when all that it promises is there.

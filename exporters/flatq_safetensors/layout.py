@@ -14,12 +14,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flatq.decoder import DecoderConfig, LayerDims
+from flatq.decoder import DecoderConfig
 from flatq.errors import ExportError
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.weights import dense, tensor_shapes
 from flatq_safetensors.configs import NAMES, family_settings
-from flatq_safetensors.grouping import split_groups, written_grid
+from flatq_safetensors.grouping import split_groups
 from flatq_safetensors.options import SafetensorsOptions
 from flatq_safetensors.packing import pack_compressed, pack_gptq, words
 from flatq_safetensors.padding import pad_dense, pad_quantized, padded_config
@@ -63,11 +63,7 @@ class Layout:
     ) -> Layout:
         """The layout of one export; ``stored`` is the artifact's own dtype."""
         written = padded_config(config) if options.pad_values else config
-        kept = {
-            stem: written_grid(grid, *_place(config, stem), config.d_model, pad_values=options.pad_values)
-            for stem, grid in sorted(grids.items())
-            if options.keeps_codes and stem.startswith("layers.")
-        }
+        kept = options.written_grids(config, grids) if options.keeps_codes else {}
         wanted = options.dtype if options.keeps_codes else options.format
         return cls(config, written, kept, options, stored if wanted is None else DTYPES[wanted])
 
@@ -152,9 +148,3 @@ class Layout:
 def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """``flatq.weights.tensor_shapes``, remembered: it builds the model on no device, once per question."""
     return tensor_shapes(config)
-
-
-def _place(config: DecoderConfig, stem: str) -> tuple[str, LayerDims]:
-    """Which of the seven linears a stem is, and the widths of its layer."""
-    _, index, linear = stem.split(".")
-    return linear, config.layers[int(index)]

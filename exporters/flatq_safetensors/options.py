@@ -10,10 +10,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flatq.decoder import LINEARS, DecoderConfig
+from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid
 from flatq_safetensors.configs import Versions, family_settings
-from flatq_safetensors.grouping import LEAST, written_grid
+from flatq_safetensors.grouping import LEAST, written_grids
 from flatq_safetensors.padding import padded_config
 
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
@@ -30,6 +30,9 @@ class SafetensorsOptions(BaseModel):
         dtype: of the tensors that are not quantized, in the formats that keep codes; None is as in the artifact.
         pad_values: pad value heads with zeros to the width of the key heads. With one MLP width in all layers the
             folder is then a plain checkpoint of its family, which needs no extra code and saves nothing on v and o.
+        one_group_size: in the formats ``gptq`` and ``gptq_v2``, cut all linears to the smallest group size that any of
+            them needs (the same weights, more scales): transformers reads no other GPTQ folders. False writes each
+            linear in its own size, for GPTQModel and vLLM.
         max_shard_size: bytes of weights in one file, unless a single tensor is larger.
     """
 
@@ -38,6 +41,7 @@ class SafetensorsOptions(BaseModel):
     format: Literal["compressed-tensors", "gptq", "gptq_v2", "bf16", "fp16", "fp32"] = "compressed-tensors"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     pad_values: bool = False
+    one_group_size: bool = True
     max_shard_size: int = Field(default=5_000_000_000, ge=1)
 
     @property
@@ -49,6 +53,11 @@ class SafetensorsOptions(BaseModel):
     def gptq_version(self) -> int | None:
         """1 or 2; None for the formats that are not GPTQ's."""
         return {"gptq": 1, "gptq_v2": 2}.get(self.format)
+
+    def written_grids(self, config: DecoderConfig, grids: Mapping[str, Grid]) -> dict[str, Grid]:
+        """See ``grouping.written_grids``."""
+        one_size = self.one_group_size and self.gptq_version is not None
+        return written_grids(config, grids, pad_values=self.pad_values, one_size=one_size)
 
 
 def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
@@ -68,14 +77,11 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: Safete
         )
     written = padded_config(config) if options.pad_values else config
     found: dict[str, list[str]] = {}
-    for index, dims in enumerate(config.layers):
-        for linear in LINEARS:
-            stem = f"layers.{index}.{linear}"
-            if stem in grids:
-                rows, columns = written.layers[index].shape(linear, config.d_model)
-                grid = written_grid(grids[stem], linear, dims, config.d_model, pad_values=options.pad_values)
-                for problem in _linear(rows, columns, grids[stem], grid, options):
-                    found.setdefault(problem, []).append(stem)
+    for stem, grid in options.written_grids(config, grids).items():
+        _, index, linear = stem.split(".")
+        rows, columns = written.layers[int(index)].shape(linear, config.d_model)
+        for problem in _linear(rows, columns, grids[stem], grid, options):
+            found.setdefault(problem, []).append(stem)
     return problems + [f"{_some(stems)}: {problem}" for problem, stems in found.items()]
 
 

@@ -31,6 +31,7 @@ from flatq_safetensors.options import SafetensorsOptions
 
 SINGLE = "model.safetensors"
 CODE = ("modeling_flatq", "decoder", "dims")
+ROUNDING_KL = {torch.float16: 2e-3, torch.bfloat16: 0.02}  # nats; bfloat16 keeps 8 bits of a number
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -50,8 +51,9 @@ def write_folder(artifact: Artifact, out: Path, options: SafetensorsOptions) -> 
         write_json(out / "quantize_config.json", settings["quantization_config"])
         files.append(out / "quantize_config.json")
     write_json(out / "config.json", settings)
-    details = {"plain": layout.plain, "rounded": _rounded(artifact, layout, stored)}
-    return Exported(out, (*files, out / "config.json"), notes=tuple(notes), details=details)
+    details = {"plain": layout.plain}
+    kl = ROUNDING_KL[layout.dtype] if _rounded(artifact, layout, stored) else 0.0
+    return Exported(out, (*files, out / "config.json"), notes=tuple(notes), details=details, rounding_kl=kl)
 
 
 def travelling_source(name: str) -> str:

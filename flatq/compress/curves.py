@@ -48,7 +48,7 @@ def error_curves(
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
     some = tokens[: max(1, TOKENS // tokens.shape[1])]
-    _remove(work / "curves")  # a killed walk cannot be joined: its curves are gone
+    remove_once(work / "curves")  # a killed walk cannot be joined: its curves are gone
     value: list[tuple[float, ...]] = []
     mlp: list[tuple[float, ...]] = []
     settings: dict[str, Any] = {"precision": precision, "states": states, "device": device, "working_set": working_set}
@@ -60,11 +60,11 @@ def error_curves(
             else:
                 mlp.append(_mlp_curve(block, sensitivity, ridge))
             advance()
-    _remove(work / "curves")
+    remove_once(work / "curves")
     return [Curves(v, m) for v, m in zip(value, mlp, strict=True)]
 
 
-def _remove(folder: Path) -> None:
+def remove_once(folder: Path) -> None:
     """Once, and nobody goes on before it is done."""
     if ranks.first():
         shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flatq.errors import NumericsError
 from flatq.quantize.grid import Grid, QuantizedWeight
+from flatq.quantize.refine import refine
 
 CLIPS = tuple(round(0.40 + 0.025 * step, 3) for step in range(29))  # shares of the group's range, 0.40 to 1.10
 WEIGHTS_AT_ONCE = 1 << 25  # weights in the working set of a solve: 128 MiB each of rest, scales, zeros, codes
@@ -60,6 +61,7 @@ def gptq(
     act_order: bool = True,
     clip_search: bool = True,
     block_size: int = 128,
+    refinements: int = 0,
 ) -> GptqResult:
     """Quantize a weight so that its outputs on the calibration tokens change least.
 
@@ -68,6 +70,7 @@ def gptq(
         gram: second moment of the inputs, [i, i].
         damping: added to the diagonal, relative to its mean over live columns.
         block_size: columns whose corrections are applied one by one; the rest follows in one product.
+        refinements: how often scales and codes are fitted to each other afterwards, see ``refine``.
 
     Raises:
         NumericsError: the weight or the Gram is not finite.
@@ -83,32 +86,39 @@ def gptq(
     clips = (1.0, *CLIPS) if clip_search else (1.0,)
     # A row's codes depend on no other row: a large weight is solved a few rows at a time.
     parts = []
-    for rows in w.split(max(1, WEIGHTS_AT_ONCE // w.shape[1])):
-        scale, zero = grid.fit(rows.float(), importance=energy, clips=clips)
-        parts.append(_solve(rows.float(), gram, factor, order, scale, zero, grid, block_size))
+    for some in w.split(max(1, WEIGHTS_AT_ONCE // w.shape[1])):
+        rows = some.float()
+        scale, zero = grid.fit(rows, importance=energy, clips=clips)
+        codes = _codes(rows, factor, order, scale, zero, grid, block_size)
+        if refinements and used is not None:
+            codes, scale = refine(rows, _damped(gram, dead, used), codes, scale, zero, grid, refinements, block_size)
+        parts.append(_measured(rows, gram, codes, scale, zero, grid))
     codes, scale, zero, lost, total = (torch.cat(part) for part in zip(*parts, strict=True))
     return GptqResult(QuantizedWeight(codes, scale, zero, grid), lost, total, int(dead.sum()), used)
 
 
-def _solve(
-    w: Tensor,
-    gram: Tensor,
-    factor: Tensor | None,
-    order: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    grid: Grid,
-    block_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scale and zero of some rows as they are stored, and the energies lost and in all."""
+def _codes(
+    w: Tensor, factor: Tensor | None, order: Tensor, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
+) -> Tensor:
+    """Codes of some rows, float32 [o, i]; the nearest ones where there is no factor."""
     group = grid.group_index(w.shape[1], w.device)
     if factor is None:
-        codes = grid.encode(w, scale[:, group], zero[:, group])
-    else:
-        codes = _sweep(w, factor, order, scale[:, group], zero[:, group], grid, block_size)
+        return grid.encode(w, scale[:, group], zero[:, group])
+    return _sweep(w, factor, order, scale[:, group], zero[:, group], grid, block_size)
+
+
+def _measured(w: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+    """Codes, scale and zero of some rows as they are stored, and the energies lost and in all."""
     weight = QuantizedWeight(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid)
     lost, total = (_energy(some, gram) for some in (w - weight.dequantize(), w))
     return weight.codes, weight.scale, weight.zero, lost, total
+
+
+def _damped(gram: Tensor, dead: Tensor, damping: float) -> Tensor:
+    """The Gram that the factor was made of, float32 [i, i]."""
+    damped = gram.to(torch.float32, copy=True)
+    damped.diagonal().add_(damping * float(gram.diagonal()[~dead].double().mean()))
+    return damped
 
 
 def _energy(w: Tensor, h: Tensor) -> Tensor:

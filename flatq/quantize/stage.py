@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+from torch import Tensor
 
 from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import NumericsError
+from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, stems_of, unmatched
 from flatq.quantize.gptq import CLIPS, GptqResult, gptq
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.specs import GptqSpec
@@ -19,21 +23,52 @@ READERS = {
 }
 
 
-def planned_grids(config: DecoderConfig, spec: GptqSpec | None) -> dict[str, Grid]:
-    """Grid of every weight that will be quantized, by stem (``layers.3.q``, ``embed``, ``head``)."""
+def planned_grids(
+    config: DecoderConfig, spec: GptqSpec | None, bits: Mapping[str, int] | None = None
+) -> dict[str, Grid]:
+    """Grid of every weight that will be quantized, by stem (``layers.3.q``, ``embed``, ``head``).
+
+    Args:
+        bits: what ``average_bits`` chose, by stem; None takes a stand-in of the same average (``bits.expected``).
+    """
     if spec is None:
         return {}
-    grid = Grid(spec.bits, spec.group_size, spec.symmetric)
-    grids = {f"layers.{index}.{name}": grid for index in range(len(config.layers)) for name in LINEARS}
+    if bits is None:
+        bits = {} if spec.average_bits is None else expected(config, spec)
+    grids = {}
+    for stem in stems_of(config):
+        rule = override_of(stem, spec)
+        if rule.quantize:
+            grids[stem] = Grid(
+                bits.get(stem, rule.bits or spec.bits),
+                rule.group_size or spec.group_size,
+                spec.symmetric if rule.symmetric is None else rule.symmetric,
+            )
     if spec.embedding is not None:
         table = Grid(spec.embedding.bits, spec.embedding.group_size, True)
         grids |= dict.fromkeys(("embed",) if config.tied_head else ("embed", "head"), table)
     return grids
 
 
+def possible_grids(config: DecoderConfig, spec: GptqSpec | None) -> list[dict[str, Grid]]:
+    """The grids that a recipe can lead to, for exporters to judge: with ``average_bits`` one per choice."""
+    if spec is None or spec.average_bits is None:
+        return [planned_grids(config, spec)]
+    stems = [stem for unit in free_units(config, spec)[1] for stem in unit.stems]
+    return [planned_grids(config, spec, dict.fromkeys(stems, bits)) for bits in sorted(set(spec.bit_choices))]
+
+
 def objections(config: DecoderConfig, spec: GptqSpec | None) -> list[str]:
-    """Groups that are wider than the weights they should divide, in words."""
+    """What stands against quantizing a model of these widths so, in words."""
+    if spec is None:
+        return []
+    return _too_wide(config, spec) + unmatched(config, spec) + out_of_reach(config, spec)
+
+
+def _too_wide(config: DecoderConfig, spec: GptqSpec) -> list[str]:
+    """Groups that are wider than the weights they should divide."""
     found: dict[str, list[str]] = {}
+    sizes: set[int] = set()
     for stem, grid in planned_grids(config, spec).items():
         columns = config.d_model
         if stem.startswith("layers."):
@@ -42,10 +77,11 @@ def objections(config: DecoderConfig, spec: GptqSpec | None) -> list[str]:
         if grid.group_size > columns:
             kind = stem.rsplit(".", 1)[-1]
             found.setdefault(f"{kind} ({columns} inputs)", []).append(stem)
-    if not found or spec is None:
+            sizes.add(grid.group_size)
+    if not found:
         return []
     return [
-        f"stages.gptq.group_size: {spec.group_size} is wider than {', '.join(found)}; "
+        f"stages.gptq.group_size: {', '.join(map(str, sorted(sizes)))} is wider than {', '.join(found)}; "
         f"choose at most {_widest(config)}, or -1 for one group per row"
     ]
 
@@ -61,49 +97,68 @@ def quantize_table(weights: Weights, name: str, grid: Grid) -> QuantizedWeight:
 
 
 class GptqStage:
-    """Quantizes the linears of each block on the Grams that the earlier stages left."""
+    """Quantizes the linears of each block on the Grams that the earlier stages left.
 
-    def __init__(self, spec: GptqSpec) -> None:
-        self.spec = spec
-        self.grid = Grid(spec.bits, spec.group_size, spec.symmetric)
+    Args:
+        spec: how.
+        grids: which linears, each to its grid.
+    """
+
+    def __init__(self, spec: GptqSpec, grids: Mapping[str, Grid]) -> None:
+        self.spec, self.grids = spec, grids
 
     def apply(self, block: Block) -> None:
         """Observe the block if no stage did, then replace its linears by codes."""
         grams = block.observe()
         for gram, names in READERS[block.half]:
-            linears = [getattr(block.layer, name) for name in names]
-            for name, linear in zip(names, linears, strict=True):
-                if not torch.isfinite(linear.weight).all():
-                    raise NumericsError(f"{block.place} {name}: the weight is not finite before quantization")
             moment = grams[gram].mean()
-            result = self._solve(torch.cat([linear.weight for linear in linears]), moment)
-            self._report(block, "+".join(names), result)
-            row = 0
-            for name, linear in zip(names, linears, strict=True):
-                stop = row + linear.weight.shape[0]
-                part = result.weight
-                block.quantize(
-                    name, QuantizedWeight(part.codes[row:stop], part.scale[row:stop], part.zero[row:stop], part.grid)
-                )
-                block.errors[name] = result.error_of(slice(row, stop))
-                row = stop
+            for grid, some in self._by_grid(block.index, names):
+                for name in some:
+                    if not torch.isfinite(getattr(block.layer, name).weight).all():
+                        raise NumericsError(f"{block.place} {name}: the weight is not finite before quantization")
+                _solve(block, some, moment, grid, self.spec)
 
-    def _solve(self, stacked: torch.Tensor, gram: torch.Tensor) -> GptqResult:
-        spec = self.spec
-        return gptq(
-            stacked,
-            gram,
-            self.grid,
-            damping=spec.damping,
-            act_order=spec.act_order,
-            clip_search=spec.clip_search,
-            block_size=spec.block_size,
-        )
+    def _by_grid(self, index: int, names: tuple[str, ...]) -> list[tuple[Grid, list[str]]]:
+        """Linears that share their grid, which are solved in one call; those without one are left as they are."""
+        found: dict[Grid, list[str]] = {}
+        for name in names:
+            grid = self.grids.get(f"layers.{index}.{name}")
+            if grid is not None:
+                found.setdefault(grid, []).append(name)
+        return list(found.items())
 
-    def _report(self, block: Block, names: str, result: GptqResult) -> None:
-        if result.damping is None:
-            block.notes.append(f"{names}: every damping failed, rounded to nearest")
-        elif result.damping > self.spec.damping * 1.5:
-            block.notes.append(f"{names}: needed damping {result.damping:g}")
-        if result.dead:
-            block.notes.append(f"{names}: {result.dead} input columns never carried anything")
+
+def quantized_together(weights: Sequence[Tensor], moment: Tensor, grid: Grid, spec: GptqSpec) -> GptqResult:
+    """GPTQ of weights that read the same activation, their rows stacked."""
+    return gptq(
+        torch.cat(list(weights)),
+        moment,
+        grid,
+        damping=spec.damping,
+        act_order=spec.act_order,
+        clip_search=spec.clip_search,
+        block_size=spec.block_size,
+        refinements=spec.refinements,
+    )
+
+
+def _solve(block: Block, names: list[str], moment: Tensor, grid: Grid, spec: GptqSpec) -> None:
+    """Put codes in place of linears that read the same activation."""
+    linears = [getattr(block.layer, name) for name in names]
+    result = quantized_together([linear.weight for linear in linears], moment, grid, spec)
+    _report(block, "+".join(names), result, spec.damping)
+    row, part = 0, result.weight
+    for name, linear in zip(names, linears, strict=True):
+        rows = slice(row, row + linear.weight.shape[0])
+        block.quantize(name, QuantizedWeight(part.codes[rows], part.scale[rows], part.zero[rows], part.grid))
+        block.errors[name] = result.error_of(rows)
+        row = rows.stop
+
+
+def _report(block: Block, names: str, result: GptqResult, damping: float) -> None:
+    if result.damping is None:
+        block.notes.append(f"{names}: every damping failed, rounded to nearest")
+    elif result.damping > damping * 1.5:
+        block.notes.append(f"{names}: needed damping {result.damping:g}")
+    if result.dead:
+        block.notes.append(f"{names}: {result.dead} input columns never carried anything")

@@ -215,6 +215,37 @@ def test_groups_that_do_not_divide_a_row_or_a_head_are_cut_finer_without_loss(
     assert difference(artifact, folder, **options) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("group_size", "d_v", "pad_values", "sizes"),
+    [
+        (32, (16, 16), False, {32}),
+        (32, (16, 16), True, {16}),
+        (64, (32, 32), False, {32}),
+        (128, (32, 32), False, {-1}),
+        (-1, (32, 32), False, {-1}),
+    ],
+)
+def test_gptq_folders_have_one_group_size_unless_bits_differ_or_it_is_not_wanted(
+    tmp_path: Path, group_size: int, d_v: tuple[int, int], pad_values: bool, sizes: set[int]
+) -> None:
+    config, grid = tiny_config(d_qk=32, d_v=d_v, d_ff=(96, 96)), Grid(4, group_size)
+    artifact = tiny_artifact(tmp_path / "a", config, grid=grid)
+    folder = export(artifact, tmp_path / "one", format="gptq", pad_values=pad_values)
+    described = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert {described["group_size"]} == sizes
+    assert "dynamic" not in described
+    assert difference(artifact, folder, format="gptq", pad_values=pad_values) < TOLERANCE
+    options = SafetensorsOptions(format="gptq", pad_values=pad_values, one_group_size=False)
+    grids = dict(artifact.grids)
+    assert EXPORTER.bytes(config, grids, options) <= EXPORTER.bytes(
+        config, grids, options.model_copy(update={"one_group_size": True})
+    )
+    mixed = options.model_copy(update={"one_group_size": True}).written_grids(
+        config, grids | {"layers.0.q": Grid(8, group_size)}
+    )
+    assert mixed == options.written_grids(config, grids | {"layers.0.q": Grid(8, group_size)})
+
+
 def shape_fault(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors.pop(name, None)

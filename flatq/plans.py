@@ -1,0 +1,101 @@
+"""What the model will look like, decided before the walk: widths for FLAT, bits for GPTQ.
+
+Each plan is measured where its recipe asks for it. A measurement is a phase of the run folder, so that a killed run
+measures nothing twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from flatq.calibrate import Tokens
+from flatq.compress.allocate import Curves
+from flatq.compress.curves import error_curves
+from flatq.compress.importance import layer_importance
+from flatq.compress.sensitivity import measured_sensitivity, output_sensitivity
+from flatq.compress.stage import RankPlan, plan_ranks
+from flatq.feed import WORKING_SET
+from flatq.folder import RunFolder
+from flatq.quantize.bits import choose
+from flatq.quantize.curves import bit_errors
+from flatq.quantize.grid import Grid
+from flatq.quantize.stage import planned_grids
+from flatq.recipe import Recipe
+from flatq.source import Source
+
+
+def draft(recipe: Recipe, source: Source) -> RankPlan:
+    """The plan with equal shares: from shapes alone, where the real one may follow from the weights.
+
+    Raises:
+        RecipeError: the budget cannot be reached.
+    """
+    if recipe.flat is None:
+        return RankPlan(source.config.layers, 1.0, 1.0)
+    return plan_ranks(source.config, recipe.flat, gptq=recipe.gptq, itemsize=source.dtype.itemsize)
+
+
+def rank_plan(
+    recipe: Recipe, source: Source, tokens: Tokens, folder: RunFolder, device: str, room: int = WORKING_SET
+) -> RankPlan:
+    """Widths of the compressed model; measures what the allocation goes by."""
+    spec, config, first = recipe.flat, source.config, draft(recipe, source)
+    if spec is None or first.layers == config.layers:
+        return first
+    settings = _sweeping(recipe, device, room)
+
+    def importance() -> list[float]:
+        return layer_importance(source, tokens.calibration, folder.work, **settings)
+
+    def curves() -> list[dict[str, Any]]:
+        fisher = measured_sensitivity(config, folder.work)
+        found = error_curves(source, tokens.calibration, fisher, folder.work, ridge=spec.ridge, **settings)
+        return [asdict(curve) for curve in found]
+
+    if spec.sensitive:
+        _sense(source, tokens, folder, settings)
+    measured: dict[str, Any] = {}
+    if spec.parts.allocation == "curves":
+        measured["curves"] = [Curves(**curve) for curve in folder.phase("curves", curves)]
+    elif spec.parts.allocation == "iprs":
+        measured["importance"] = folder.phase("importance", importance)
+    return plan_ranks(config, spec, **measured, gptq=recipe.gptq, itemsize=source.dtype.itemsize)
+
+
+def bit_plan(
+    recipe: Recipe,
+    source: Source,
+    tokens: Tokens,
+    plan: RankPlan,
+    folder: RunFolder,
+    device: str,
+    room: int = WORKING_SET,
+) -> dict[str, Grid]:
+    """Grid of every weight that will be quantized; measures errors if the recipe gives an average to keep to."""
+    spec, config = recipe.gptq, source.config.with_layers(plan.layers)
+    if spec is None or spec.average_bits is None:
+        return planned_grids(config, spec)
+    settings = _sweeping(recipe, device, room)
+
+    def errors() -> dict[str, dict[str, float]]:
+        fisher = measured_sensitivity(source.config, folder.work)
+        return bit_errors(source, tokens.calibration, spec, fisher, folder.work, **settings)
+
+    _sense(source, tokens, folder, settings)
+    return planned_grids(config, spec, choose(config, spec, folder.phase("bits", errors)))
+
+
+def _sweeping(recipe: Recipe, device: str, room: int) -> dict[str, Any]:
+    """How every sweep over the dense model runs."""
+    text = recipe.calibration
+    return {"precision": text.precision, "states": text.states, "device": device, "working_set": room}
+
+
+def _sense(source: Source, tokens: Tokens, folder: RunFolder, settings: dict[str, Any]) -> None:
+    """Measure how much the loss minds errors, unless an earlier plan or run did."""
+
+    def measure() -> None:
+        output_sensitivity(source, tokens.calibration, folder.work, **settings)
+
+    folder.phase("sensitivity", measure)

@@ -1,0 +1,114 @@
+"""What fewer bits cost, linear by linear: quantize one unit alone, run its block, see how far the output moves.
+
+The move is weighed by how much the loss minds it at that point of the residual stream (the sensitivity that FLAT's
+curves use), so errors of q and k, which pass a softmax, of gate and up, which pass a product, and of layers early and
+late are all changes of the loss and can share one budget. Errors are measured on the dense model, each unit alone: that
+they add up is an assumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatq.compress.curves import remove_once
+from flatq.compress.sensitivity import Sensitivity
+from flatq.feed import WORKING_SET
+from flatq.progress import progress
+from flatq.quantize.bits import Unit, free_units
+from flatq.quantize.grid import Grid
+from flatq.quantize.stage import READERS, planned_grids, quantized_together
+from flatq.specs import GptqSpec
+from flatq.walk import Block, forward_precision, walk
+from flatq.weights import HALVES, Weights
+
+TOKENS = 4096  # of the calibration tokens
+
+
+def bit_errors(
+    weights: Weights,
+    tokens: Tensor,
+    spec: GptqSpec,
+    fisher: Sensitivity | Tensor | None,
+    work: Path,
+    *,
+    precision: str = "auto",
+    states: str = "auto",
+    device: str = "cpu",
+    working_set: int = WORKING_SET,
+) -> dict[str, dict[str, float]]:
+    """Cost of each of ``bit_choices`` for each unit, as ``bits.choose`` wants it.
+
+    Args:
+        tokens: calibration tokens, int64 [n, s]; the first ``TOKENS`` are used.
+        fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
+
+    With several processes the first one measures, on its own samples.
+
+    Returns:
+        By first stem of a unit; bits as text, ready for JSON.
+    """
+    some = tokens[: max(1, TOKENS // tokens.shape[1])]
+    remove_once(work / "bits")  # a killed walk cannot be joined: its errors are gone
+    settings: dict[str, Any] = {"precision": precision, "states": states, "device": device, "working_set": working_set}
+    _, units = free_units(weights.config, spec)
+    grids = planned_grids(weights.config, spec)
+    found: dict[str, dict[str, float]] = {}
+    with progress("bits", len(weights.config.layers) * len(HALVES)) as advance:
+        for number, block in enumerate(walk(weights, some, work / "bits", _nothing, **settings)):
+            sensitivity = None if fisher is None else fisher[number].to(device)
+            before = _outputs(block)
+            for unit in (unit for unit in units if _inside(block, unit)):
+                found[unit.stems[0]] = _errors(block, unit, before, grids, sensitivity, spec)
+            advance()
+    remove_once(work / "bits")
+    return found
+
+
+def _inside(block: Block, unit: Unit) -> bool:
+    _, index, name = unit.stems[0].split(".")
+    return int(index) == block.index and any(name in names for _, names in READERS[block.half])
+
+
+def _errors(
+    block: Block, unit: Unit, before: list[Tensor], grids: Mapping[str, Grid], fisher: Tensor | None, spec: GptqSpec
+) -> dict[str, float]:
+    names = [stem.rsplit(".", 1)[1] for stem in unit.stems]
+    gram = next(gram for gram, readers in READERS[block.half] if names[0] in readers)
+    linears: list[nn.Linear] = [getattr(block.layer, name) for name in names]
+    whole = [linear.weight for linear in linears]
+    costs = {}
+    for bits in sorted(set(spec.bit_choices)):
+        grid = replace(grids[unit.stems[0]], bits=bits)
+        coded = quantized_together(whole, block.observe()[gram].mean(), grid, spec).weight.dequantize()
+        for linear, part in zip(linears, coded.split([len(weight) for weight in whole]), strict=True):
+            linear.weight = nn.Parameter(part, requires_grad=False)
+        moved = [after - y for after, y in zip(_outputs(block), before, strict=True)]
+        for linear, weight in zip(linears, whole, strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        costs[str(bits)] = sum(_weighed(e, fisher) for e in moved) / sum(len(e) for e in moved)
+    return costs
+
+
+def _outputs(block: Block) -> list[Tensor]:
+    """What the block makes of its inputs, [tokens, m] per batch; 8 bits round less than bfloat16, hence float32."""
+    made = []
+    with forward_precision("float32"):
+        for batch in block.feed.batches():
+            x = block.feed.states[batch].to(block.device, torch.float32)
+            made.append(block.layer.run(block.half, x, block.positions(x.shape[0])).flatten(0, 1))
+    return made
+
+
+def _weighed(error: Tensor, fisher: Tensor | None) -> float:
+    moved = error if fisher is None else error @ fisher
+    return float((moved * error).sum())
+
+
+def _nothing(block: Block) -> None:
+    """The dense walk keeps nothing."""
