@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ assert not found["missing_keys"] and not found["mismatched_keys"], found
 """
 GPTQMODEL = """
 from gptqmodel import BACKEND, GPTQModel
-model = GPTQModel.load(sys.argv[1], backend=BACKEND.GPTQ_TORCH, dtype=torch.float32, device="cpu").model
+model = GPTQModel.load(sys.argv[1], backend=BACKEND.GPTQ_TORCH, dtype=torch.float16, device="cpu").model
 """
 SCRIPT = """
 import json, sys
@@ -104,6 +105,7 @@ def in_half(artifact: Artifact, tokens: torch.Tensor) -> np.ndarray:
 )
 def test_a_gptq_folder_gives_the_artifacts_logits(
     tmp_path: Path,
+    tiny_model: Path,
     loader: str,
     config: DecoderConfig,
     grid: Grid,
@@ -111,6 +113,8 @@ def test_a_gptq_folder_gives_the_artifacts_logits(
     options: dict[str, Any],
 ) -> None:
     artifact = tiny_artifact(tmp_path / "a", config, grid=grid, overrides=overrides)
+    for file in tiny_model.glob("tokenizer*"):  # GPTQModel loads no folder without one
+        shutil.copy(file, artifact.root)
     folder = SafetensorsExporter().write(artifact, tmp_path / "out", SafetensorsOptions(**options)).root
     tokens = torch.randint(3, config.vocab, (2, 9), generator=torch.Generator().manual_seed(1))
     read = read_by(loader, folder, tokens)
