@@ -5,7 +5,8 @@
     python benchmarks/compress.py growth                           seconds against tokens and layers, with slopes
 
 The models are noise with true shapes (``synthetic.py``); each measurement is ``flatq run`` in a process of its own,
-with stopwatches around the functions that do the work. The text is python-docs. Numbers are in docs/decisions.md.
+with stopwatches around the functions that do the work. Seconds by part are those of the processors, all threads
+together. The text is python-docs. Numbers are in docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ CUBIC = ("elimination", "leverage", "least squares", "GPTQ factor")
 
 
 class Stopwatch:
-    """Seconds by (phase, part), each second counted once."""
+    """Processor seconds by (phase, part), each counted once: other people's work on the machine does not show."""
 
     def __init__(self) -> None:
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
-        self.phase, self._running, self._since = "", ["other"], time.perf_counter()
+        self.phase, self._running, self._since = "", ["other"], time.process_time()
 
     def _switch(self) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
         self.seconds[self.phase, self._running[-1]] += now - self._since
         self._since = now
 
@@ -96,7 +97,7 @@ class Stopwatch:
 
 
 def child(recipe: Path, out: Path) -> None:
-    """One run with stopwatches; its findings as the last line of stdout."""
+    """One run with stopwatches; its findings in a file beside the recipe."""
     from flatq import pipeline
     from flatq.recipe import Recipe
 
@@ -108,7 +109,8 @@ def child(recipe: Path, out: Path) -> None:
     pipeline.run(Recipe.load(recipe), out)
     report = json.loads((out / "report.json").read_text())
     parts = [[phase, part, seconds] for (phase, part), seconds in watch.seconds.items() if phase]
-    print(json.dumps({"parts": parts, "timing": report["timing"], "peak": report["peak_rss_bytes"]}))
+    found = {"parts": parts, "timing": report["timing"], "memory": report["memory"], "peak": report["peak_rss_bytes"]}
+    recipe.with_suffix(".json").write_text(json.dumps(found))
 
 
 def measured(
@@ -129,9 +131,9 @@ def measured(
     }
     recipe.write_text(yaml.safe_dump(content))
     command = [sys.executable, __file__, "child", str(recipe), str(out)]
-    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     shutil.rmtree(out)
-    found: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(recipe.with_suffix(".json").read_text())
     return found
 
 
@@ -178,7 +180,7 @@ def growth(given: argparse.Namespace, work: Path) -> None:
 
     def seconds(layers: int, samples: int) -> float:
         found = measured(shape, layers, samples=samples, seq_len=512, work=work, flat=given.flat)
-        return float(found["timing"]["compress"])
+        return float(sum(spent for phase, _, spent in found["parts"] if phase == "compress"))
 
     seconds(1, 8)  # the first run of a machine reads torch from the disk
     series = {

@@ -86,6 +86,9 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE-DIGEST if not given.")] = None,
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    forecast: Annotated[
+        bool, typer.Option("--forecast", help="Predict time and memory, and report how it came.")
+    ] = False,
     memory: Annotated[str | None, typer.Option(help="RAM to stay below, as in 6GB; batches are made to fit.")] = None,
 ) -> None:
     """Compress, export, verify and measure a model; resumes where an earlier run stopped.
@@ -97,7 +100,8 @@ def run(
     checked = Recipe.load(recipe)
     from flatq import pipeline
 
-    done = pipeline.run(checked, out, device=device, fresh=fresh, memory=None if memory is None else parse_size(memory))
+    room = None if memory is None else parse_size(memory)
+    done = pipeline.run(checked, out, device=device, fresh=fresh, memory=room, predict=forecast)
     if done is not None:
         print(done)
 

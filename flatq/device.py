@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from flatq import ranks
 from flatq.errors import RecipeError
+
+
+def solver_of(device: str) -> str:
+    """Where solves run: on the device itself, but for Apple's, which have no float64."""
+    return "cpu" if device.startswith("mps") else device
+
+
+def exact(x: Tensor) -> Tensor:
+    """In float64, where there is float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def resolve_device(wanted: str) -> str:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from flatq import ranks
 from flatq.decoder import RMSNorm, locate
+from flatq.device import exact
 from flatq.errors import NumericsError, RecipeError
 from flatq.feed import embedded
 from flatq.weights import HALVES, Weights, dense, load_half
@@ -76,7 +77,7 @@ def perplexity(
         own = targets[mine.start : mine.stop].flatten()
         for rows, logits in head_logits(weights, hidden[:, :-1].flatten(0, 1), device=device):
             nll = F.cross_entropy(logits, own[rows].to(logits.device), reduction="none")
-            total += nll.double().sum().cpu()
+            total += exact(nll).sum().cpu()
     mean = ranks.add(total).item() / targets.numel()
     if not math.isfinite(mean) or mean > math.log(torch.finfo(torch.float64).max):
         raise NumericsError(

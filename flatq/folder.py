@@ -25,7 +25,7 @@ from typing import Any
 from flatq import ranks
 from flatq.artifact import write_atomically, write_json
 from flatq.errors import ArtifactError, FlatqError, RecipeError
-from flatq.memory import peak_rss_bytes
+from flatq.memory import forget_peak, peak_rss_bytes
 from flatq.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class RunFolder:
         self.artifact = root / "artifact"
         self.partial = root / "artifact.partial"
         self.exports = root / "exports"
+        self._highest = 0  # bytes, before the phase in hand
 
     @classmethod
     def open(cls, out: Path | None, recipe: Recipe, *, fresh: bool = False) -> RunFolder:
@@ -142,6 +143,8 @@ class RunFolder:
         if known is not None:
             log.info("%s: already done", name)
             return known["result"]
+        self._highest = max(self._highest, peak_rss_bytes())
+        forget_peak()
         started = time.monotonic()
         result = ranks.agreed(compute())
         if not ranks.first():
@@ -149,18 +152,24 @@ class RunFolder:
         path.parent.mkdir(exist_ok=True)
         seconds = time.monotonic() - started
         write_json(path, {"result": result, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()})
-        log.info("%s: %.1f s, peak memory so far %.2f GB", name, seconds, peak_rss_bytes() / 1e9)
+        log.info("%s: %.1f s, peak memory %.2f GB", name, seconds, peak_rss_bytes() / 1e9)
         return result
 
     def timing(self) -> dict[str, float]:
         """Seconds per finished phase, in the order of finishing."""
-        phases = sorted((self.work / "phases").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return {path.stem: round(json.loads(path.read_text())["seconds"], 2) for path in phases}
+        return {name: round(phase["seconds"], 2) for name, phase in self._phases().items()}
+
+    def memory(self) -> dict[str, int]:
+        """Largest resident memory during each finished phase (on Linux; elsewhere: until its end)."""
+        return {name: int(phase["peak_rss_bytes"]) for name, phase in self._phases().items()}
+
+    def _phases(self) -> dict[str, Any]:
+        files = sorted((self.work / "phases").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return {path.stem: json.loads(path.read_text()) for path in files}
 
     def peak_rss_bytes(self) -> int:
         """Largest resident memory of this process over all phases, earlier processes of a resumed run included."""
-        noted = [json.loads(path.read_text())["peak_rss_bytes"] for path in (self.work / "phases").glob("*.json")]
-        return max([peak_rss_bytes(), *map(int, noted)])
+        return max([peak_rss_bytes(), self._highest, *self.memory().values()])
 
 
 def require_space(root: Path, wanted: int, what: str) -> None:

@@ -34,6 +34,15 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak() -> bool:
+    """Let ``peak_rss_bytes`` start anew; False where the system (any but Linux) cannot do that."""
+    switch = Path("/proc/self/clear_refs")
+    if not switch.exists():
+        return False
+    switch.write_text("5")
+    return True
+
+
 def device_memory_bytes(pid: int) -> int | None:
     """Memory that a process holds on all NVIDIA devices; None if there is no way to know (never a guess).
 

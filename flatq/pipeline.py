@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from flatq.evaluate import perplexity
 from flatq.export import Runner, exporter_named
 from flatq.feed import WORKING_SET
 from flatq.folder import RunFolder, require_space
+from flatq.forecast import forecasts, working_set
 from flatq.generate import DecoderRunner, stream
 from flatq.plans import bit_plan, draft, rank_plan
 from flatq.progress import progress
@@ -41,7 +43,13 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    recipe: Recipe, out: Path | None, *, device: str = "auto", fresh: bool = False, memory: int | None = None
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    device: str = "auto",
+    fresh: bool = False,
+    memory: int | None = None,
+    predict: bool = False,
 ) -> Path | None:
     """Do everything that the recipe says; returns the run folder (None in all but the first of several processes).
 
@@ -51,15 +59,16 @@ def run(
         device: where to compute.
         fresh: remove what an earlier run left in the folder.
         memory: bytes of RAM to stay below; None takes what the default batch sizes need.
+        predict: forecast time and memory first, and report them beside what was measured.
 
     Raises:
         FlatqError: with ``exit_code`` 2 where the recipe or what it names is wrong, 3 where a stage failed.
     """
     with ranks.joined():
-        return _run(recipe, out, device, fresh, memory)
+        return _run(recipe, out, device, fresh, memory, predict)
 
 
-def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int | None) -> Path | None:
+def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int | None, predict: bool) -> Path | None:
     exports = planned_exports(recipe)
     device = resolve_device(device)
     folder = RunFolder.open(out, recipe, fresh=fresh)
@@ -67,7 +76,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
         return folder.root if ranks.part() else None
     source = open_source(recipe)
-    room = planning.working_set(source.config, recipe, memory)
+    room = working_set(source.config, recipe, memory)
     refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
     refuse_early(recipe, source, exports)
     draft(recipe, source)  # a budget that no plan can meet is heard before anything is measured
@@ -75,6 +84,9 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         tokens = ranks.told(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
         origins = ranks.told(lambda: provenance(recipe, source, tokens))
         ranks.told(lambda: folder.depend_on({name: origins[name] for name in ("source", "tokens", "versions")}))
+        expected: dict[str, Any] = {}
+        if predict:
+            expected = folder.phase("forecast", lambda: expectations(recipe, source, device, room))
         baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
         plan = rank_plan(recipe, source, tokens, folder, device, room)
         grids = bit_plan(recipe, source, tokens, plan, folder, device, room)
@@ -97,9 +109,17 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
             bench=bench,
             timing=folder.timing(),
             peak_rss_bytes=folder.peak_rss_bytes(),
+            memory=folder.memory(),
+            forecast=expected,
         )
         write_report(report, folder.root)
     return folder.root
+
+
+def expectations(recipe: Recipe, source: Source, device: str, room: int) -> dict[str, Any]:
+    """Forecast of every phase, JSON-ready."""
+    found = forecasts(recipe, source.config, draft(recipe, source).layers, source, device=device, room=room)
+    return {phase: asdict(said) for phase, said in found.items()}
 
 
 def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
@@ -188,7 +208,9 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     refuse_early(recipe, source, exports)
     config, ranks = source.config, draft(recipe, source)
     refuse(recipe, config.with_layers(ranks.layers), exports)
-    return planning.forecast(recipe, config, ranks, exports, source.dtype.itemsize, resolve_device(device))
+    weights = source if source.has_weights else None
+    phases = forecasts(recipe, config, ranks.layers, weights, device=resolve_device(device))
+    return planning.forecast(recipe, config, ranks, exports, source.dtype.itemsize, phases)
 
 
 def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> list[Path]:

@@ -1,40 +1,37 @@
 """What a recipe means and what it will cost, said before anything is computed.
 
-Sizes are exact (they follow from shapes). Memory and time are estimates: memory adds up what the walk holds at its
-largest block, time divides counted operations by a short measurement of this machine's matrix products.
+Sizes are exact (they follow from shapes). Memory and time by phase come from ``forecast``.
 """
 
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from flatq.bench import BenchResult
+from flatq.compress import sensitivity
 from flatq.compress.stage import RankPlan
-from flatq.decoder import LINEARS, DecoderConfig
+from flatq.decoder import DecoderConfig
 from flatq.errors import ArtifactError, RecipeError
 from flatq.export import Exporter
-from flatq.feed import BATCH_TOKENS, WORKING_SET, activation_bytes
+from flatq.feed import stored_as
 from flatq.footprint import decode_bytes, weight_bytes
+from flatq.forecast import Forecast
 from flatq.quantize.grid import Grid
 from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
-from flatq.report import size
+from flatq.report import seconds, size
 from flatq.specs import CONTEXT
-from flatq.walk import forward_precision
+from flatq.weights import HALVES
 
 if TYPE_CHECKING:
     from flatq.delivery import PlannedExport
-
-PROCESS = 700_000_000  # bytes that Python, torch and transformers hold before any model is opened
 
 
 def explanation(recipe: Recipe) -> list[str]:
@@ -63,88 +60,31 @@ def explanation(recipe: Recipe) -> list[str]:
     return lines
 
 
-def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
-    """What a run writes besides its exports: artifact (a code is a byte there) and hidden states."""
+def artifact_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
+    """Weights of the artifact; a code is a byte there."""
     decoder = config.decoder_parameters()
-    states = 2 * 4 * recipe.calibration.samples * recipe.calibration.seq_len * config.d_model
-    return decoder * (1 if recipe.gptq else itemsize) + (config.parameters() - decoder) * itemsize + states
+    return decoder * (1 if recipe.gptq else itemsize) + (config.parameters() - decoder) * itemsize
 
 
-def peak_memory(config: DecoderConfig, recipe: Recipe) -> int:
-    """Estimated peak resident bytes: the process, the largest block with its Grams and solves, or the embedding."""
-    d_model, width = config.d_model, max(dims.d_ff for dims in config.layers)
-    inner = max(width, max(dims.heads * dims.d_v for dims in config.layers))
-    tokens = min(recipe.calibration.samples * recipe.calibration.seq_len, max(BATCH_TOKENS, recipe.calibration.seq_len))
-    largest = max(
-        max(dims.shape(name, d_model)[0] * dims.shape(name, d_model)[1] for name in LINEARS) for dims in config.layers
-    )
-    block = 4 * 3 * largest + 4 * (inner**2 + d_model**2)
-    solve = 8 * 4 * inner**2 + 4 * 4 * largest
-    activations = 4 * tokens * (3 * width + 4 * d_model)
-    states = 2 * 4 * recipe.calibration.samples * recipe.calibration.seq_len * d_model
-    table = 4 * 2 * config.vocab * d_model
-    return PROCESS + states + max(block + max(solve, activations), table)
-
-
-def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None) -> int:
-    """Bytes for the activations of a batch, so that the whole stays below ``memory``.
-
-    Raises:
-        RecipeError: a single sample does not fit.
-    """
-    if memory is None:
-        return WORKING_SET
-    one = recipe.calibration.seq_len * activation_bytes(config)
-    rest = peak_memory(config, recipe) - max(WORKING_SET, one)
-    if rest + one > memory:
-        raise RecipeError(
-            f"--memory {size(memory)}: this model needs about {size(rest + one)} with one sample of "
-            f"{recipe.calibration.seq_len} tokens at a time; give that much, or lower calibration.seq_len"
-        )
-    return min(memory - rest, WORKING_SET)
-
-
-def operations(dense: DecoderConfig, plan: RankPlan, recipe: Recipe) -> tuple[float, float]:
-    """Floating-point operations of the forward passes with their Grams, and of the solves."""
-    tokens = recipe.calibration.samples * recipe.calibration.seq_len
-    narrow = dense.with_layers(plan.layers).decoder_parameters()
-    wide = dense.decoder_parameters()
-    measured = recipe.flat is not None and plan.layers != dense.layers and recipe.flat.parts.allocation != "uniform"
-    importance = wide if measured else 0
-    grams = sum(2 * dense.d_model**2 + (d.heads * d.d_v) ** 2 + d.d_ff**2 for d in dense.layers)
-    forward = 2.0 * tokens * (importance + wide + narrow + grams)
-    solves = 0.0
-    for before, after in zip(dense.layers, plan.layers, strict=True):
-        if recipe.flat is not None:
-            solves += 2.0 * before.d_ff**3
-        if recipe.gptq is not None:
-            for name in LINEARS:
-                rows, columns = after.shape(name, dense.d_model)
-                solves += 2.0 * rows * columns**2 + 2.0 * columns**3 * (name in ("q", "o", "gate", "down"))
-    scored = recipe.evaluation.tokens
-    return forward, solves + 2.0 * scored * (dense.parameters() + wide)
-
-
-def rates(device: str, precision: str) -> tuple[float, float]:
-    """Operations per second in the forward pass and in float32, measured in about a second."""
-    a, b = torch.randn(2048, 2048, device=device), torch.randn(2048, 2048, device=device)
-
-    def measure() -> float:
-        best = float("inf")
-        for _ in range(4):
-            started = time.perf_counter()
-            (a @ b).sum().item()
-            best = min(best, time.perf_counter() - started)
-        return 2 * 2048**3 / best
-
-    exact = measure()
-    with forward_precision(precision):
-        fast = measure()
-    return fast, exact
+def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
+    """What a run writes besides its exports: the artifact, two files of hidden states, what the sensitivity needs."""
+    text, m, blocks = recipe.calibration, config.d_model, len(HALVES) * len(config.layers)
+    tokens = text.samples * text.seq_len
+    states = 2 * tokens * m * stored_as(text.states, tokens, m).itemsize
+    if recipe.flat is not None and recipe.flat.keep_ratio != 1 and recipe.flat.sensitive:
+        few = min(tokens, sensitivity.TOKENS)
+        gradients = (blocks + 1) * few * m * stored_as(text.states, blocks * few, m).itemsize
+        states = max(states, gradients) + 4 * blocks * m**2
+    return artifact_bytes(config, recipe, itemsize) + states
 
 
 def forecast(
-    recipe: Recipe, dense: DecoderConfig, plan: RankPlan, exports: Sequence[PlannedExport], itemsize: int, device: str
+    recipe: Recipe,
+    dense: DecoderConfig,
+    plan: RankPlan,
+    exports: Sequence[PlannedExport],
+    itemsize: int,
+    phases: Mapping[str, Forecast],
 ) -> str:
     """The text of ``flatq plan``."""
     config = dense.with_layers(plan.layers)
@@ -158,16 +98,19 @@ def forecast(
     for name, cells in footprints(recipe, dense, config, grids, itemsize).items():
         table.add_row(name, *map(size, cells))
     table.add_row(
-        "checkpoint / artifact", size(dense.parameters() * itemsize), size(disk_bytes(config, recipe, itemsize))
+        "checkpoint / artifact", size(dense.parameters() * itemsize), size(artifact_bytes(config, recipe, itemsize))
     )
     for item in exports:
         bytes_ = item.exporter.bytes(config, grids, item.options, itemsize=itemsize)
         table.add_row(f"export {item.name}", "", size(bytes_))
-    fast, exact = rates(device, recipe.calibration.precision)
-    forward, solves = operations(dense, plan, recipe)
-    seconds = forward / fast + solves / exact
-    table.add_row("peak memory, about", "", size(peak_memory(dense, recipe)))
-    table.add_row("compress and evaluate, about", "", f"{seconds / 60:.1f} min on {device}")
+    table.add_row("disk of the run, without exports", "", size(disk_bytes(config, recipe, itemsize)))
+    for name, phase in phases.items():
+        table.add_row(name, size(phase.peak_rss_bytes), seconds(phase.seconds))
+    table.add_row(
+        "all but exports and bench",
+        size(max(phase.peak_rss_bytes for phase in phases.values())),
+        seconds(sum(phase.seconds for phase in phases.values())),
+    )
     text = rendered(table)
     if recipe.flat is not None and recipe.flat.parts.allocation != "uniform":
         text += "widths per layer follow from the weights and are not planned here: sizes are for equal shares\n"

@@ -116,8 +116,18 @@ class ExportReport(Section):
     notes: list[str] = []
 
 
+class Forecast(Section):
+    """What a phase was expected to take, measured before it began."""
+
+    seconds: float
+    peak_rss_bytes: int
+
+
 class Report(Section):
-    """Everything; the schema is a contract, ``schema_version`` changes with it."""
+    """Everything; the schema is a contract, ``schema_version`` changes with it.
+
+    ``timing`` (seconds), ``memory`` (peak bytes) and ``forecast`` are by phase.
+    """
 
     schema_version: Literal[1] = 1
     model: ModelInfo
@@ -129,6 +139,8 @@ class Report(Section):
     exports: list[ExportReport]
     bench: list[BenchResult]
     timing: dict[str, float]
+    memory: dict[str, int] = {}
+    forecast: dict[str, Forecast] = {}
     peak_rss_bytes: int
 
     @property

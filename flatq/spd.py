@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+RUNGS = 6  # powers of ten that a ridge may be raised by
+
 
 def damped(c: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, float]:
     """``C + shift I`` as a copy to work in, and the shift: ``ridge`` times the mean diagonal (1 if that is 0).
@@ -32,6 +34,24 @@ def factor_(work: Tensor) -> Tensor:
     failed = torch.empty(0, dtype=torch.int32, device=work.device)
     torch.linalg.cholesky_ex(work, check_errors=True, out=(work, failed))
     return work
+
+
+def ridged_factor(c: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Lower factor of ``C + shift I`` and the shift, with the least ridge of ``ridge`` times 1, 10, ... that has one.
+
+    A float32 Gram of fewer tokens than features is positive only up to its rounding, which grows with its largest
+    eigenvalue: on 2,048 tokens of 7,700 channels that was more than 1e-6 of the mean diagonal.
+
+    Raises:
+        torch.linalg.LinAlgError: C is far from positive.
+    """
+    for rung in range(RUNGS):
+        work, shift = damped(c, ridge * 10**rung)
+        failed = torch.empty(0, dtype=torch.int32, device=c.device)
+        torch.linalg.cholesky_ex(work, check_errors=rung == RUNGS - 1, out=(work, failed))
+        if not failed:
+            break
+    return work, shift
 
 
 def inverse(c: Tensor, ridge: float) -> tuple[Tensor, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flatq import ranks
+from flatq.device import exact
 
 PANEL = 1024  # columns of a Gram that are computed together
 
@@ -60,6 +61,10 @@ class Gram:
     def finite(self) -> bool:
         """Whether it holds neither NaN nor infinity: no entry can that the diagonal does not show."""
         return bool(torch.isfinite(self._total.diagonal(dim1=1, dim2=2)).all())
+
+    def move(self, device: str) -> None:
+        """Go on on another device."""
+        self._total = self._total.to(device)
 
     def gather(self) -> None:
         """Add up what all processes have seen."""
@@ -111,7 +116,7 @@ class Angle:
 
     def update(self, before: Tensor, after: Tensor) -> None:
         """Add tokens, both [..., d_model]."""
-        cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(exact(before), exact(after), dim=-1)
         self.total += float(torch.arccos(cosine.clamp(-1, 1)).sum()) / math.pi
         self.count += cosine.numel()
 

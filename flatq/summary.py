@@ -56,6 +56,8 @@ def summarize(
     bench: Sequence[Mapping[str, Any]],
     timing: Mapping[str, float],
     peak_rss_bytes: int,
+    memory: Mapping[str, int] | None = None,
+    forecast: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Report:
     """The report of a finished run.
 
@@ -70,6 +72,8 @@ def summarize(
         bench: JSON-ready ``BenchResult`` of each runner.
         timing: seconds per phase.
         peak_rss_bytes: of this process.
+        memory: the same for each phase.
+        forecast: what the phases were expected to take, JSON-ready.
     """
     scored = tokens.heldout.shape[0] * (tokens.heldout.shape[1] - 1)
     config, itemsize = source.config, source.dtype.itemsize
@@ -90,6 +94,8 @@ def summarize(
             "exports": list(exports),
             "bench": list(bench),
             "timing": dict(timing),
+            "memory": dict(memory or {}),
+            "forecast": dict(forecast or {}),
             "peak_rss_bytes": peak_rss_bytes,
         }
     )

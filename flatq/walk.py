@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from flatq import ranks
 from flatq.artifact import write_json
 from flatq.decoder import DecoderLayer, LayerDims, Positions, locate
+from flatq.device import solver_of
 from flatq.errors import NumericsError
 from flatq.feed import WORKING_SET, Feed, batch_tokens, stored_as
 from flatq.quantize.grid import QuantizedWeight
@@ -108,6 +109,8 @@ class Block:
                     gram.gather()
                     if not gram.finite:
                         raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
+                    gram.move(solver_of(self.device))
+            self.layer.to(solver_of(self.device))
         return self.grams
 
     def together(self, what: str) -> None:
@@ -139,6 +142,7 @@ class Block:
 
     def advance(self, out: Feed) -> None:
         """Send the inputs through the block as it is now."""
+        self.layer.to(self.device)
         with forward_precision(self.precision):
             for batch in self.feed.batches():
                 x = self.feed.states[batch].to(self.device, torch.float32)

@@ -11,7 +11,8 @@ import torch
 from flatq.cli import parse_size
 from flatq.errors import RecipeError
 from flatq.feed import BATCH_TOKENS, LARGE, Feed, activation_bytes, batch_tokens, embedded, stored_as
-from flatq.planning import peak_memory, working_set
+from flatq.forecast import working_bytes, working_set
+from flatq.memory import rss_bytes
 from flatq.quantize.grid import Grid, round_to_nearest
 from flatq.recipe import Recipe
 from tests.models import tiny_config
@@ -65,12 +66,12 @@ def test_a_batch_is_as_large_as_its_room_and_never_empty() -> None:
 
 
 def test_a_budget_makes_batches_smaller_and_one_that_cannot_hold_is_refused() -> None:
-    config = tiny_config()
+    config = tiny_config(d_ff=(4096, 4096))
     recipe = Recipe.parse("version: 1\nmodel: some/model\nstages: [{gptq: {}}]\ncalibration: {dataset: wikitext2}")
-    need = peak_memory(config, recipe)
+    need = rss_bytes() + max(working_bytes(config, recipe).values())
     assert working_set(config, recipe, None) == working_set(config, recipe, 1 << 40)
-    assert working_set(config, recipe, need - (200 << 20)) < working_set(config, recipe, None)
-    with pytest.raises(RecipeError, match="--memory 1 MB: this model needs about"):
+    assert working_set(config, recipe, need - (40 << 20)) < working_set(config, recipe, None)
+    with pytest.raises(RecipeError, match=r"--memory: 0\.00 GB is too little"):
         working_set(config, recipe, 10**6)
 
 

@@ -54,7 +54,7 @@ def error_curves(
     settings: dict[str, Any] = {"precision": precision, "states": states, "device": device, "working_set": working_set}
     with progress("curves", len(weights.config.layers) * len(HALVES)) as advance:
         for number, block in enumerate(walk(weights, some, work / "curves", _nothing, **settings)):
-            sensitivity = None if fisher is None else fisher[number].to(device)
+            sensitivity = None if fisher is None else fisher[number]
             if block.half == "attention":
                 value.append(_value_curve(block, sensitivity))
             else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatq.spd import damped, factor_, inverse
+from flatq.spd import damped, factor_, inverse, ridged_factor
 
 
 def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
@@ -35,12 +35,12 @@ def nystroem(w_down: Tensor, gram: Tensor, keep: Tensor, ridge: float = 1e-6) ->
     """Output projection that reads the kept channels in place of all: ``W C[:, S] C[S, S]^-1``, [m, s].
 
     The least-squares choice: no other [m, s] matrix has a smaller output error on the calibration tokens (up to the
-    ridge, which is relative to the mean diagonal).
+    ridge, which is relative to the mean diagonal and as small as the precision of the Gram allows).
     """
-    inside, shift = damped(gram[keep][:, keep], ridge)
+    lower, shift = ridged_factor(gram[keep][:, keep], ridge)
     w = w_down.to(gram.dtype)
     right = (gram[keep] @ w.T).double() + shift * w.T[keep]  # [s, m], pulled towards plain selection
-    return torch.cholesky_solve(right, factor_(inside)).T.to(w_down.dtype)
+    return torch.cholesky_solve(right, lower).T.to(w_down.dtype)
 
 
 def shrunk(gram: Tensor, shrinkage: float) -> Tensor:

@@ -172,6 +172,6 @@ def weighted(w: Tensor, fisher: Tensor | None) -> Tensor:
     """
     if fisher is None:
         return w
-    root = fisher.to(torch.float64, copy=True).mT
+    root = fisher.to(w.device, torch.float64, copy=True).mT
     root.diagonal().add_(1e-6 * float(fisher.norm()) or 1.0)
     return factor_(root).to(w.dtype).T @ w

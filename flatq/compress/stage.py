@@ -133,7 +133,7 @@ class FlatStage:
 
     def _weighted(self, block: Block, w: Tensor) -> Tensor:
         number = len(HALVES) * block.index + HALVES.index(block.half)
-        return weighted(w, None if self.fisher is None else self.fisher[number].to(w.device))
+        return weighted(w, None if self.fisher is None else self.fisher[number])
 
     def _narrow_values(self, block: Block, rank: int) -> None:
         grams, layer, dims = block.observe(), block.layer, block.dims

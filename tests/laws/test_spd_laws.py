@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatq.spd import damped, factor_, inverse
+from flatq.spd import damped, factor_, inverse, ridged_factor
 
 
 def gram(size: int, condition: float, seed: int = 0) -> Tensor:
@@ -48,3 +48,14 @@ def test_a_matrix_of_zeros_is_shifted_by_one() -> None:
     found, shift = inverse(torch.zeros(3, 3), 0.01)
     assert shift == 1
     torch.testing.assert_close(found, torch.eye(3))
+
+
+def test_a_gram_that_rounding_pushed_below_zero_gets_the_least_ridge_that_helps() -> None:
+    c = gram(16, 100.0)
+    lowest = float(torch.linalg.eigvalsh(c)[0])
+    c = c - (lowest + 3e-5 * c.diagonal().mean()) * torch.eye(16)  # now reaches 3e-5 of the mean below zero
+    factor, shift = ridged_factor(c, 1e-6)
+    assert shift == pytest.approx(1e-4 * float(c.diagonal().mean()))
+    torch.testing.assert_close(factor @ factor.T, c + shift * torch.eye(16))
+    with pytest.raises(torch.linalg.LinAlgError):
+        ridged_factor(-torch.eye(3), 1e-6)
