@@ -11,19 +11,25 @@ file.
 Each graph lives in a process of its own, all take turns, and what is printed are medians with the whole range and the
 ratio to the builder's graph in its better way. Results are kept in ``--work``/onnx_speed.json, a key for each number of
 threads and prompt length, so that several short calls add up to one table.
+
+``--processor-time`` opens all in one process with one thread and counts processor time, a step at a time: for machines
+that others use, where wall time says little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flatq.artifact import Artifact, write_json
-from flatq.bench import BenchResult, Load, OpenRunner, bench_side_by_side
+from flatq.bench import BenchResult, Load, OpenRunner, Spread, bench_side_by_side
 from flatq.export import Runner
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_onnx import OnnxExporter, OnnxOptions
@@ -63,6 +69,29 @@ def openers(options: argparse.Namespace, threads: int) -> dict[str, OpenRunner]:
     return found
 
 
+def processor_time(options: argparse.Namespace, prompt: int) -> list[dict[str, Any]]:
+    """Tokens per second of processor time, in the form of a ``BenchResult``'s fields."""
+    runners = {name: opener() for name, opener in openers(options, 1).items()}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runners}
+    random, clock = np.random.default_rng(0), time.thread_time
+    for turn in range(options.repeats):
+        for name in list(runners)[:: 1 if turn % 2 == 0 else -1]:
+            runner, (prefill, decode) = runners[name], times[name]
+            assert runner is not None
+            began = clock()
+            token = runner.start(random.integers(32_000, size=(1, prompt)), prompt + options.new_tokens).argmax(-1)
+            prefill.append(prompt / (clock() - began))
+            for _ in range(options.new_tokens):
+                began = clock()
+                token = runner.step(token).argmax(-1)
+                decode.append(1 / (clock() - began))
+    kinds = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    return [
+        {"name": name, **{kind: asdict(Spread.of(part)) for kind, part in zip(kinds, parts, strict=True)}}
+        for name, parts in times.items()
+    ]
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Median, range and ratio of each runner as Markdown."""
     best = results[0]
@@ -94,7 +123,14 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("runs/onnx-speed"))
+    parser.add_argument("--processor-time", action="store_true")
     options = parser.parse_args()
+    if options.processor_time:
+        for prompt in options.prompt or [128, 256, 1024]:
+            print(
+                f"\n1 thread, processor time, prompt {prompt}\n\n{table(processor_time(options, prompt))}", flush=True
+            )
+        return
     file = options.work / "onnx_speed.json"
     for threads in options.threads or [1, 2]:
         for prompt in options.prompt or [128, 256, 1024]:

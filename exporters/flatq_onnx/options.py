@@ -34,8 +34,8 @@ class OnnxOptions(BaseModel):
         target: the program that will run the graph; sets the layout, the type of numbers and the files beside it.
             ``ort`` is onnxruntime itself on a CPU; ``genai`` onnxruntime-genai (``genai_config.json`` and tokenizer);
             ``optimum`` ORTModelForCausalLM, right for left-padded batches (configuration and tokenizer as
-            transformers 4 reads them); ``cuda`` onnxruntime on CUDA; ``mobile`` one ``.ort`` file, opened with little
-            memory.
+            transformers 4 reads them); ``cuda`` onnxruntime on CUDA; ``mobile`` one ``.ort`` file, which
+            onnxruntime's builds for phones read.
         attention: ``reduced`` has a value cache as narrow as the model's value heads, written in place, and is right
             for left- and right-padded batches. ``gqa`` is onnxruntime's GroupQueryAttention, whose value heads are as
             wide as the keys' (missing columns are zero): the usual cache shape, which other programs expect.
