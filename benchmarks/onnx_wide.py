@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flatq.artifact import Artifact
-from flatq.bench import Load, bench_side_by_side
+from flatq.bench import Load, OpenRunner, bench_side_by_side
 from flatq.decoder import LINEARS, DecoderConfig, LayerDims, Rope
 from flatq.export import exporter_named
 from flatq.quantize.grid import Grid, QuantizedWeight
@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("runs/onnx-wide"))
     options = parser.parse_args()
-    exporter, openers, read = exporter_named("onnx"), {}, {}
+    exporter = exporter_named("onnx")
+    openers: dict[str, OpenRunner] = {}
+    read: dict[str, int] = {}
     assert isinstance(exporter, OnnxExporter)
     for name, dims in (("7B widths", WIDE), ("30 % narrower", NARROW)):
         out, noise = options.work / f"{dims.d_ff}-{options.group_size}", Noise(dims, options.group_size)
