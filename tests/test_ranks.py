@@ -37,10 +37,6 @@ def launch(processes: int, recipe: Path, out: Path, log: Path) -> subprocess.Pop
         )
 
 
-# A code or a float16 scale that lies on the edge between two values may fall to either side of it.
-ROUNDED = 1e-3
-
-
 def assert_same_model(one: Path, other: Path, tolerance: float) -> None:
     a, b = Artifact.open(one), Artifact.open(other)
     assert a.config == b.config, "the same plan"
@@ -55,7 +51,6 @@ def assert_same_model(one: Path, other: Path, tolerance: float) -> None:
     [
         pytest.param(2, [FLAT], 1e-5, id="2 processes"),
         pytest.param(3, [FLAT], 1e-5, id="3 processes", marks=pytest.mark.slow),
-        pytest.param(3, [FLAT, GPTQ], ROUNDED, id="3 processes, quantized", marks=pytest.mark.slow),
     ],
 )
 def test_processes_that_share_the_samples_give_the_result_of_one(
@@ -70,6 +65,22 @@ def test_processes_that_share_the_samples_give_the_result_of_one(
     shared, alone = (report["result"]["perplexity"] for report in reports)
     assert shared == pytest.approx(alone, rel=tolerance)
     assert (tmp_path / "log").read_text().count(str(tmp_path / "shared")) == 1, "only the first one reports"
+
+
+@pytest.mark.slow
+def test_quantized_models_of_one_and_of_three_processes_are_equally_good(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    # A code that lies on the edge between two values may fall to either side of it; what follows then differs, down to
+    # the channels that are kept.
+    recipe = make_recipe(stages=[FLAT, GPTQ])
+    started = launch(3, recipe, tmp_path / "shared", tmp_path / "log")
+    assert flatq("run", recipe, "--out", tmp_path / "alone").exit_code == 0
+    assert started.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    shared, alone = (
+        json.loads((tmp_path / run / "report.json").read_text())["result"]["perplexity"] for run in ("shared", "alone")
+    )
+    assert shared == pytest.approx(alone, rel=0.02)
 
 
 @pytest.mark.slow
