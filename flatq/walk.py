@@ -95,8 +95,8 @@ class Block:
         """Grams of the block as it is now, measured once.
 
         ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
-        [kv_heads blocks of d_v] are the value heads. With a reference, ``drift`` [inner, d_model] is the mean of
-        ``inner^T (y_dense - y)``, where y is the block's output as it is now.
+        [kv_heads blocks of d_v] are the value heads. With a reference, ``drift`` [inner, d_model] is the sum of
+        ``inner^T (y_dense - y)`` over tokens, where y is the block's output as it is now.
         """
         if not self.grams:
             self.together("observe")
@@ -105,6 +105,7 @@ class Block:
                     self._observe(self.feed.states[batch].to(self.device, torch.float32), batch)
                 if self.drift is not None:
                     ranks.add(self.drift)
+                    self.drift = self.drift.to(solver_of(self.device))
                 for name, gram in self.grams.items():
                     gram.gather()
                     if not gram.finite:
