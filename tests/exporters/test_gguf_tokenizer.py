@@ -157,18 +157,20 @@ def test_a_gguf_source_with_an_unknown_rule_is_refused(make_artifact: MakeArtifa
         GgufFile(exported.files[0]).tokenizer()
 
 
-def test_an_unknown_rule_is_refused_before_anything_is_computed(make_recipe: MakeRecipe, model_copy: Path) -> None:
+def test_an_unknown_rule_is_refused_before_anything_is_computed(
+    make_recipe: MakeRecipe, model_copy: Path, tmp_path: Path
+) -> None:
     file = model_copy / "tokenizer.json"
     described = json.loads(file.read_text())
     described["pre_tokenizer"] = {"type": "Whitespace"}
     file.write_text(json.dumps(described))
     recipe = make_recipe(model=str(model_copy), exports=[{"gguf": {"precision": "f16"}}])
-    for verb in ("plan", "run"):
-        shown = flatq(verb, recipe)
+    for call in (("plan", recipe), ("run", recipe, "--out", tmp_path / "out")):
+        shown = flatq(*call)
         assert shown.exit_code == 2
         assert "(Whitespace) is not known" in " ".join(shown.stderr.split())
         assert "pre_tokenizer" in shown.stderr
-    assert not Path("runs").exists()
+    assert not (tmp_path / "out" / "work").exists()
 
 
 def test_a_tokenizer_of_another_model_is_refused(make_artifact: MakeArtifact) -> None:

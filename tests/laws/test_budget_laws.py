@@ -131,9 +131,8 @@ def test_the_artifact_of_a_run_meets_its_size(make_recipe: MakeRecipe, tmp_path:
     ],
 )
 def test_a_plan_refuses_what_no_widths_can_meet(
-    budget: dict[str, Any], words: list[str], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    budget: dict[str, Any], words: list[str], make_recipe: MakeRecipe
 ) -> None:
-    monkeypatch.setattr("flatq.planning.rates", lambda *_: (4e11, 8e10))
     shown = flatq("plan", make_recipe(stages=[{"flat": budget}]))
     assert shown.exit_code == 2
     assert all(word in shown.stderr for word in words)
