@@ -40,6 +40,7 @@ from flatq.compress.mlp import leading_channels
 from flatq.compress.stage import RankPlan, plan_ranks
 from flatq.decoder import LINEARS, DecoderConfig, DecoderLayer, locate
 from flatq.evaluate import perplexity
+from flatq.feed import Sweep
 from flatq.quantize.gptq import gptq
 from flatq.quantize.grid import Grid
 from flatq.quantize.stage import planned_grids
@@ -205,7 +206,7 @@ def _frozen(weight: Tensor) -> nn.Parameter:
 def our_way(source: Source, tokens: Tensor, recipe: Recipe, precision: str, work: Path) -> Overlay:
     """One walk with both stages, after one for the importance."""
     assert recipe.flat is not None
-    importance = layer_importance(source, tokens, work, precision=precision)
+    importance = layer_importance(source, tokens, work, sweep=Sweep(precision))
     plan = plan_ranks(source.config, recipe.flat, importance)
     config = source.config.with_layers(plan.layers)
     grids = planned_grids(config, recipe.gptq)
@@ -214,7 +215,7 @@ def our_way(source: Source, tokens: Tensor, recipe: Recipe, precision: str, work
     def save(block: Block) -> None:
         model.tensors |= {f"layers.{block.index}.{n}": p.data for n, p in block.layer.named_parameters()}
 
-    for block in walk(source, tokens, work, save, precision=precision):
+    for block in walk(source, tokens, work, save, sweep=Sweep(precision)):
         for stage in stages:
             stage.apply(block)
     return model

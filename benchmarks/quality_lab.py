@@ -29,6 +29,7 @@ from flatq.calibrate import Tokens, token_batches
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import FlatqError, RecipeError
 from flatq.evaluate import perplexity
+from flatq.feed import Sweep
 from flatq.folder import RunFolder
 from flatq.plans import rank_plan
 from flatq.quantize.grid import QuantizedWeight
@@ -232,8 +233,8 @@ class Laboratory:
     ) -> Overlay:
         overlay = Overlay(self.source, self.source.config.with_layers(layers))
         precision = row.calibration.precision
-        settings: dict[str, Any] = {"precision": precision, "device": self.device, "reference": reference}
-        for block in walk(self.source, tokens.calibration, work, overlay.save, **settings):
+        sweep = Sweep(precision, device=self.device)
+        for block in walk(self.source, tokens.calibration, work, overlay.save, sweep=sweep, reference=reference):
             for stage in stages:
                 stage.apply(block)
         return overlay

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from flatq import ranks
 from flatq.artifact import ENERGIES, PARTS, Artifact, finish, save_shard, write_json
-from flatq.compress.sensitivity import measured_sensitivity
+from flatq.compress.sensitivity import Sensitivity
 from flatq.compress.stage import FlatStage, RankPlan
 from flatq.decoder import DecoderConfig
-from flatq.feed import WORKING_SET
+from flatq.feed import WORKING_SET, Sweep
 from flatq.progress import progress
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.quantize.stage import READERS, GptqStage, quantize_table
@@ -80,10 +80,7 @@ def build(
             work,
             save,
             embed=_embedding(partial / ENDS, grids.get("embed")),
-            precision=recipe.calibration.precision,
-            states=recipe.calibration.states,
-            device=device,
-            working_set=working_set,
+            sweep=Sweep.of(recipe.calibration, device, working_set),
             reference=recipe.flat is not None and recipe.flat.corrects,
         ):
             for stage in stages:
@@ -149,7 +146,7 @@ def stages_of(
     stages: list[FlatStage | GptqStage] = []
     if recipe.flat is not None:
         narrows = plan.layers != config.layers
-        fisher = measured_sensitivity(config, work) if recipe.flat.sensitive and narrows else None
+        fisher = Sensitivity(config, work) if recipe.flat.sensitive and narrows else None
         stages.append(FlatStage(recipe.flat, plan, fisher))
     if recipe.gptq is not None:
         stages.append(GptqStage(recipe.gptq, grids))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,10 +25,36 @@ from torch.nn import functional
 from flatq import ranks
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import QuantizedWeight
+from flatq.specs import CalibrationSpec
 
 BATCH_TOKENS = 8192  # at most, per forward pass: enough for the matrix kernels
 WORKING_SET = 512 << 20  # bytes of a batch's activations, unless one sample alone needs more
 LARGE = 2 << 30  # bytes of float32 states from which on bfloat16 is the better use of the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """How tokens are sent through a model.
+
+    Attributes:
+        precision: of the matrix products, see ``walk.forward_precision``.
+        states: how hidden states are stored, ``float32``, ``bfloat16`` or ``auto`` (by their size).
+        device: where blocks run.
+        working_set: bytes for the activations of a batch.
+    """
+
+    precision: str = "auto"
+    states: str = "auto"
+    device: str = "cpu"
+    working_set: int = WORKING_SET
+
+    @classmethod
+    def of(cls, text: CalibrationSpec, device: str, working_set: int) -> Sweep:
+        """As the recipe's calibration block says."""
+        return cls(text.precision, text.states, device, working_set)
+
+
+AUTO = Sweep()
 
 
 class Feed:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from flatq.compress.stage import RankPlan
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import RecipeError
 from flatq.evaluate import LOGITS_AT_ONCE, perplexity
-from flatq.feed import WORKING_SET, activation_bytes
+from flatq.feed import WORKING_SET, Sweep, activation_bytes
 from flatq.memory import rss_bytes
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
 from flatq.quantize.grid import QuantizedWeight
@@ -185,28 +184,22 @@ def _phases(
     device: str,
     room: int,
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    spec, text, config = recipe.flat, recipe.calibration, weights.config
-    settings: dict[str, Any] = {
-        "precision": text.precision,
-        "states": text.states,
-        "device": device,
-        "working_set": room,
-    }
+    spec, config, sweep = recipe.flat, weights.config, Sweep.of(recipe.calibration, device, room)
     yield "baseline", lambda: perplexity(weights, tokens, device=device)
     if spec is not None and plan != config.layers:
         if spec.sensitive:
-            yield "sensitivity", lambda: output_sensitivity(weights, tokens, work, **settings)
+            yield "sensitivity", lambda: output_sensitivity(weights, tokens, work, sweep=sweep)
         if spec.parts.allocation == "curves":
-            yield "curves", lambda: error_curves(weights, tokens, None, work, ridge=spec.ridge, **settings)
+            yield "curves", lambda: error_curves(weights, tokens, None, work, ridge=spec.ridge, sweep=sweep)
         elif spec.parts.allocation == "iprs":
-            yield "importance", lambda: layer_importance(weights, tokens, work, **settings)
+            yield "importance", lambda: layer_importance(weights, tokens, work, sweep=sweep)
 
     grids = planned_grids(config.with_layers(plan), recipe.gptq)
 
     def compress() -> None:
         stages = stages_of(recipe, RankPlan(plan, 1.0, 1.0), grids, config, work)
         reference = spec is not None and spec.corrects
-        for block in walk(weights, tokens, work, lambda _: None, reference=reference, **settings):
+        for block in walk(weights, tokens, work, lambda _: None, reference=reference, sweep=sweep):
             for stage in stages:
                 stage.apply(block)
 

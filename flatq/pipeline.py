@@ -206,11 +206,11 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     exports = planned_exports(recipe)
     source = open_source(recipe, need_weights=False)
     refuse_early(recipe, source, exports)
-    config, ranks = source.config, draft(recipe, source)
-    refuse(recipe, config.with_layers(ranks.layers), exports)
+    config, planned = source.config, draft(recipe, source)
+    refuse(recipe, config.with_layers(planned.layers), exports)
     weights = source if source.has_weights else None
-    phases = forecasts(recipe, config, ranks.layers, weights, device=resolve_device(device))
-    return planning.forecast(recipe, config, ranks, exports, source.dtype.itemsize, phases)
+    phases = forecasts(recipe, config, planned.layers, weights, device=resolve_device(device))
+    return planning.forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
 
 
 def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> list[Path]:

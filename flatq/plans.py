@@ -13,9 +13,9 @@ from flatq.calibrate import Tokens
 from flatq.compress.allocate import Curves
 from flatq.compress.curves import error_curves
 from flatq.compress.importance import layer_importance
-from flatq.compress.sensitivity import measured_sensitivity, output_sensitivity
+from flatq.compress.sensitivity import Sensitivity, output_sensitivity
 from flatq.compress.stage import RankPlan, plan_ranks
-from flatq.feed import WORKING_SET
+from flatq.feed import WORKING_SET, Sweep
 from flatq.folder import RunFolder
 from flatq.quantize.bits import choose
 from flatq.quantize.curves import bit_errors
@@ -43,18 +43,18 @@ def rank_plan(
     spec, config, first = recipe.flat, source.config, draft(recipe, source)
     if spec is None or first.layers == config.layers:
         return first
-    settings = _sweeping(recipe, device, room)
+    sweep = Sweep.of(recipe.calibration, device, room)
 
     def importance() -> list[float]:
-        return layer_importance(source, tokens.calibration, folder.work, **settings)
+        return layer_importance(source, tokens.calibration, folder.work, sweep=sweep)
 
     def curves() -> list[dict[str, Any]]:
-        fisher = measured_sensitivity(config, folder.work)
-        found = error_curves(source, tokens.calibration, fisher, folder.work, ridge=spec.ridge, **settings)
+        fisher = Sensitivity(config, folder.work)
+        found = error_curves(source, tokens.calibration, fisher, folder.work, ridge=spec.ridge, sweep=sweep)
         return [asdict(curve) for curve in found]
 
     if spec.sensitive:
-        _sense(source, tokens, folder, settings)
+        _sense(source, tokens, folder, sweep)
     measured: dict[str, Any] = {}
     if spec.parts.allocation == "curves":
         measured["curves"] = [Curves(**curve) for curve in folder.phase("curves", curves)]
@@ -76,26 +76,20 @@ def bit_plan(
     spec, config = recipe.gptq, source.config.with_layers(plan.layers)
     if spec is None or spec.average_bits is None:
         return planned_grids(config, spec)
-    settings = _sweeping(recipe, device, room)
+    sweep = Sweep.of(recipe.calibration, device, room)
 
     def errors() -> dict[str, dict[str, float]]:
-        fisher = measured_sensitivity(source.config, folder.work)
-        return bit_errors(source, tokens.calibration, spec, fisher, folder.work, **settings)
+        fisher = Sensitivity(source.config, folder.work)
+        return bit_errors(source, tokens.calibration, spec, fisher, folder.work, sweep=sweep)
 
-    _sense(source, tokens, folder, settings)
+    _sense(source, tokens, folder, sweep)
     return planned_grids(config, spec, choose(config, spec, folder.phase("bits", errors)))
 
 
-def _sweeping(recipe: Recipe, device: str, room: int) -> dict[str, Any]:
-    """How every sweep over the dense model runs."""
-    text = recipe.calibration
-    return {"precision": text.precision, "states": text.states, "device": device, "working_set": room}
-
-
-def _sense(source: Source, tokens: Tokens, folder: RunFolder, settings: dict[str, Any]) -> None:
+def _sense(source: Source, tokens: Tokens, folder: RunFolder, sweep: Sweep) -> None:
     """Measure how much the loss minds errors, unless an earlier plan or run did."""
 
     def measure() -> None:
-        output_sensitivity(source, tokens.calibration, folder.work, **settings)
+        output_sensitivity(source, tokens.calibration, folder.work, sweep=sweep)
 
     folder.phase("sensitivity", measure)

@@ -31,9 +31,15 @@ def factor_(work: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix is not positive.
     """
-    failed = torch.empty(0, dtype=torch.int32, device=work.device)
-    torch.linalg.cholesky_ex(work, check_errors=True, out=(work, failed))
+    _has_factor(work, must=True)
     return work
+
+
+def _has_factor(work: Tensor, *, must: bool) -> bool:
+    """Try ``factor_``; whether there is one, or an error if there must be."""
+    failed = torch.empty(0, dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(work, check_errors=must, out=(work, failed))
+    return not failed
 
 
 def ridged_factor(c: Tensor, ridge: float) -> tuple[Tensor, float]:
@@ -47,9 +53,7 @@ def ridged_factor(c: Tensor, ridge: float) -> tuple[Tensor, float]:
     """
     for rung in range(RUNGS):
         work, shift = damped(c, ridge * 10**rung)
-        failed = torch.empty(0, dtype=torch.int32, device=c.device)
-        torch.linalg.cholesky_ex(work, check_errors=rung == RUNGS - 1, out=(work, failed))
-        if not failed:
+        if _has_factor(work, must=rung == RUNGS - 1):
             break
     return work, shift
 
@@ -62,8 +66,6 @@ def inverse(c: Tensor, ridge: float) -> tuple[Tensor, float]:
     """
     for dtype in (c.dtype, torch.float64):
         work, shift = damped(c, ridge, dtype)
-        failed = torch.empty(0, dtype=torch.int32, device=c.device)
-        torch.linalg.cholesky_ex(work, check_errors=dtype == torch.float64, out=(work, failed))
-        if not failed:
+        if _has_factor(work, must=dtype == torch.float64):
             return torch.cholesky_inverse(work, out=work), shift
     raise AssertionError("the second turn raises by itself")

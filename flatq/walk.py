@@ -23,6 +23,7 @@ this was measured on, see docs/decisions.md.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ from flatq.artifact import write_json
 from flatq.decoder import DecoderLayer, LayerDims, Positions, locate
 from flatq.device import solver_of
 from flatq.errors import NumericsError
-from flatq.feed import WORKING_SET, Feed, batch_tokens, stored_as
+from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
+from flatq.progress import progress
 from flatq.quantize.grid import QuantizedWeight
 from flatq.statistics import Gram
 from flatq.weights import HALVES, Weights, load_half
@@ -198,10 +200,7 @@ def walk(
     save: Callable[[Block], None],
     *,
     embed: Tensor | QuantizedWeight | None = None,
-    precision: str = "auto",
-    states: str = "auto",
-    device: str = "cpu",
-    working_set: int = WORKING_SET,
+    sweep: Sweep = AUTO,
     reference: bool = False,
 ) -> Iterator[Block]:
     """Yield every block in order; ``save`` is called with each block after the loop body has changed it.
@@ -210,16 +209,14 @@ def walk(
         tokens: calibration tokens, int64 [samples, seq].
         embed: the embedding of the deployed model, if it differs from the model's own.
         work: folder for the hidden states and the resume state; may hold those of a killed run.
-        states: how the hidden states are stored, ``float32``, ``bfloat16`` or ``auto`` (by their size).
-        working_set: bytes for the activations of a batch.
         reference: walk the dense model along; the loop body must observe every block.
     """
     config = weights.config
     samples, length = tokens.shape
     shape = (samples, length, config.d_model)
-    dtype = stored_as(states, tokens.numel(), config.d_model)
+    dtype = stored_as(sweep.states, tokens.numel(), config.d_model)
     work.mkdir(parents=True, exist_ok=True)
-    size = batch_tokens(config, working_set)
+    size = batch_tokens(config, sweep.working_set)
     feeds = [Feed(work / f"states-{turn}", shape, dtype, size) for turn in (0, 1)]
     dense = [Feed(work / f"dense-{turn}", shape, dtype, size) for turn in (0, 1)] if reference else []
     order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
@@ -230,17 +227,17 @@ def walk(
             dense[0].embed(tokens, weights.tensor("embed.weight"))
     embed = None  # a large table is not held through the walk
     for done in range(start, len(order)):
-        index, half = order[done]
-        layer = load_half(weights, index, half, device=device)
+        (index, half), now, then = order[done], done % 2, (done + 1) % 2
+        layer = load_half(weights, index, half, device=sweep.device)
         block = Block(
             index,
             half,
             layer,
-            feeds[done % 2],
-            lambda batch: locate(config, batch, length, device=torch.device(device)),
-            precision,
-            device,
-            Reference(dense[done % 2], dense[(done + 1) % 2]) if reference else None,
+            feeds[now],
+            lambda batch: locate(config, batch, length, device=torch.device(sweep.device)),
+            sweep.precision,
+            sweep.device,
+            Reference(dense[now], dense[then]) if reference else None,
         )
         if ranks.first():
             yield block
@@ -249,13 +246,41 @@ def walk(
         else:
             while ranks.agreed("") == "observe":
                 block.observe()
-        ranks.hand_out(block.layer, device)
-        block.advance(feeds[(done + 1) % 2])
-        for stream in (feeds, dense)[: 1 + reference]:
-            stream[(done + 1) % 2].flush()
+        ranks.hand_out(block.layer, sweep.device)
+        block.advance(feeds[then])
+        feeds[then].flush()
+        if reference:
+            dense[then].flush()
         ranks.wait()
         if ranks.first():
             write_json(work / "state.json", {"blocks_done": done + 1})
+
+
+def dense_blocks(
+    weights: Weights, tokens: Tensor, work: Path, *, most: int, name: str, sweep: Sweep = AUTO
+) -> Iterator[Block]:
+    """Every block of the model as it is, with the inputs of the first ``most`` tokens (at least one sample).
+
+    Nothing is kept: what the loop body has measured of a killed walk is gone, so it begins anew.
+
+    Args:
+        work: below it is a folder for the hidden states, gone at the end.
+        name: of the folder, and of the progress that is shown.
+    """
+    some = tokens[: max(1, most // tokens.shape[1])]
+    _remove(work / name)
+    with progress(name, len(weights.config.layers) * len(HALVES)) as advance:
+        for block in walk(weights, some, work / name, lambda _: None, sweep=sweep):
+            yield block
+            advance()
+    _remove(work / name)
+
+
+def _remove(folder: Path) -> None:
+    """Once, and nobody goes on before it is done."""
+    if ranks.first():
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.wait()
 
 
 def blocks_done(work: Path) -> int:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from flatq.artifact import Artifact, finish, save_shard
 from flatq.decoder import LINEARS, DecoderConfig, LayerDims, Rope
+from flatq.feed import Sweep
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.weights import HALVES, half_names, tensor_shapes
+
+EXACT = Sweep(precision="float32")  # no bfloat16 operands
 
 
 def tiny_config(

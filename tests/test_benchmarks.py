@@ -22,7 +22,7 @@ from flatq.evaluate import perplexity
 from flatq.recipe import Recipe
 from flatq.specs import CalibrationSpec, EvaluationSpec, FlatSpec
 from flatq.walk import walk
-from tests.models import RandomWeights, tiny_config
+from tests.models import EXACT, RandomWeights, tiny_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -46,7 +46,7 @@ def compressed(weights: RandomWeights, stage: baselines.Stage, layers: tuple[Lay
     def save(block: Any) -> None:
         made.tensors |= {f"layers.{block.index}.{name}": p.detach() for name, p in block.layer.named_parameters()}
 
-    for block in walk(weights, TOKENS, work, save, precision="float32"):
+    for block in walk(weights, TOKENS, work, save, sweep=EXACT):
         stage.apply(block)
     return made
 

@@ -19,7 +19,7 @@ from flatq.feed import Feed
 from flatq.quantize.grid import Grid, round_to_nearest
 from flatq.walk import Block, blocks_done, forward_precision, walk
 from flatq.weights import load_decoder
-from tests.models import RandomWeights, tiny_config
+from tests.models import EXACT, RandomWeights, tiny_config
 
 TOKENS = torch.arange(5 * 12).remainder(128).view(5, 12)
 ORDER = [(0, "attention"), (0, "mlp"), (1, "attention"), (1, "mlp")]
@@ -48,7 +48,7 @@ def test_blocks_come_in_the_order_of_the_forward_pass(tmp_path: Path) -> None:
 
 
 def test_an_untouched_model_walks_to_its_own_hidden_states(tmp_path: Path) -> None:
-    for _ in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, precision="float32"):
+    for _ in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT):
         pass
     decoder = load_decoder(WEIGHTS)
     torch.testing.assert_close(decoder.norm(last_states(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
@@ -59,7 +59,7 @@ def test_later_blocks_see_the_changed_model(tmp_path: Path) -> None:
     for index in range(2):
         for linear in ("o", "down"):
             changed.tensors[f"layers.{index}.{linear}.weight"] /= 2
-    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, precision="float32"):
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT):
         halve(block)
     decoder = load_decoder(changed)
     torch.testing.assert_close(decoder.norm(last_states(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
@@ -71,7 +71,7 @@ def test_codes_run_as_what_they_decode_to(tmp_path: Path) -> None:
     changed.tensors["layers.0.up.weight"] = codes.dequantize()
     embedding = round_to_nearest(WEIGHTS.tensor("embed.weight"), Grid(8, 32))
     changed.tensors["embed.weight"] = embedding.dequantize()
-    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, embed=embedding, precision="float32"):
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, embed=embedding, sweep=EXACT):
         if (block.index, block.half) == ORDER[1]:
             block.quantize("up", codes)
     decoder = load_decoder(changed)
@@ -117,7 +117,7 @@ def test_a_walk_broken_anywhere_ends_with_the_same_bytes(
                 raise Killed
 
         seen = []
-        for block in walk(WEIGHTS, TOKENS, work, save, precision="float32"):
+        for block in walk(WEIGHTS, TOKENS, work, save, sweep=EXACT):
             seen.append((block.index, block.half))
             if ends == "in the body" and seen[-1] == ORDER[at]:
                 raise Killed
@@ -154,7 +154,7 @@ def test_batches_cover_every_sample_once_and_change_no_sum(
     most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def grams(work: Path) -> list[Tensor]:
-        blocks = walk(WEIGHTS, TOKENS, work, lambda _: None, precision="float32")
+        blocks = walk(WEIGHTS, TOKENS, work, lambda _: None, sweep=EXACT)
         return [gram.mean() for block in blocks for gram in block.observe().values()]
 
     expected = grams(tmp_path / "expected")
@@ -233,7 +233,7 @@ def test_importance_is_the_angle_between_what_enters_and_what_leaves_a_layer(tmp
     decoder(TOKENS)
     cosines = [torch.nn.functional.cosine_similarity(b, a, dim=-1) for b, a in zip(before, after, strict=True)]
     expected = [float(torch.arccos(cosine).mean()) / torch.pi for cosine in cosines]
-    found = layer_importance(WEIGHTS, TOKENS, tmp_path, precision="float32")
+    found = layer_importance(WEIGHTS, TOKENS, tmp_path, sweep=EXACT)
     assert found == pytest.approx(expected, rel=1e-4)
     assert not list(tmp_path.iterdir()), "its hidden states are gone"
 
@@ -242,13 +242,13 @@ def test_a_layer_that_does_nothing_has_no_importance(tmp_path: Path) -> None:
     idle = RandomWeights(WEIGHTS.config)
     for linear in ("o", "down"):
         idle.tensors[f"layers.1.{linear}.weight"].zero_()
-    first, second = layer_importance(idle, TOKENS, tmp_path, precision="float32")
+    first, second = layer_importance(idle, TOKENS, tmp_path, sweep=EXACT)
     assert first > 0.01
     assert second == pytest.approx(0, abs=1e-3)
 
 
 def test_a_reference_walks_the_dense_model_whatever_becomes_of_the_blocks(tmp_path: Path) -> None:
-    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, precision="float32", reference=True):
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT, reference=True):
         block.observe()
         halve(block)
     last = torch.from_file(str(tmp_path / "dense-0"), size=5 * 12 * 64, dtype=torch.float32).view(5, 12, 64)
@@ -258,7 +258,7 @@ def test_a_reference_walks_the_dense_model_whatever_becomes_of_the_blocks(tmp_pa
 
 def test_drift_is_what_the_stream_lacks_seen_through_the_inner_activation(tmp_path: Path) -> None:
     drifts = []
-    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, precision="float32", reference=True):
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT, reference=True):
         gram = block.observe()["inner"]
         assert block.drift is not None
         drifts.append(block.drift)

@@ -9,23 +9,14 @@ from torch import Tensor
 
 from flatq import ranks
 from flatq.decoder import locate
-from flatq.feed import WORKING_SET, Feed, batch_tokens, stored_as
+from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
 from flatq.progress import progress
 from flatq.statistics import Angle
 from flatq.walk import forward_precision
 from flatq.weights import HALVES, Weights, load_half
 
 
-def layer_importance(
-    weights: Weights,
-    tokens: Tensor,
-    work: Path,
-    *,
-    precision: str = "auto",
-    states: str = "auto",
-    device: str = "cpu",
-    working_set: int = WORKING_SET,
-) -> list[float]:
+def layer_importance(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> list[float]:
     """Mean angle between each layer's input and output, in [0, 1], for int64 tokens [samples, seq].
 
     Source: FLAT-LLM (arXiv 2505.23966): ``t_i = E[arccos(cos(x_in, x_out))] / pi`` on the dense model.
@@ -33,17 +24,18 @@ def layer_importance(
     config = weights.config
     samples, length = tokens.shape
     work.mkdir(parents=True, exist_ok=True)
-    dtype = stored_as(states, tokens.numel(), config.d_model)
-    feed = Feed(work / "dense-states", (samples, length, config.d_model), dtype, batch_tokens(config, working_set))
+    dtype = stored_as(sweep.states, tokens.numel(), config.d_model)
+    size = batch_tokens(config, sweep.working_set)
+    feed = Feed(work / "dense-states", (samples, length, config.d_model), dtype, size)
     feed.embed(tokens, weights.tensor("embed.weight"))
     angles = []
     with progress("importance", len(config.layers)) as advance:
         for index in range(len(config.layers)):
-            attention, mlp = (load_half(weights, index, half, device=device) for half in HALVES)
+            attention, mlp = (load_half(weights, index, half, device=sweep.device) for half in HALVES)
             angle = Angle()
-            with forward_precision(precision):
+            with forward_precision(sweep.precision):
                 for batch in feed.batches():
-                    before = feed.states[batch].to(device, torch.float32)
+                    before = feed.states[batch].to(sweep.device, torch.float32)
                     positions = locate(config, len(before), length, device=before.device)
                     after = mlp.transform(attention.attend(before, positions))
                     angle.update(before, after)

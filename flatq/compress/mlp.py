@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatq.spd import damped, factor_, inverse, ridged_factor
+from flatq.spd import inverse, ridged_factor
 
 
 def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
@@ -64,7 +64,7 @@ def drift_correction(gram: Tensor, drift: Tensor, shrinkage: float) -> Tensor:
         drift: ``E[inner^T (y_dense - y)]``, [i, m].
         shrinkage: see ``shrunk``.
     """
-    lower = factor_(damped(shrunk(gram, shrinkage), 1e-8)[0])
+    lower, _ = ridged_factor(shrunk(gram, shrinkage), 1e-8)
     return torch.cholesky_solve(drift.double(), lower).T
 
 

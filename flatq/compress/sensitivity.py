@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from flatq import ranks
 from flatq.decoder import DecoderConfig, DecoderLayer, RMSNorm, locate
-from flatq.feed import WORKING_SET, Feed, batch_tokens, embedded, stored_as
+from flatq.feed import AUTO, Feed, Sweep, batch_tokens, embedded, stored_as
 from flatq.progress import progress
 from flatq.spd import factor_
 from flatq.walk import forward_precision
@@ -54,19 +54,10 @@ class Sensitivity:
         self._feed.forget()
 
 
-def output_sensitivity(
-    weights: Weights,
-    tokens: Tensor,
-    work: Path,
-    *,
-    precision: str = "auto",
-    states: str = "auto",
-    device: str = "cpu",
-    working_set: int = WORKING_SET,
-) -> Sensitivity:
+def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Sensitivity:
     """Fisher information of the residual stream after every block, per token.
 
-    The result lives in a memory-mapped file of ``work``; ``measured_sensitivity`` opens it again.
+    The result lives in a memory-mapped file of ``work``; ``Sensitivity`` opens it again.
 
     Args:
         tokens: calibration tokens, int64 [n, s]; the first ``TOKENS`` are used.
@@ -77,28 +68,23 @@ def output_sensitivity(
     tokens = tokens[: max(1, TOKENS // length), :length]
     work.mkdir(parents=True, exist_ok=True)
     order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
-    dtype = stored_as(states, len(order) * tokens.numel(), config.d_model)
-    sweep = _Sweep(weights, tokens, work / "gradients", dtype, device, working_set)
-    found = measured_sensitivity(config, work)
-    with progress("sensitivity", 2 * len(order)) as advance, forward_precision(precision, gradients=True):
+    dtype = stored_as(sweep.states, len(order) * tokens.numel(), config.d_model)
+    states = _States(weights, tokens, work / "gradients", dtype, sweep.device, sweep.working_set)
+    found = Sensitivity(config, work)
+    with progress("sensitivity", 2 * len(order)) as advance, forward_precision(sweep.precision, gradients=True):
         for done, (index, half) in enumerate(order):
-            sweep.forward(done, load_half(weights, index, half, device=device), half)
+            states.forward(done, load_half(weights, index, half, device=sweep.device), half)
             advance()
-        gradient = sweep.loss_gradient(weights)
+        gradient = states.loss_gradient(weights)
         for done, (index, half) in reversed(list(enumerate(order))):
-            found[done] = _second_moment(gradient, sweep.mine, len(tokens))
-            gradient = sweep.backward(done, load_half(weights, index, half, device=device), half, gradient)
+            found[done] = _second_moment(gradient, states.mine, len(tokens))
+            gradient = states.backward(done, load_half(weights, index, half, device=sweep.device), half, gradient)
             advance()
-    sweep.close()
+    states.close()
     return found
 
 
-def measured_sensitivity(config: DecoderConfig, work: Path) -> Sensitivity:
-    """What ``output_sensitivity`` left in ``work``, read from the disk as it is used."""
-    return Sensitivity(config, work)
-
-
-class _Sweep:
+class _States:
     """The states between all blocks, [2 * layers + 1, n, s, m] on disk, and the two ways through a block."""
 
     def __init__(

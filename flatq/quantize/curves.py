@@ -11,21 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatq.compress.curves import remove_once
 from flatq.compress.sensitivity import Sensitivity
-from flatq.feed import WORKING_SET
-from flatq.progress import progress
+from flatq.feed import AUTO, Sweep
 from flatq.quantize.bits import Unit, free_units
 from flatq.quantize.grid import Grid
 from flatq.quantize.stage import READERS, planned_grids, quantized_together
 from flatq.specs import GptqSpec
-from flatq.walk import Block, forward_precision, walk
-from flatq.weights import HALVES, Weights
+from flatq.walk import Block, dense_blocks, forward_precision
+from flatq.weights import Weights
 
 TOKENS = 4096  # of the calibration tokens
 
@@ -37,10 +34,7 @@ def bit_errors(
     fisher: Sensitivity | Tensor | None,
     work: Path,
     *,
-    precision: str = "auto",
-    states: str = "auto",
-    device: str = "cpu",
-    working_set: int = WORKING_SET,
+    sweep: Sweep = AUTO,
 ) -> dict[str, dict[str, float]]:
     """Cost of each of ``bit_choices`` for each unit, as ``bits.choose`` wants it.
 
@@ -53,20 +47,14 @@ def bit_errors(
     Returns:
         By first stem of a unit; bits as text, ready for JSON.
     """
-    some = tokens[: max(1, TOKENS // tokens.shape[1])]
-    remove_once(work / "bits")  # a killed walk cannot be joined: its errors are gone
-    settings: dict[str, Any] = {"precision": precision, "states": states, "device": device, "working_set": working_set}
     _, units = free_units(weights.config, spec)
     grids = planned_grids(weights.config, spec)
     found: dict[str, dict[str, float]] = {}
-    with progress("bits", len(weights.config.layers) * len(HALVES)) as advance:
-        for number, block in enumerate(walk(weights, some, work / "bits", _nothing, **settings)):
-            sensitivity = None if fisher is None else fisher[number].to(device)
-            before = _outputs(block)
-            for unit in (unit for unit in units if _inside(block, unit)):
-                found[unit.stems[0]] = _errors(block, unit, before, grids, sensitivity, spec)
-            advance()
-    remove_once(work / "bits")
+    for number, block in enumerate(dense_blocks(weights, tokens, work, most=TOKENS, name="bits", sweep=sweep)):
+        sensitivity = None if fisher is None else fisher[number].to(sweep.device)
+        before = _outputs(block)
+        for unit in (unit for unit in units if _inside(block, unit)):
+            found[unit.stems[0]] = _errors(block, unit, before, grids, sensitivity, spec)
     return found
 
 
@@ -108,7 +96,3 @@ def _outputs(block: Block) -> list[Tensor]:
 def _weighed(error: Tensor, fisher: Tensor | None) -> float:
     moved = error if fisher is None else error @ fisher
     return float((moved * error).sum())
-
-
-def _nothing(block: Block) -> None:
-    """The dense walk keeps nothing."""

@@ -19,7 +19,7 @@ from flatq.decoder import Decoder, DecoderConfig, LayerDims
 from flatq.recipe import FlatSpec
 from flatq.walk import Block, walk
 from flatq.weights import load_decoder
-from tests.models import RandomWeights, tiny_config
+from tests.models import EXACT, RandomWeights, tiny_config
 
 SHAPES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 12))
 BIASES = [{}, {"qkv_bias": True, "o_bias": True}, {"qk_norm": True}]
@@ -104,7 +104,7 @@ def narrowed_by_walk(weights: RandomWeights, layers: tuple[LayerDims, ...], work
         state.update({f"layers.{block.index}.{name}": t for name, t in block.layer.state_dict().items()})
 
     tokens = torch.arange(6 * 20).remainder(weights.config.vocab).view(6, 20)
-    for block in walk(weights, tokens, work, save, precision="float32"):
+    for block in walk(weights, tokens, work, save, sweep=EXACT):
         stage.apply(block)
         blocks.append(block)
     decoder = Decoder(weights.config.with_layers(layers))
@@ -184,7 +184,7 @@ def test_narrowed_grams_equal_grams_of_the_narrowed_block(
     weights = RandomWeights(tiny_config(kv_heads=kv_heads, heads=heads))
     stage = FlatStage(FlatSpec(keep_ratio=0.5, method=method), RankPlan(plan(weights.config, d_v, d_ff), 0.5, 0.5))
     tokens = torch.arange(6 * 20).view(6, 20).remainder(128)
-    for block in walk(weights, tokens, tmp_path, lambda _: None, precision="float32", reference=stage.corrects):
+    for block in walk(weights, tokens, tmp_path, lambda _: None, sweep=EXACT, reference=stage.corrects):
         stage.apply(block)
         carried = {name: gram.mean() for name, gram in block.grams.items()}
         block.grams.clear()

@@ -21,7 +21,7 @@ from flatq.compress.sensitivity import LONGEST, output_sensitivity, weighted
 from flatq.decoder import locate
 from flatq.dims import LayerDims
 from flatq.weights import load_decoder
-from tests.models import RandomWeights, tiny_config
+from tests.models import EXACT, RandomWeights, tiny_config
 
 
 def activations(features: int, seed: int, tokens: int = 400) -> Tensor:
@@ -111,7 +111,7 @@ def test_full_rank_output_basis_with_refit_changes_nothing(kv_heads: int, group:
 def test_sensitivity_is_the_second_moment_of_the_whole_models_gradient(tmp_path: Path) -> None:
     weights = RandomWeights(tiny_config())
     tokens = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(1))
-    found = output_sensitivity(weights, tokens, tmp_path, precision="float32")
+    found = output_sensitivity(weights, tokens, tmp_path, sweep=EXACT)
     decoder = load_decoder(weights)
     x = decoder.embed(tokens).requires_grad_()
     positions, points = locate(weights.config, *tokens.shape), []
