@@ -27,7 +27,7 @@ from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import QuantizedWeight
 from flatq.specs import CalibrationSpec
 
-BATCH_TOKENS = 8192  # at most, per forward pass: enough for the matrix kernels
+BATCH_TOKENS = 2048  # at most, per forward pass: enough for the matrix kernels, and what it needs stays in the heap
 WORKING_SET = 512 << 20  # bytes of a batch's activations, unless one sample alone needs more
 LARGE = 2 << 30  # bytes of float32 states from which on bfloat16 is the better use of the disk
 

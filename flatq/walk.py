@@ -77,6 +77,7 @@ class Block:
     precision: str = "auto"
     device: str = "cpu"
     reference: Reference | None = None
+    out: Feed | None = None
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)
     drift: Tensor | None = None
@@ -98,23 +99,30 @@ class Block:
 
         ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
         [kv_heads blocks of d_v] are the value heads. With a reference, ``drift`` [inner, d_model] is the sum of
-        ``inner^T (y_dense - y)`` over tokens, where y is the block's output as it is now.
+        ``inner^T (y_dense - y)`` over tokens, where y is the block's output as it is now. With an ``out``, the block's
+        outputs are there afterwards.
         """
         if not self.grams:
             self.together("observe")
             with forward_precision(self.precision):
                 for batch in self.feed.batches():
                     self._observe(self.feed.states[batch].to(self.device, torch.float32), batch)
-                if self.drift is not None:
-                    ranks.add(self.drift)
-                    self.drift = self.drift.to(solver_of(self.device))
                 for name, gram in self.grams.items():
                     gram.gather()
                     if not gram.finite:
                         raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
                     gram.move(solver_of(self.device))
             self.layer.to(solver_of(self.device))
+            if self.drift is not None:
+                # What the block itself gives is known from the Gram: no second look at the tokens.
+                known = self.grams["inner"].total[0] @ self._last.weight.T
+                self.drift = ranks.add(self.drift).to(known.device) - known
         return self.grams
+
+    @property
+    def _last(self) -> nn.Linear:
+        """What reads the inner activation."""
+        return self.layer.o if self.half == "attention" else self.layer.down
 
     def together(self, what: str) -> None:
         """Have the other processes do it too; they wait for such a word while the first one's loop body runs."""
@@ -132,10 +140,13 @@ class Block:
             inner = layer.widen(normed)
         self._gram("input", normed)
         self._gram("inner", inner)
+        if self.out is not None:
+            self._write(x + self._last(inner), batch, self.out)
         if self.reference is not None:
-            dense = self.reference.follow(self, batch)
-            out = layer.o if self.half == "attention" else layer.down
-            drift = inner.flatten(0, 1).T @ (dense - x - out(inner)).flatten(0, 1)
+            lacking = self.reference.follow(self, batch).sub_(x)
+            if self._last.bias is not None:
+                lacking -= self._last.bias
+            drift = inner.flatten(0, 1).T @ lacking.flatten(0, 1)
             self.drift = drift if self.drift is None else self.drift + drift
 
     def _gram(self, name: str, x: Tensor, blocks: int = 1) -> None:
@@ -149,14 +160,14 @@ class Block:
         with forward_precision(self.precision):
             for batch in self.feed.batches():
                 x = self.feed.states[batch].to(self.device, torch.float32)
-                y = self.layer.run(self.half, x, self.positions(x.shape[0]))
-                if not torch.isfinite(y).all():
-                    bad = batch.start + int((~torch.isfinite(y)).flatten(1).any(1).nonzero()[0])
-                    raise NumericsError(
-                        f"{self.place}: the output for calibration sample {bad} is not finite; {REMEDY}"
-                    )
-                out.states[batch] = y
-                out.forget()
+                self._write(self.layer.run(self.half, x, self.positions(x.shape[0])), batch, out)
+
+    def _write(self, y: Tensor, batch: slice, out: Feed) -> None:
+        if not torch.isfinite(y).all():
+            bad = batch.start + int((~torch.isfinite(y)).flatten(1).any(1).nonzero()[0])
+            raise NumericsError(f"{self.place}: the output for calibration sample {bad} is not finite; {REMEDY}")
+        out.states[batch] = y
+        out.forget()
 
     def narrow(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
         """Replace a linear by one of another shape; the only way to change a width."""
@@ -202,6 +213,7 @@ def walk(
     embed: Tensor | QuantizedWeight | None = None,
     sweep: Sweep = AUTO,
     reference: bool = False,
+    unchanged: bool = False,
 ) -> Iterator[Block]:
     """Yield every block in order; ``save`` is called with each block after the loop body has changed it.
 
@@ -210,6 +222,7 @@ def walk(
         embed: the embedding of the deployed model, if it differs from the model's own.
         work: folder for the hidden states and the resume state; may hold those of a killed run.
         reference: walk the dense model along; the loop body must observe every block.
+        unchanged: the loop body observes every block and changes none, so each goes by once and not twice.
     """
     config = weights.config
     samples, length = tokens.shape
@@ -238,6 +251,7 @@ def walk(
             sweep.precision,
             sweep.device,
             Reference(dense[now], dense[then]) if reference else None,
+            feeds[then] if unchanged else None,
         )
         if ranks.first():
             yield block
@@ -246,8 +260,9 @@ def walk(
         else:
             while ranks.agreed("") == "observe":
                 block.observe()
-        ranks.hand_out(block.layer, sweep.device)
-        block.advance(feeds[then])
+        if not unchanged:
+            ranks.hand_out(block.layer, sweep.device)
+            block.advance(feeds[then])
         feeds[then].flush()
         if reference:
             dense[then].flush()
@@ -261,7 +276,8 @@ def dense_blocks(
 ) -> Iterator[Block]:
     """Every block of the model as it is, with the inputs of the first ``most`` tokens (at least one sample).
 
-    Nothing is kept: what the loop body has measured of a killed walk is gone, so it begins anew.
+    The loop body has to observe every block. Nothing is kept: what it has measured of a killed walk is gone, so it
+    begins anew.
 
     Args:
         work: below it is a folder for the hidden states, gone at the end.
@@ -270,7 +286,7 @@ def dense_blocks(
     some = tokens[: max(1, most // tokens.shape[1])]
     _remove(work / name)
     with progress(name, len(weights.config.layers) * len(HALVES)) as advance:
-        for block in walk(weights, some, work / name, lambda _: None, sweep=sweep):
+        for block in walk(weights, some, work / name, lambda _: None, sweep=sweep, unchanged=True):
             yield block
             advance()
     _remove(work / name)

@@ -66,11 +66,14 @@ def test_a_batch_is_as_large_as_its_room_and_never_empty() -> None:
 
 
 def test_a_budget_makes_batches_smaller_and_one_that_cannot_hold_is_refused() -> None:
-    config = tiny_config(d_ff=(4096, 4096))
-    recipe = Recipe.parse("version: 1\nmodel: some/model\nstages: [{gptq: {}}]\ncalibration: {dataset: wikitext2}")
+    config = tiny_config(d_ff=(1024, 1024))
+    recipe = Recipe.parse(
+        "version: 1\nmodel: some/model\nstages: [{flat: {keep_ratio: 0.5}}]\n"
+        "calibration: {dataset: wikitext2, seq_len: 256}\nevaluation: {seq_len: 64}"
+    )
     need = rss_bytes() + max(working_bytes(config, recipe).values())
     assert working_set(config, recipe, None) == working_set(config, recipe, 1 << 40)
-    assert working_set(config, recipe, need - (40 << 20)) < working_set(config, recipe, None)
+    assert working_set(config, recipe, need - (10 << 20)) < working_set(config, recipe, None)
     with pytest.raises(RecipeError, match=r"--memory: 0\.00 GB is too little"):
         working_set(config, recipe, 10**6)
 

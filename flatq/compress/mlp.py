@@ -12,6 +12,8 @@ from torch import Tensor
 
 from flatq.spd import inverse, ridged_factor
 
+STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions.md)
+
 
 def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
     """Ridge leverage score of each channel, float64 [f], in [0, 1].
@@ -112,11 +114,11 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
         gram: second moment of the inner activation, [f, f].
         width: channels to leave.
         ridge: relative to the mean diagonal of ``gram``.
-        step: channels per elimination; None is one percent of f.
+        step: channels per elimination; None is f / ``STEPS``.
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), with a layer's output in place of the loss.
     """
     f = len(gram)
-    step = step or max(1, f // 96)
+    step = step or max(1, f // STEPS)
     inverted = inverse(gram, ridge)[0].mT.to(gram.dtype)  # symmetric: rows may be columns
     w, index = w_down.to(gram.dtype, copy=True), torch.arange(f, device=gram.device)
     alive = torch.ones(f, dtype=torch.bool, device=gram.device)

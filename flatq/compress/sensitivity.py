@@ -31,7 +31,7 @@ from flatq.walk import forward_precision
 from flatq.weights import HALVES, Weights, dense, load_half
 
 FILE = "sensitivity.f32"
-TOKENS, LENGTH = 4096, 512  # of the calibration tokens, in rows of
+TOKENS, LENGTH = 2048, 512  # of the calibration tokens, in rows of
 LONGEST = 3.0  # of a token's gradient, in median lengths
 
 
