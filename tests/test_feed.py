@@ -66,7 +66,7 @@ def test_a_batch_is_as_large_as_its_room_and_never_empty() -> None:
 
 
 def test_a_budget_makes_batches_smaller_and_one_that_cannot_hold_is_refused() -> None:
-    config = tiny_config(d_ff=(1024, 1024))
+    config = tiny_config(d_ff=(3072, 3072))
     recipe = Recipe.parse(
         "version: 1\nmodel: some/model\nstages: [{flat: {keep_ratio: 0.5}}]\n"
         "calibration: {dataset: wikitext2, seq_len: 256}\nevaluation: {seq_len: 64}"
