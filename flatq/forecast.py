@@ -48,10 +48,15 @@ LENGTH = 512  # tokens in each of them, at most
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One phase: seconds, and the largest resident memory while it runs."""
+    """One phase: seconds, and the largest resident memory while it runs.
+
+    With a GPU, ``peak_device_bytes`` is what it will hold; the main memory of the same phase is then an upper bound,
+    as if the work were done there.
+    """
 
     seconds: float
     peak_rss_bytes: int
+    peak_device_bytes: int = 0
 
 
 class FirstLayers:
@@ -92,7 +97,10 @@ def forecasts(
     """
     held, needs = rss_bytes(), working_bytes(config, recipe, room)
     times = _times(recipe, config, plan, weights, device, room)
-    return {phase: Forecast(seconds, held + needs[phase]) for phase, seconds in times.items()}
+    return {
+        phase: Forecast(seconds, held + needs[phase], 0 if device == "cpu" else needs[phase])
+        for phase, seconds in times.items()
+    }
 
 
 def _times(

@@ -112,6 +112,8 @@ def forecast(
         size(max(phase.peak_rss_bytes for phase in phases.values())),
         seconds(sum(phase.seconds for phase in phases.values())),
     )
+    if held := max(phase.peak_device_bytes for phase in phases.values()):
+        table.add_row("memory of the GPU", "", size(held))
     text = rendered(table)
     if recipe.flat is not None and recipe.flat.parts.allocation != "uniform":
         text += "widths per layer follow from the weights and are not planned here: sizes are for equal shares\n"

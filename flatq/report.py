@@ -121,6 +121,7 @@ class Forecast(Section):
 
     seconds: float
     peak_rss_bytes: int
+    peak_device_bytes: int = 0
 
 
 class Report(Section):

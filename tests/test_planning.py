@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from flatq import forecast, pipeline
+from flatq import forecast, pipeline, planning
 from flatq.artifact import Artifact
 from flatq.bench import BenchResult, Spread
+from flatq.compress.stage import RankPlan
 from flatq.errors import ArtifactError, RecipeError
 from flatq.export import exporter_named
 from flatq.forecast import FirstLayers, forecasts, working_bytes
@@ -127,6 +128,18 @@ def test_a_wide_model_is_forecast_from_a_narrow_one(factor: int, monkeypatch: py
     tokens = BOTH.calibration.samples * BOTH.calibration.seq_len
     assert set(seen) == {256 // factor}
     assert found == pytest.approx(5 + 2 * (1 + 1e-3 * tokens) + 1e-3 * tokens)
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
+def test_what_a_phase_holds_is_held_by_the_gpu_if_there_is_one(
+    device: str, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    monkeypatch.setattr(forecast, "_measured", lambda *_: {"compress": 1.0})
+    found = forecasts(BOTH, config, config.layers, None, device=device)["compress"]
+    assert found.peak_device_bytes == share * working_bytes(config, BOTH)["compress"]
+    shown = planning.forecast(BOTH, config, RankPlan(config.layers, 1.0, 1.0), [], 4, {"compress": found})
+    assert ("memory of the GPU" in shown) == bool(share)
 
 
 def test_options_that_an_exporter_refuses_are_named() -> None:
