@@ -13,7 +13,7 @@ Axes: n out_features, k in_features, G groups of the grid, B blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,15 +139,27 @@ def stack_rows(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor | QuantizedW
 
 def widen_heads(part: Tensor | QuantizedWeight, heads: int, width: int) -> Tensor | QuantizedWeight:
     """Rows [heads * r, ...] -> [heads * width, ...], each head filled up with rows that stand for zero."""
+
+    def widened(tensor: Tensor) -> Tensor:
+        split = tensor.reshape(heads, -1, *tensor.shape[1:])
+        filled = split.new_zeros(heads, width, *tensor.shape[1:])
+        filled[:, : split.shape[1]] = split
+        return filled.flatten(0, 1)
+
+    return _row_wise(part, widened)
+
+
+def deal_heads(part: Tensor | QuantizedWeight, heads: int, groups: int) -> Tensor | QuantizedWeight:
+    """Rows of heads in ``groups`` groups -> the first head of every group, then the second of every group, ..."""
+
+    def dealt(tensor: Tensor) -> Tensor:
+        split = tensor.reshape(groups, heads // groups, -1, *tensor.shape[1:])
+        return split.transpose(0, 1).reshape(tensor.shape)
+
+    return _row_wise(part, dealt)
+
+
+def _row_wise(part: Tensor | QuantizedWeight, change: Callable[[Tensor], Tensor]) -> Tensor | QuantizedWeight:
     if isinstance(part, Tensor):
-        return _widen(part, heads, width)
-    codes, scale, zero = (_widen(tensor, heads, width) for tensor in (part.codes, part.scale, part.zero))
-    return QuantizedWeight(codes, scale, zero, part.grid)
-
-
-def _widen(tensor: Tensor, heads: int, width: int) -> Tensor:
-    rest = tensor.shape[1:]
-    split = tensor.reshape(heads, -1, *rest)
-    filled = split.new_zeros(heads, width, *rest)
-    filled[:, : split.shape[1]] = split
-    return filled.flatten(0, 1)
+        return change(part)
+    return QuantizedWeight(change(part.codes), change(part.scale), change(part.zero), part.grid)

@@ -90,15 +90,18 @@ class Builder:
         self,
         kind: str,
         inputs: Sequence[Any],
-        shapes: Sequence[Dims],
+        shapes: Sequence[Dims | None],
         *,
         dtype: Any = None,
         domain: str = "",
         **attributes: Any,
     ) -> list[Any]:
-        """A node with several outputs of one type."""
+        """A node with several outputs of one type; None in place of a shape leaves an output out."""
         name = self._fresh(kind)
-        outputs = [self._value(f"{name}.{index}", shape, dtype) for index, shape in enumerate(shapes)]
+        outputs = [
+            ir.Value(name="") if shape is None else self._value(f"{name}.{index}", shape, dtype)
+            for index, shape in enumerate(shapes)
+        ]
         self._domains.setdefault(domain, 1)
         self._nodes.append(ir.node(kind, inputs, attributes, domain=domain, outputs=outputs, name=name))
         return outputs

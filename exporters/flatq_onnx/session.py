@@ -8,6 +8,8 @@ which node went where is read.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,20 +46,21 @@ class Session:
 
     Attributes:
         wanted: the provider that was to run everything.
-        fallbacks: names of working nodes that another provider got.
+        fallbacks: working nodes that another provider got, how many of each operator, by provider.
     """
 
     ort: Any
     wanted: str
-    fallbacks: tuple[str, ...]
+    fallbacks: Mapping[str, Mapping[str, int]]
 
     @property
     def provider(self) -> str:
         """What really runs the nodes, with the exceptions."""
-        if not self.fallbacks:
-            return self.wanted
-        shown = ", ".join(self.fallbacks[:3]) + (", ..." if len(self.fallbacks) > 3 else "")
-        return f"{self.wanted} (but {len(self.fallbacks)} nodes elsewhere: {shown})"
+        moved = [
+            f"{provider} runs " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            for provider, kinds in self.fallbacks.items()
+        ]
+        return f"{self.wanted} (but {'; '.join(moved)})" if moved else self.wanted
 
 
 def open_session(
@@ -130,11 +133,11 @@ def _with_float_activations(path: Path) -> bytes:
     return serialized
 
 
-def _elsewhere(session: Any, wanted: str) -> tuple[str, ...]:
-    return tuple(
-        node.name
-        for part in session.get_provider_graph_assignment_info()
-        if part.ep_name != wanted
-        for node in part.get_nodes()
-        if node.op_type in WORK
-    )
+def _elsewhere(session: Any, wanted: str) -> dict[str, Counter[str]]:
+    """Working nodes that ``wanted`` did not get: provider -> operator -> how many."""
+    found: dict[str, Counter[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        kinds = Counter(node.op_type for node in part.get_nodes() if node.op_type in WORK)
+        if part.ep_name != wanted and kinds:
+            found.setdefault(part.ep_name, Counter()).update(kinds)
+    return found

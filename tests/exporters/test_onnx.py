@@ -25,9 +25,10 @@ from flatq.errors import ExportError
 from flatq.export import Exported, exporter_named
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq_onnx import OnnxExporter, OnnxOptions
-from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
+from flatq_onnx.blocks import Blocks, deal_heads, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 from flatq_onnx.cache import cache_shapes
 from flatq_onnx.runner import OnnxRunner
+from flatq_onnx.session import CUDA, Session, _elsewhere
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
 from tests.models import tiny_config
 
@@ -193,6 +194,14 @@ def test_stacking_and_widening_keep_the_numbers() -> None:
     heads = wide.dequantize().reshape(4, 5, 40)
     assert torch.equal(heads[:, :3].reshape(12, 40), weight.dequantize().repeat(2, 1))
     assert not heads[:, 3:].any()
+
+
+def test_dealing_heads_moves_rows_and_changes_none() -> None:
+    weight = round_to_nearest(torch.randn(12, 32), Grid(4, 16, symmetric=False))
+    dealt = deal_heads(weight, 6, 2)
+    assert isinstance(dealt, QuantizedWeight)
+    rows = weight.dequantize().reshape(6, 2, 32)  # heads 0, 1, 2 share one key head, 3, 4, 5 another
+    assert torch.equal(dealt.dequantize().reshape(6, 2, 32), rows[[0, 3, 1, 4, 2, 5]])
 
 
 PADDINGS = {"left": [[0, 0, 0, 1, 1, 1, 1], [1] * 7], "right": [[1, 1, 1, 1, 0, 0, 0], [1] * 7]}
@@ -479,7 +488,17 @@ def test_a_broken_folder_is_named(make_artifact: MakeArtifact, file: str, conten
 def test_what_ran_the_nodes_is_reported(make_artifact: MakeArtifact) -> None:
     runner = opened(make_artifact(tiny_config()))
     assert runner.provider == "CPUExecutionProvider"
-    assert runner.session.fallbacks == ()
+    assert runner.session.fallbacks == {}
+
+
+def test_nodes_that_another_provider_got_are_counted_and_named(make_artifact: MakeArtifact) -> None:
+    """What a session on the CPU would be called if CUDA had been to run all of it."""
+    runner = opened(make_artifact(tiny_config(), grid=Grid(4, 32)), exact=False)
+    session = Session(runner.session.ort, CUDA, _elsewhere(runner.session.ort, CUDA))
+    assert list(session.fallbacks) == ["CPUExecutionProvider"]
+    assert session.fallbacks["CPUExecutionProvider"]["MatMulNBits"] == 2 * 4
+    assert "Reshape" not in session.fallbacks["CPUExecutionProvider"]
+    assert re.match(r"CUDAExecutionProvider \(but CPUExecutionProvider runs .*8 MatMulNBits", session.provider)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this machine has CUDA")
