@@ -5,7 +5,8 @@
 # make interop other programs open what flatq writes, each in an environment of its own:
 #   make interop-gptq  transformers with GPTQModel, and onnxruntime-genai's model builder, read GPTQ checkpoints
 #                      (5 to 10 minutes to install, 1.7 GB)
-#   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB)
+#   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
+#                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
 # make clean   remove what make made, except runs/
 #
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.

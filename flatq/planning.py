@@ -151,13 +151,15 @@ def bench_table(results: Sequence[BenchResult]) -> str:
         table.add_column(column, justify="left" if column in ("", "provider") else "right")
     for result in results:
         prefill, decode = result.prefill_tokens_per_second, result.decode_tokens_per_second
+        held = result.device_memory_bytes
+        device = [] if held is None else [f"{size(held)} on the device"]
         table.add_row(
             result.name,
             f"{prefill.median:.1f} ({prefill.low:.1f}-{prefill.high:.1f})",
             f"{decode.median:.1f} ({decode.low:.1f}-{decode.high:.1f})",
             f"{result.first_token_seconds.median:.3f} s",
             f"{result.load_seconds:.2f} s",
-            size(result.peak_rss_bytes),
+            " + ".join([size(result.peak_rss_bytes), *device]),
             result.provider,
         )
     return rendered(table)

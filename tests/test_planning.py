@@ -170,6 +170,15 @@ def test_a_bench_table_has_a_row_for_each_runner() -> None:
     assert "2.0 (1.0-3.0)" in table
 
 
+def test_a_bench_table_says_what_a_device_holds() -> None:
+    spread = Spread(10.0, 9.0, 11.0)
+    result = BenchResult(
+        "a", "CUDAExecutionProvider", 1, 1, 4, 2, 1, 0.5, spread, spread, spread, 10**8, 10**9, 3 * 10**9
+    )
+    assert "+ 3" in (table := bench_table([result]))
+    assert "device" in table
+
+
 def test_check_opens_no_model(make_recipe: MakeRecipe) -> None:
     recipe = Recipe.load(make_recipe(model="/nowhere/at/all", exports=ONNX))
     assert any("/nowhere/at/all" in line for line in pipeline.check(recipe))

@@ -15,6 +15,7 @@ from flatq.generate import DecoderRunner
 from flatq_onnx import OnnxExporter, OnnxOptions
 
 PYTHON = os.environ.get("FLATQ_OPTIMUM_PYTHON", "")
+RUN = os.environ.get("FLATQ_INTEROP_RUN", "")
 NEW = 10
 pytestmark = [
     pytest.mark.optimum,
@@ -26,7 +27,8 @@ OPTIMUM = """
 import json, sys, torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], pad_token="</s>")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "</s>"
 model = ORTModelForCausalLM.from_pretrained(sys.argv[1], use_io_binding=False)
 found = []
 for texts in json.loads(sys.argv[2]):
@@ -71,12 +73,17 @@ def greedy(artifact: Artifact, text: str) -> list[int]:
     return written
 
 
+@pytest.fixture
+def artifact(request: pytest.FixtureRequest) -> Artifact:
+    """A tiny model's, or that of the finished run whose folder FLATQ_INTEROP_RUN names."""
+    return Artifact.open(Path(RUN) if RUN else request.getfixturevalue("exported_run")[1])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 @pytest.mark.parametrize(("target", "script"), [("optimum", OPTIMUM), ("genai", GENAI)])
 def test_it_writes_what_the_artifact_writes(
-    exported_run: tuple[Path, Path], tmp_path: Path, target: str, script: str, precision: str
+    artifact: Artifact, tmp_path: Path, target: str, script: str, precision: str
 ) -> None:
-    artifact = Artifact.open(exported_run[1])
     wanted = [greedy(artifact, text) for text in PROMPTS]
     unused = set(range(3, artifact.config.vocab)).difference(*wanted)
     artifact.settings["eos_token_id"] = unused.pop()  # no row ends early
