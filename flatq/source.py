@@ -26,6 +26,7 @@ from flatq.decoder import DecoderConfig
 from flatq.errors import ArtifactError, NumericsError, RecipeError, UnsupportedModel
 from flatq.gguf_file import GgufFile
 from flatq.hf_folder import HfFolder
+from flatq.statistics import finite
 from flatq.weights import tensor_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -154,7 +155,7 @@ class Source:
         tensor = self.storage.read(name)
         if self.wanted is not None:
             tensor = tensor.to(self.wanted)
-        if not bool(torch.isfinite(tensor).all()):
+        if not finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
             as_what = f" as {self.wanted}" if self.wanted else ""
             raise NumericsError(

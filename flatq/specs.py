@@ -223,7 +223,7 @@ class GptqSpec(Spec):
     """Search the scale of each group for the least weighted error instead of covering its largest weight."""
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, relative to its mean."""
-    block_size: Annotated[int, Field(ge=1, le=4096)] = 128
+    block_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Columns per lazy update; changes speed, not the result beyond rounding."""
     refinements: Annotated[int, Field(ge=0, le=16)] = 0
     """How often scales and codes are fitted to each other once more; 2 multiply the time of the solves by about 3."""

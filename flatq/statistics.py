@@ -18,6 +18,11 @@ from flatq.device import exact
 PANEL = 1024  # columns of a Gram that are computed together
 
 
+def finite(x: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity: its extremes tell, at a tenth of the time of asking every number."""
+    return x.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
 class Gram:
     """Uncentred second moment ``E[x^T x]`` of row vectors, in one or several diagonal blocks.
 

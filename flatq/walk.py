@@ -28,9 +28,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flatq import ranks
 from flatq.artifact import write_json
@@ -40,8 +42,10 @@ from flatq.errors import NumericsError
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
 from flatq.progress import progress
 from flatq.quantize.grid import QuantizedWeight
-from flatq.statistics import Gram
+from flatq.statistics import Gram, finite
 from flatq.weights import HALVES, Weights, load_half
+
+SHORT = 640  # tokens of a row, see _SmallTiles
 
 
 @contextmanager
@@ -52,13 +56,37 @@ def forward_precision(precision: str = "auto", *, gradients: bool = False) -> It
     """
     if precision == "auto":
         precision = "bfloat16" if torch.backends.mkldnn.is_available() and _has_bfloat16() else "float32"
+    with (
+        _products("medium" if precision == "bfloat16" else "highest"),
+        _SmallTiles(),
+        torch.inference_mode(not gradients),
+    ):
+        yield
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else "highest")
+    torch.set_float32_matmul_precision(precision)
     try:
-        with torch.inference_mode(not gradients):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class _SmallTiles(TorchFunctionMode):
+    """Attention over short rows stays in float32: turning its small tiles to bfloat16 costs more than it saves.
+
+    3 to 5 times the time at 64 to 166 tokens, as much at 640, less from there on (docs/decisions.md).
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and args[0].shape[-2] < SHORT:
+            with _products("highest"):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _has_bfloat16() -> bool:
@@ -133,13 +161,14 @@ class Block:
         layer, dims = self.layer, self.dims
         if self.half == "attention":
             normed = layer.attention_norm(x)
+            self._gram("input", normed, batch)
+            self._gram("values", layer.v(normed), batch, dims.kv_heads)
             inner = layer.mix(normed, self.positions(x.shape[0]))
-            self._gram("values", layer.v(normed), dims.kv_heads)
         else:
             normed = layer.mlp_norm(x)
+            self._gram("input", normed, batch)
             inner = layer.widen(normed)
-        self._gram("input", normed)
-        self._gram("inner", inner)
+        self._gram("inner", inner, batch)
         if self.out is not None:
             self._write(x + self._last(inner), batch, self.out)
         if self.reference is not None:
@@ -149,7 +178,8 @@ class Block:
             drift = inner.flatten(0, 1).T @ lacking.flatten(0, 1)
             self.drift = drift if self.drift is None else self.drift + drift
 
-    def _gram(self, name: str, x: Tensor, blocks: int = 1) -> None:
+    def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
+        self._must_be_finite(ACTIVATIONS[self.half][name], x, batch)
         if name not in self.grams:
             self.grams[name] = Gram(x.shape[-1] // blocks, blocks, x.device)
         self.grams[name].update(x)
@@ -163,11 +193,14 @@ class Block:
                 self._write(self.layer.run(self.half, x, self.positions(x.shape[0])), batch, out)
 
     def _write(self, y: Tensor, batch: slice, out: Feed) -> None:
-        if not torch.isfinite(y).all():
-            bad = batch.start + int((~torch.isfinite(y)).flatten(1).any(1).nonzero()[0])
-            raise NumericsError(f"{self.place}: the output for calibration sample {bad} is not finite; {REMEDY}")
+        self._must_be_finite("the output", y, batch)
         out.states[batch] = y
         out.forget()
+
+    def _must_be_finite(self, what: str, x: Tensor, batch: slice) -> None:
+        if not finite(x):
+            bad = batch.start + int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
+            raise NumericsError(f"{self.place}: {what} for calibration sample {bad} is not finite; {REMEDY}")
 
     def narrow(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
         """Replace a linear by one of another shape; the only way to change a width."""
@@ -201,6 +234,10 @@ class Reference:
         return y
 
 
+ACTIVATIONS = {
+    "attention": {"input": "the input of q, k and v", "values": "the output of v", "inner": "the input of o"},
+    "mlp": {"input": "the input of gate and up", "inner": "the input of down"},
+}
 REMEDY = "check the weights for damage, or choose other calibration text"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import flatq.feed as flatq_feed
 import flatq.walk as flatq_walk
@@ -17,7 +18,7 @@ from flatq.compress.importance import layer_importance
 from flatq.errors import NumericsError
 from flatq.feed import Feed
 from flatq.quantize.grid import Grid, round_to_nearest
-from flatq.walk import Block, blocks_done, forward_precision, walk
+from flatq.walk import SHORT, Block, blocks_done, forward_precision, walk
 from flatq.weights import load_decoder
 from tests.models import EXACT, RandomWeights, tiny_config
 
@@ -201,11 +202,42 @@ def test_outputs_that_are_no_numbers_name_the_block_and_the_sample(tmp_path: Pat
     assert blocks_done(tmp_path) == 3
 
 
-def test_inputs_that_are_no_numbers_are_noticed_in_the_grams(tmp_path: Path) -> None:
-    block = next(iter(walk(WEIGHTS, TOKENS, tmp_path, lambda _: None)))
-    block.feed.states[0, 0, 0] = float("inf")
-    with pytest.raises(NumericsError, match="layer 0 attention: the second moment of 'values' is not finite"):
+@pytest.mark.parametrize(
+    ("half", "linear", "named"),
+    [("attention", "v", "the output of v"), ("mlp", "up", "the input of down")],
+)
+def test_activations_that_are_no_numbers_name_themselves_and_the_sample(
+    tmp_path: Path, half: str, linear: str, named: str
+) -> None:
+    block = next(block for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None) if block.half == half)
+    block.feed.states[:2] = 0  # the first samples stay numbers whatever they are multiplied with
+    block.narrow(linear, torch.full_like(getattr(block.layer, linear).weight, 1e38), None)
+    with pytest.raises(NumericsError, match=f"layer 0 {half}: {named} for calibration sample 2 is not finite"):
         block.observe()
+
+
+def test_inputs_that_are_no_numbers_name_the_sample(tmp_path: Path) -> None:
+    block = next(iter(walk(WEIGHTS, TOKENS, tmp_path, lambda _: None)))
+    block.feed.states[1, 0, 0] = float("inf")
+    with pytest.raises(NumericsError, match="layer 0 attention: the input of q, k and v for calibration sample 1 is"):
+        block.observe()
+
+
+def test_a_second_moment_too_large_for_its_type_is_noticed(tmp_path: Path) -> None:
+    block = next(iter(walk(WEIGHTS, TOKENS, tmp_path, lambda _: None)))
+    block.layer.attention_norm.weight = torch.nn.Parameter(torch.full((64,), 1e25))
+    for linear in ("q", "k", "v"):
+        block.narrow(linear, torch.zeros_like(getattr(block.layer, linear).weight), None)
+    with pytest.raises(NumericsError, match="layer 0 attention: the second moment of 'input' is not finite"):
+        block.observe()
+
+
+@pytest.mark.parametrize("tokens", [64, SHORT - 1])
+def test_attention_over_short_rows_is_computed_in_float32(tokens: int) -> None:
+    query, key, value = torch.randn(3, 1, 2, tokens, 16, generator=torch.Generator().manual_seed(0))
+    exact = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    with forward_precision("bfloat16"):
+        assert torch.equal(functional.scaled_dot_product_attention(query, key, value, is_causal=True), exact)
 
 
 def test_the_state_is_one_number(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor
 from flatq.errors import NumericsError
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.quantize.refine import refine
+from flatq.statistics import finite
 
-CLIPS = tuple(round(0.40 + 0.025 * step, 3) for step in range(29))  # shares of the group's range, 0.40 to 1.10
 WEIGHTS_AT_ONCE = 1 << 25  # weights in the working set of a solve: 128 MiB each of rest, scales, zeros, codes
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn when the solve breaks down
 
@@ -60,7 +60,7 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = True,
     clip_search: bool = True,
-    block_size: int = 128,
+    block_size: int = 64,
     refinements: int = 0,
 ) -> GptqResult:
     """Quantize a weight so that its outputs on the calibration tokens change least.
@@ -75,7 +75,7 @@ def gptq(
     Raises:
         NumericsError: the weight or the Gram is not finite.
     """
-    if not (torch.isfinite(w).all() and torch.isfinite(gram).all()):
+    if not (finite(w) and finite(gram)):
         raise NumericsError("GPTQ: the weight or the second moment of its inputs is not finite")
     energy = gram.diagonal().clamp(min=0).float()
     dead = energy == 0
@@ -83,12 +83,11 @@ def gptq(
         torch.argsort(energy, descending=True, stable=True) if act_order else torch.arange(len(gram), device=w.device)
     )
     factor, used = _inverse_factor(gram, dead, order, damping)
-    clips = (1.0, *CLIPS) if clip_search else (1.0,)
     # A row's codes depend on no other row: a large weight is solved a few rows at a time.
     parts = []
     for some in w.split(max(1, WEIGHTS_AT_ONCE // w.shape[1])):
         rows = some.float()
-        scale, zero = grid.fit(rows, importance=energy, clips=clips)
+        scale, zero = grid.fit(rows, importance=energy, search=clip_search)
         codes = _codes(rows, factor, order, scale, zero, grid, block_size)
         if refinements and used is not None:
             codes, scale = refine(rows, _damped(gram, dead, used), codes, scale, zero, grid, refinements, block_size)
@@ -101,10 +100,9 @@ def _codes(
     w: Tensor, factor: Tensor | None, order: Tensor, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
 ) -> Tensor:
     """Codes of some rows, float32 [o, i]; the nearest ones where there is no factor."""
-    group = grid.group_index(w.shape[1], w.device)
     if factor is None:
-        return grid.encode(w, scale[:, group], zero[:, group])
-    return _sweep(w, factor, order, scale[:, group], zero[:, group], grid, block_size)
+        return grid.encode(w, grid.spread(scale, w.shape[1]), grid.spread(zero, w.shape[1]))
+    return _sweep(w, factor, order, scale, zero, grid, block_size)
 
 
 def _measured(w: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, ...]:
@@ -136,7 +134,8 @@ def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> t
     backwards = order.flip(0)
     for rung in DAMPING_LADDER:
         relative = damping * rung
-        work = h[backwards][:, backwards].to(torch.float64).mT  # its columns are contiguous: factored in place
+        permuted = h.index_select(0, backwards).index_select(1, backwards)
+        work = permuted.to(torch.float64).mT  # its columns are contiguous: factored in place
         diagonal = work.diagonal()
         diagonal[dead[backwards]] = live.double().mean()  # it correlates with nothing: any positive number will do
         diagonal.add_(relative * float(live.double().mean()))
@@ -144,31 +143,48 @@ def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> t
         torch.linalg.cholesky_ex(work, out=(work, failed))
         if failed:
             continue
-        inverse = torch.eye(len(h), dtype=work.dtype, device=h.device).mT
-        torch.linalg.solve_triangular(work, inverse, upper=False, out=inverse)
-        if torch.isfinite(inverse.sum()):
-            return inverse.float().flip(0, 1).contiguous(), relative
+        inverse = torch.zeros_like(work)
+        _invert(work, inverse)
+        if finite(inverse):
+            return inverse.float().flip(0, 1), relative
     return None, None
+
+
+def _invert(lower: Tensor, inverse: Tensor) -> None:
+    """Inverse of a lower triangular matrix into zeros, by halves: two thirds of what solving for the identity takes."""
+    n, half = len(lower), len(lower) // 2
+    if n <= 128:
+        inverse.copy_(
+            torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype, device=lower.device), upper=False)
+        )
+        return
+    first, last = slice(half), slice(half, n)
+    _invert(lower[first, first], inverse[first, first])
+    _invert(lower[last, last], inverse[last, last])
+    inverse[last, first] = (inverse[last, last] @ lower[last, first]).neg_() @ inverse[first, first]
 
 
 def _sweep(
     w: Tensor, factor: Tensor, order: Tensor, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
 ) -> Tensor:
-    """Codes of every column in stored order, float32 [o, i]; ``scale`` and ``zero`` are per column, [o, i]."""
-    rest = w[:, order].T.contiguous()  # [i, o]: a column of the weight is a contiguous row here
-    scale, zero = scale[:, order].T.contiguous(), zero[:, order].T.contiguous()
+    """Codes of every column in stored order, float32 [o, i].
+
+    A column is corrected by all errors before it at once, when its turn comes (their sum is a product of a matrix and
+    a vector within a block, of two matrices for earlier blocks), and its own error then takes its place.
+    """
+    rest = w.T.contiguous()[order]  # [i, o]: a column of the weight is a contiguous row here
+    share = factor / factor.diagonal()[:, None]  # of the error of column j that column i takes over, [j, i]
+    group = grid.group_index(w.shape[1], w.device)[order]
+    scales, lowest, highest = (part.T.contiguous().unbind() for part in (scale, -zero, grid.levels - zero))
     codes = torch.empty_like(rest)
     for start in range(0, len(rest), block_size):
-        stop = min(start + block_size, len(rest))
-        errors = torch.empty_like(rest[start:stop])
-        for column in range(start, stop):
-            value = rest[column]
-            code = grid.encode(value, scale[column], zero[column])
-            codes[column] = code
-            error = (value - scale[column] * (code - zero[column])) / factor[column, column]
-            errors[column - start] = error
-            rest[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-        rest[stop:] -= factor[start:stop, stop:].T @ errors
+        block = slice(start, min(start + block_size, len(rest)))
+        rest[block].addmm_(share[:start, block].T, rest[:start], alpha=-1)
+        for column, g in zip(range(start, block.stop), group[block].tolist(), strict=True):
+            value, code = rest[column], codes[column]
+            value.addmv_(rest[start:column].T, share[start:column, column], alpha=-1)
+            torch.div(value, scales[g], out=code).round_().clamp_(lowest[g], highest[g])
+            value.addcmul_(code, scales[g], value=-1)
     stored = torch.empty_like(codes)
-    stored[order] = codes
+    stored[order] = codes.add_(zero.T.contiguous()[group])
     return stored.T

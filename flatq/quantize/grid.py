@@ -13,11 +13,15 @@ Axes: o out_features, i in_features, G groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-WEIGHTS_AT_ONCE = 1 << 20  # weights in the working set of a clip search: small enough to stay in the processor's cache
+WEIGHTS_AT_ONCE = 1 << 17  # weights in the working set of a clip search: small enough to stay in the processor's cache
+CLIPS = tuple(round(0.425 + 0.075 * step, 3) for step in range(10))  # shares of a group's range, 0.425 to 1.1
+REACHES = (0.0375, 0.01875)  # then to both sides of the best one
 SMALLEST_SCALE = 2.0**-24  # the least positive float16: an all-zero group still has a scale to divide by
 
 
@@ -63,15 +67,18 @@ class Grid:
         """Group of each column, int64 [i]."""
         return torch.arange(columns, device=device) // self.width(columns)
 
-    def fit(
-        self, w: Tensor, *, importance: Tensor | None = None, clips: tuple[float, ...] = (1.0,)
-    ) -> tuple[Tensor, Tensor]:
-        """Scale and zero of every group, the clip factor chosen by least weighted squared error.
+    def spread(self, x: Tensor, columns: int) -> Tensor:
+        """What each group has, given to each of its columns, [o, G] -> [o, i]; several times as fast as indexing."""
+        return x.unsqueeze(-1).expand(-1, -1, self.width(columns)).reshape(len(x), -1)[:, :columns]
+
+    def fit(self, w: Tensor, *, importance: Tensor | None = None, search: bool = False) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every group.
 
         Args:
             w: float32 [o, i].
             importance: weight of each column's error, [i]; all ones if None.
-            clips: factors of the group's range to try, the first one preferred; ``(1.0,)`` is plain min-max.
+            search: choose the share of each group's range that is covered by least weighted squared error; plain
+                min-max if not.
 
         Returns:
             scale (float32 holding float16 values) and zero (float32 holding codes), both [o, G].
@@ -79,46 +86,53 @@ class Grid:
         columns, width = w.shape[1], self.width(w.shape[1])
         missing = self.groups(columns) * width - columns  # a short last group is filled up with columns that weigh 0
         weight = torch.ones(columns, device=w.device) if importance is None else importance.float()
-        weight = torch.nn.functional.pad(weight, (0, missing)).view(-1, width)  # [G, n]
-        rows = max(1, WEIGHTS_AT_ONCE // columns)
-        parts = [
-            self._fit_rows(torch.nn.functional.pad(part, (0, missing)).view(len(part), -1, width), weight, clips)
-            for part in w.split(rows)
-        ]
-        return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+        weight = F.pad(weight, (0, missing)).view(-1, 1, width)
+        found = []
+        for part in w.split(max(1, WEIGHTS_AT_ONCE // width)):
+            groups = F.pad(part, (0, missing)).T.contiguous().view(-1, width, len(part))
+            at_once = max(1, WEIGHTS_AT_ONCE // groups[0].numel())
+            some = zip(groups.split(at_once), weight.split(at_once), strict=True)
+            scales, zeros = zip(*(self._fit_groups(*group, search) for group in some), strict=True)
+            found.append((torch.cat(scales), torch.cat(zeros)))
+        scale, zero = (torch.cat(parts, 1).T for parts in zip(*found, strict=True))
+        return scale, zero
 
-    def _fit_rows(self, w: Tensor, weight: Tensor, clips: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        """Search over ``clips`` for groups [o, G, n] with column weights [G, n]."""
-        low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-        best_scale, best_zero = self._range(low, high, clips[0])
-        if len(clips) == 1:
-            return best_scale, best_zero
-        best_error = self._error(w, best_scale, best_zero, weight)
-        for clip in clips[1:]:
-            scale, zero = self._range(low, high, clip)
-            error = self._error(w, scale, zero, weight)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-        return best_scale, best_zero
+    def _fit_groups(self, w: Tensor, weight: Tensor, search: bool) -> tuple[Tensor, Tensor]:
+        """Scale and zero of groups [G, n, o] with column weights [G, 1, n]; both [G, o].
 
-    def _range(self, low: Tensor, high: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+        Rows of the weight are innermost, so that all of a group's scales meet its columns in whole vectors. The search
+        looks at ``CLIPS`` and then beside each group's best: as good as 29 factors for all, in half the time.
+        """
+        low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+        clip, rounded = torch.ones_like(low), torch.empty_like(w) if search else w
+        least = self._error(w, *self._range(low, high, 1.0), weight, rounded) if search else low
+        for reach in (0.0, *REACHES) if search else ():
+            for tried in (clip - reach, clip + reach) if reach else CLIPS:
+                error = self._error(w, *self._range(low, high, tried), weight, rounded)
+                clip = torch.where(error < least, tried, clip)
+                least = torch.minimum(error, least)
+        return self._range(low, high, clip)
+
+    def _range(self, low: Tensor, high: Tensor, clip: Tensor | float) -> tuple[Tensor, Tensor]:
         if self.symmetric:
             scale = as_half(2 * clip * torch.maximum(-low, high) / self.levels)
             return scale, torch.full_like(scale, float(self.middle))
         scale = as_half(clip * (high - low) / self.levels)
         return scale, torch.round(-clip * low / scale).clamp_(0, self.levels)
 
-    def _error(self, w: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> Tensor:
-        """Weighted squared rounding error of each group, [o, G]; in place, for this is where the time goes."""
-        centre = zero[..., None]
-        rounded = (w / scale[..., None]).add_(centre).round_().clamp_(0, self.levels).sub_(centre)
-        return rounded.mul_(scale[..., None]).sub_(w).square_().mul_(weight).sum(-1)
+    def _error(self, w: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, rounded: Tensor) -> Tensor:
+        """Weighted squared rounding error of each group, [G, o]; in one buffer, for this is where the time goes."""
+        lowest: Any = -self.middle  # numbers are quicker than tensors
+        highest: Any = self.levels - self.middle
+        if not self.symmetric:
+            lowest, highest = -zero[:, None], (self.levels - zero)[:, None]
+        torch.div(w, scale[:, None], out=rounded).round_().clamp_(lowest, highest)
+        torch.addcmul(w, rounded, scale[:, None], value=-1, out=rounded)
+        return torch.bmm(weight, rounded.mul_(rounded))[:, 0]
 
     def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest codes, as float; all arguments broadcast."""
-        return torch.round(w / scale + zero).clamp(0, self.levels)
+        return torch.round(w / scale).clamp(-zero, self.levels - zero) + zero
 
 
 def as_half(scale: Tensor) -> Tensor:
@@ -148,19 +162,17 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``scale * (code - zero)``, [o, i]."""
-        group = self.grid.group_index(self.codes.shape[1], self.codes.device)
-        centred = self.codes.to(torch.int16) - self.zero.to(torch.int16)[:, group]
-        return (centred.float() * self.scale.float()[:, group]).to(dtype)
+        scale, zero = (self.grid.spread(part.float(), self.codes.shape[1]) for part in (self.scale, self.zero))
+        return (self.codes - zero).mul_(scale).to(dtype)
 
 
-def round_to_nearest(w: Tensor, grid: Grid, *, clips: tuple[float, ...] = (1.0,)) -> QuantizedWeight:
+def round_to_nearest(w: Tensor, grid: Grid, *, search: bool = False) -> QuantizedWeight:
     """Quantize each weight by itself, [o, i]; the baseline that GPTQ has to beat, and the rule for embeddings."""
     w = w.float()
-    scale, zero = grid.fit(w, clips=clips)
-    group = grid.group_index(w.shape[1], w.device)
+    scale, zero = grid.fit(w, search=search)
     rows = max(1, WEIGHTS_AT_ONCE // w.shape[1])
     codes = [
-        grid.encode(part, s[:, group], z[:, group]).to(torch.uint8)
+        grid.encode(part, *(grid.spread(x, w.shape[1]) for x in (s, z))).to(torch.uint8)
         for part, s, z in zip(w.split(rows), scale.split(rows), zero.split(rows), strict=True)
     ]
     return QuantizedWeight(torch.cat(codes), scale.half(), zero.to(torch.uint8), grid)

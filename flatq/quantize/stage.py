@@ -10,9 +10,10 @@ from torch import Tensor
 from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import NumericsError
 from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, stems_of, unmatched
-from flatq.quantize.gptq import CLIPS, GptqResult, gptq
+from flatq.quantize.gptq import GptqResult, gptq
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.specs import GptqSpec
+from flatq.statistics import finite
 from flatq.walk import Block
 from flatq.weights import Weights, dense
 
@@ -93,7 +94,7 @@ def _widest(config: DecoderConfig) -> int:
 
 def quantize_table(weights: Weights, name: str, grid: Grid) -> QuantizedWeight:
     """Embedding or head, rounded to nearest with the clip factor searched (each row is read by itself)."""
-    return round_to_nearest(dense(weights.tensor(name)), grid, clips=(1.0, *CLIPS))
+    return round_to_nearest(dense(weights.tensor(name)), grid, search=True)
 
 
 class GptqStage:
@@ -114,7 +115,7 @@ class GptqStage:
             moment = grams[gram].mean()
             for grid, some in self._by_grid(block.index, names):
                 for name in some:
-                    if not torch.isfinite(getattr(block.layer, name).weight).all():
+                    if not finite(getattr(block.layer, name).weight):
                         raise NumericsError(f"{block.place} {name}: the weight is not finite before quantization")
                 _solve(block, some, moment, grid, self.spec)
 

@@ -99,8 +99,7 @@ def test_a_short_last_group_is_a_group_of_its_own(columns: int) -> None:
 def test_searching_the_clip_factor_never_hurts(grid: Grid) -> None:
     w = random(32, 24)
     plain = (w - round_to_nearest(w, grid).dequantize()).square()
-    clips = tuple(1 - 0.05 * step for step in range(9))
-    searched = (w - round_to_nearest(w, grid, clips=clips).dequantize()).square()
+    searched = (w - round_to_nearest(w, grid, search=True).dequantize()).square()
     for old, new in zip(plain.split(grid.width(24), 1), searched.split(grid.width(24), 1), strict=True):
         assert (new.sum(1) <= old.sum(1) * (1 + 1e-6)).all(), "in no group"
     assert searched.sum() < plain.sum()
