@@ -117,7 +117,8 @@ def _needs(layout: Layout) -> str:
     if not layout.grids:
         return code
     gptq = layout.options.gptq_version is not None
-    package = "gptqmodel optimum" if gptq else f"'{Versions.reading(layout.grids.values())}'"
+    readers = Versions.reading(layout.grids.values(), embedding="embed" in layout.grids)
+    package = "gptqmodel optimum" if gptq else f"'{readers}'"
     return f"Needs `pip install {package}`. {code}"
 
 

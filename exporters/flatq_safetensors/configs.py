@@ -23,6 +23,7 @@ from flatq.quantize.grid import Grid
 NAMES = FAMILIES["llama"].names
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 CHANGED = (0, 18)  # see Versions
+EMBEDDINGS = (0, 20)
 AUTO_MAP = {
     "AutoConfig": "modeling_flatq.FlatqHubConfig",
     "AutoModelForCausalLM": "modeling_flatq.FlatqHubForCausalLM",
@@ -122,7 +123,7 @@ def compressed_tensors_config(config: DecoderConfig, grids: Mapping[str, Grid]) 
             }
             for number, grid in enumerate(_distinct(grids))
         },
-        "ignore": [hub_module(stem) for stem in _dense(config, grids)] + ["lm_head"],
+        "ignore": [hub_module(stem) for stem in _dense(config, grids)] + ([] if "head" in grids else ["lm_head"]),
     }
 
 
@@ -132,21 +133,22 @@ class Versions:
 
     Found by trying 0.15.0, 0.17.1, 0.18.0 and 0.20.0 with transformers 5.23. Since 0.18 three-bit codes are a dense
     stream (before: ten to a word), and a model that is being loaded expects unpacked zeros where files hold packed
-    ones, so that asymmetric weights do not load.
+    ones, so that asymmetric weights do not load. Packed embeddings were tried with 0.20 only.
     """
 
     since: tuple[int, int] = (0, 15)
     before: tuple[int, int] | None = None
 
     @classmethod
-    def reading(cls, grids: Iterable[Grid]) -> Versions | None:
-        """The releases that read all of these grids; None if there is none."""
+    def reading(cls, grids: Iterable[Grid], *, embedding: bool = False) -> Versions | None:
+        """The releases that read all of these grids, and a packed embedding; None if there is none."""
         grids = list(grids)
         dense_stream = any(grid.bits == 3 for grid in grids)
         asymmetric = not all(grid.symmetric for grid in grids)
-        if dense_stream and asymmetric:
+        if asymmetric and (dense_stream or embedding):
             return None
-        return cls(CHANGED if dense_stream else (0, 15), CHANGED if asymmetric else None)
+        since = EMBEDDINGS if embedding else CHANGED if dense_stream else (0, 15)
+        return cls(since, CHANGED if asymmetric else None)
 
     def __contains__(self, version: str) -> bool:
         release = tuple(int(part) for part in version.split(".")[:2])
@@ -168,7 +170,7 @@ def _targets(config: DecoderConfig, grids: Mapping[str, Grid], grid: Grid) -> li
             targets.append(rf"re:.*\.{re.escape(leaf)}$")
         else:
             targets += [hub_module(stem) for stem in found]
-    return targets
+    return targets + [hub_module(stem) for stem in ("embed", "head") if grids.get(stem) == grid]
 
 
 def gptq_config(config: DecoderConfig, grids: Mapping[str, Grid], version: int) -> dict[str, Any]:

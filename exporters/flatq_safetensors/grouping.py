@@ -17,6 +17,7 @@ import torch
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid, QuantizedWeight
 
+ENDS = ("embed", "head")
 LEAST = 8  # below, scales take more room than is gained, and no reader is known to accept it
 
 
@@ -42,6 +43,17 @@ def written_grids(
         common = math.gcd(*sizes, *(part for _, parts in pieces.values() for part in parts))
         if common >= LEAST:
             written = {stem: replace(grid, group_size=common) for stem, grid in written.items()}
+    return written
+
+
+def written_ends(config: DecoderConfig, grids: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The same for embedding and head, as far as they are quantized."""
+    written = {}
+    for stem in ENDS:
+        if stem in grids:
+            alone = grids[stem].groups(config.d_model) == 1
+            size = -1 if alone else math.gcd(grids[stem].group_size, config.d_model)
+            written[stem] = replace(grids[stem], group_size=size)
     return written
 
 

@@ -19,7 +19,7 @@ from flatq.errors import ExportError
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.weights import dense, tensor_shapes
 from flatq_safetensors.configs import NAMES, family_settings
-from flatq_safetensors.grouping import split_groups
+from flatq_safetensors.grouping import ENDS, split_groups
 from flatq_safetensors.options import SafetensorsOptions
 from flatq_safetensors.packing import pack_compressed, pack_gptq, words
 from flatq_safetensors.padding import pad_dense, pad_quantized, padded_config
@@ -121,9 +121,9 @@ class Layout:
     def _packed(self, name: str, stored: Tensor | QuantizedWeight) -> dict[str, Tensor]:
         assert isinstance(stored, QuantizedWeight)
         stem = name.removesuffix(".weight")
-        _, index, linear = stem.split(".")
         weight = split_groups(stored, self.grids[stem])
-        if self.options.pad_values:
+        if self.options.pad_values and stem not in ENDS:
+            _, index, linear = stem.split(".")
             weight = pad_quantized(weight, linear, self.source.layers[int(index)])
         if self.options.gptq_version is None:
             parts = pack_compressed(weight)

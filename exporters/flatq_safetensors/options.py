@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid
 from flatq_safetensors.configs import Versions, family_settings
-from flatq_safetensors.grouping import LEAST, written_grids
+from flatq_safetensors.grouping import ENDS, LEAST, written_ends, written_grids
 from flatq_safetensors.padding import padded_config
 
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
@@ -33,6 +33,9 @@ class SafetensorsOptions(BaseModel):
         one_group_size: in the formats ``gptq`` and ``gptq_v2``, cut all linears to the smallest group size that any of
             them needs (the same weights, more scales): transformers reads no other GPTQ folders. False writes each
             linear in its own size, for GPTQModel and vLLM.
+        packed_embedding: write a quantized embedding (and head) as codes, too; a tied head stays tied. Read by
+            compressed-tensors 0.20 or later, for models with their own widths per layer: stock classes ask for the
+            embedding's weight before it is unpacked. False writes them dense.
         max_shard_size: bytes of weights in one file, unless a single tensor is larger.
     """
 
@@ -42,6 +45,7 @@ class SafetensorsOptions(BaseModel):
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     pad_values: bool = False
     one_group_size: bool = True
+    packed_embedding: bool = False
     max_shard_size: int = Field(default=5_000_000_000, ge=1)
 
     @property
@@ -57,12 +61,13 @@ class SafetensorsOptions(BaseModel):
     def written_grids(self, config: DecoderConfig, grids: Mapping[str, Grid]) -> dict[str, Grid]:
         """See ``grouping.written_grids``."""
         one_size = self.one_group_size and self.gptq_version is not None
-        return written_grids(config, grids, pad_values=self.pad_values, one_size=one_size)
+        written = written_grids(config, grids, pad_values=self.pad_values, one_size=one_size)
+        return written | (written_ends(config, grids) if self.packed_embedding else {})
 
 
 def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
     """Everything that stands against writing this model so, each with the way out."""
-    problems = _padding(config, options)
+    problems = _padding(config, options) + _packed_embedding(config, grids, options)
     if not options.keeps_codes:
         if options.dtype is not None:
             problems.append(f"dtype {options.dtype}: format {options.format} already says it; leave dtype out")
@@ -70,16 +75,18 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: Safete
     inside = [grid for stem, grid in grids.items() if stem.startswith("layers.")]
     if not inside:
         problems.append(f"format {options.format}: no linear is quantized; write format bf16 or fp16, or add gptq")
-    if options.format == "compressed-tensors" and Versions.reading(inside) is None:
+    if options.format == "compressed-tensors" and Versions.reading(inside, embedding=options.packed_embedding) is None:
         problems.append(
-            "format compressed-tensors: no release of that package reads 3 bits and asymmetric weights in one model; "
-            "quantize with symmetric: true, or write format gptq_v2"
+            "format compressed-tensors: no release of that package reads asymmetric weights beside 3 bits or a packed "
+            "embedding; quantize with symmetric: true, leave packed_embedding out, or write format gptq_v2"
         )
     written = padded_config(config) if options.pad_values else config
     found: dict[str, list[str]] = {}
     for stem, grid in options.written_grids(config, grids).items():
-        _, index, linear = stem.split(".")
-        rows, columns = written.layers[int(index)].shape(linear, config.d_model)
+        rows, columns = config.vocab, config.d_model
+        if stem not in ENDS:
+            _, index, linear = stem.split(".")
+            rows, columns = written.layers[int(index)].shape(linear, config.d_model)
         for problem in _linear(rows, columns, grids[stem], grid, options):
             found.setdefault(problem, []).append(stem)
     return problems + [f"{_some(stems)}: {problem}" for problem, stems in found.items()]
@@ -98,6 +105,21 @@ def _padding(config: DecoderConfig, options: SafetensorsOptions) -> list[str]:
         return [
             f"pad_values: the switches of this model are not those of a {config.family} checkpoint; "
             "leave pad_values out"
+        ]
+    return []
+
+
+def _packed_embedding(config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
+    if not options.packed_embedding:
+        return []
+    if options.format != "compressed-tensors":
+        return [f"packed_embedding: no reader of format {options.format} knows it; write format compressed-tensors"]
+    if "embed" not in grids:
+        return ["packed_embedding: the embedding is not quantized; add embedding: {bits: 8} to the gptq stage"]
+    if family_settings(padded_config(config) if options.pad_values else config) is not None:
+        return [
+            f"packed_embedding: a stock {config.family} class asks for the embedding's weight before it is unpacked, "
+            "so that only models with their own widths load with it; leave packed_embedding out"
         ]
     return []
 

@@ -110,7 +110,9 @@ def _reads(described: dict[str, Any]) -> bool:
     """Whether transformers can unpack this on any machine with what is installed."""
     if described["quant_method"] != "compressed-tensors" or not importlib.util.find_spec("compressed_tensors"):
         return False
-    readers = Versions.reading(_grid_of(group) for group in described["config_groups"].values())
+    groups = described["config_groups"].values()
+    embedding = any(target.endswith("embed_tokens") for group in groups for target in group["targets"])
+    readers = Versions.reading(map(_grid_of, groups), embedding=embedding)
     return readers is not None and version("compressed-tensors") in readers
 
 

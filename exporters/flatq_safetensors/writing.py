@@ -26,6 +26,7 @@ from flatq_safetensors.configs import (
     gptq_config,
     hub_settings,
 )
+from flatq_safetensors.grouping import ENDS
 from flatq_safetensors.layout import Layout
 from flatq_safetensors.options import SafetensorsOptions
 
@@ -143,9 +144,9 @@ def _rounded(artifact: Artifact, layout: Layout, stored: torch.dtype) -> bool:
 
 def _notes(artifact: Artifact, layout: Layout) -> list[str]:
     notes = []
-    ends = sorted(stem for stem in artifact.grids if not stem.startswith("layers."))
+    ends = sorted(stem for stem in artifact.grids if stem in ENDS and stem not in layout.grids)
     if ends and layout.options.keeps_codes:
-        notes.append(f"written dense, for the readers of this format know no quantized {' or '.join(ends)}")
+        notes.append(f"{' and '.join(ends)} written dense: few readers of this format know quantized ones")
     finer = sum(0 < grid.group_size < artifact.grids[stem].group_size for stem, grid in layout.grids.items())
     if finer:
         notes.append(f"{finer} linears are written in smaller groups that share scales, so that the size divides them")

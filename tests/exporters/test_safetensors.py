@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flatq.artifact import INDEX, Artifact, write_json
-from flatq.decoder import DecoderConfig, Rope
+from flatq.decoder import LINEARS, DecoderConfig, Rope
 from flatq.errors import ExportError
 from flatq.export import exporter_named
 from flatq.quantize.grid import Grid
@@ -68,6 +68,7 @@ def test_the_exporter_is_found_by_its_entry_point() -> None:
         ({}, FOUR, {}),
         ({}, FOUR, MIXED),
         ({}, None, MIXED),
+        ({"packed_embedding": True}, FOUR, {}),
         ({}, Grid(3, 16), {}),
         ({}, Grid(4, 16, symmetric=False), {}),
         ({"format": "gptq"}, FOUR, {}),
@@ -82,6 +83,41 @@ def test_every_format_opens_with_the_artifacts_logits(
     artifact = tiny_artifact(tmp_path / "a", config, grid=grid, overrides=overrides, embed_grid=Grid(8, -1))
     folder = export(artifact, tmp_path / "out", **options)
     assert difference(artifact, folder, **options) < TOLERANCE
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, -1)])
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_a_packed_embedding_is_unpacked_by_transformers_and_stays_tied(
+    tmp_path: Path, grid: Grid, tied_head: bool
+) -> None:
+    artifact = tiny_artifact(tmp_path / "a", own_widths(tied_head=tied_head), grid=FOUR, embed_grid=grid)
+    options: dict[str, Any] = {"packed_embedding": True, "dtype": "fp32"}
+    folder = export(artifact, tmp_path / "out", **options)
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    assert not {"model.embed_tokens.weight", "lm_head.weight"} & set(stored)
+    assert "model.embed_tokens.weight_packed" in stored
+    assert ("lm_head.weight_packed" in stored) is not tied_head
+    assert "decoded by flatq" not in EXPORTER.open(folder, SafetensorsOptions(**options)).provider
+    assert difference(artifact, folder, **options) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "switches", "embed_grid", "complaint"),
+    [
+        ({"format": "gptq"}, {}, Grid(8, -1), "write format compressed-tensors"),
+        ({}, {}, None, "the embedding is not quantized"),
+        ({"pad_values": True}, {"tied_head": True}, Grid(8, -1), "before it is unpacked"),
+        ({"pad_values": True}, {"tied_head": False}, Grid(8, -1), "before it is unpacked"),
+    ],
+)
+def test_a_packed_embedding_that_nobody_could_read_is_refused(
+    options: dict[str, Any], switches: dict[str, Any], embed_grid: Grid | None, complaint: str
+) -> None:
+    grids = {f"layers.{i}.{name}": FOUR for i in range(2) for name in LINEARS}
+    grids |= {} if embed_grid is None else {"embed": embed_grid}
+    wanted = SafetensorsOptions(packed_embedding=True, **options)
+    config = one_mlp_width(**switches) if wanted.pad_values else own_widths(**switches)
+    assert any(complaint in problem for problem in EXPORTER.check(config, grids, wanted))
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp16"])
