@@ -161,9 +161,14 @@ class QuantizedWeight:
         return self.codes.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``scale * (code - zero)``, [o, i]."""
-        scale, zero = (self.grid.spread(part.float(), self.codes.shape[1]) for part in (self.scale, self.zero))
-        return (self.codes - zero).mul_(scale).to(dtype)
+        """``scale * (code - zero)``, [o, i]; a few rows at a time, for the parts of a large table take more than it."""
+        columns = self.codes.shape[1]
+        found = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        parts = (part.split(max(1, WEIGHTS_AT_ONCE // columns)) for part in (found, self.codes, self.scale, self.zero))
+        for out, codes, scale, zero in zip(*parts, strict=True):
+            scale, zero = (self.grid.spread(part.float(), columns) for part in (scale, zero))
+            out.copy_((codes - zero).mul_(scale))
+        return found
 
 
 def round_to_nearest(w: Tensor, grid: Grid, *, search: bool = False) -> QuantizedWeight:
