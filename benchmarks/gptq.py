@@ -157,9 +157,10 @@ class Bench:
             )
             self.source.tokenizer().save_pretrained(str(dense))
             texts.write_text(json.dumps(self.lines))
-            script = Path(__file__).with_name("gptq_peer.py")
-            command = [str(self.peer), str(script), str(dense), str(texts), str(out), json.dumps(described)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            script = Path(__file__).absolute().with_name("gptq_peer.py")
+            command = [str(self.peer.absolute()), str(script), str(dense), str(texts), str(out), json.dumps(described)]
+            # In the folder that goes away: GPTQModel leaves its logs where it runs.
+            done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
             took = json.loads(done.stdout.splitlines()[-1])
             state = decoded_state(out, json.loads((out / "config.json").read_text())["quantization_config"])
         names = FAMILIES[self.source.config.family].names
