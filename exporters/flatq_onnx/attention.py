@@ -145,7 +145,8 @@ class Reduced(_Drawing):
         build, dims = self.builder, self.config.layers[index]
         query_part, *others = (Part.of(self.config, index, linear) for linear in "qkv")
         parts = [replace(query_part, heads=dims.heads, groups=dims.kv_heads), *others]
-        both, rows = dims.heads + dims.kv_heads, ["batch", dims.kv_heads, "sequence", dims.d_qk]
+        both = dims.heads + dims.kv_heads
+        rows: list[int | str] = ["batch", dims.kv_heads, "sequence", dims.d_qk]
         if self.linears.can_stack(parts) and not self.config.qk_norm:
             pair, value = self.linears.split(self.linears.stacked(x, parts), [both * dims.d_qk, parts[2].rows])
         else:
