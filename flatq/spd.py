@@ -31,12 +31,12 @@ def factor_(work: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix is not positive.
     """
-    _has_factor(work, must=True)
+    has_factor_(work, must=True)
     return work
 
 
-def _has_factor(work: Tensor, *, must: bool) -> bool:
-    """Try ``factor_``; whether there is one, or an error if there must be."""
+def has_factor_(work: Tensor, *, must: bool) -> bool:
+    """Put the lower Cholesky factor in place if there is one, and say so; an error if there must be."""
     failed = torch.empty(0, dtype=torch.int32, device=work.device)
     torch.linalg.cholesky_ex(work, check_errors=must, out=(work, failed))
     return not failed
@@ -53,7 +53,7 @@ def ridged_factor(c: Tensor, ridge: float) -> tuple[Tensor, float]:
     """
     for rung in range(RUNGS):
         work, shift = damped(c, ridge * 10**rung)
-        if _has_factor(work, must=rung == RUNGS - 1):
+        if has_factor_(work, must=rung == RUNGS - 1):
             break
     return work, shift
 
@@ -66,6 +66,6 @@ def inverse(c: Tensor, ridge: float) -> tuple[Tensor, float]:
     """
     for dtype in (c.dtype, torch.float64):
         work, shift = damped(c, ridge, dtype)
-        if _has_factor(work, must=dtype == torch.float64):
+        if has_factor_(work, must=dtype == torch.float64):
             return torch.cholesky_inverse(work, out=work), shift
     raise AssertionError("the second turn raises by itself")

@@ -22,6 +22,7 @@ from torch import Tensor
 from flatq.errors import NumericsError
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.quantize.refine import refine
+from flatq.spd import has_factor_
 from flatq.statistics import finite
 
 WEIGHTS_AT_ONCE = 1 << 25  # weights in the working set of a solve: 128 MiB each of rest, scales, zeros, codes
@@ -139,9 +140,7 @@ def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> t
         diagonal = work.diagonal()
         diagonal[dead[backwards]] = live.double().mean()  # it correlates with nothing: any positive number will do
         diagonal.add_(relative * float(live.double().mean()))
-        failed = torch.empty(0, dtype=torch.int32, device=h.device)
-        torch.linalg.cholesky_ex(work, out=(work, failed))
-        if failed:
+        if not has_factor_(work, must=False):
             continue
         inverse = torch.zeros_like(work)
         _invert(work, inverse)
