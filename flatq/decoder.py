@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flatq.attention import attention
 from flatq.dims import ATTENTION_LINEARS, LINEARS, MLP_LINEARS, LayerDims
 
 __all__ = [
@@ -270,8 +269,17 @@ class DecoderLayer(nn.Module):
         query, key = rotate(query.transpose(1, 2), positions), rotate(key.transpose(1, 2), positions)
         if cache is not None:
             key, value = cache.update(key, value, self.index)
-        mixed = attention(query, key, value, positions.mask)
-        return mixed.transpose(1, 2).reshape(b, s, dims.heads * mixed.shape[-1])
+        rank = value.shape[-1]
+        # The fused kernels want one head size, so narrower values are padded with zeros for the call.
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            F.pad(value, (0, dims.d_qk - rank)),
+            attn_mask=positions.mask,
+            is_causal=positions.mask is None and s > 1,
+            enable_gqa=dims.group > 1,
+        )
+        return mixed[..., :rank].transpose(1, 2).reshape(b, s, dims.heads * rank)
 
     def widen(self, normed: Tensor) -> Tensor:
         """The MLP's inner activation, [b, s, m] -> [b, s, f]."""

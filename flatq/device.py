@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from flatq import ranks
 from flatq.errors import RecipeError
-
-
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    """float32 matrix products of the enclosed code as precise as ``torch.set_float32_matmul_precision`` can say it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def solver_of(device: str) -> str:

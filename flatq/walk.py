@@ -28,20 +28,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flatq import ranks
 from flatq.artifact import write_json
 from flatq.decoder import DecoderLayer, LayerDims, Positions, locate
-from flatq.device import products, solver_of
+from flatq.device import solver_of
 from flatq.errors import NumericsError
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
 from flatq.progress import progress
 from flatq.quantize.grid import QuantizedWeight
 from flatq.statistics import Gram, finite
 from flatq.weights import HALVES, Weights, load_half
+
+SHORT = 640  # tokens of a row, see _SmallTiles
 
 
 @contextmanager
@@ -52,8 +56,37 @@ def forward_precision(precision: str = "auto", *, gradients: bool = False) -> It
     """
     if precision == "auto":
         precision = "bfloat16" if torch.backends.mkldnn.is_available() and _has_bfloat16() else "float32"
-    with products("medium" if precision == "bfloat16" else "highest"), torch.inference_mode(not gradients):
+    with (
+        _products("medium" if precision == "bfloat16" else "highest"),
+        _SmallTiles(),
+        torch.inference_mode(not gradients),
+    ):
         yield
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _SmallTiles(TorchFunctionMode):
+    """Attention over short rows stays in float32: turning its small tiles to bfloat16 costs more than it saves.
+
+    3 to 5 times the time at 64 to 166 tokens, as much at 640, less from there on (docs/decisions.md).
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and args[0].shape[-2] < SHORT:
+            with _products("highest"):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _has_bfloat16() -> bool:
