@@ -37,7 +37,7 @@ PARTS = {
     "elimination": ["flatq.compress.curves:eliminate", "flatq.compress.stage:eliminate"],
     "leverage": ["flatq.compress.stage:ridge_leverage"],
     "least squares": ["flatq.compress.stage:nystroem"],
-    "GPTQ factor": ["flatq.quantize.gptq:_inverse_factor"],
+    "GPTQ factor": ["flatq.quantize.gptq:_feedback"],
     "GPTQ clip search": ["flatq.quantize.grid:Grid.fit"],
     "GPTQ rows": ["flatq.quantize.stage:gptq"],
 }

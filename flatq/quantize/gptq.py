@@ -7,9 +7,14 @@ Choices, with their numbers in docs/decisions.md:
 - Groups are static: scales are fixed before the first column is rounded. Columns can then be visited by descending
   activation energy (``act_order``) and still be stored in their own order, which every export format needs.
 - All linears that read the same activation (q, k, v; gate, up) are solved in one call, their rows stacked.
+- Columns pass on their errors by the factors of the Gram itself, ``H = (I + U) D (I + U)^T``: column i is rounded with
+  ``sum over j before i of (w_j - q_j) U_ji`` added, which is what GPTQ's updates by the inverse's factor amount to.
+  There is nothing to invert, so float32 is enough, and what is lost is known at the end: ``sum of D_i r_i^2`` over
+  the roundings r.
 
 Axes: o out_features, i in_features, G groups.
-Source: GPTQ (arXiv 2210.17323), Algorithm 1, sections 3.2 and 3.3 (lazy batches, Cholesky).
+Source: GPTQ (arXiv 2210.17323), Algorithm 1, sections 3.2 and 3.3 (lazy batches, Cholesky);
+QuIP (arXiv 2307.13304), section 3 (LDLQ, and that it is the same).
 """
 
 from __future__ import annotations
@@ -79,45 +84,42 @@ def gptq(
     if not (finite(w) and finite(gram)):
         raise NumericsError("GPTQ: the weight or the second moment of its inputs is not finite")
     energy = gram.diagonal().clamp(min=0).float()
-    dead = energy == 0
-    order = (
-        torch.argsort(energy, descending=True, stable=True) if act_order else torch.arange(len(gram), device=w.device)
-    )
-    factor, used = _inverse_factor(gram, dead, order, damping)
+    feedback = _feedback(gram, energy == 0, damping, act_order)
     # A row's codes depend on no other row: a large weight is solved a few rows at a time.
     parts = []
     for some in w.split(max(1, WEIGHTS_AT_ONCE // w.shape[1])):
-        rows = some.float()
+        rows = some.float().T.contiguous().T  # [o, i], a column contiguous: everything below goes column by column
         scale, zero = grid.fit(rows, importance=energy, search=clip_search)
-        codes = _codes(rows, factor, order, scale, zero, grid, block_size)
-        if refinements and used is not None:
-            codes, scale = refine(rows, _damped(gram, dead, used), codes, scale, zero, grid, refinements, block_size)
-        parts.append(_measured(rows, gram, codes, scale, zero, grid))
+        weight, lost = _rounded(rows, gram, feedback, scale, zero, grid, block_size, refinements)
+        parts.append((weight.codes, weight.scale, weight.zero, lost, _energy(rows, gram)))
     codes, scale, zero, lost, total = (torch.cat(part) for part in zip(*parts, strict=True))
-    return GptqResult(QuantizedWeight(codes, scale, zero, grid), lost, total, int(dead.sum()), used)
+    used = None if feedback is None else feedback.damping
+    return GptqResult(QuantizedWeight(codes, scale, zero, grid), lost, total, int((energy == 0).sum()), used)
 
 
-def _codes(
-    w: Tensor, factor: Tensor | None, order: Tensor, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
-) -> Tensor:
-    """Codes of some rows, float32 [o, i]; the nearest ones where there is no factor."""
-    if factor is None:
-        return grid.encode(w, grid.spread(scale, w.shape[1]), grid.spread(zero, w.shape[1]))
-    return _sweep(w, factor, order, scale, zero, grid, block_size)
-
-
-def _measured(w: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-    """Codes, scale and zero of some rows as they are stored, and the energies lost and in all."""
+def _rounded(
+    w: Tensor,
+    gram: Tensor,
+    feedback: Feedback | None,
+    scale: Tensor,
+    zero: Tensor,
+    grid: Grid,
+    block_size: int,
+    refinements: int,
+) -> tuple[QuantizedWeight, Tensor]:
+    """Some rows in codes, and the energy that each loses, float64 [o]; to nearest where there are no factors."""
+    lost = None
+    if feedback is None:
+        codes = grid.encode(w, *(grid.spread(part, w.shape[1]) for part in (scale, zero)))
+    else:
+        codes, lost = _sweep(w, feedback, scale, zero, grid, block_size)
+        if refinements:
+            damped = gram.to(torch.float32, copy=True)
+            damped.diagonal()[feedback.order] += feedback.added
+            codes, scale = refine(w, damped, codes, scale, zero, grid, refinements, block_size)
+            lost = None
     weight = QuantizedWeight(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid)
-    lost, total = (_energy(some, gram) for some in (w - weight.dequantize(), w))
-    return weight.codes, weight.scale, weight.zero, lost, total
-
-
-def _damped(gram: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """The Gram that the factor was made of, float32 [i, i]."""
-    damped = gram.to(torch.float32, copy=True)
-    damped.diagonal().add_(damping * float(gram.diagonal()[~dead].double().mean()))
-    return damped
+    return weight, _energy(w - weight.dequantize(), gram) if lost is None else lost
 
 
 def _energy(w: Tensor, h: Tensor) -> Tensor:
@@ -125,65 +127,78 @@ def _energy(w: Tensor, h: Tensor) -> Tensor:
     return ((w.to(h.dtype) @ h) * w).sum(1, dtype=torch.float64)
 
 
-def _inverse_factor(h: Tensor, dead: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None, float | None]:
-    """Upper Cholesky factor of the damped inverse in visiting order, float32 [i, i], and the damping it took."""
-    live = h.diagonal()[~dead]
-    if not len(live):
-        return None, None
-    # Back to front, H = V V^T with V upper; then V^-1 is the upper factor of H^-1: one triangular inverse in place of
-    # the inverse of H and a second factorisation.
-    backwards = order.flip(0)
-    for rung in DAMPING_LADDER:
-        relative = damping * rung
-        permuted = h.index_select(0, backwards).index_select(1, backwards)
-        work = permuted.to(torch.float64).mT  # its columns are contiguous: factored in place
-        diagonal = work.diagonal()
-        diagonal[dead[backwards]] = live.double().mean()  # it correlates with nothing: any positive number will do
-        diagonal.add_(relative * float(live.double().mean()))
-        if not has_factor_(work, must=False):
-            continue
-        inverse = torch.zeros_like(work)
-        _invert(work, inverse)
-        if finite(inverse):
-            return inverse.float().flip(0, 1), relative
-    return None, None
+@dataclass(frozen=True, slots=True, eq=False)
+class Feedback:
+    """How columns make up for each other: ``H = (I + U) D (I + U)^T`` in visiting order, U strictly upper.
 
-
-def _invert(lower: Tensor, inverse: Tensor) -> None:
-    """Inverse of a lower triangular matrix into zeros, by halves: two thirds of what solving for the identity takes."""
-    n, half = len(lower), len(lower) // 2
-    if n <= 128:
-        inverse.copy_(
-            torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype, device=lower.device), upper=False)
-        )
-        return
-    first, last = slice(half), slice(half, n)
-    _invert(lower[first, first], inverse[first, first])
-    _invert(lower[last, last], inverse[last, last])
-    inverse[last, first] = (inverse[last, last] @ lower[last, first]).neg_() @ inverse[first, first]
-
-
-def _sweep(
-    w: Tensor, factor: Tensor, order: Tensor, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
-) -> Tensor:
-    """Codes of every column in stored order, float32 [o, i].
-
-    A column is corrected by all errors before it at once, when its turn comes (their sum is a product of a matrix and
-    a vector within a block, of two matrices for earlier blocks), and its own error then takes its place.
+    Attributes:
+        order: the column that is visited i-th, int64 [i].
+        share: U, what column i takes over of the error of column j, float32 [j, i]; anything on and below the diagonal.
+        price: D, what a square of the error that is left costs, float32 [i].
+        added: to the diagonal of the Gram, float32 [i].
+        damping: relative damping that it took.
     """
-    rest = w.T.contiguous()[order]  # [i, o]: a column of the weight is a contiguous row here
-    share = factor / factor.diagonal()[:, None]  # of the error of column j that column i takes over, [j, i]
+
+    order: Tensor
+    share: Tensor
+    price: Tensor
+    added: Tensor
+    damping: float
+
+
+def _feedback(gram: Tensor, dead: Tensor, damping: float, act_order: bool) -> Feedback | None:
+    """The factors of the damped Gram, or None if no damping of the ladder makes it positive."""
+    if bool(dead.all()):
+        return None
+    order = torch.arange(len(gram), device=gram.device)
+    if act_order:
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    # Back to front, H = L L^T; read from the back, L is the upper factor.
+    backwards = order.flip(0)
+    permuted = gram.index_select(0, backwards).index_select(1, backwards)
+    added = torch.where(dead, 1.0, 0.0)[backwards]  # a dead one correlates with nothing: any positive number will do
+    mean = float(gram.diagonal()[~dead].double().mean())
+    for rung in DAMPING_LADDER:
+        for dtype in (torch.float32, torch.float64):
+            work = permuted.to(dtype, copy=True).mT  # its columns are contiguous: factored in place
+            shift = ((added + damping * rung) * mean).to(dtype)
+            work.diagonal().add_(shift)
+            if has_factor_(work, must=False) and finite(work):
+                diagonal = work.diagonal().clone()
+                share = work.div_(diagonal).float().flip(0, 1)
+                return Feedback(order, share, diagonal.float().square().flip(0), shift.float().flip(0), damping * rung)
+    return None
+
+
+@torch.inference_mode()  # half of the time of a narrow weight's sweep was spent on bookkeeping for gradients
+def _sweep(
+    w: Tensor, feedback: Feedback, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of every column in stored order, float32 [o, i], and the energy that they lose, float64 [o].
+
+    When its turn comes, a column takes over its share of the errors of all columns before it (their sum is a product
+    of a matrix and a vector within a block, of two matrices for earlier blocks), is rounded, and its own whole error,
+    that of the rounding and what it took over, takes its place.
+    """
+    order, share = feedback.order, feedback.share
+    rest = w.T[order]  # [i, o]: a column of the weight is a row here
     group = grid.group_index(w.shape[1], w.device)[order]
     scales, lowest, highest = (part.T.contiguous().unbind() for part in (scale, -zero, grid.levels - zero))
     codes = torch.empty_like(rest)
+    lost = torch.zeros(w.shape[0], dtype=torch.float64, device=w.device)
     for start in range(0, len(rest), block_size):
         block = slice(start, min(start + block_size, len(rest)))
-        rest[block].addmm_(share[:start, block].T, rest[:start], alpha=-1)
+        whole = rest[block].clone()
+        value = torch.addmm(whole, share[:start, block].T, rest[:start])
         for column, g in zip(range(start, block.stop), group[block].tolist(), strict=True):
-            value, code = rest[column], codes[column]
-            value.addmv_(rest[start:column].T, share[start:column, column], alpha=-1)
-            torch.div(value, scales[g], out=code).round_().clamp_(lowest[g], highest[g])
-            value.addcmul_(code, scales[g], value=-1)
+            here, code = value[column - start], codes[column]
+            here.addmv_(rest[start:column].T, share[start:column, column])
+            torch.div(here, scales[g], out=code).round_().clamp_(lowest[g], highest[g])
+            rest[column].addcmul_(code, scales[g], value=-1)
+        value -= whole
+        value += rest[block]
+        lost += (value.square_() * feedback.price[block, None]).sum(0, dtype=torch.float64)
+        lost -= (rest[block].square() * feedback.added[block, None]).sum(0, dtype=torch.float64)
     stored = torch.empty_like(codes)
     stored[order] = codes.add_(zero.T.contiguous()[group])
-    return stored.T
+    return stored.T, lost

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from flatq.quantize.grid import Grid, as_half
 
 
+@torch.inference_mode()
 def refine(
     w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, rounds: int, block_size: int
 ) -> tuple[Tensor, Tensor]:

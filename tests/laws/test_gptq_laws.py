@@ -108,6 +108,31 @@ def test_searching_the_clip_factor_never_hurts(grid: Grid) -> None:
 # GPTQ.
 
 
+def as_published(w: Tensor, gram: Tensor, grid: Grid, damping: float) -> Tensor:
+    """Algorithm 1 of the GPTQ paper, a column at a time, in float64: codes on the scales of round-to-nearest."""
+    columns = w.shape[1]
+    group = grid.group_index(columns)
+    scale, zero = (part.double()[:, group] for part in grid.fit(w))
+    h = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(columns, dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    rest, codes = w.double().clone(), torch.empty(w.shape, dtype=torch.float64)
+    for j in range(columns):
+        codes[:, j] = grid.encode(rest[:, j], scale[:, j], zero[:, j])
+        error = (rest[:, j] - scale[:, j] * (codes[:, j] - zero[:, j])) / factor[j, j]
+        rest[:, j:] -= error[:, None] * factor[j, j:]
+    return codes
+
+
+@given(grid=GRIDS, shape=SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_passing_errors_on_by_the_gram_s_own_factors_gives_the_paper_s_codes(
+    grid: Grid, shape: tuple[int, int]
+) -> None:
+    w, gram = random(*shape), correlated_gram(shape[1])
+    result = gptq(w, gram, grid, act_order=False, clip_search=False, damping=0.02)
+    assert torch.equal(result.weight.codes.double(), as_published(w, gram, grid, 0.02))
+
+
 @pytest.mark.parametrize("act_order", [True, False])
 @given(grid=GRIDS, shape=SHAPES)
 @settings(max_examples=40, deadline=None)
@@ -222,11 +247,17 @@ def test_what_is_not_finite_is_refused(value: float, where: str) -> None:
         gptq(w, gram, Grid(4, -1))
 
 
-@given(GRIDS, SHAPES)
+@pytest.mark.parametrize("refinements", [0, 1])
+@given(grid=GRIDS, shape=SHAPES, dead=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_the_reported_error_is_the_measured_one(grid: Grid, shape: tuple[int, int]) -> None:
+def test_the_reported_error_is_the_measured_one(
+    refinements: int, grid: Grid, shape: tuple[int, int], dead: bool
+) -> None:
+    """Without refinements it is never measured: it is the price of the roundings less that of the damping."""
     w, gram = random(*shape), correlated_gram(shape[1])
-    result = gptq(w, gram, grid)
+    if dead and shape[1] > 1:
+        gram[0, :] = gram[:, 0] = 0
+    result = gptq(w, gram, grid, refinements=refinements)
     total = float(((w.double() @ gram.double()) * w).sum())
     assert result.error_of() == pytest.approx(lost(w, result.weight, gram) / total, rel=1e-4, abs=1e-12)
 
