@@ -129,18 +129,11 @@ def _written(
 def _verified(
     item: PlannedExport, artifact: Artifact, exported: Exported, heldout: Tensor | None
 ) -> dict[str, Any] | None:
-    root = exported.root
     limits = Limits(None, exported.rounding_kl) if exported.rounding_kl else EXACT
-    exact = item.exporter.open(root, item.options, provider="cpu", exact=True)
-    runner = item.exporter.open(root, item.options, provider="cpu")
-    if exact is None or runner is None:
-        return None
-    try:
-        found = verify(artifact, runner, exact_runner=exact, tokens=heldout, name=item.name, limits=limits)
-    finally:
-        runner.close()
-        exact.close()
-    return asdict(found)
+    opener = partial(item.exporter.open, exported.root, item.options, provider="cpu")
+    exact = partial(opener, exact=True)
+    found = verify(artifact, opener, open_exact=exact, tokens=heldout, name=item.name, limits=limits)
+    return None if found is None else asdict(found)
 
 
 def measured(recipe: Recipe, source: Source, folder: RunFolder, exports: list[PlannedExport]) -> list[dict[str, Any]]:

@@ -17,7 +17,9 @@ Axes: b rows, s positions of the prompt, t positions in all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from flatq.weights import Weights
 
 PROMPT, NEW_TOKENS, ROWS = 24, 8, 2
 EXACT_SHARE = 5e-3
+Open = Callable[[], Runner | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +96,32 @@ class Verification:
 
 def verify(
     artifact: Weights,
-    runner: Runner,
+    open_runner: Open,
     *,
-    exact_runner: Runner | None = None,
+    open_exact: Open | None = None,
     tokens: Tensor | None = None,
     seed: int = 0,
     name: str = "export",
     limits: Limits = EXACT,
-) -> Verification:
+) -> Verification | None:
     """Compare an export in its runtime with the artifact it was written from.
 
-    Two rows of random tokens, which reach the whole vocabulary, and up to two rows of real text.
+    Two rows of random tokens, which reach the whole vocabulary, and up to two rows of real text. The reference, the
+    exact runner and the deployed one follow each other, and each is gone before the next is made: a runtime's session
+    holds the model about twice.
 
     Args:
         artifact: what the export was written from.
-        runner: the export as users run it.
-        exact_runner: the same export without the runtime's approximations. With it, ``runner`` is held to
-            ``APPROXIMATE`` only (and what ``limits`` allow beyond it); without it, ``runner`` is held to ``limits``.
+        open_runner: opens the export as users run it.
+        open_exact: opens the same export without the runtime's approximations. With it, the other is held to
+            ``APPROXIMATE`` only (and what ``limits`` allow beyond it); without it, that is held to ``limits``.
         tokens: real held-out text, int64 [rows, at least 32].
         seed: of the random tokens.
         name: of the export, for messages.
         limits: wider than ``EXACT`` only for an export whose weights were rounded once more (float16).
+
+    Returns:
+        None if there is no runtime to ask, that is, if an opener gives None.
 
     Raises:
         ExportError: a quantity is over its limit; names it, its place, value and limit, and what to do.
@@ -121,12 +129,19 @@ def verify(
     """
     case = Case.draw(artifact, tokens, seed)
     share = limits.max_abs or EXACT_SHARE
-    if exact_runner is None:
-        return Verification(case.spread, share * case.spread, compare(case, runner, limits, name), None)
-    exact = compare(case, exact_runner, limits, f"{name} (exact)")
-    rounding = 0.0 if limits == EXACT else limits.kl
-    deployed = compare(case, runner, Limits(None, APPROXIMATE.kl + rounding), name)
-    return Verification(case.spread, share * case.spread, exact, deployed)
+    found = []
+    turns = [(open_runner, limits, name)]
+    if open_exact is not None:
+        rounding = 0.0 if limits == EXACT else limits.kl
+        allowed = Limits(None, APPROXIMATE.kl + rounding)
+        turns = [(open_exact, limits, f"{name} (exact)"), (open_runner, allowed, name)]
+    for opener, held_to, called in turns:
+        runner = opener()
+        if runner is None:
+            return None
+        with closing(runner):
+            found.append(compare(case, runner, held_to, called))
+    return Verification(case.spread, share * case.spread, found[0], found[1] if open_exact is not None else None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,6 +216,11 @@ class _Difference:
     @classmethod
     def between(cls, got: FloatArray, reference: FloatArray, tie: float) -> _Difference:
         """Compare [b, n, vocab] with [b, n, vocab]; what is not a number counts as infinitely far."""
+        rows = [cls._of_row(*pair, tie) for pair in zip(got, reference, strict=True)]  # float64 of one row at a time
+        return cls(**{field.name: np.stack([getattr(row, field.name) for row in rows]) for field in fields(cls)})
+
+    @classmethod
+    def _of_row(cls, got: FloatArray, reference: FloatArray, tie: float) -> _Difference:
         distance = np.nan_to_num(np.abs(got - reference), nan=np.inf, posinf=np.inf)
         here, there = torch.from_numpy(reference).double(), torch.from_numpy(got).double()
         log_p, log_q = here.log_softmax(-1), there.log_softmax(-1)

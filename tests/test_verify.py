@@ -71,7 +71,7 @@ class Wrong(DecoderRunner):
 
 
 def test_the_decoder_agrees_with_itself(artifact: Artifact) -> None:
-    found = verify(artifact, DecoderRunner(artifact))
+    found = verify(artifact, lambda: DecoderRunner(artifact))
     assert max(found.exact.max_abs, found.exact.decode_max_abs) < 1e-4
     assert found.exact.top1 == 1
     assert found.exact.kl < 1e-8
@@ -81,65 +81,91 @@ def test_the_decoder_agrees_with_itself(artifact: Artifact) -> None:
     assert found.deployed is None
 
 
+def test_runners_are_opened_one_after_another(artifact: Artifact) -> None:
+    opened: list[str] = []
+
+    class Counted(DecoderRunner):
+        def close(self) -> None:
+            opened.append("closed")
+
+    def open_as(name: str) -> DecoderRunner:
+        opened.append(name)
+        return Counted(artifact)
+
+    verify(artifact, lambda: open_as("deployed"), open_exact=lambda: open_as("exact"))
+    assert opened == ["exact", "closed", "deployed", "closed"]
+
+
+def test_a_runner_that_is_wrong_is_closed_all_the_same(artifact: Artifact) -> None:
+    wrong = Wrong(artifact)
+    wrong.close = lambda: setattr(wrong, "closed", True)  # type: ignore[method-assign]
+    with pytest.raises(ExportError):
+        verify(artifact, lambda: wrong)
+    assert vars(wrong)["closed"]
+
+
+def test_a_format_without_a_runtime_is_not_verified(artifact: Artifact) -> None:
+    assert verify(artifact, lambda: None, open_exact=lambda: None) is None
+
+
 def test_real_text_is_compared_too(artifact: Artifact) -> None:
     text = torch.arange(5 * 40).reshape(5, 40) % artifact.config.vocab
-    assert verify(artifact, DecoderRunner(artifact), tokens=text).exact.positions == 4 * (24 + 9)
+    assert verify(artifact, lambda: DecoderRunner(artifact), tokens=text).exact.positions == 4 * (24 + 9)
 
 
 @pytest.mark.parametrize("length", [0, 31])
 def test_text_that_is_too_short_is_an_error(artifact: Artifact, length: int) -> None:
     with pytest.raises(RecipeError, match="rows of 32 or more"):
-        verify(artifact, DecoderRunner(artifact), tokens=torch.zeros(2, length, dtype=torch.int64))
+        verify(artifact, lambda: DecoderRunner(artifact), tokens=torch.zeros(2, length, dtype=torch.int64))
 
 
 def test_other_weights_are_found(artifact: Artifact) -> None:
     with pytest.raises(ExportError, match=r"onnx, prefill: the logit of token \d+ at row \d, position \d+ differs"):
-        verify(artifact, DecoderRunner(RandomWeights(artifact.config, seed=5)), name="onnx")
+        verify(artifact, lambda: DecoderRunner(RandomWeights(artifact.config, seed=5)), name="onnx")
 
 
 def test_one_wrong_logit_of_prefill_is_named(artifact: Artifact) -> None:
     with pytest.raises(ExportError, match=r"prefill: the logit of token 3 at row 1, position 5 differs .* 1 of 48"):
-        verify(artifact, Shifted(artifact, 1.0))
+        verify(artifact, lambda: Shifted(artifact, 1.0))
 
 
 @pytest.mark.parametrize("step", [1, 8])
 def test_one_wrong_logit_of_decode_is_named(artifact: Artifact, step: int) -> None:
     with pytest.raises(ExportError, match=rf"decode: the logit of token 3 at row 1, position {23 + step} differs"):
-        verify(artifact, Shifted(artifact, 1.0, at_step=step))
+        verify(artifact, lambda: Shifted(artifact, 1.0, at_step=step))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_logit_that_is_no_number_is_found(artifact: Artifact, value: float) -> None:
     with pytest.raises(ExportError, match="position 5 differs"):
-        verify(artifact, Shifted(artifact, value))
+        verify(artifact, lambda: Shifted(artifact, value))
     with pytest.raises(ExportError, match="KL divergence of"):
-        verify(artifact, Shifted(artifact, value), exact_runner=DecoderRunner(artifact))
+        verify(artifact, lambda: Shifted(artifact, value), open_exact=lambda: DecoderRunner(artifact))
 
 
 def test_a_cache_that_forgets_is_found(artifact: Artifact) -> None:
     with pytest.raises(ExportError, match="decode: the logit"):
-        verify(artifact, Forgetful(artifact))
+        verify(artifact, lambda: Forgetful(artifact))
 
 
 def test_logits_of_another_shape_are_found(artifact: Artifact) -> None:
     with pytest.raises(ExportError, match=r"shape \[2, 1, 128\] instead of \[2, 24, 128\]"):
-        verify(artifact, Wrong(artifact))
+        verify(artifact, lambda: Wrong(artifact))
 
 
 def test_an_approximation_is_held_to_its_divergence(artifact: Artifact) -> None:
-    exact = DecoderRunner(artifact)
-    found = verify(artifact, Noisy(artifact, 0.1), exact_runner=exact)
+    found = verify(artifact, lambda: Noisy(artifact, 0.1), open_exact=lambda: DecoderRunner(artifact))
     assert found.deployed is not None
     assert found.deployed.max_abs > found.limit > found.exact.max_abs
     assert found.exact.kl < found.deployed.kl < 0.05
     with pytest.raises(ExportError, match=r"KL divergence .* at most 0.05"):
-        verify(artifact, Noisy(artifact, 40.0), exact_runner=exact)
+        verify(artifact, lambda: Noisy(artifact, 40.0), open_exact=lambda: DecoderRunner(artifact))
 
 
 def test_an_approximation_without_an_exact_twin_is_held_to_the_exact_limits(artifact: Artifact) -> None:
     with pytest.raises(ExportError, match="differs from the artifact's"):
-        verify(artifact, Noisy(artifact, 0.1))
-    wide = verify(artifact, Noisy(artifact, 0.01), limits=Limits(max_abs=0.5, kl=0.05))
+        verify(artifact, lambda: Noisy(artifact, 0.1))
+    wide = verify(artifact, lambda: Noisy(artifact, 0.01), limits=Limits(max_abs=0.5, kl=0.05))
     assert wide.exact.max_abs > EXACT_SHARE * 0.5
     assert wide.limit == pytest.approx(0.5 * wide.spread)
 
@@ -154,6 +180,6 @@ def test_tokens_closer_than_the_limit_are_a_tie(tmp_path: Path) -> None:
             logits[..., 1::2] += 1e-3
             return logits
 
-    found = verify(twins, Second(twins))
+    found = verify(twins, lambda: Second(twins))
     assert found.exact.top1 == 1
     assert found.exact.ties == 2 * 24

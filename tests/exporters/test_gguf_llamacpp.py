@@ -123,23 +123,21 @@ def test_a_rank_that_breaks_blocks_costs_next_to_nothing(make_artifact: MakeArti
 @pytest.mark.parametrize("options", [{}, {"split_above": 60_000}], ids=["one file", "split"])
 def test_verify_passes_and_counts_every_position(make_artifact: MakeArtifact, options: dict[str, Any]) -> None:
     artifact = make_artifact(tiny_config(d_v=(16, 16)), grid=Grid(4, 32), embed_grid=Grid(8, 32))
-    exact, deployed = opened(artifact, **options), opened(artifact, exact=False, **options)
-    found = verify(artifact, deployed, exact_runner=exact)
+    found = verify(
+        artifact, lambda: opened(artifact, exact=False, **options), open_exact=lambda: opened(artifact, **options)
+    )
+    assert found is not None
     assert found.exact.max_abs < 1e-3
     assert found.exact.top1 == 1
     assert found.deployed is not None
     assert "llama.cpp cpu" in found.deployed.provider
-    exact.close()
-    deployed.close()
 
 
 def test_verify_sees_rows_in_the_wrong_order(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = make_artifact(tiny_config())
     monkeypatch.setattr("flatq_gguf.placement.pairs_from_halves", lambda rows, heads: rows)
-    runner = opened(artifact)
     with pytest.raises(ExportError, match="the logit of token"):
-        verify(artifact, runner)
-    runner.close()
+        verify(artifact, lambda: opened(artifact))
 
 
 def test_greedy_text_is_the_artifacts(make_artifact: MakeArtifact) -> None:
