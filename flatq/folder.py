@@ -25,7 +25,7 @@ from typing import Any
 from flatq import ranks
 from flatq.artifact import write_atomically, write_json
 from flatq.errors import ArtifactError, FlatqError, RecipeError
-from flatq.memory import forget_peak, peak_rss_bytes
+from flatq.memory import forget_peak, give_back, peak_rss_bytes
 from flatq.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ class RunFolder:
             log.info("%s: already done", name)
             return known["result"]
         self._highest = max(self._highest, peak_rss_bytes())
+        give_back()
         forget_peak()
         started = time.monotonic()
         result = ranks.agreed(compute())

@@ -1,9 +1,8 @@
 """What each phase of a run will take, from a few seconds of the same work on this machine.
 
-Time: a phase costs something per layer, something per token and layer, and something per token at the ends (embedding,
-head). So the phase itself is run on one layer and on two, with few tokens and with twice as many, and the rest is
-arithmetic. Layers that are too wide for a short measurement are measured narrower, by a whole factor k: what grows
-with tokens is taken times k^2, the rest, which are solves, times k^3.
+Time: every phase is played on one layer with a few tokens (see ``rehearsal``), and the rest is arithmetic. Layers that
+are too wide for a short measurement are measured narrower, by a whole factor k: what grows with tokens is taken times
+k^2, solves times k^3.
 
 Memory: what a phase holds at its largest block is added up from shapes; the process itself is measured. Hidden states
 do not count, they are on disk.
@@ -13,37 +12,22 @@ Left out: exports, their verification and the bench; those belong to exporters a
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from flatq import feed
-from flatq.build import stages_of
 from flatq.compress import curves, sensitivity
-from flatq.compress.curves import error_curves
-from flatq.compress.importance import layer_importance
-from flatq.compress.sensitivity import output_sensitivity
-from flatq.compress.stage import RankPlan
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import RecipeError
-from flatq.evaluate import LOGITS_AT_ONCE, perplexity
-from flatq.feed import WORKING_SET, Sweep, activation_bytes
+from flatq.evaluate import LOGITS_AT_ONCE
+from flatq.feed import WORKING_SET, activation_bytes
 from flatq.memory import rss_bytes
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
-from flatq.quantize.grid import QuantizedWeight
-from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
-from flatq.walk import walk
-from flatq.weights import Weights, tensor_shapes
+from flatq.rehearsal import TOGETHER, FirstLayers, Rehearsal
+from flatq.weights import Weights
 
 WIDEST = 2048  # MLP channels that are still measured as they are
-SAMPLES = (2, 4)  # sequences in the two measurements
-LENGTH = 512  # tokens in each of them, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +41,6 @@ class Forecast:
     seconds: float
     peak_rss_bytes: int
     peak_device_bytes: int = 0
-
-
-class FirstLayers:
-    """The beginning of a model as a model of its own; noise where there are no weights to read. A ``Weights``."""
-
-    def __init__(self, config: DecoderConfig, weights: Weights | None) -> None:
-        self._config, self._weights = config, weights
-
-    @property
-    def config(self) -> DecoderConfig:
-        """Of the layers that are there."""
-        return self._config
-
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:
-        """Read now, or made up now."""
-        if self._weights is not None:
-            return self._weights.tensor(name)
-        shape = tensor_shapes(self._config)[name]
-        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * shape[-1] ** -0.5
 
 
 def forecasts(
@@ -112,32 +77,13 @@ def _times(
     room: int,
 ) -> dict[str, float]:
     factor = max(1, -(-max(dims.d_ff for dims in config.layers) // WIDEST))
-    small, planned = _narrowed(config, factor), _narrowed(config.with_layers(plan), factor).layers[0]
-    length = min(LENGTH, recipe.calibration.seq_len)
-    found: dict[tuple[int, int], dict[str, float]] = {}
-    for layers in (1, 2):
-        part = FirstLayers(small.with_layers(small.layers[:1] * layers), weights if factor == 1 else None)
-        for samples in SAMPLES:
-            tokens = torch.randint(small.vocab, (samples, length), generator=torch.Generator().manual_seed(0))
-            best = [_measured(recipe, part, (planned,) * layers, tokens, device, room) for _ in range(2)]
-            found[layers, samples] = {phase: min(one[phase] for one in best) for phase in best[0]}
-    few, more = SAMPLES
-    all_tokens = _tokens(recipe)
-    result = {}
-    for phase in found[1, few]:
-        one, two, longer, both = (found[key][phase] for key in ((1, few), (2, few), (1, more), (2, more)))
-        span = (more - few) * length
-        per_token_and_layer = max(0.0, ((both - longer) - (two - one)) / span)
-        per_token = max(0.0, (longer - one) / span - per_token_and_layer)
-        per_layer = max(0.0, two - one - per_token_and_layer * few * length)
-        fixed = max(0.0, one - per_layer - (per_token + per_token_and_layer) * few * length)
-        layers, tokens_wanted = len(config.layers), all_tokens[phase]
-        result[phase] = (
-            fixed
-            + layers * (per_layer * factor**3 + per_token_and_layer * factor**2 * tokens_wanted)
-            + per_token * factor * tokens_wanted
-        )
-    return result
+    small, planned = _narrowed(config, factor), _narrowed(config.with_layers(plan), factor)
+    first = FirstLayers(small.with_layers(small.layers[:1]), weights if factor == 1 else None)
+    tokens = _tokens(recipe)
+    return {
+        phase: spent.grown(len(config.layers), tokens[phase], factor)
+        for phase, spent in Rehearsal(recipe, first, planned.layers[:1], device, room).played().items()
+    }
 
 
 def _narrowed(config: DecoderConfig, factor: int) -> DecoderConfig:
@@ -170,52 +116,6 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def _measured(
-    recipe: Recipe, weights: Weights, plan: tuple[LayerDims, ...], tokens: Tensor, device: str, room: int
-) -> dict[str, float]:
-    """Seconds of every phase of the recipe on these layers and tokens."""
-    seconds = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for phase, work in _phases(recipe, weights, plan, tokens, Path(folder), device, room):
-            started = time.perf_counter()
-            work()
-            seconds[phase] = time.perf_counter() - started
-    return seconds
-
-
-def _phases(
-    recipe: Recipe,
-    weights: Weights,
-    plan: tuple[LayerDims, ...],
-    tokens: Tensor,
-    work: Path,
-    device: str,
-    room: int,
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    spec, config, sweep = recipe.flat, weights.config, Sweep.of(recipe.calibration, device, room)
-    yield "baseline", lambda: perplexity(weights, tokens, device=device)
-    if spec is not None and plan != config.layers:
-        if spec.sensitive:
-            yield "sensitivity", lambda: output_sensitivity(weights, tokens, work, sweep=sweep)
-        if spec.parts.allocation == "curves":
-            yield "curves", lambda: error_curves(weights, tokens, None, work, ridge=spec.ridge, sweep=sweep)
-        elif spec.parts.allocation == "iprs":
-            yield "importance", lambda: layer_importance(weights, tokens, work, sweep=sweep)
-
-    grids = planned_grids(config.with_layers(plan), recipe.gptq)
-
-    def compress() -> None:
-        stages = stages_of(recipe, RankPlan(plan, 1.0, 1.0), grids, config, work)
-        reference = spec is not None and spec.corrects
-        for block in walk(weights, tokens, work, lambda _: None, reference=reference, sweep=sweep):
-            for stage in stages:
-                stage.apply(block)
-
-    if recipe.stages:
-        yield "compress", compress
-    yield "evaluate", lambda: perplexity(weights, tokens, device=device)
-
-
 def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET) -> dict[str, int]:
     """What each phase holds at its largest, besides the process itself."""
     m, f, tables = config.d_model, max(dims.d_ff for dims in config.layers), config.vocab * config.d_model
@@ -225,7 +125,7 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
     text, scored = recipe.calibration, recipe.evaluation
     one = activation_bytes(config) * text.seq_len
     batch = min(max(room, one), activation_bytes(config) * min(feed.BATCH_TOKENS, text.samples * text.seq_len))
-    rows = min(4, scored.tokens // scored.seq_len)  # that go through an evaluation together
+    rows = min(TOGETHER, scored.tokens // scored.seq_len)  # that go through an evaluation together
     evaluated = 4 * scored.tokens * m + max(
         half + activation_bytes(config) * rows * scored.seq_len, 6 * tables + 8 * LOGITS_AT_ONCE
     )

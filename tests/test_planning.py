@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from flatq import forecast, pipeline, planning
 from flatq.artifact import Artifact
@@ -13,7 +13,7 @@ from flatq.bench import BenchResult, Spread
 from flatq.compress.stage import RankPlan
 from flatq.errors import ArtifactError, RecipeError
 from flatq.export import exporter_named
-from flatq.forecast import FirstLayers, forecasts, working_bytes
+from flatq.forecast import forecasts, working_bytes
 from flatq.planning import (
     artifact_bytes,
     bench_table,
@@ -23,6 +23,7 @@ from flatq.planning import (
     tokenizer_in,
 )
 from flatq.recipe import Recipe
+from flatq.rehearsal import Clock, FirstLayers, Rehearsal, Spent, Watched
 from flatq.report import read_report
 from flatq.source import open_model
 from tests.conftest import FLAT, GPTQ, ONNX, MakeRecipe, flatq
@@ -115,19 +116,46 @@ def test_a_forecast_names_the_phases_of_the_run_in_their_order(make_recipe: Make
 def test_a_wide_model_is_forecast_from_a_narrow_one(factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(heads=8, kv_heads=4, d_ff=(256, 256), d_model=256)
     monkeypatch.setattr(forecast, "WIDEST", 256 // factor)
-    seen: list[int] = []
 
-    def measured(_: Recipe, weights: FirstLayers, __: object, tokens: Tensor, *___: object) -> dict[str, float]:
-        layers, width = len(weights.config.layers), weights.config.layers[0].d_ff
-        seen.append(width)
-        solves, passes, ends = (width / 256) ** 3, (width / 256) ** 2, width / 256
-        return {"compress": 5 + layers * (solves + 1e-3 * passes * tokens.numel()) + 1e-3 * ends * tokens.numel()}
+    def played(rehearsal: Rehearsal) -> dict[str, Spent]:
+        (layer,) = rehearsal.weights.config.layers
+        assert layer.d_ff == 256 // factor
+        return {"compress": Spent(0.064 / factor**2, 1.0 / factor**3, 0.064 / factor, 5.0 / factor, tokens=64)}
 
-    monkeypatch.setattr(forecast, "_measured", measured)
+    monkeypatch.setattr(Rehearsal, "played", played)
     found = forecasts(BOTH, config, config.layers, None)["compress"].seconds
     tokens = BOTH.calibration.samples * BOTH.calibration.seq_len
-    assert set(seen) == {256 // factor}
     assert found == pytest.approx(5 + 2 * (1 + 1e-3 * tokens) + 1e-3 * tokens)
+
+
+def test_the_clock_goes_by_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])  # each part takes twice as long as the one before
+    monkeypatch.setattr("flatq.rehearsal.time.perf_counter", lambda: next(times))
+    clock = Clock()
+    watched = Watched(FirstLayers(tiny_config(), None), clock)
+    watched.tensor("layers.0.q.weight")
+    with clock.during("solves"):
+        pass
+    watched.tensor("norm.weight")
+    clock.turn("ends")
+    assert clock.spent == Spent(layers=2 + 8, solves=4, ends=1 + 16)
+
+
+def test_the_quicker_of_two_rounds_counts_part_by_part() -> None:
+    assert Spent(1, 5, 3, 7, 64).quicker(Spent(2, 4, 6, 1, 64)) == Spent(1, 4, 3, 1, 64)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 64])
+def test_a_rehearsal_takes_two_batches_or_what_there_is(samples: int) -> None:
+    text = BOTH.calibration.model_copy(update={"samples": samples, "seq_len": 256})
+    config = tiny_config()
+    first = FirstLayers(config.with_layers(config.layers[:1]), None)
+    narrow = (replace(config.layers[0], d_ff=32),)
+    found = Rehearsal(BOTH.model_copy(update={"calibration": text}), first, narrow).played()
+    assert list(found) == ["baseline", "sensitivity", "curves", "compress", "evaluate"]
+    assert found["compress"].tokens == min(samples * 256, 4096)
+    assert min(found["compress"].layers, found["compress"].solves, found["compress"].tables) > 0
+    assert found["baseline"].solves == found["baseline"].tables == 0
 
 
 @pytest.mark.parametrize(("device", "share"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
@@ -135,7 +163,7 @@ def test_what_a_phase_holds_is_held_by_the_gpu_if_there_is_one(
     device: str, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
-    monkeypatch.setattr(forecast, "_measured", lambda *_: {"compress": 1.0})
+    monkeypatch.setattr(Rehearsal, "played", lambda _: {"compress": Spent(tokens=1)})
     found = forecasts(BOTH, config, config.layers, None, device=device)["compress"]
     assert found.peak_device_bytes == share * working_bytes(config, BOTH)["compress"]
     shown = planning.forecast(BOTH, config, RankPlan(config.layers, 1.0, 1.0), [], 4, {"compress": found})

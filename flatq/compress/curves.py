@@ -40,15 +40,14 @@ def error_curves(
         fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
-    value: list[tuple[float, ...]] = []
-    mlp: list[tuple[float, ...]] = []
-    for number, block in enumerate(dense_blocks(weights, tokens, work, most=TOKENS, name="curves", sweep=sweep)):
-        sensitivity = None if fisher is None else fisher[number]
-        if block.half == "attention":
-            value.append(_value_curve(block, sensitivity))
-        else:
-            mlp.append(_mlp_curve(block, sensitivity, ridge))
-    return [Curves(v, m) for v, m in zip(value, mlp, strict=True)]
+    blocks = dense_blocks(weights, tokens, work, most=TOKENS, name="curves", sweep=sweep)
+    found = [block_curve(block, None if fisher is None else fisher[n], ridge) for n, block in enumerate(blocks)]
+    return [Curves(value, mlp) for value, mlp in zip(found[::2], found[1::2], strict=True)]
+
+
+def block_curve(block: Block, fisher: Tensor | None, ridge: float) -> tuple[float, ...]:
+    """Cost of every value rank, or of every MLP width, of one block; see ``error_curves``."""
+    return _value_curve(block, fisher) if block.half == "attention" else _mlp_curve(block, fisher, ridge)
 
 
 def _value_curve(block: Block, fisher: Tensor | None) -> tuple[float, ...]:

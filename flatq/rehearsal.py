@@ -1,0 +1,264 @@
+"""The phases of a run, played on the first layer of its model and a few of its tokens, with a clock inside.
+
+The clock tells apart what grows with what: forward passes and Grams with tokens and layers, solves with layers, the
+head with tokens, rounding of the embedding with nothing. It knows where a phase is by what the phase reads: a tensor of
+a layer, or one of the ends. So one look is enough where differences between several (one layer and two, few tokens and
+more) would multiply their noise by all layers and tokens.
+
+Batches are as long as the run's. The second of two rounds counts where it is quicker: the first also starts threads
+and reads the weights from the disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flatq import feed
+from flatq.build import stages_of
+from flatq.compress import curves, sensitivity
+from flatq.compress.curves import block_curve
+from flatq.compress.importance import layer_importance
+from flatq.compress.sensitivity import Sensitivity, output_sensitivity
+from flatq.compress.stage import RankPlan
+from flatq.decoder import DecoderConfig, LayerDims
+from flatq.evaluate import perplexity
+from flatq.feed import Sweep
+from flatq.quantize.grid import QuantizedWeight
+from flatq.quantize.stage import planned_grids, quantize_table
+from flatq.recipe import Recipe
+from flatq.walk import Block, dense_blocks, walk
+from flatq.weights import Weights, tensor_shapes
+
+BATCHES = 2  # of calibration tokens
+TOGETHER = 4  # rows that an evaluation sends through a layer together
+
+
+class FirstLayers:
+    """The beginning of a model as a model of its own; noise where there are no weights to read. A ``Weights``."""
+
+    def __init__(self, config: DecoderConfig, weights: Weights | None) -> None:
+        self._config, self._weights = config, weights
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Of the layers that are there."""
+        return self._config
+
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+        """Read now, or made up now."""
+        if self._weights is not None:
+            return self._weights.tensor(name)
+        shape = tensor_shapes(self._config)[name]
+        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * shape[-1] ** -0.5
+
+
+@dataclass(slots=True)
+class Spent:
+    """Seconds of a phase.
+
+    Attributes:
+        layers: with ``tokens`` tokens in one layer.
+        solves: in one layer, however many tokens there are.
+        ends: with ``tokens`` tokens before the first and after the last layer.
+        tables: there, however many tokens there are.
+        tokens: how many went through.
+    """
+
+    layers: float = 0.0
+    solves: float = 0.0
+    ends: float = 0.0
+    tables: float = 0.0
+    tokens: int = 0
+
+    def grown(self, layers: int, tokens: int, wider: int) -> float:
+        """Seconds of a whole phase of a model that is ``wider`` times as wide."""
+        more = tokens / self.tokens
+        each = self.layers * more * wider**2 + self.solves * wider**3
+        return layers * each + wider * (self.ends * more + self.tables)
+
+    def quicker(self, other: Spent) -> Spent:
+        """Part by part."""
+        return Spent(*(min(getattr(self, part.name), getattr(other, part.name)) for part in fields(Spent)))
+
+
+class Clock:
+    """Gives the time that passes to one part after another."""
+
+    def __init__(self) -> None:
+        self.start(0)
+
+    def start(self, tokens: int) -> None:
+        """A new phase."""
+        self.spent, self._part, self._since = Spent(tokens=tokens), "ends", time.perf_counter()
+
+    def turn(self, part: str) -> str:
+        """From now on it is this part; returns which it was."""
+        now, before = time.perf_counter(), self._part
+        setattr(self.spent, before, getattr(self.spent, before) + now - self._since)
+        self._part, self._since = part, now
+        return before
+
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """The enclosed time is this part's."""
+        before = self.turn(part)
+        yield
+        self.turn(before)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A model that turns the clock when it is read. A ``Weights``."""
+
+    weights: Weights
+    clock: Clock
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's."""
+        return self.weights.config
+
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+        """Reading belongs to what is read."""
+        self.clock.turn("layers" if name.startswith("layers.") else "ends")
+        return self.weights.tensor(name)
+
+
+@dataclass
+class Rehearsal:
+    """The phases of a recipe on a model of one layer.
+
+    Attributes:
+        plan: widths that the layer will have.
+        device: where to compute.
+        room: bytes for the activations of a batch.
+    """
+
+    recipe: Recipe
+    weights: Weights
+    plan: tuple[LayerDims, ...]
+    device: str = "cpu"
+    room: int = feed.WORKING_SET
+    clock: Clock = field(default_factory=Clock)
+    made: dict[str, Tensor | QuantizedWeight] = field(default_factory=dict)
+
+    def played(self) -> dict[str, Spent]:
+        """What every phase spends, in the order of a run."""
+        first, second = self._round(), self._round()
+        return {phase: spent.quicker(second[phase]) for phase, spent in first.items()}
+
+    def _round(self) -> dict[str, Spent]:
+        found = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for phase, (tokens, work) in self._phases(Path(folder)).items():
+                self.clock.start(tokens.numel())
+                work(tokens)
+                self.clock.turn("ends")
+                found[phase] = self.clock.spent
+        return found
+
+    def _phases(self, work: Path) -> dict[str, tuple[Tensor, Callable[[Tensor], object]]]:
+        """Tokens and work of each; ``work`` is a folder for hidden states."""
+        spec, text, scored = self.recipe.flat, self.recipe.calibration, self.recipe.evaluation
+        rows = max(1, feed.BATCH_TOKENS // text.seq_len) * BATCHES
+        calibration = self._drawn(min(rows, text.samples), text.seq_len)
+        heldout = self._drawn(min(TOGETHER, scored.tokens // scored.seq_len), scored.seq_len)
+        found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
+            "baseline": (heldout, lambda tokens: self._score(tokens, self.weights))
+        }
+        if spec is not None and self.plan != self.weights.config.layers:
+            length = min(sensitivity.LENGTH, text.seq_len)
+            if spec.sensitive:
+                rows = max(1, min(sensitivity.TOKENS // length, text.samples))
+                found["sensitivity"] = self._drawn(rows, length), lambda tokens: self._sense(tokens, work)
+            if spec.parts.allocation == "curves":
+                found["curves"] = calibration, lambda tokens: self._curves(tokens, work)
+            elif spec.parts.allocation == "iprs":
+                found["importance"] = calibration, lambda tokens: self._importance(tokens, work)
+        if self.recipe.stages:
+            found["compress"] = calibration, lambda tokens: self._compress(tokens, work)
+        return found | {"evaluate": (heldout, lambda tokens: self._score(tokens, self._result()))}
+
+    def _drawn(self, rows: int, length: int) -> Tensor:
+        vocab = self.weights.config.vocab
+        return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+
+    @property
+    def _sweep(self) -> Sweep:
+        return Sweep.of(self.recipe.calibration, self.device, self.room)
+
+    @property
+    def _watched(self) -> Watched:
+        return Watched(self.weights, self.clock)
+
+    def _score(self, tokens: Tensor, weights: Weights) -> None:
+        perplexity(Watched(weights, self.clock), tokens, device=self.device)
+
+    def _sense(self, tokens: Tensor, work: Path) -> None:
+        output_sensitivity(self._watched, tokens, work, sweep=self._sweep)
+
+    def _importance(self, tokens: Tensor, work: Path) -> None:
+        layer_importance(self._watched, tokens, work, sweep=self._sweep)
+
+    def _curves(self, tokens: Tensor, work: Path) -> None:
+        assert self.recipe.flat is not None
+        fisher = Sensitivity(self.weights.config, work)
+        blocks = dense_blocks(self._watched, tokens, work, most=curves.TOKENS, name="curves", sweep=self._sweep)
+        for number, block in enumerate(blocks):
+            block.observe()
+            with self.clock.during("solves"):
+                block_curve(block, fisher[number], self.recipe.flat.ridge)
+
+    def _compress(self, tokens: Tensor, work: Path) -> None:
+        config, spec = self.weights.config, self.recipe.flat
+        plan = RankPlan(self.plan, 1.0, 1.0)
+        grids = planned_grids(config.with_layers(self.plan), self.recipe.gptq)
+        stages = stages_of(self.recipe, plan, grids, config, work)
+        with self.clock.during("tables"):
+            for name in ("embed", "head"):
+                if name in grids:
+                    self.made[f"{name}.weight"] = quantize_table(self.weights, f"{name}.weight", grids[name])
+        for block in walk(
+            self._watched,
+            tokens,
+            work,
+            self._keep,
+            embed=self.made.get("embed.weight"),
+            reference=spec is not None and spec.corrects,
+            sweep=self._sweep,
+        ):
+            block.observe()
+            with self.clock.during("solves"):
+                for stage in stages:
+                    stage.apply(block)
+
+    def _keep(self, block: Block) -> None:
+        found: dict[str, Tensor | QuantizedWeight] = dict(block.layer.named_parameters())
+        found |= {f"{linear}.weight": weight for linear, weight in block.quantized.items()}
+        self.made |= {f"layers.{block.index}.{name}": tensor for name, tensor in found.items()}
+
+    def _result(self) -> Weights:
+        """What the compression has made, and what it leaves as it was."""
+        return Made(self.weights.config.with_layers(self.plan), self.weights, self.made)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model of which some tensors are new. A ``Weights``."""
+
+    config: DecoderConfig
+    rest: Weights
+    made: Mapping[str, Tensor | QuantizedWeight]
+
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+        """The new one, if there is one."""
+        found = self.made.get(name)
+        return self.rest.tensor(name) if found is None else found
