@@ -29,9 +29,10 @@ from flatq.decoder import DecoderConfig, DecoderLayer, LayerDims, RMSNorm, locat
 from flatq.errors import NumericsError, RecipeError
 from flatq.evaluate import head_logits
 from flatq.feed import BATCH_TOKENS
+from flatq.precision import forward_precision
 from flatq.quantize.stage import READERS
 from flatq.statistics import Gram
-from flatq.walk import Block, forward_precision
+from flatq.walk import Block
 from flatq.weights import HALVES, Weights, dense, load_half
 
 

@@ -37,7 +37,7 @@ class Sweep:
     """How tokens are sent through a model.
 
     Attributes:
-        precision: of the matrix products, see ``walk.forward_precision``.
+        precision: of the matrix products, see ``precision.forward_precision``.
         states: how hidden states are stored, ``float32``, ``bfloat16`` or ``auto`` (by their size).
         device: where blocks run.
         working_set: bytes for the activations of a batch.

@@ -14,10 +14,6 @@ again, as far as its inner activation can foresee that.
 
 With several processes (see ``ranks``) each sends its own samples through the block. Only the first one's loop body
 runs; the others take part in what it observes, and receive the block that it has changed.
-
-Everything is float32 in memory, but where the processor multiplies bfloat16 matrices in hardware the operands of the
-forward pass are rounded to bfloat16 on the way in (products are summed in float32): 2.4 times faster on the CPU that
-this was measured on, see docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -25,14 +21,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from flatq import ranks
 from flatq.artifact import write_json
@@ -40,57 +33,13 @@ from flatq.decoder import DecoderLayer, LayerDims, Positions, locate
 from flatq.device import solver_of
 from flatq.errors import NumericsError
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
+from flatq.precision import forward_precision
 from flatq.progress import progress
 from flatq.quantize.grid import QuantizedWeight
 from flatq.statistics import Gram, finite
 from flatq.weights import HALVES, Weights, load_half
 
-SHORT = 640  # tokens of a row, see _SmallTiles
-
-
-@contextmanager
-def forward_precision(precision: str = "auto", *, gradients: bool = False) -> Iterator[None]:
-    """Matrix products of the enclosed forward passes in ``float32`` or with ``bfloat16`` operands.
-
-    ``auto`` takes bfloat16 where the CPU has instructions for it (AVX512-BF16, AMX). Solves belong outside.
-    """
-    if precision == "auto":
-        precision = "bfloat16" if torch.backends.mkldnn.is_available() and _has_bfloat16() else "float32"
-    with (
-        _products("medium" if precision == "bfloat16" else "highest"),
-        _SmallTiles(),
-        torch.inference_mode(not gradients),
-    ):
-        yield
-
-
-@contextmanager
-def _products(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-class _SmallTiles(TorchFunctionMode):
-    """Attention over short rows stays in float32: turning its small tiles to bfloat16 costs more than it saves.
-
-    3 to 5 times the time at 64 to 166 tokens, as much at 640, less from there on (docs/decisions.md).
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.scaled_dot_product_attention and args[0].shape[-2] < SHORT:
-            with _products("highest"):
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _has_bfloat16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+MOMENTS = frozenset(("input", "values", "inner"))  # all that a block can observe
 
 
 @dataclass
@@ -106,6 +55,7 @@ class Block:
     device: str = "cpu"
     reference: Reference | None = None
     out: Feed | None = None
+    moments: frozenset[str] = MOMENTS
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)
     drift: Tensor | None = None
@@ -126,9 +76,9 @@ class Block:
         """Grams of the block as it is now, measured once.
 
         ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
-        [kv_heads blocks of d_v] are the value heads. With a reference, ``drift`` [inner, d_model] is the sum of
-        ``inner^T (y_dense - y)`` over tokens, where y is the block's output as it is now. With an ``out``, the block's
-        outputs are there afterwards.
+        [kv_heads blocks of d_v] are the value heads; only those in ``moments`` are measured. With a reference,
+        ``drift`` [inner, d_model] is the sum of ``inner^T (y_dense - y)`` over tokens, where y is the block's output
+        as it is now. With an ``out``, the block's outputs are there afterwards.
         """
         if not self.grams:
             self.together("observe")
@@ -162,7 +112,8 @@ class Block:
         if self.half == "attention":
             normed = layer.attention_norm(x)
             self._gram("input", normed, batch)
-            self._gram("values", layer.v(normed), batch, dims.kv_heads)
+            if "values" in self.moments:
+                self._gram("values", layer.v(normed), batch, dims.kv_heads)
             inner = layer.mix(normed, self.positions(x.shape[0]))
         else:
             normed = layer.mlp_norm(x)
@@ -179,6 +130,8 @@ class Block:
             self.drift = drift if self.drift is None else self.drift + drift
 
     def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
+        if name not in self.moments:
+            return
         self._must_be_finite(ACTIVATIONS[self.half][name], x, batch)
         if name not in self.grams:
             self.grams[name] = Gram(x.shape[-1] // blocks, blocks, x.device)
@@ -251,6 +204,7 @@ def walk(
     sweep: Sweep = AUTO,
     reference: bool = False,
     unchanged: bool = False,
+    moments: frozenset[str] = MOMENTS,
 ) -> Iterator[Block]:
     """Yield every block in order; ``save`` is called with each block after the loop body has changed it.
 
@@ -260,6 +214,7 @@ def walk(
         work: folder for the hidden states and the resume state; may hold those of a killed run.
         reference: walk the dense model along; the loop body must observe every block.
         unchanged: the loop body observes every block and changes none, so each goes by once and not twice.
+        moments: which Grams are wanted of every block, see ``Block.observe``.
     """
     config = weights.config
     samples, length = tokens.shape
@@ -289,6 +244,7 @@ def walk(
             sweep.device,
             Reference(dense[now], dense[then]) if reference else None,
             feeds[then] if unchanged else None,
+            moments,
         )
         if ranks.first():
             yield block
@@ -309,7 +265,14 @@ def walk(
 
 
 def dense_blocks(
-    weights: Weights, tokens: Tensor, work: Path, *, most: int, name: str, sweep: Sweep = AUTO
+    weights: Weights,
+    tokens: Tensor,
+    work: Path,
+    *,
+    most: int,
+    name: str,
+    sweep: Sweep = AUTO,
+    moments: frozenset[str] = MOMENTS,
 ) -> Iterator[Block]:
     """Every block of the model as it is, with the inputs of the first ``most`` tokens (at least one sample).
 
@@ -319,11 +282,12 @@ def dense_blocks(
     Args:
         work: below it is a folder for the hidden states, gone at the end.
         name: of the folder, and of the progress that is shown.
+        moments: see ``walk``.
     """
     some = tokens[: max(1, most // tokens.shape[1])]
     _remove(work / name)
     with progress(name, len(weights.config.layers) * len(HALVES)) as advance:
-        for block in walk(weights, some, work / name, lambda _: None, sweep=sweep, unchanged=True):
+        for block in walk(weights, some, work / name, lambda _: None, sweep=sweep, unchanged=True, moments=moments):
             yield block
             advance()
     _remove(work / name)

@@ -17,8 +17,9 @@ import flatq.walk as flatq_walk
 from flatq.compress.importance import layer_importance
 from flatq.errors import NumericsError
 from flatq.feed import Feed
+from flatq.precision import SHORT, forward_precision
 from flatq.quantize.grid import Grid, round_to_nearest
-from flatq.walk import SHORT, Block, blocks_done, forward_precision, walk
+from flatq.walk import Block, blocks_done, walk
 from flatq.weights import load_decoder
 from tests.models import EXACT, RandomWeights, tiny_config
 

@@ -21,6 +21,7 @@ from flatq.walk import Block, dense_blocks
 from flatq.weights import Weights
 
 TOKENS = 8192  # of the calibration tokens: a curve needs fewer than a solve
+MOMENTS = frozenset(("inner",))  # all that a curve is read from
 DEEPEST = 0.9  # share of a layer's channels that may go
 
 
@@ -40,7 +41,7 @@ def error_curves(
         fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
-    blocks = dense_blocks(weights, tokens, work, most=TOKENS, name="curves", sweep=sweep)
+    blocks = dense_blocks(weights, tokens, work, most=TOKENS, name="curves", sweep=sweep, moments=MOMENTS)
     found = [block_curve(block, None if fisher is None else fisher[n], ridge) for n, block in enumerate(blocks)]
     return [Curves(value, mlp) for value, mlp in zip(found[::2], found[1::2], strict=True)]
 

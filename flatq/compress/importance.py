@@ -10,9 +10,9 @@ from torch import Tensor
 from flatq import ranks
 from flatq.decoder import locate
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
+from flatq.precision import forward_precision
 from flatq.progress import progress
 from flatq.statistics import Angle
-from flatq.walk import forward_precision
 from flatq.weights import HALVES, Weights, load_half
 
 

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from flatq import ranks
 from flatq.decoder import DecoderConfig, DecoderLayer, RMSNorm, locate
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, embedded, stored_as
+from flatq.precision import forward_precision
 from flatq.progress import progress
 from flatq.spd import factor_
-from flatq.walk import forward_precision
 from flatq.weights import HALVES, Weights, dense, load_half
 
 FILE = "sensitivity.f32"

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from flatq.compress.sensitivity import Sensitivity
 from flatq.feed import AUTO, Sweep
+from flatq.precision import forward_precision
 from flatq.quantize.bits import Unit, free_units
 from flatq.quantize.grid import Grid
 from flatq.quantize.stage import READERS, planned_grids, quantized_together
 from flatq.specs import GptqSpec
-from flatq.walk import Block, dense_blocks, forward_precision
+from flatq.walk import Block, dense_blocks
 from flatq.weights import Weights
 
 TOKENS = 4096  # of the calibration tokens
