@@ -1,62 +1,45 @@
-"""In which precision forward passes multiply.
+"""In which precision the calibration's forward passes multiply.
 
-Everything is float32 in memory, but where the processor multiplies bfloat16 matrices in hardware the operands of the
-forward pass are rounded to bfloat16 on the way in (products are summed in float32): 2.4 times faster on the CPU that
-this was measured on, see docs/decisions.md.
+Weights, the residual stream and all sums over tokens are float32. Where the processor multiplies bfloat16 matrices in
+hardware, what happens inside a block (its projections, attention, the gate) is done in bfloat16, as autocast does it:
+1.5 times as fast as float32 activations whose products are rounded on the way in, and as close to float32
+(docs/decisions.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
-SHORT = 640  # tokens of a row, see _SmallTiles
+
+def resolved(precision: str) -> str:
+    """``float32`` or ``bfloat16``; ``auto`` takes bfloat16 where the CPU has instructions for it (AVX512-BF16, AMX)."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if torch.backends.mkldnn.is_available() and _has_bfloat16() else "float32"
 
 
 @contextmanager
 def forward_precision(precision: str = "auto", *, gradients: bool = False) -> Iterator[None]:
-    """Matrix products of the enclosed forward passes in ``float32`` or with ``bfloat16`` operands.
+    """Products of float32 matrices (Grams, say) in float32, or of their bfloat16 roundings summed in float32.
 
-    ``auto`` takes bfloat16 where the CPU has instructions for it (AVX512-BF16, AMX). Solves belong outside.
+    Solves belong outside.
     """
-    if precision == "auto":
-        precision = "bfloat16" if torch.backends.mkldnn.is_available() and _has_bfloat16() else "float32"
-    with (
-        _products("medium" if precision == "bfloat16" else "highest"),
-        _SmallTiles(),
-        torch.inference_mode(not gradients),
-    ):
-        yield
-
-
-@contextmanager
-def _products(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision("medium" if resolved(precision) == "bfloat16" else "highest")
     try:
-        yield
+        with torch.inference_mode(not gradients):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-class _SmallTiles(TorchFunctionMode):
-    """Attention over short rows stays in float32: turning its small tiles to bfloat16 costs more than it saves.
-
-    3 to 5 times the time at 64 to 166 tokens, as much at 640, less from there on (docs/decisions.md).
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.scaled_dot_product_attention and args[0].shape[-2] < SHORT:
-            with _products("highest"):
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+def blocks_in(precision: str, device: str) -> torch.autocast:
+    """What runs a block: activations inside it are of this precision. Sums over tokens belong outside."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=resolved(precision) == "bfloat16")
 
 
 def _has_bfloat16() -> bool:

@@ -33,7 +33,7 @@ from flatq.decoder import DecoderLayer, LayerDims, Positions, locate
 from flatq.device import solver_of
 from flatq.errors import NumericsError
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
-from flatq.precision import forward_precision
+from flatq.precision import blocks_in, forward_precision
 from flatq.progress import progress
 from flatq.quantize.grid import QuantizedWeight
 from flatq.statistics import Gram, finite
@@ -108,20 +108,23 @@ class Block:
             ranks.agreed(what)
 
     def _observe(self, x: Tensor, batch: slice) -> None:
-        layer, dims = self.layer, self.dims
-        if self.half == "attention":
-            normed = layer.attention_norm(x)
-            self._gram("input", normed, batch)
-            if "values" in self.moments:
-                self._gram("values", layer.v(normed), batch, dims.kv_heads)
-            inner = layer.mix(normed, self.positions(x.shape[0]))
-        else:
-            normed = layer.mlp_norm(x)
-            self._gram("input", normed, batch)
-            inner = layer.widen(normed)
-        self._gram("inner", inner, batch)
+        layer, dims, seen = self.layer, self.dims, {}
+        with blocks_in(self.precision, self.device):
+            if self.half == "attention":
+                seen["input"] = layer.attention_norm(x)
+                if "values" in self.moments:
+                    seen["values"] = layer.v(seen["input"])
+                inner = layer.mix(seen["input"], self.positions(x.shape[0]))
+            else:
+                seen["input"] = layer.mlp_norm(x)
+                inner = layer.widen(seen["input"])
+            given = inner if self.out is None else self._last(inner)
+        seen["inner"] = inner = inner.float()
+        for name, activation in seen.items():
+            if name in self.moments:
+                self._gram(name, activation.float(), batch, dims.kv_heads if name == "values" else 1)
         if self.out is not None:
-            self._write(x + self._last(inner), batch, self.out)
+            self._write(x + given, batch, self.out)
         if self.reference is not None:
             lacking = self.reference.follow(self, batch).sub_(x)
             if self._last.bias is not None:
@@ -130,8 +133,6 @@ class Block:
             self.drift = drift if self.drift is None else self.drift + drift
 
     def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
-        if name not in self.moments:
-            return
         self._must_be_finite(ACTIVATIONS[self.half][name], x, batch)
         if name not in self.grams:
             self.grams[name] = Gram(x.shape[-1] // blocks, blocks, x.device)
@@ -143,7 +144,9 @@ class Block:
         with forward_precision(self.precision):
             for batch in self.feed.batches():
                 x = self.feed.states[batch].to(self.device, torch.float32)
-                self._write(self.layer.run(self.half, x, self.positions(x.shape[0])), batch, out)
+                with blocks_in(self.precision, self.device):
+                    y = self.layer.run(self.half, x, self.positions(x.shape[0]))
+                self._write(y, batch, out)
 
     def _write(self, y: Tensor, batch: slice, out: Feed) -> None:
         self._must_be_finite("the output", y, batch)
@@ -180,7 +183,8 @@ class Reference:
     def follow(self, block: Block, batch: slice) -> Tensor:
         """Send samples of the dense model through a block that is not changed yet: its outputs, [b, s, d_model]."""
         x = self.before.states[batch].to(block.device, torch.float32)
-        y = block.layer.run(block.half, x, block.positions(x.shape[0]))
+        with blocks_in(block.precision, block.device):
+            y = block.layer.run(block.half, x, block.positions(x.shape[0]))
         self.after.states[batch] = y
         self.before.forget()
         self.after.forget()

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import flatq.feed as flatq_feed
 import flatq.walk as flatq_walk
 from flatq.compress.importance import layer_importance
 from flatq.errors import NumericsError
-from flatq.feed import Feed
-from flatq.precision import SHORT, forward_precision
+from flatq.feed import Feed, Sweep
+from flatq.precision import forward_precision
 from flatq.quantize.grid import Grid, round_to_nearest
 from flatq.walk import Block, blocks_done, walk
 from flatq.weights import load_decoder
@@ -26,6 +25,7 @@ from tests.models import EXACT, RandomWeights, tiny_config
 TOKENS = torch.arange(5 * 12).remainder(128).view(5, 12)
 ORDER = [(0, "attention"), (0, "mlp"), (1, "attention"), (1, "mlp")]
 WEIGHTS = RandomWeights(tiny_config())
+LAST = {"attention": "o.weight", "mlp": "down.weight"}
 
 
 def last_states(work: Path, blocks: int = len(ORDER)) -> Tensor:
@@ -233,12 +233,22 @@ def test_a_second_moment_too_large_for_its_type_is_noticed(tmp_path: Path) -> No
         block.observe()
 
 
-@pytest.mark.parametrize("tokens", [64, SHORT - 1])
-def test_attention_over_short_rows_is_computed_in_float32(tokens: int) -> None:
-    query, key, value = torch.randn(3, 1, 2, tokens, 16, generator=torch.Generator().manual_seed(0))
-    exact = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    with forward_precision("bfloat16"):
-        assert torch.equal(functional.scaled_dot_product_attention(query, key, value, is_causal=True), exact)
+def test_the_stream_and_the_sums_stay_in_float32_where_blocks_run_in_bfloat16(tmp_path: Path) -> None:
+    low = Sweep("bfloat16")
+    for exact, block in zip(
+        walk(WEIGHTS, TOKENS, tmp_path / "a", lambda _: None, sweep=EXACT),
+        walk(WEIGHTS, TOKENS, tmp_path / "b", lambda _: None, sweep=low, reference=True),
+        strict=True,
+    ):
+        for name, gram in block.observe().items():
+            wanted = exact.observe()[name].mean()
+            assert gram.mean().dtype == torch.float32
+            assert 0 < (gram.mean() - wanted).norm() < 0.02 * wanted.norm(), "rounded, and not by much"
+        assert block.drift is not None
+        assert block.drift.dtype == block.layer.get_parameter(LAST[block.half]).dtype == torch.float32
+    ours, theirs = last_states(tmp_path / "b"), last_states(tmp_path / "a")
+    assert not torch.equal(ours, ours.bfloat16().float())
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_the_state_is_one_number(tmp_path: Path) -> None:

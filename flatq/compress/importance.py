@@ -10,7 +10,7 @@ from torch import Tensor
 from flatq import ranks
 from flatq.decoder import locate
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
-from flatq.precision import forward_precision
+from flatq.precision import blocks_in, forward_precision
 from flatq.progress import progress
 from flatq.statistics import Angle
 from flatq.weights import HALVES, Weights, load_half
@@ -37,7 +37,8 @@ def layer_importance(weights: Weights, tokens: Tensor, work: Path, *, sweep: Swe
                 for batch in feed.batches():
                     before = feed.states[batch].to(sweep.device, torch.float32)
                     positions = locate(config, len(before), length, device=before.device)
-                    after = mlp.transform(attention.attend(before, positions))
+                    with blocks_in(sweep.precision, sweep.device):
+                        after = mlp.transform(attention.attend(before, positions))
                     angle.update(before, after)
                     feed.states[batch] = after.cpu()
             angle.gather()

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from flatq import ranks
 from flatq.decoder import DecoderConfig, DecoderLayer, RMSNorm, locate
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, embedded, stored_as
-from flatq.precision import forward_precision
+from flatq.precision import blocks_in, forward_precision
 from flatq.progress import progress
 from flatq.spd import factor_
 from flatq.weights import HALVES, Weights, dense, load_half
@@ -69,7 +69,7 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: S
     work.mkdir(parents=True, exist_ok=True)
     order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
     dtype = stored_as(sweep.states, len(order) * tokens.numel(), config.d_model)
-    states = _States(weights, tokens, work / "gradients", dtype, sweep.device, sweep.working_set)
+    states = _States(weights, tokens, work / "gradients", dtype, sweep)
     found = Sensitivity(config, work)
     with progress("sensitivity", 2 * len(order)) as advance, forward_precision(sweep.precision, gradients=True):
         for done, (index, half) in enumerate(order):
@@ -87,16 +87,16 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: S
 class _States:
     """The states between all blocks, [2 * layers + 1, n, s, m] on disk, and the two ways through a block."""
 
-    def __init__(
-        self, weights: Weights, tokens: Tensor, path: Path, dtype: torch.dtype, device: str, room: int
-    ) -> None:
+    def __init__(self, weights: Weights, tokens: Tensor, path: Path, dtype: torch.dtype, sweep: Sweep) -> None:
         config = weights.config
         (rows, length), points = tokens.shape, len(HALVES) * len(config.layers) + 1
         self.feed = Feed(path, (points * rows, length, config.d_model), dtype)
         self.states = self.feed.states.view(points, rows, length, config.d_model)
-        self.tokens, self.mine, self.device = tokens, ranks.share(rows), device
-        self.step = max(1, batch_tokens(config, room) // (2 * length))  # gradients take as much again as activations
-        self.positions = locate(config, 1, length, device=torch.device(device))
+        self.tokens, self.mine, self.sweep, self.device = tokens, ranks.share(rows), sweep, sweep.device
+        self.step = max(
+            1, batch_tokens(config, sweep.working_set) // (2 * length)
+        )  # gradients take as much again as activations
+        self.positions = locate(config, 1, length, device=torch.device(self.device))
         for rows_at_once in self._batches():
             self.states[0, rows_at_once] = embedded(tokens[rows_at_once], weights.tensor("embed.weight"))
 
@@ -109,14 +109,18 @@ class _States:
         with torch.no_grad():
             for rows in self._batches():
                 x = self.states[done, rows].to(self.device, torch.float32)
-                self.states[done + 1, rows] = layer.run(half, x, self.positions).cpu()
+                self.states[done + 1, rows] = self._run(layer, half, x).cpu()
+
+    def _run(self, layer: DecoderLayer, half: str, x: Tensor) -> Tensor:
+        with blocks_in(self.sweep.precision, self.device):
+            return layer.run(half, x, self.positions)
 
     def backward(self, done: int, layer: DecoderLayer, half: str, gradient: Tensor) -> Tensor:
         """Gradient before the block from the one after it, for the rows of this process, [n, s, m]."""
         for rows in self._batches():
             mine = slice(rows.start - self.mine.start, rows.stop - self.mine.start)
             x = self.states[done, rows].to(self.device, torch.float32).requires_grad_()
-            (gradient[mine],) = torch.autograd.grad(layer.run(half, x, self.positions), x, gradient[mine])
+            (gradient[mine],) = torch.autograd.grad(self._run(layer, half, x), x, gradient[mine])
         return gradient
 
     def loss_gradient(self, weights: Weights) -> Tensor:
