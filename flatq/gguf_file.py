@@ -31,6 +31,7 @@ from flatq.families import FAMILIES, Family, config_from_hf
 from flatq.gguf_tokenizer import read_tokenizer
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NUMBERS_AT_ONCE = 1 << 20  # that are decoded together: what gguf holds meanwhile is a few times as large
 ROPE_DIVISORS = "rope_freqs.weight"
 # GGUF key (below the architecture's name) -> key of config.json
 KEYS = {
@@ -193,15 +194,20 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         """See ``flatq.source.Storage``."""
-        entry = self.tensors[name].tensor
+        stored = self.tensors[name]
+        entry = stored.tensor
+        tensor = torch.empty(stored.shape, dtype=PLAIN_DTYPES.get(entry.tensor_type.name, torch.float32))
+        rows = max(1, NUMBERS_AT_ONCE // stored.shape[-1])
         try:
-            values = gguf.quants.dequantize(entry.data, entry.tensor_type)
+            for part, data in zip(
+                tensor.split(rows), np.split(entry.data, range(rows, len(tensor), rows)), strict=True
+            ):
+                part.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type))))
         except NotImplementedError as unknown:
             raise UnsupportedModel(
                 f"{self.path}: tensor {entry.name} is stored as {entry.tensor_type.name}, which gguf cannot decode; "
                 "use an F16, Q8_0 or K-quant file of this model"
             ) from unknown
-        tensor = torch.from_numpy(np.array(values)).to(PLAIN_DTYPES.get(entry.tensor_type.name, torch.float32))
         self._forget()
         dims = self.config.layers[0]
         if self.family.gguf_permuted and name.startswith("layers."):

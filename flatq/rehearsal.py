@@ -1,9 +1,9 @@
 """The phases of a run, played on the first layer of its model and a few of its tokens, with a clock inside.
 
 The clock tells apart what grows with what: forward passes and Grams with tokens and layers, solves with layers, the
-head with tokens, rounding of the embedding with nothing. It knows where a phase is by what the phase reads: a tensor of
-a layer, or one of the ends. So one look is enough where differences between several (one layer and two, few tokens and
-more) would multiply their noise by all layers and tokens.
+head with tokens, reading and rounding of the embedding with nothing. It knows where a phase is by what the phase reads:
+a tensor of a layer, or one of the ends. So one look is enough where differences between several (one layer and two,
+few tokens and more) would multiply their noise by all layers and tokens.
 
 Batches are as long as the run's. The second of two rounds counts where it is quicker: the first also starts threads
 and reads the weights from the disk.
@@ -45,7 +45,7 @@ class FirstLayers:
     """The beginning of a model as a model of its own; noise where there are no weights to read. A ``Weights``."""
 
     def __init__(self, config: DecoderConfig, weights: Weights | None) -> None:
-        self._config, self._weights = config, weights
+        self._config, self._weights, self._noise = config, weights, dict[str, Tensor]()
 
     @property
     def config(self) -> DecoderConfig:
@@ -53,11 +53,14 @@ class FirstLayers:
         return self._config
 
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
-        """Read now, or made up now."""
+        """Read now, or made up once."""
         if self._weights is not None:
             return self._weights.tensor(name)
-        shape = tensor_shapes(self._config)[name]
-        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * shape[-1] ** -0.5
+        if name not in self._noise:
+            shape = tensor_shapes(self._config)[name]
+            with torch.inference_mode(False):  # it will be asked for again where there are gradients
+                self._noise[name] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * shape[-1] ** -0.5
+        return self._noise[name]
 
 
 @dataclass(slots=True)
@@ -66,7 +69,7 @@ class Spent:
 
     Attributes:
         layers: with ``tokens`` tokens in one layer.
-        solves: in one layer, however many tokens there are.
+        solves: in one layer, however many tokens there are; reading it is part of that.
         ends: with ``tokens`` tokens before the first and after the last layer.
         tables: there, however many tokens there are.
         tokens: how many went through.
@@ -127,9 +130,12 @@ class Watched:
         return self.weights.config
 
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
-        """Reading belongs to what is read."""
-        self.clock.turn("layers" if name.startswith("layers.") else "ends")
-        return self.weights.tensor(name)
+        """Reading takes as long for few tokens as for many; what follows it does not."""
+        reading, using = ("solves", "layers") if name.startswith("layers.") else ("tables", "ends")
+        self.clock.turn(reading)
+        found = self.weights.tensor(name)
+        self.clock.turn(using)
+        return found
 
 
 @dataclass

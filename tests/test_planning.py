@@ -129,7 +129,7 @@ def test_a_wide_model_is_forecast_from_a_narrow_one(factor: int, monkeypatch: py
 
 
 def test_the_clock_goes_by_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])  # each part takes twice as long as the one before
+    times = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0])  # each part takes twice as long as the one before
     monkeypatch.setattr("flatq.rehearsal.time.perf_counter", lambda: next(times))
     clock = Clock()
     watched = Watched(FirstLayers(tiny_config(), None), clock)
@@ -138,7 +138,7 @@ def test_the_clock_goes_by_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None
         pass
     watched.tensor("norm.weight")
     clock.turn("ends")
-    assert clock.spent == Spent(layers=2 + 8, solves=4, ends=1 + 16)
+    assert clock.spent == Spent(ends=1 + 64, solves=2 + 8, layers=4 + 16, tables=32)
 
 
 def test_the_quicker_of_two_rounds_counts_part_by_part() -> None:
@@ -155,7 +155,7 @@ def test_a_rehearsal_takes_two_batches_or_what_there_is(samples: int) -> None:
     assert list(found) == ["baseline", "sensitivity", "curves", "compress", "evaluate"]
     assert found["compress"].tokens == min(samples * 256, 4096)
     assert min(found["compress"].layers, found["compress"].solves, found["compress"].tables) > 0
-    assert found["baseline"].solves == found["baseline"].tables == 0
+    assert found["baseline"].solves < found["compress"].solves, "only reading"
 
 
 @pytest.mark.parametrize(("device", "share"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
