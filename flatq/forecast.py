@@ -21,7 +21,7 @@ from flatq.decoder import DecoderConfig, LayerDims
 from flatq.errors import RecipeError
 from flatq.evaluate import LOGITS_AT_ONCE
 from flatq.feed import WORKING_SET, activation_bytes
-from flatq.memory import rss_bytes
+from flatq.memory import give_back, rss_bytes
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
 from flatq.recipe import Recipe
 from flatq.rehearsal import TOGETHER, FirstLayers, Rehearsal
@@ -60,8 +60,9 @@ def forecasts(
         weights: the model itself if it can be read: reading is then part of what is measured.
         room: bytes for the activations of a batch.
     """
-    held, needs = rss_bytes(), working_bytes(config, recipe, room)
-    times = _times(recipe, config, plan, weights, device, room)
+    times, needs = _times(recipe, config, plan, weights, device, room), working_bytes(config, recipe, room)
+    give_back()
+    held = rss_bytes()  # with all that the phases have loaded and keep
     return {
         phase: Forecast(seconds, held + needs[phase], 0 if device == "cpu" else needs[phase])
         for phase, seconds in times.items()
@@ -129,6 +130,7 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
     evaluated = 4 * scored.tokens * m + max(
         half + activation_bytes(config) * rows * scored.seq_len, 6 * tables + 8 * LOGITS_AT_ONCE
     )
+    embedding = 5.5 * tables  # as it is stored and as float32
     grams = 4 * (f**2 + m**2)
     fisher = 12 * m**2
     eliminating = grams + 8 * f**2 + 8 * f * m + fisher if recipe.flat is not None else 0
@@ -139,9 +141,11 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
     return {
         "baseline": int(evaluated),
         "sensitivity": int(gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab)),
-        "curves": int(half + max(batch + grams, eliminating, 28 * heads**2)),
-        "importance": int(2 * half + batch),
-        "compress": int(max(half + max(batch + grams, eliminating, rounding), 10 * tables if recipe.gptq else 0)),
+        "curves": int(max(half + max(batch + grams, eliminating, 28 * heads**2), embedding)),
+        "importance": int(max(2 * half + batch, embedding)),
+        "compress": int(
+            max(half + max(batch + grams, eliminating, rounding), 10 * tables if recipe.gptq else embedding)
+        ),
         "evaluate": int(evaluated),
     }
 
