@@ -2,7 +2,7 @@
 
     python benchmarks/compress.py memory llama2-7b --layers 2 4    peak memory, independent of the number of layers
     python benchmarks/compress.py phases llama2-7b --layers 1      seconds by part, and the cubic share at full length
-    python benchmarks/compress.py growth                           seconds against tokens and layers, with slopes
+    python benchmarks/compress.py growth                           both against tokens and layers, with slopes
 
 The models are noise with true shapes (``synthetic.py``); each measurement is ``flatq run`` in a process of its own,
 with stopwatches around the functions that do the work. Seconds by part are those of the processors, all threads
@@ -180,6 +180,7 @@ def growth(given: argparse.Namespace, work: Path) -> None:
 
     def seconds(layers: int, samples: int) -> float:
         found = measured(shape, layers, samples=samples, seq_len=512, work=work, flat=given.flat)
+        print(f"{layers} layers, {512 * samples:,} tokens: peak {found['memory']['compress'] / 1e9:.3f} GB", flush=True)
         return float(sum(spent for phase, _, spent in found["parts"] if phase == "compress"))
 
     seconds(1, 8)  # the first run of a machine reads torch from the disk
