@@ -23,8 +23,8 @@ from torch import Tensor
 
 from flatq import feed
 from flatq.build import stages_of
-from flatq.compress import curves, sensitivity
-from flatq.compress.curves import block_curve
+from flatq.compress import sensitivity
+from flatq.compress.curves import block_curve, observed_blocks
 from flatq.compress.importance import layer_importance
 from flatq.compress.sensitivity import Sensitivity, output_sensitivity
 from flatq.compress.stage import RankPlan
@@ -34,7 +34,7 @@ from flatq.feed import Sweep
 from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import planned_grids, quantize_table
 from flatq.recipe import Recipe
-from flatq.walk import Block, dense_blocks, walk
+from flatq.walk import Block, walk
 from flatq.weights import Weights, tensor_shapes
 
 BATCHES = 2  # of calibration tokens
@@ -217,9 +217,7 @@ class Rehearsal:
     def _curves(self, tokens: Tensor, work: Path) -> None:
         assert self.recipe.flat is not None
         fisher = Sensitivity(self.weights.config, work)
-        blocks = dense_blocks(self._watched, tokens, work, most=curves.TOKENS, name="curves", sweep=self._sweep)
-        for number, block in enumerate(blocks):
-            block.observe()
+        for number, block in enumerate(observed_blocks(self._watched, tokens, work, sweep=self._sweep)):
             with self.clock.during("solves"):
                 block_curve(block, fisher[number], self.recipe.flat.ridge)
 

@@ -7,6 +7,7 @@ of all layers and both halves can be compared.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -41,9 +42,16 @@ def error_curves(
         fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
-    blocks = dense_blocks(weights, tokens, work, most=TOKENS, name="curves", sweep=sweep, moments=MOMENTS)
+    blocks = observed_blocks(weights, tokens, work, sweep=sweep)
     found = [block_curve(block, None if fisher is None else fisher[n], ridge) for n, block in enumerate(blocks)]
     return [Curves(value, mlp) for value, mlp in zip(found[::2], found[1::2], strict=True)]
+
+
+def observed_blocks(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Iterator[Block]:
+    """The blocks of the dense model, each observed as far as its curve needs."""
+    for block in dense_blocks(weights, tokens, work, most=TOKENS, name="curves", sweep=sweep, moments=MOMENTS):
+        block.observe()
+        yield block
 
 
 def block_curve(block: Block, fisher: Tensor | None, ridge: float) -> tuple[float, ...]:
