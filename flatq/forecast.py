@@ -134,8 +134,8 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
     grams = 4 * (f**2 + m**2)
     fisher = 12 * m**2
     eliminating = grams + 8 * f**2 + 8 * f * m + fisher if recipe.flat is not None else 0
-    solved = 4 * (2 * f * m + 5 * min(2 * f * m, WEIGHTS_AT_ONCE))
-    rounding = grams + 20 * f**2 + solved if recipe.gptq is not None else 0
+    solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
+    rounding = grams + 16 * f**2 + solved if recipe.gptq is not None else 0
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     return {

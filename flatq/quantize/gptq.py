@@ -116,7 +116,7 @@ def _rounded(
         if refinements:
             damped = gram.to(torch.float32, copy=True)
             damped.diagonal()[feedback.order] += feedback.added
-            codes, scale = refine(w, damped, codes, scale, zero, grid, refinements, block_size)
+            codes, scale = refine(w, damped, codes.float(), scale, zero, grid, refinements, block_size)
             lost = None
     weight = QuantizedWeight(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid)
     return weight, _energy(w - weight.dequantize(), gram) if lost is None else lost
@@ -124,7 +124,7 @@ def _rounded(
 
 def _energy(w: Tensor, h: Tensor) -> Tensor:
     """Mean square of each output row, [o, i] on [i, i] -> float64 [o]."""
-    return ((w.to(h.dtype) @ h) * w).sum(1, dtype=torch.float64)
+    return ((h @ w.T.to(h.dtype)) * w.T).sum(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,7 +174,7 @@ def _feedback(gram: Tensor, dead: Tensor, damping: float, act_order: bool) -> Fe
 def _sweep(
     w: Tensor, feedback: Feedback, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes of every column in stored order, float32 [o, i], and the energy that they lose, float64 [o].
+    """Codes of every column in stored order, uint8 [o, i], and the energy that they lose, float64 [o].
 
     When its turn comes, a column takes over its share of the errors of all columns before it (their sum is a product
     of a matrix and a vector within a block, of two matrices for earlier blocks), is rounded, and its own whole error,
@@ -188,17 +188,20 @@ def _sweep(
     lost = torch.zeros(w.shape[0], dtype=torch.float64, device=w.device)
     for start in range(0, len(rest), block_size):
         block = slice(start, min(start + block_size, len(rest)))
-        whole = rest[block].clone()
-        value = torch.addmm(whole, share[:start, block].T, rest[:start])
-        for column, g in zip(range(start, block.stop), group[block].tolist(), strict=True):
-            here, code = value[column - start], codes[column]
-            here.addmv_(rest[start:column].T, share[start:column, column])
+        whole = rest[block]
+        value, errors = torch.addmm(whole, share[:start, block].T, rest[:start]), torch.zeros_like(whole)
+        shares, before = share[block, block].T.contiguous(), errors.T  # those to come are still 0
+        columns = zip(*(x.unbind() for x in (whole, value, errors, codes[block], shares)), strict=True)
+        for g, (column, here, error, code, taken) in zip(group[block].tolist(), columns, strict=True):
+            here.addmv_(before, taken)
             torch.div(here, scales[g], out=code).round_().clamp_(lowest[g], highest[g])
-            rest[column].addcmul_(code, scales[g], value=-1)
-        value -= whole
-        value += rest[block]
+            torch.addcmul(column, code, scales[g], value=-1, out=error)
+        value += errors
+        value -= whole  # what its own rounding has done to each column
+        rest[block] = errors
         lost += (value.square_() * feedback.price[block, None]).sum(0, dtype=torch.float64)
-        lost -= (rest[block].square() * feedback.added[block, None]).sum(0, dtype=torch.float64)
-    stored = torch.empty_like(codes)
-    stored[order] = codes.add_(zero.T.contiguous()[group])
+        lost -= (errors.square_() * feedback.added[block, None]).sum(0, dtype=torch.float64)
+    codes += grid.middle if grid.symmetric else zero.T.contiguous()[group]
+    stored = torch.empty_like(codes, dtype=torch.uint8)
+    stored[order] = codes.to(torch.uint8)
     return stored.T, lost

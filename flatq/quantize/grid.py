@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WEIGHTS_AT_ONCE = 1 << 17  # weights in the working set of a clip search: small enough to stay in the processor's cache
+WEIGHTS_AT_ONCE = 1 << 18  # weights in the working set of a clip search: small enough to stay in the processor's cache
 CLIPS = (1.0, 1.2, 1.1, 0.9, 0.8, 0.7)  # shares of a group's range; above 1, because GPTQ will move its weights
 SMALLEST_SCALE = 2.0**-24  # the least positive float16: an all-zero group still has a scale to divide by
 

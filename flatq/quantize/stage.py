@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from flatq.quantize.bits import expected, free_units, out_of_reach, override_of,
 from flatq.quantize.gptq import GptqResult, gptq
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.specs import GptqSpec
-from flatq.statistics import finite
+from flatq.statistics import Gram, finite
 from flatq.walk import Block
 from flatq.weights import Weights, dense
 
@@ -111,13 +112,33 @@ class GptqStage:
     def apply(self, block: Block) -> None:
         """Observe the block if no stage did, then replace its linears by codes."""
         grams = block.observe()
+        groups, problems = [], []
         for gram, names in READERS[block.half]:
-            moment = grams[gram].mean()
             for grid, some in self._by_grid(block.index, names):
-                for name in some:
-                    if not finite(getattr(block.layer, name).weight):
+                weights = [getattr(block.layer, name).weight for name in some]
+                for name, weight in zip(some, weights, strict=True):
+                    if not finite(weight):
                         raise NumericsError(f"{block.place} {name}: the weight is not finite before quantization")
-                _solve(block, some, moment, grid, self.spec)
+                groups.append(some)
+                problems.append((weights, grams[gram], grid))
+        for group, result in zip(groups, self._solved(problems), strict=True):
+            _place(block, group, result, self.spec.damping)
+
+    def _solved(self, problems: Sequence[tuple[Sequence[Tensor], Gram, Grid]]) -> list[GptqResult]:
+        """Two problems at a time, each with half of the threads: a sweep over columns keeps one busy and no more."""
+
+        def solve(problem: tuple[Sequence[Tensor], Gram, Grid]) -> GptqResult:
+            weights, gram, grid = problem
+            return quantized_together(weights, gram.mean(), grid, self.spec)
+
+        threads = torch.get_num_threads()
+        if threads == 1 or any(gram.total.device.type != "cpu" for _, gram, _ in problems):
+            return [solve(problem) for problem in problems]
+        try:
+            with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
+                return list(pool.map(solve, problems))
+        finally:
+            torch.set_num_threads(threads)  # MKL counts for the whole process
 
     def _by_grid(self, index: int, names: tuple[str, ...]) -> list[tuple[Grid, list[str]]]:
         """Linears that share their grid, which are solved in one call; those without one are left as they are."""
@@ -130,9 +151,9 @@ class GptqStage:
 
 
 def quantized_together(weights: Sequence[Tensor], moment: Tensor, grid: Grid, spec: GptqSpec) -> GptqResult:
-    """GPTQ of weights that read the same activation, their rows stacked."""
+    """GPTQ of weights that read the same activation, their rows stacked (and columns made contiguous on the way)."""
     return gptq(
-        torch.cat(list(weights)),
+        torch.cat([weight.T for weight in weights], 1).T,
         moment,
         grid,
         damping=spec.damping,
@@ -143,14 +164,12 @@ def quantized_together(weights: Sequence[Tensor], moment: Tensor, grid: Grid, sp
     )
 
 
-def _solve(block: Block, names: list[str], moment: Tensor, grid: Grid, spec: GptqSpec) -> None:
+def _place(block: Block, names: list[str], result: GptqResult, damping: float) -> None:
     """Put codes in place of linears that read the same activation."""
-    linears = [getattr(block.layer, name) for name in names]
-    result = quantized_together([linear.weight for linear in linears], moment, grid, spec)
-    _report(block, "+".join(names), result, spec.damping)
+    _report(block, "+".join(names), result, damping)
     row, part = 0, result.weight
-    for name, linear in zip(names, linears, strict=True):
-        rows = slice(row, row + linear.weight.shape[0])
+    for name in names:
+        rows = slice(row, row + getattr(block.layer, name).weight.shape[0])
         block.quantize(name, QuantizedWeight(part.codes[rows], part.scale[rows], part.zero[rows], part.grid))
         block.errors[name] = result.error_of(rows)
         row = rows.stop
