@@ -222,9 +222,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     bench = Bench(options.text.read_text(encoding="utf-8"), options.model, options.peer, options.layers)
-    found: dict[str, Any] = {"dense": bench.dense, "rows": {}}
     if options.out.exists():
-        found = json.loads(options.out.read_text())
+        found: dict[str, Any] = json.loads(options.out.read_text())
+        bench.dense = found["dense"]
+    else:
+        found = {"dense": bench.dense, "rows": {}}
     for row, settings in ROWS.items():
         key = f"{row}, first {options.layers} layers" if options.layers else row
         for method in METHODS:
