@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flatq import ranks
 from flatq.device import exact
+from flatq.spd import submatrix
 
 PANEL = 1024  # columns of a Gram that are computed together
 
@@ -100,7 +101,7 @@ class Gram:
 
     def select(self, index: Tensor) -> Gram:
         """Gram of some of the features, int64 [d']."""
-        return self._with(self.total[:, index][:, :, index])
+        return self._with(submatrix(self.total, index))
 
     def _with(self, total: Tensor) -> Gram:
         other = Gram(0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatq.spd import inverse, ridged_factor
+from flatq.spd import inverse, ridged_factor, submatrix
 
 STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions.md)
 
@@ -39,9 +39,9 @@ def nystroem(w_down: Tensor, gram: Tensor, keep: Tensor, ridge: float = 1e-6) ->
     The least-squares choice: no other [m, s] matrix has a smaller output error on the calibration tokens (up to the
     ridge, which is relative to the mean diagonal and as small as the precision of the Gram allows).
     """
-    lower, shift = ridged_factor(gram[keep][:, keep], ridge)
+    lower, shift = ridged_factor(submatrix(gram, keep), ridge)
     w = w_down.to(gram.dtype)
-    right = (gram[keep] @ w.T).double() + shift * w.T[keep]  # [s, m], pulled towards plain selection
+    right = (gram.index_select(0, keep) @ w.T).double() + shift * w.T[keep]  # [s, m], pulled towards plain selection
     return torch.cholesky_solve(right, lower).T.to(w_down.dtype)
 
 
@@ -137,6 +137,7 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
         alive[gone] = False
         left -= len(gone)
         if left < 0.85 * len(index):  # what is gone costs time in every product: close the gaps now and then
-            w, inverted, index = w[:, alive], inverted[alive][:, alive], index[alive]
+            rest = alive.nonzero()[:, 0]
+            w, inverted, index = w.index_select(1, rest), submatrix(inverted, rest), index[rest]
             alive = torch.ones(left, dtype=torch.bool, device=gram.device)
     return Elimination(torch.cat(order), torch.cat(cost))
