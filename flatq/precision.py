@@ -14,21 +14,29 @@ from contextlib import contextmanager
 import torch
 
 
-def resolved(precision: str) -> str:
-    """``float32`` or ``bfloat16``; ``auto`` takes bfloat16 where the CPU has instructions for it (AVX512-BF16, AMX)."""
+def resolved(precision: str, device: str = "cpu") -> str:
+    """``float32`` or ``bfloat16``; ``auto`` takes bfloat16 where the device multiplies it in hardware.
+
+    Those are CPUs with AVX512-BF16 or AMX, and NVIDIA GPUs from Ampere on.
+    """
     if precision != "auto":
         return precision
-    return "bfloat16" if torch.backends.mkldnn.is_available() and _has_bfloat16() else "float32"
+    kind = torch.device(device).type
+    if kind == "cuda":
+        able = torch.cuda.is_bf16_supported()
+    else:
+        able = kind == "cpu" and torch.backends.mkldnn.is_available() and _has_bfloat16()
+    return "bfloat16" if able else "float32"
 
 
 @contextmanager
-def forward_precision(precision: str = "auto", *, gradients: bool = False) -> Iterator[None]:
+def forward_precision(precision: str = "auto", device: str = "cpu", *, gradients: bool = False) -> Iterator[None]:
     """Products of float32 matrices (Grams, say) in float32, or of their bfloat16 roundings summed in float32.
 
     Solves belong outside.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if resolved(precision) == "bfloat16" else "highest")
+    torch.set_float32_matmul_precision("medium" if resolved(precision, device) == "bfloat16" else "highest")
     try:
         with torch.inference_mode(not gradients):
             yield
@@ -39,7 +47,7 @@ def forward_precision(precision: str = "auto", *, gradients: bool = False) -> It
 def blocks_in(precision: str, device: str) -> torch.autocast:
     """What runs a block: activations inside it are of this precision. Sums over tokens belong outside."""
     kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=resolved(precision) == "bfloat16")
+    return torch.autocast(kind, torch.bfloat16, enabled=resolved(precision, device) == "bfloat16")
 
 
 def _has_bfloat16() -> bool:

@@ -56,7 +56,7 @@ class CalibrationSpec(Spec):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of the choice of sequences."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What blocks compute in; auto: bfloat16 where the CPU has it. The stream and all sums are float32 or better."""
+    """What blocks compute in; auto: bfloat16 where the device has it. The stream and all sums are float32 or better."""
     states: Literal["auto", "float32", "bfloat16"] = "auto"
     """Hidden states between blocks, on disk; auto takes bfloat16 where float32 would need more than 2 GiB."""
 

@@ -82,7 +82,7 @@ class Block:
         """
         if not self.grams:
             self.together("observe")
-            with forward_precision(self.precision):
+            with forward_precision(self.precision, self.device):
                 for batch in self.feed.batches():
                     self._observe(self.feed.states[batch].to(self.device, torch.float32), batch)
                 for name, gram in self.grams.items():
@@ -141,7 +141,7 @@ class Block:
     def advance(self, out: Feed) -> None:
         """Send the inputs through the block as it is now."""
         self.layer.to(self.device)
-        with forward_precision(self.precision):
+        with forward_precision(self.precision, self.device):
             for batch in self.feed.batches():
                 x = self.feed.states[batch].to(self.device, torch.float32)
                 with blocks_in(self.precision, self.device):

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import flatq.feed as flatq_feed
+import flatq.precision as flatq_precision
 import flatq.walk as flatq_walk
 from flatq.compress.importance import layer_importance
 from flatq.errors import NumericsError
 from flatq.feed import Feed, Sweep
-from flatq.precision import forward_precision
+from flatq.precision import forward_precision, resolved
 from flatq.quantize.grid import Grid, round_to_nearest
 from flatq.walk import Block, blocks_done, walk
 from flatq.weights import load_decoder
@@ -265,6 +266,17 @@ def test_the_precision_of_matrix_products_is_put_back(precision: str) -> None:
         assert torch.is_inference_mode_enabled()
     assert torch.get_float32_matmul_precision() == before
     assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_asks_the_device_that_computes(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = "bfloat16" if able else "float32"
+    monkeypatch.setattr(flatq_precision, "_has_bfloat16", lambda: able)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: not able)
+    assert resolved("auto", "cpu") == (wanted if torch.backends.mkldnn.is_available() else "float32")
+    assert resolved("auto", "cuda:1") != wanted
+    assert resolved("auto", "mps") == "float32"
+    assert resolved(wanted, "mps") == wanted
 
 
 def test_importance_is_the_angle_between_what_enters_and_what_leaves_a_layer(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def layer_importance(weights: Weights, tokens: Tensor, work: Path, *, sweep: Swe
         for index in range(len(config.layers)):
             attention, mlp = (load_half(weights, index, half, device=sweep.device) for half in HALVES)
             angle = Angle()
-            with forward_precision(sweep.precision):
+            with forward_precision(sweep.precision, sweep.device):
                 for batch in feed.batches():
                     before = feed.states[batch].to(sweep.device, torch.float32)
                     positions = locate(config, len(before), length, device=before.device)

@@ -71,7 +71,10 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: S
     dtype = stored_as(sweep.states, len(order) * tokens.numel(), config.d_model)
     states = _States(weights, tokens, work / "gradients", dtype, sweep)
     found = Sensitivity(config, work)
-    with progress("sensitivity", 2 * len(order)) as advance, forward_precision(sweep.precision, gradients=True):
+    with (
+        progress("sensitivity", 2 * len(order)) as advance,
+        forward_precision(sweep.precision, sweep.device, gradients=True),
+    ):
         for done, (index, half) in enumerate(order):
             states.forward(done, load_half(weights, index, half, device=sweep.device), half)
             advance()
