@@ -221,6 +221,8 @@ class GptqSpec(Spec):
     """Quantize the columns with the largest activations first; the stored order stays as it was."""
     clip_search: bool = True
     """Search the scale of each group for the least weighted error instead of covering its largest weight."""
+    late_scales: bool = False
+    """Fit the scale of a group when its turn comes, on weights that make up for the groups rounded before it."""
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, relative to its mean."""
     block_size: Annotated[int, Field(ge=1, le=4096)] = 64
