@@ -131,11 +131,14 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
         half + activation_bytes(config) * rows * scored.seq_len, 6 * tables + 8 * LOGITS_AT_ONCE
     )
     embedding = 5.5 * tables  # as it is stored and as float32
-    grams = 4 * (f**2 + m**2)
-    fisher = 12 * m**2
-    eliminating = grams + 8 * f**2 + 8 * f * m + fisher if recipe.flat is not None else 0
+    left = f * (recipe.flat.keep_ratio or 1.0 if recipe.flat is not None else 1.0)
+    grams, fisher = 4 * (f**2 + m**2), 12 * m**2
+    # Gram, its mean and what becomes of it in the elimination; then, of what is left, in the least squares.
+    eliminating = grams + 8 * f**2 + 12 * f * m + fisher
+    fitting = grams + 4 * f**2 + 4 * f * m + 8 * left * m + max(12 * left**2, 8 * left**2 + 16 * left * m)
+    narrowing = max(eliminating, fitting) if recipe.flat is not None else 0
     solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
-    rounding = grams + 16 * f**2 + solved if recipe.gptq is not None else 0
+    rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     return {
@@ -143,9 +146,7 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
         "sensitivity": int(gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab)),
         "curves": int(max(half + max(batch + grams, eliminating, 28 * heads**2), embedding)),
         "importance": int(max(2 * half + batch, embedding)),
-        "compress": int(
-            max(half + max(batch + grams, eliminating, rounding), 10 * tables if recipe.gptq else embedding)
-        ),
+        "compress": int(max(half + max(batch + grams, narrowing, rounding), 10 * tables if recipe.gptq else embedding)),
         "evaluate": int(evaluated),
     }
 

@@ -58,6 +58,17 @@ def ridged_factor(c: Tensor, ridge: float) -> tuple[Tensor, float]:
     return work, shift
 
 
+def solved(lower: Tensor, right: Tensor) -> Tensor:
+    """``(L L^T)^-1 B``; torch's own ``cholesky_solve`` copies the factor first.
+
+    Args:
+        lower: Cholesky factor, [d, d].
+        right: [d, k].
+    """
+    half = torch.linalg.solve_triangular(lower, right, upper=False)
+    return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+
+
 def inverse(c: Tensor, ridge: float) -> tuple[Tensor, float]:
     """``(C + shift I)^-1`` and the shift, in the precision of C if its factor exists there, else in float64.
 

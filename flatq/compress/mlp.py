@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatq.spd import inverse, ridged_factor, submatrix
+from flatq.spd import inverse, ridged_factor, solved
 
 STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions.md)
+
+ROWS = 256  # of a large matrix that are copied together
 
 
 def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
@@ -39,10 +41,13 @@ def nystroem(w_down: Tensor, gram: Tensor, keep: Tensor, ridge: float = 1e-6) ->
     The least-squares choice: no other [m, s] matrix has a smaller output error on the calibration tokens (up to the
     ridge, which is relative to the mean diagonal and as small as the precision of the Gram allows).
     """
-    lower, shift = ridged_factor(submatrix(gram, keep), ridge)
-    w = w_down.to(gram.dtype)
-    right = (gram.index_select(0, keep) @ w.T).double() + shift * w.T[keep]  # [s, m], pulled towards plain selection
-    return torch.cholesky_solve(right, lower).T.to(w_down.dtype)
+    w, rows = w_down.to(gram.dtype), gram.index_select(0, keep)
+    right, inside = (rows @ w.T).double(), rows.index_select(1, keep)  # [s, m], [s, s]
+    del rows  # as large as what comes next
+    lower, shift = ridged_factor(inside, ridge)
+    del inside
+    right += shift * w.T[keep]  # pulled towards plain selection
+    return solved(lower, right).T.to(w_down.dtype)
 
 
 def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
@@ -67,7 +72,7 @@ def drift_correction(gram: Tensor, drift: Tensor, shrinkage: float) -> Tensor:
         shrinkage: see ``shrunk``.
     """
     lower, _ = ridged_factor(shrunk(gram, shrinkage), 1e-8)
-    return torch.cholesky_solve(drift.double(), lower).T
+    return solved(lower, drift.double()).T
 
 
 def output_error(w: Tensor, gram: Tensor, w_new: Tensor, keep: Tensor) -> float:
@@ -101,6 +106,24 @@ class Elimination:
         alive = torch.ones(channels, dtype=torch.bool, device=self.order.device)
         alive[self.order] = False
         return alive.nonzero()[:, 0]
+
+
+def closed_up(matrix: Tensor, index: Tensor) -> Tensor:
+    """Some rows and columns of a contiguous square matrix, moved up within its memory; what it held is lost.
+
+    Args:
+        matrix: [n, n].
+        index: ascending, int64 [k].
+
+    Returns:
+        A view of the first ``k * k`` numbers, [k, k].
+    """
+    left = len(index)
+    found = matrix.view(-1)[: left * left].view(left, left)
+    for start in range(0, left, ROWS):  # row i goes to i * k <= i * n, so no row is overwritten before it is read
+        rows = slice(start, min(start + ROWS, left))
+        found[rows] = matrix.index_select(0, index[rows]).index_select(1, index)
+    return found
 
 
 def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: int | None = None) -> Elimination:
@@ -138,6 +161,6 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
         left -= len(gone)
         if left < 0.85 * len(index):  # what is gone costs time in every product: close the gaps now and then
             rest = alive.nonzero()[:, 0]
-            w, inverted, index = w.index_select(1, rest), submatrix(inverted, rest), index[rest]
+            w, inverted, index = w.index_select(1, rest), closed_up(inverted, rest), index[rest]
             alive = torch.ones(left, dtype=torch.bool, device=gram.device)
     return Elimination(torch.cat(order), torch.cat(cost))

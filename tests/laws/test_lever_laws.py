@@ -16,7 +16,7 @@ from flatq.compress.allocate import Curves, Multiples, spend
 from flatq.compress.budget import parameter_budget
 from flatq.compress.curves import error_curves
 from flatq.compress.heads import head_basis, output_basis, project_heads, refit_output, spread_over_queries
-from flatq.compress.mlp import drift_correction, eliminate, nystroem, output_error, shrunk
+from flatq.compress.mlp import closed_up, drift_correction, eliminate, nystroem, output_error, shrunk
 from flatq.compress.sensitivity import LONGEST, output_sensitivity, weighted
 from flatq.decoder import locate
 from flatq.dims import LayerDims
@@ -209,3 +209,13 @@ def test_full_distrust_of_the_tokens_is_plain_selection() -> None:
     gram = x.T @ x / len(x)
     torch.testing.assert_close(nystroem(w, shrunk(gram, 1e9), keep), w[:, keep], rtol=1e-5, atol=1e-6)
     assert shrunk(gram, 0) is gram
+
+
+@pytest.mark.parametrize("kept", [0, 1, 255, 256, 257, 600])
+def test_gaps_close_up_in_the_memory_of_the_matrix(kept: int) -> None:
+    matrix = torch.randn(600, 600)
+    index = torch.randperm(600)[:kept].sort().values
+    wanted = matrix[index][:, index]
+    found = closed_up(matrix, index)
+    assert torch.equal(found, wanted)
+    assert found.data_ptr() == matrix.data_ptr()
