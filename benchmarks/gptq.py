@@ -10,7 +10,8 @@ beside it, and the same command goes on after it; ``--redo METHOD`` measures aga
 GPTQModel runs in a process and an environment of its own, on the same weights and texts; its checkpoint is decoded by
 the exporter's own formula and scored here, so that all methods are judged by one program. Seconds are those of the
 quantization alone (for GPTQModel ``quantize()``), with as many threads as this process may use; directly before each
-run of GPTQModel flatq quantizes the same row once more, and ``speed`` is the ratio of the two in processor time.
+run of GPTQModel flatq quantizes the same row once more. ``speed`` is the ratio of their seconds, which means something
+on an idle machine only, and in brackets of their processor time.
 """
 
 from __future__ import annotations
@@ -206,7 +207,8 @@ def table(dense: float, rows: dict[str, dict[str, Cell]]) -> str:
             if "flatq_seconds" in cell:
                 ours, theirs = cell["flatq_cpu_seconds"], cell["cpu_seconds"]
                 both = f"{cell['flatq_seconds']:.0f} ({ours:.0f}) | {cell['seconds']:.0f} ({theirs:.0f})"
-                lines.append(f"| {row}, {method} | {cell['threads']} | {both} | {theirs / ours:.1f} x |")
+                speed = f"{cell['seconds'] / cell['flatq_seconds']:.1f} x ({theirs / ours:.1f} x)"
+                lines.append(f"| {row}, {method} | {cell['threads']} | {both} | {speed} |")
     return "\n".join(lines) + "\n"
 
 
