@@ -144,9 +144,12 @@ class Block:
         with forward_precision(self.precision, self.device):
             for batch in self.feed.batches():
                 x = self.feed.states[batch].to(self.device, torch.float32)
-                with blocks_in(self.precision, self.device):
-                    y = self.layer.run(self.half, x, self.positions(x.shape[0]))
-                self._write(y, batch, out)
+                self._write(self.run(x), batch, out)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The block as it is now on the residual stream, [b, s, d_model] -> [b, s, d_model]."""
+        with blocks_in(self.precision, self.device):
+            return self.layer.run(self.half, x, self.positions(x.shape[0]))
 
     def _write(self, y: Tensor, batch: slice, out: Feed) -> None:
         self._must_be_finite("the output", y, batch)
@@ -182,9 +185,7 @@ class Reference:
 
     def follow(self, block: Block, batch: slice) -> Tensor:
         """Send samples of the dense model through a block that is not changed yet: its outputs, [b, s, d_model]."""
-        x = self.before.states[batch].to(block.device, torch.float32)
-        with blocks_in(block.precision, block.device):
-            y = block.layer.run(block.half, x, block.positions(x.shape[0]))
+        y = block.run(self.before.states[batch].to(block.device, torch.float32))
         self.after.states[batch] = y
         self.before.forget()
         self.after.forget()

@@ -13,7 +13,6 @@ from torch import Tensor
 from flatq.spd import inverse, ridged_factor, solved
 
 STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions.md)
-
 ROWS = 256  # of a large matrix that are copied together
 
 

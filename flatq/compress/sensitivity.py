@@ -96,9 +96,8 @@ class _States:
         self.feed = Feed(path, (points * rows, length, config.d_model), dtype)
         self.states = self.feed.states.view(points, rows, length, config.d_model)
         self.tokens, self.mine, self.sweep, self.device = tokens, ranks.share(rows), sweep, sweep.device
-        self.step = max(
-            1, batch_tokens(config, sweep.working_set) // (2 * length)
-        )  # gradients take as much again as activations
+        room = batch_tokens(config, sweep.working_set) // 2  # gradients take as much again as activations
+        self.step = max(1, room // length)
         self.positions = locate(config, 1, length, device=torch.device(self.device))
         for rows_at_once in self._batches():
             self.states[0, rows_at_once] = embedded(tokens[rows_at_once], weights.tensor("embed.weight"))

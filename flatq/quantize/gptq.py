@@ -30,7 +30,7 @@ from torch import Tensor
 from flatq.errors import NumericsError
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.quantize.refine import refine
-from flatq.spd import has_factor_
+from flatq.spd import has_factor_, submatrix
 from flatq.statistics import finite
 
 WEIGHTS_AT_ONCE = 1 << 25  # weights in the working set of a solve: 128 MiB each of rest, scales, zeros, codes
@@ -93,12 +93,12 @@ def gptq(
         raise NumericsError("GPTQ: the weight or the second moment of its inputs is not finite")
     energy = gram.diagonal().clamp(min=0).float()
     feedback = _feedback(gram, energy == 0, _order(energy, grid, act_order, late_scales), damping)
-    late = clip_search if late_scales else None
+    late = clip_search if late_scales and feedback is not None else None
     # A row's codes depend on no other row: a large weight is solved a few rows at a time.
     parts = []
     for some in w.split(max(1, WEIGHTS_AT_ONCE // w.shape[1])):
         rows = some.float().T.contiguous().T  # [o, i], a column contiguous: everything below goes column by column
-        scale, zero = grid.fit(rows, importance=energy, search=clip_search)
+        scale, zero = grid.fit(rows, importance=energy, search=clip_search and late is None)
         weight, lost = _rounded(rows, gram, feedback, scale, zero, grid, late, block_size, refinements)
         parts.append((weight.codes, weight.scale, weight.zero, lost, _energy(rows, gram)))
     codes, scale, zero, lost, total = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -175,7 +175,7 @@ def _feedback(gram: Tensor, dead: Tensor, order: Tensor, damping: float) -> Feed
         return None
     # Back to front, H = L L^T; read from the back, L is the upper factor.
     backwards = order.flip(0)
-    permuted = gram.index_select(0, backwards).index_select(1, backwards)
+    permuted = submatrix(gram, backwards)
     added = torch.where(dead, 1.0, 0.0)[backwards]  # a dead one correlates with nothing: any positive number will do
     mean = float(gram.diagonal()[~dead].double().mean())
     for rung in DAMPING_LADDER:
