@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +15,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from flatq.cli import app
+
+# The same examples on every machine, so that a change is judged by what it changed; `HYPOTHESIS_PROFILE=search make test`
+# draws new ones.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.register_profile("search")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 LAYERS = 3
 FLAT = {"flat": {"keep_ratio": 0.8, "rank_multiple": 4, "width_multiple": 16}}
