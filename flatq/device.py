@@ -19,6 +19,11 @@ def exact(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def gpu_names() -> list[str]:
+    """The NVIDIA devices that torch can use, as they call themselves."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
 def resolve_device(wanted: str) -> str:
     """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a torch device that exists.
 
@@ -31,7 +36,12 @@ def resolve_device(wanted: str) -> str:
     if wanted == "auto":
         wanted = "cuda" if count else "cpu"
     if wanted == "cuda" and count and ranks.launched():
-        wanted = f"cuda:{ranks.local_rank() % count}"
+        if ranks.local_size() > count:
+            raise RecipeError(
+                f"torchrun: {ranks.local_size()} processes on {count} GPU{'s' * (count > 1)}; "
+                f"start {count} here at most (--nproc-per-node {count}), or give --device cpu"
+            )
+        wanted = f"cuda:{ranks.local_rank()}"
     if wanted == "cpu" or (wanted == "mps" and torch.backends.mps.is_available()):
         return wanted
     kind, _, number = wanted.partition(":")

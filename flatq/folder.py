@@ -25,7 +25,7 @@ from typing import Any
 from flatq import ranks
 from flatq.artifact import write_atomically, write_json
 from flatq.errors import ArtifactError, FlatqError, RecipeError
-from flatq.memory import forget_peak, give_back, peak_rss_bytes
+from flatq.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
 from flatq.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -152,8 +152,9 @@ class RunFolder:
             return result
         path.parent.mkdir(exist_ok=True)
         seconds = time.monotonic() - started
-        write_json(path, {"result": result, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()})
-        log.info("%s: %.1f s, peak memory %.2f GB", name, seconds, peak_rss_bytes() / 1e9)
+        peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes()}
+        write_json(path, {"result": result, "seconds": seconds, **peaks})
+        log.info("%s: %.1f s, peak memory %.2f GB", name, seconds, peaks["peak_rss_bytes"] / 1e9)
         return result
 
     def timing(self) -> dict[str, float]:
@@ -163,6 +164,11 @@ class RunFolder:
     def memory(self) -> dict[str, int]:
         """Largest resident memory during each finished phase (on Linux; elsewhere: until its end)."""
         return {name: int(phase["peak_rss_bytes"]) for name, phase in self._phases().items()}
+
+    def device_memory(self) -> dict[str, int]:
+        """Most that each finished phase held on GPUs; without those phases that used none."""
+        held = {name: int(phase["peak_device_bytes"]) for name, phase in self._phases().items()}
+        return {name: peak for name, peak in held.items() if peak}
 
     def _phases(self) -> dict[str, Any]:
         files = sorted((self.work / "phases").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -35,8 +36,21 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_device_bytes() -> int:
+    """Most that torch held on all NVIDIA devices together since ``forget_peak``; 0 without one.
+
+    What it holds it may not be using: this is what other programs on the device lack.
+    """
+    torch = _torch_on_gpus()
+    return 0 if torch is None else sum(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count())))
+
+
 def forget_peak() -> bool:
-    """Let ``peak_rss_bytes`` start anew; False where the system (any but Linux) cannot do that."""
+    """Let the peaks start anew; False where the system (any but Linux) cannot do that for resident memory."""
+    if (torch := _torch_on_gpus()) is not None:
+        torch.cuda.empty_cache()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     switch = Path("/proc/self/clear_refs")
     if not switch.exists():
         return False
@@ -59,10 +73,13 @@ def device_memory_bytes(pid: int) -> int | None:
     NVML counts every library's allocations. Without it (package ``nvidia-ml-py``), torch knows its own.
     """
     held = _nvml_bytes(pid)
+    return held if held is not None else peak_device_bytes() or None
+
+
+def _torch_on_gpus() -> Any:
+    """The module, if something here has used it on an NVIDIA device."""
     torch = sys.modules.get("torch")
-    if held is None and torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        held = sum(torch.cuda.max_memory_reserved(index) for index in range(torch.cuda.device_count())) or None
-    return held
+    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
 
 def _nvml_bytes(pid: int) -> int | None:

@@ -110,6 +110,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
             timing=folder.timing(),
             peak_rss_bytes=folder.peak_rss_bytes(),
             memory=folder.memory(),
+            device_memory=folder.device_memory(),
             forecast=expected,
         )
         write_report(report, folder.root)

@@ -27,6 +27,7 @@ from flatq import figures
 from flatq.artifact import write_atomically, write_json
 from flatq.bench import BenchResult
 from flatq.decoder import LayerDims
+from flatq.device import gpu_names
 from flatq.verify import Verification
 
 BASELINE = "baseline"  # name of the dense model's entry in ``Report.bench``
@@ -60,6 +61,7 @@ class Environment(Section):
     cpu: str
     cores: int
     memory_bytes: int
+    gpus: list[str] = []
 
     @classmethod
     def collect(cls) -> Environment:
@@ -74,6 +76,7 @@ class Environment(Section):
             cpu=cpu_name(),
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             memory_bytes=psutil.virtual_memory().total,
+            gpus=gpu_names(),
         )
 
 
@@ -127,7 +130,7 @@ class Forecast(Section):
 class Report(Section):
     """Everything; the schema is a contract, ``schema_version`` changes with it.
 
-    ``timing`` (seconds), ``memory`` (peak bytes) and ``forecast`` are by phase.
+    ``timing`` (seconds), ``memory`` (peak bytes), ``device_memory`` (the same on GPUs) and ``forecast`` are by phase.
     """
 
     schema_version: Literal[1] = 1
@@ -141,6 +144,7 @@ class Report(Section):
     bench: list[BenchResult]
     timing: dict[str, float]
     memory: dict[str, int] = {}
+    device_memory: dict[str, int] = {}
     forecast: dict[str, Forecast] = {}
     peak_rss_bytes: int
 

@@ -57,6 +57,7 @@ def summarize(
     timing: Mapping[str, float],
     peak_rss_bytes: int,
     memory: Mapping[str, int] | None = None,
+    device_memory: Mapping[str, int] | None = None,
     forecast: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Report:
     """The report of a finished run.
@@ -73,6 +74,7 @@ def summarize(
         timing: seconds per phase.
         peak_rss_bytes: of this process.
         memory: the same for each phase.
+        device_memory: what each phase held on GPUs.
         forecast: what the phases were expected to take, JSON-ready.
     """
     scored = tokens.heldout.shape[0] * (tokens.heldout.shape[1] - 1)
@@ -95,6 +97,7 @@ def summarize(
             "bench": list(bench),
             "timing": dict(timing),
             "memory": dict(memory or {}),
+            "device_memory": dict(device_memory or {}),
             "forecast": dict(forecast or {}),
             "peak_rss_bytes": peak_rss_bytes,
         }

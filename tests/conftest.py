@@ -22,8 +22,8 @@ from typer.testing import CliRunner, Result
 
 from flatq.cli import app
 
-# The same examples on every machine, so that a change is judged by what it changed; `HYPOTHESIS_PROFILE=search make test`
-# draws new ones.
+# The same examples on every machine, so that a change is judged by what it changed;
+# `HYPOTHESIS_PROFILE=search make test` draws new ones.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.register_profile("search")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -29,7 +29,7 @@ def launch(processes: int, recipe: Path, out: Path, log: Path) -> subprocess.Pop
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     with log.open("wb") as file:
         return subprocess.Popen(
-            [*command, "-m", "flatq", "run", str(recipe), "--out", str(out)],
+            [*command, "-m", "flatq", "run", str(recipe), "--out", str(out), "--device", "cpu"],
             env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
             cwd=Path(__file__).parents[1],
             stdout=file,
@@ -62,7 +62,7 @@ def test_processes_that_share_the_samples_give_the_result_of_one(
 ) -> None:
     recipe = make_recipe(stages=stages)
     started = launch(processes, recipe, tmp_path / "shared", tmp_path / "log")
-    assert flatq("run", recipe, "--out", tmp_path / "alone").exit_code == 0
+    assert flatq("run", recipe, "--out", tmp_path / "alone", "--device", "cpu").exit_code == 0
     assert started.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     assert_same_model(tmp_path / "shared", tmp_path / "alone", tolerance)
     assert perplexity_of(tmp_path / "shared") == pytest.approx(perplexity_of(tmp_path / "alone"), rel=tolerance)
@@ -77,7 +77,7 @@ def test_quantized_models_of_one_and_of_three_processes_are_equally_good(
     # the channels that are kept.
     recipe = make_recipe(stages=[FLAT, GPTQ])
     started = launch(3, recipe, tmp_path / "shared", tmp_path / "log")
-    assert flatq("run", recipe, "--out", tmp_path / "alone").exit_code == 0
+    assert flatq("run", recipe, "--out", tmp_path / "alone", "--device", "cpu").exit_code == 0
     assert started.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     assert perplexity_of(tmp_path / "shared") == pytest.approx(perplexity_of(tmp_path / "alone"), rel=0.02)
 
@@ -100,8 +100,8 @@ def test_a_lost_process_ends_the_run_and_one_alone_finishes_it(
     said = (tmp_path / "log").read_text()
     assert "Finished blocks are kept: run the same command again" in " ".join(said.split())
 
-    assert flatq("run", recipe, "--out", tmp_path / "shared").exit_code == 0
-    assert flatq("run", recipe, "--out", tmp_path / "alone").exit_code == 0
+    assert flatq("run", recipe, "--out", tmp_path / "shared", "--device", "cpu").exit_code == 0
+    assert flatq("run", recipe, "--out", tmp_path / "alone", "--device", "cpu").exit_code == 0
     assert perplexity_of(tmp_path / "shared") == pytest.approx(perplexity_of(tmp_path / "alone"), rel=0.02)
 
 
