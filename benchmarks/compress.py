@@ -6,7 +6,8 @@
 
 The models are noise with true shapes (``synthetic.py``); each measurement is ``flatq run`` in a process of its own,
 with stopwatches around the functions that do the work. Seconds by part are those of the processors, all threads
-together. The text is python-docs. Numbers are in docs/decisions.md.
+together; with ``--device cuda`` they are the clock's, and ``--gpu-memory 24`` allows torch no more gigabytes than that.
+The text is python-docs. Numbers are in docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from synthetic import SHAPES, generate
 
+Found = dict[str, Any]  # what a run reported: seconds by part and phase, peaks
+EVALUATED = 1024  # tokens, at most
 RECIPE_TOKENS = 128 * 2048  # of recipes/llama2-7b-flat30-int4.yaml
 # What is timed: part -> functions as (module, attribute). A part's time excludes that of parts that it calls.
 PARTS = {
@@ -44,15 +48,25 @@ PARTS = {
 CUBIC = ("elimination", "leverage", "least squares", "GPTQ factor")
 
 
-class Stopwatch:
-    """Processor seconds by (phase, part), each counted once: other people's work on the machine does not show."""
+def gpu_time() -> float:
+    """The clock when the GPU is done with what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
-    def __init__(self) -> None:
+
+class Stopwatch:
+    """Seconds by (phase, part), each counted once.
+
+    On CPUs those of the processor: other people's work on the machine does not show.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
-        self.phase, self._running, self._since = "", ["other"], time.process_time()
+        self._clock = clock
+        self.phase, self._running, self._since = "", ["other"], clock()
 
     def _switch(self) -> None:
-        now = time.process_time()
+        now = self._clock()
         self.seconds[self.phase, self._running[-1]] += now - self._since
         self._since = now
 
@@ -96,73 +110,78 @@ class Stopwatch:
         RunFolder.phase = phase  # type: ignore[method-assign, assignment]
 
 
-def child(recipe: Path, out: Path) -> None:
+def child(recipe: Path, out: Path, device: str, gpu_memory: float) -> None:
     """One run with stopwatches; its findings in a file beside the recipe."""
     from flatq import pipeline
     from flatq.recipe import Recipe
 
-    watch = Stopwatch()
+    on_gpu = device.startswith("cuda")
+    if on_gpu and gpu_memory:
+        torch.cuda.set_per_process_memory_fraction(1e9 * gpu_memory / torch.cuda.get_device_properties(0).total_memory)
+    watch = Stopwatch(gpu_time if on_gpu else time.process_time)
     for part, places in PARTS.items():
         for place in places:
             watch.wrap(place, part)
     watch.follow_phases()
-    pipeline.run(Recipe.load(recipe), out)
+    pipeline.run(Recipe.load(recipe), out, device=device)
     report = json.loads((out / "report.json").read_text())
     parts = [[phase, part, seconds] for (phase, part), seconds in watch.seconds.items() if phase]
     found = {"parts": parts, "timing": report["timing"], "memory": report["memory"], "peak": report["peak_rss_bytes"]}
+    found["gpu"] = max(report["device_memory"].values(), default=0)
     recipe.with_suffix(".json").write_text(json.dumps(found))
 
 
-def measured(
-    shape: str, layers: int, *, samples: int, seq_len: int, work: Path, flat: dict[str, Any], evaluated: int = 1024
-) -> dict[str, Any]:
+def measured(given: argparse.Namespace, work: Path, shape: str, layers: int, samples: int, seq_len: int) -> Found:
     """Run a synthetic model of this shape in a process of its own."""
     model = work / f"{shape.replace('/', '-')}-{layers}"
     if not (model / "model.safetensors").exists():
         generate(SHAPES[shape], layers, model)
     recipe, out = work / "recipe.yaml", work / "out"
     shutil.rmtree(out, ignore_errors=True)
+    gptq = {"bits": 4, "group_size": 128 if SHAPES[shape].d_model > 1000 else 32}
     content = {
         "version": 1,
         "model": str(model),
         "calibration": {"dataset": "python-docs", "samples": samples, "seq_len": seq_len},
-        "evaluation": {"tokens": evaluated, "seq_len": min(seq_len, evaluated)},
-        "stages": [{"flat": flat}, {"gptq": {"bits": 4, "group_size": 128 if SHAPES[shape].d_model > 1000 else 32}}],
+        "evaluation": {"tokens": EVALUATED, "seq_len": min(seq_len, EVALUATED)},
+        "stages": [
+            {"flat": given.flat},
+            {"gptq": {"bits": 4, "group_size": 128 if SHAPES[shape].d_model > 1000 else 32}},
+        ],
     }
     recipe.write_text(yaml.safe_dump(content))
-    command = [sys.executable, __file__, "child", str(recipe), str(out)]
+    command = [sys.executable, __file__, "child", str(recipe), str(out), given.device, str(given.gpu_memory)]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     shutil.rmtree(out)
-    found: dict[str, Any] = json.loads(recipe.with_suffix(".json").read_text())
+    found: Found = json.loads(recipe.with_suffix(".json").read_text())
     return found
-
-
-def by_part(found: dict[str, Any]) -> dict[str, float]:
-    total: dict[str, float] = defaultdict(float)
-    for _, part, seconds in found["parts"]:
-        total[part] += seconds
-    return total
 
 
 def memory(given: argparse.Namespace, work: Path) -> None:
     """Peak resident memory of whole runs."""
     for layers in given.layers:
-        found = measured(given.shape, layers, samples=given.samples, seq_len=given.seq_len, work=work, flat=given.flat)
+        found = measured(given, work, given.shape, layers, given.samples, given.seq_len)
         phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["timing"].items())
-        print(f"{given.shape}, {layers} layers: peak RSS {found['peak'] / 1e9:.2f} GB ({phases})", flush=True)
+        print(f"{given.shape}, {layers} layers: {peaks(found)} ({phases})", flush=True)
 
 
 def phases(given: argparse.Namespace, work: Path) -> None:
     """Seconds by phase and part, and the share of the cubic parts when the calibration is as long as the recipe's."""
     (layers,) = given.layers
-    found = measured(given.shape, layers, samples=given.samples, seq_len=given.seq_len, work=work, flat=given.flat)
+    found = measured(given, work, given.shape, layers, given.samples, given.seq_len)
     for phase, part, seconds in sorted(found["parts"], key=lambda entry: -entry[2]):
         if seconds > 0.05:
             print(f"{phase:12} {part:20} {seconds:8.1f} s")
     shares(found, given.samples * given.seq_len)
 
 
-def shares(found: dict[str, Any], tokens: int) -> None:
+def peaks(found: Found) -> str:
+    """Largest resident memory, and what was held of the GPU."""
+    held = f", GPU {found['gpu'] / 1e9:.2f} GB" if found["gpu"] else ""
+    return f"peak RSS {found['peak'] / 1e9:.2f} GB{held}"
+
+
+def shares(found: Found, tokens: int) -> None:
     """Only the compression's forward passes grow with the calibration; the other phases look at a fixed few tokens."""
     calibrated = sum(s for phase, part, s in found["parts"] if (phase, part) == ("compress", "forward and Grams"))
     considered = [entry for entry in found["parts"] if entry[0] not in ("baseline", "evaluate")]
@@ -171,7 +190,7 @@ def shares(found: dict[str, Any], tokens: int) -> None:
     for wanted in (tokens, RECIPE_TOKENS):
         whole = total + calibrated * (wanted / tokens - 1)
         print(f"at {wanted:,} calibration tokens: cubic in a width {cubic / whole:.1%} of {whole:.0f} s")
-    print(f"peak RSS {found['peak'] / 1e9:.2f} GB")
+    print(peaks(found))
 
 
 def growth(given: argparse.Namespace, work: Path) -> None:
@@ -179,7 +198,7 @@ def growth(given: argparse.Namespace, work: Path) -> None:
     shape = "llama2-7b/8"
 
     def seconds(layers: int, samples: int) -> float:
-        found = measured(shape, layers, samples=samples, seq_len=512, work=work, flat=given.flat)
+        found = measured(given, work, shape, layers, samples, 512)
         print(f"{layers} layers, {512 * samples:,} tokens: peak {found['memory']['compress'] / 1e9:.3f} GB", flush=True)
         return float(sum(spent for phase, _, spent in found["parts"] if phase == "compress"))
 
@@ -200,7 +219,7 @@ def growth(given: argparse.Namespace, work: Path) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
-        child(Path(sys.argv[2]), Path(sys.argv[3]))
+        child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], float(sys.argv[5]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["memory", "phases", "growth"])
@@ -210,6 +229,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--keep", type=float, default=0.7)
     parser.add_argument("--flat", type=yaml.safe_load, default={}, help="more keys of the flat stage, as YAML")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gpu-memory", type=float, default=0.0, help="gigabytes that torch may take, 0 for all")
     parser.add_argument("--work", type=Path, help="keeps the models for the next call")
     given = parser.parse_args()
     given.flat = {"keep_ratio": given.keep, **given.flat}
