@@ -138,7 +138,6 @@ def measured(given: argparse.Namespace, work: Path, shape: str, layers: int, sam
         generate(SHAPES[shape], layers, model)
     recipe, out = work / "recipe.yaml", work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    gptq = {"bits": 4, "group_size": 128 if SHAPES[shape].d_model > 1000 else 32}
     content = {
         "version": 1,
         "model": str(model),
