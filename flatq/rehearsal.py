@@ -31,6 +31,7 @@ from flatq.compress.stage import RankPlan
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.evaluate import perplexity
 from flatq.feed import Sweep
+from flatq.progress import hidden, progress
 from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import planned_grids, quantize_table
 from flatq.recipe import Recipe
@@ -158,7 +159,11 @@ class Rehearsal:
 
     def played(self) -> dict[str, Spent]:
         """What every phase spends, in the order of a run."""
-        first, second = self._round(), self._round()
+        with progress("forecast", 2) as advance:
+            first = self._round()
+            advance()
+            second = self._round()
+            advance()
         return {phase: spent.quicker(second[phase]) for phase, spent in first.items()}
 
     def _round(self) -> dict[str, Spent]:
@@ -166,7 +171,8 @@ class Rehearsal:
         with tempfile.TemporaryDirectory() as folder:
             for phase, (tokens, work) in self._phases(Path(folder)).items():
                 self.clock.start(tokens.numel())
-                work(tokens)
+                with hidden():
+                    work(tokens)
                 self.clock.turn("ends")
                 found[phase] = self.clock.spent
         return found
