@@ -78,7 +78,7 @@ class Blocks:
         """Shape of the packed zero points, uint8 [n, bytes of a row's zeros]."""
         return self.rows, -(-self.count * self.bits // 8)
 
-    def nbytes(self, scale: int = 4) -> int:
+    def nbytes(self, scale: int = 2) -> int:
         """Size in the file when a scale has ``scale`` bytes."""
         zeros = self.zeros_shape[1] if self.has_zeros else 0
         return self.rows * (self.count * (self.block * self.bits // 8 + scale) + zeros)
@@ -95,9 +95,9 @@ def pack_codes(weight: QuantizedWeight, blocks: Blocks) -> Bytes:
     return _join(filled, blocks.bits).reshape(blocks.codes_shape)
 
 
-def pack_scales(weight: QuantizedWeight, blocks: Blocks) -> NDArray[np.float32]:
-    """Scale of each block, float32 [n, B]."""
-    return np.ascontiguousarray(_per_block(weight.scale, weight.grid, blocks).float().numpy())
+def pack_scales(weight: QuantizedWeight, blocks: Blocks) -> NDArray[np.float16]:
+    """Scale of each block, float16 [n, B]."""
+    return np.ascontiguousarray(_per_block(weight.scale, weight.grid, blocks).numpy())
 
 
 def pack_zeros(weight: QuantizedWeight, blocks: Blocks) -> Bytes:

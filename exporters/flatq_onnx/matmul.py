@@ -22,7 +22,7 @@ from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.weights import dense
 from flatq_onnx.blocks import Blocks, deal_heads, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
-from flatq_onnx.builder import MICROSOFT, UINT8, Builder, Dims, ints
+from flatq_onnx.builder import FLOAT, FLOAT16, MICROSOFT, UINT8, Builder, Dims, ints
 
 Read = Callable[[str], Tensor | QuantizedWeight]
 TOKENS: tuple[int | str, ...] = ("batch", "sequence")
@@ -64,6 +64,7 @@ class Linears:
         self.builder, self.grids, self.accuracy_level = builder, grids, accuracy_level
         self._read = read
         self._latest: tuple[tuple[Part, ...], Tensor | QuantizedWeight] | None = None
+        self._widened: dict[str, Any] = {}
 
     def can_stack(self, parts: Sequence[Part]) -> bool:
         """Whether the parts fit into one node."""
@@ -183,11 +184,20 @@ class Linears:
 
         values = [
             self.builder.weight(f"{name}.codes", blocks.codes_shape, made(pack_codes), UINT8),
-            self.builder.weight(f"{name}.scales", blocks.scales_shape, made(pack_scales)),
+            self._scales(name, blocks.scales_shape, made(pack_scales)),
         ]
         if blocks.has_zeros:
             values.append(self.builder.weight(f"{name}.zeros", blocks.zeros_shape, made(pack_zeros), UINT8))
         return values
+
+    def _scales(self, name: str, shape: tuple[int, int], make: Callable[[], NDArray[Any]]) -> Any:
+        """They are float16 numbers and stored so; where the graph wants float32, onnxruntime widens them on loading."""
+        stored = self.builder.weight(f"{name}.scales", shape, make, FLOAT16)
+        if self.builder.float_type == FLOAT16:
+            return stored
+        if name not in self._widened:
+            self._widened[name] = self.builder.op("Cast", [stored], shape, to=FLOAT)
+        return self._widened[name]
 
     def _bias(self, name: str, parts: tuple[Part, ...], rows: int) -> Any:
         def make() -> NDArray[Any]:

@@ -22,34 +22,39 @@ def estimated_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: O
 
 
 def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
-    dims, number = config.layers[index], _number_bytes(options)
+    dims, number, scale = config.layers[index], _number_bytes(options), _scale_bytes(options)
     total = LAYER_GRAPH_BYTES[options.target == "mobile"] + 2 * config.d_model * number
     total += 2 * dims.d_qk * number if config.qk_norm else 0
     for linear in LINEARS:
         rows, columns = dims.shape(linear, config.d_model)
         if linear == "v" and options.attention == "gqa":
             rows = dims.kv_heads * dims.d_qk
-        total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"), number)
+        total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"), number, scale)
         total += rows * number if config.has_bias(linear) else 0
     return total
 
 
 def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
     """Embedding, head, final norm and rotary tables."""
-    table, number = (config.vocab, config.d_model), _number_bytes(options)
-    total = config.d_model * number + matrix_bytes(*table, grids.get("embed"), number, lookup=True)
+    table, number, scale = (config.vocab, config.d_model), _number_bytes(options), _scale_bytes(options)
+    total = config.d_model * number + matrix_bytes(*table, grids.get("embed"), number, scale, lookup=True)
     if not config.tied_head:
-        total += matrix_bytes(*table, grids.get("head"), number)
+        total += matrix_bytes(*table, grids.get("head"), number, scale)
     if options.fused_rope:
         total += (options.context_length or config.max_positions) * config.layers[0].d_qk * number
     return total
 
 
-def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, *, lookup: bool = False) -> int:
-    """Bytes of one matrix in the file; a scale or a plain weight has ``number`` bytes."""
+def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, scale: int, *, lookup: bool = False) -> int:
+    """Bytes of one matrix in the file; a plain weight has ``number`` bytes, a scale ``scale``."""
     if grid is None:
         return prod((rows, columns, number))
-    return Blocks.of(grid, rows, columns, lookup=lookup).nbytes(number)
+    return Blocks.of(grid, rows, columns, lookup=lookup).nbytes(scale)
+
+
+def _scale_bytes(options: OnnxOptions) -> int:
+    """An .ort file is written after loading, which widens them."""
+    return _number_bytes(options) if options.target == "mobile" else 2
 
 
 def _number_bytes(options: OnnxOptions) -> int:
