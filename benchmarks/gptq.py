@@ -10,8 +10,8 @@ beside it, and the same command goes on after it; ``--redo METHOD`` measures aga
 GPTQModel runs in a process and an environment of its own, on the same weights and texts; its checkpoint is decoded by
 the exporter's own formula and scored here, so that all methods are judged by one program. Seconds are those of the
 quantization alone (for GPTQModel ``quantize()``), with as many threads as this process may use; directly before each
-run of GPTQModel flatq quantizes the same row once more. ``speed`` is the ratio of their seconds, which means something
-on an idle machine only, and in brackets of their processor time.
+run of GPTQModel flatq quantizes and scores the same row once more, and the cell keeps both (``flatq_...``). ``speed``
+is the ratio of their seconds, which means something on an idle machine only, and in brackets of their processor time.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ from torch import Tensor
 from flatq.artifact import write_atomically, write_json
 from flatq.build import dense_artifact
 from flatq.calibrate import tokenise
+from flatq.compress.sensitivity import output_sensitivity
 from flatq.decoder import LINEARS, DecoderConfig
 from flatq.evaluate import perplexity
 from flatq.families import FAMILIES
+from flatq.quantize.bits import choose
+from flatq.quantize.curves import bit_errors
 from flatq.quantize.grid import Grid, round_to_nearest
 from flatq.quantize.stage import GptqStage, planned_grids
 from flatq.source import open_model
@@ -54,11 +57,13 @@ ROWS = {
     "3 bit, groups of 32": {"bits": 3, "group_size": 32},
     "4 bit, groups of 128": {"bits": 4, "group_size": 128},
     "4 bit, groups of 32, asymmetric": {"bits": 4, "group_size": 32, "symmetric": False},
+    "3 bit, groups of 16": {"bits": 3, "group_size": 16},
+    "3.5 bit on average, groups of 32": {"average_bits": 3.5, "group_size": 32},
 }
 METHODS = ("round-to-nearest", "flatq", "GPTQModel", "GPTQModel mse=2.4")
 RESULTS = Path(__file__).parent / "results" / "gptq.json"
 Cell = dict[str, Any]
-Measure = Callable[[dict[str, Any]], tuple[Overlay, dict[str, float]]]
+Measure = Callable[[dict[str, Any]], tuple[Overlay, Cell]]
 
 
 @dataclass(frozen=True)
@@ -123,14 +128,17 @@ class Bench:
         ways: dict[str, Measure] = {"round-to-nearest": self.nearest, "flatq": self.ours}
         measure = ways.get(method, self.peers)
         extra = {"mse": 2.4} if method.endswith("mse=2.4") else {}
-        made, seconds = measure(settings | extra)
-        cell: Cell = {"threads": _threads(), **{name: round(value, 1) for name, value in seconds.items()}}
-        if not self.layers:
-            value = perplexity(made, self.scored).value
-            cell |= {"perplexity": value, "damage": math.log(value / self.dense)}
-        return cell
+        made, took = measure(settings | extra)
+        return {"threads": _threads(), **took, **self.score(made)}
 
-    def nearest(self, settings: dict[str, Any]) -> tuple[Overlay, dict[str, float]]:
+    def score(self, made: Overlay) -> Cell:
+        """Perplexity and damage of a whole model."""
+        if self.layers:
+            return {}
+        value = perplexity(made, self.scored).value
+        return {"perplexity": value, "damage": math.log(value / self.dense)}
+
+    def nearest(self, settings: dict[str, Any]) -> tuple[Overlay, Cell]:
         """Round-to-nearest, scales from the largest weight of each group."""
         made, grid, clock = Overlay(self.source, self.source.config), Grid(**settings), Clock()
         for index in range(len(self.source.config.layers)):
@@ -139,21 +147,29 @@ class Bench:
                 made.tensors[name] = round_to_nearest(self.source.tensor(name), grid)
         return made, clock.read()
 
-    def ours(self, settings: dict[str, Any]) -> tuple[Overlay, dict[str, float]]:
+    def ours(self, settings: dict[str, Any]) -> tuple[Overlay, Cell]:
         """GPTQ by flatq's defaults."""
-        made, spec = Overlay(self.source, self.source.config), GptqSpec(**settings)
-        stage = GptqStage(spec, planned_grids(self.source.config, spec))
-        clock = Clock()
+        made, spec, clock = Overlay(self.source, self.source.config), GptqSpec(**settings), Clock()
         with tempfile.TemporaryDirectory() as work:
+            stage = GptqStage(spec, self.grids(spec, Path(work)))
             for block in walk(self.source, self.calibration, Path(work), made.save):
                 stage.apply(block)
         return made, clock.read()
 
-    def peers(self, settings: dict[str, Any]) -> tuple[Overlay, dict[str, float]]:
-        """GPTQ by GPTQModel, in its own environment; flatq's seconds beside its own."""
+    def grids(self, spec: GptqSpec, work: Path) -> dict[str, Grid]:
+        """Grid of every linear; with ``average_bits`` measured, as a run would."""
+        config, tokens = self.source.config, self.calibration
+        if spec.average_bits is None:
+            return planned_grids(config, spec)
+        fisher = output_sensitivity(self.source, tokens, work)
+        return planned_grids(config, spec, choose(config, spec, bit_errors(self.source, tokens, spec, fisher, work)))
+
+    def peers(self, settings: dict[str, Any]) -> tuple[Overlay, Cell]:
+        """GPTQ by GPTQModel, in its own environment; beside its own what flatq took, and gave, just before."""
         assert self.peer is not None
         described = {"sym" if name == "symmetric" else name: value for name, value in settings.items()}
-        ours = self.ours({name: value for name, value in settings.items() if name != "mse"})[1]
+        other, took = self.ours({name: value for name, value in settings.items() if name != "mse"})
+        ours = took | self.score(other)
         with tempfile.TemporaryDirectory() as root:
             dense, texts, out = Path(root, "dense"), Path(root, "texts.json"), Path(root, "out")
             SafetensorsExporter().write(
@@ -165,7 +181,7 @@ class Bench:
             command = [str(self.peer.absolute()), str(script), str(dense), str(texts), str(out), json.dumps(described)]
             # In the folder that goes away: GPTQModel leaves its logs where it runs.
             done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
-            took = json.loads(done.stdout.splitlines()[-1])
+            theirs = json.loads(done.stdout.splitlines()[-1])
             state = decoded_state(out, json.loads((out / "config.json").read_text())["quantization_config"])
         names = FAMILIES[self.source.config.family].names
         made = Overlay(self.source, self.source.config)
@@ -173,7 +189,7 @@ class Bench:
             for linear in LINEARS:
                 name = f"layers.{index}.{linear}.weight"
                 made.tensors[name] = state[names.to_hf(name)]
-        return made, took | {f"flatq_{name}": value for name, value in ours.items()}
+        return made, theirs | {f"flatq_{name}": value for name, value in ours.items()}
 
 
 class Clock:
@@ -182,9 +198,10 @@ class Clock:
     def __init__(self) -> None:
         self.started, self.busy = time.monotonic(), time.process_time()
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> Cell:
         """Since the clock was made."""
-        return {"seconds": time.monotonic() - self.started, "cpu_seconds": time.process_time() - self.busy}
+        wall, busy = time.monotonic() - self.started, time.process_time() - self.busy
+        return {"seconds": round(wall, 1), "cpu_seconds": round(busy, 1)}
 
 
 def _threads() -> int:

@@ -82,6 +82,7 @@ def build(
             embed=_embedding(partial / ENDS, grids.get("embed")),
             sweep=Sweep.of(recipe.calibration, device, working_set),
             reference=recipe.flat is not None and recipe.flat.corrects,
+            lag=recipe.gptq is not None and recipe.gptq.corrects,
         ):
             for stage in stages:
                 stage.apply(block)

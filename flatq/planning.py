@@ -70,9 +70,10 @@ def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
     """What a run writes besides its exports: the artifact, the files of hidden states, what the sensitivity needs."""
     text, m, blocks = recipe.calibration, config.d_model, len(HALVES) * len(config.layers)
     tokens = text.samples * text.seq_len
-    files = 4 if recipe.flat is not None and recipe.flat.corrects else 2  # the dense model's, too
+    files = 4 if any(stage.corrects for stage in recipe.stages) else 2  # the dense model's, too
     states = files * tokens * m * stored_as(text.states, tokens, m).itemsize
-    if recipe.flat is not None and recipe.flat.keep_ratio != 1 and recipe.flat.sensitive:
+    narrows = recipe.flat is not None and recipe.flat.keep_ratio != 1 and recipe.flat.sensitive
+    if narrows or (recipe.gptq is not None and recipe.gptq.average_bits is not None):
         few = min(tokens, sensitivity.TOKENS)
         gradients = (blocks + 1) * few * m * stored_as(text.states, blocks * few, m).itemsize
         states = max(states, gradients) + 4 * blocks * m**2

@@ -34,9 +34,13 @@ def broken_rules(recipe: Mapping[str, Any]) -> Broken:
 
 def _stages(entries: list[tuple[int, str, Any]]) -> Broken:
     seen: list[str] = []
+    narrowing: Mapping[str, Any] = {}
     for index, kind, options in entries:
         if kind == "flat" and isinstance(options, Mapping):
             yield from _flat(("stages", index, kind), options)
+            narrowing = options
+        if kind == "gptq" and isinstance(options, Mapping) and _number(options.get("correction")):
+            yield from _corrected_twice(("stages", index, kind, "correction"), narrowing)
         if kind in seen:
             yield ("stages", index), f"a second {kind} stage; keep one"
         elif kind == "flat" and "gptq" in seen:
@@ -59,6 +63,23 @@ def _flat(place: Place, options: Mapping[str, Any]) -> Broken:
             (*place, "uniform"),
             "the same widths for all layers leave iprs nothing to share out; remove `uniform` or `allocation`",
         )
+
+
+def _corrected_twice(place: Place, flat: Mapping[str, Any]) -> Broken:
+    own = flat.get("correction")
+    if own is None:
+        own = 0 if flat.get("method") == "paper" else 0.5
+    if flat and _number(own) and flat.get("keep_ratio") != 1:
+        yield (
+            place,
+            f"the flat stage takes back {own} of the drift from the dense model already; leave it out here, or "
+            "set correction: 0 in the flat stage",
+        )
+
+
+def _number(value: Any) -> bool:
+    """Whether it is one, and not 0."""
+    return isinstance(value, int | float) and value != 0
 
 
 def _exports(entries: list[tuple[int, str, Any]]) -> Broken:

@@ -228,7 +228,7 @@ class Rehearsal:
                 block_curve(block, fisher[number], self.recipe.flat.ridge)
 
     def _compress(self, tokens: Tensor, work: Path) -> None:
-        config, spec = self.weights.config, self.recipe.flat
+        config = self.weights.config
         plan = RankPlan(self.plan, 1.0, 1.0)
         grids = planned_grids(config.with_layers(self.plan), self.recipe.gptq)
         stages = stages_of(self.recipe, plan, grids, config, work)
@@ -242,7 +242,8 @@ class Rehearsal:
             work,
             self._keep,
             embed=self.made.get("embed.weight"),
-            reference=spec is not None and spec.corrects,
+            reference=self.recipe.flat is not None and self.recipe.flat.corrects,
+            lag=self.recipe.gptq is not None and self.recipe.gptq.corrects,
             sweep=self._sweep,
         ):
             block.observe()

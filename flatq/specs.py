@@ -227,13 +227,20 @@ class GptqSpec(Spec):
     """Added to the Hessian's diagonal, relative to its mean."""
     block_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Columns per lazy update; changes speed, not the result beyond rounding."""
+    correction: Annotated[float, Field(ge=0, le=1)] = 0
+    """Share of the drift from the dense model that weights take back before they are rounded."""
     refinements: Annotated[int, Field(ge=0, le=16)] = 0
     """How often scales and codes are fitted to each other once more; 2 multiply the time of the solves by about 3."""
     overrides: Mapping[str, OverrideSpec] = Field(default_factory=dict)
-    """Other settings for linears by name, as in {"*.down": {bits: 8}, "layers.0.*": {quantize: false}}; the later
+    """Other settings for linears by name, as in {"*.down": {bits: 8}, "layers.0.*": {quantize: false}}; the longer
     pattern wins. The linears of a layer are q, k, v, o, gate, up and down."""
     embedding: EmbeddingSpec | None = None
     """How embedding and head are quantized; null leaves them as they are."""
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the dense model's hidden states have to be walked along, and the inputs' lag behind them measured."""
+        return self.correction > 0
 
 
 class ExportSpec(Spec):

@@ -10,7 +10,7 @@ anywhere goes on with the block it was in and ends with the same bytes.
 
 A stage may ask for a ``reference``: the hidden states of the dense model, walked along in two files of their own. The
 block then also measures its ``drift``: what it would have to add to its output for the stream to be the dense one's
-again, as far as its inner activation can foresee that.
+again, as far as its inner activation can foresee that; and, if asked, the ``lag`` of its inputs behind the dense ones.
 
 With several processes (see ``ranks``) each sends its own samples through the block. Only the first one's loop body
 runs; the others take part in what it observes, and receive the block that it has changed.
@@ -59,6 +59,7 @@ class Block:
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)
     drift: Tensor | None = None
+    lag: Tensor | None = None
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -78,7 +79,8 @@ class Block:
         ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
         [kv_heads blocks of d_v] are the value heads; only those in ``moments`` are measured. With a reference,
         ``drift`` [inner, d_model] is the sum of ``inner^T (y_dense - y)`` over tokens, where y is the block's output
-        as it is now. With an ``out``, the block's outputs are there afterwards.
+        as it is now, and if the reference wants ``inputs``, ``lag`` [d_model, d_model] that of ``input^T (input_dense -
+        input)``. With an ``out``, the block's outputs are there afterwards.
         """
         if not self.grams:
             self.together("observe")
@@ -95,12 +97,19 @@ class Block:
                 # What the block itself gives is known from the Gram: no second look at the tokens.
                 known = self.grams["inner"].total[0] @ self._last.weight.T
                 self.drift = ranks.add(self.drift).to(known.device) - known
+            if self.lag is not None:
+                self.lag = ranks.add(self.lag).to(solver_of(self.device))
         return self.grams
 
     @property
     def _last(self) -> nn.Linear:
         """What reads the inner activation."""
         return self.layer.o if self.half == "attention" else self.layer.down
+
+    @property
+    def _first(self) -> Callable[[Tensor], Tensor]:
+        """What makes the inputs of the first linears."""
+        return self.layer.attention_norm if self.half == "attention" else self.layer.mlp_norm
 
     def together(self, what: str) -> None:
         """Have the other processes do it too; they wait for such a word while the first one's loop body runs."""
@@ -110,13 +119,12 @@ class Block:
     def _observe(self, x: Tensor, batch: slice) -> None:
         layer, dims, seen = self.layer, self.dims, {}
         with blocks_in(self.precision, self.device):
+            seen["input"] = self._first(x)
             if self.half == "attention":
-                seen["input"] = layer.attention_norm(x)
                 if "values" in self.moments:
                     seen["values"] = layer.v(seen["input"])
                 inner = layer.mix(seen["input"], self.positions(x.shape[0]))
             else:
-                seen["input"] = layer.mlp_norm(x)
                 inner = layer.widen(seen["input"])
             given = inner if self.out is None else self._last(inner)
         seen["inner"] = inner = inner.float()
@@ -126,11 +134,15 @@ class Block:
         if self.out is not None:
             self._write(x + given, batch, self.out)
         if self.reference is not None:
-            lacking = self.reference.follow(self, batch).sub_(x)
+            before, after = self.reference.follow(self, batch)
+            lacking = after.sub_(x)
             if self._last.bias is not None:
                 lacking -= self._last.bias
-            drift = inner.flatten(0, 1).T @ lacking.flatten(0, 1)
-            self.drift = drift if self.drift is None else self.drift + drift
+            self.drift = _product(inner, lacking, self.drift)
+            if self.reference.inputs:
+                with blocks_in(self.precision, self.device):
+                    ahead = self._first(before)
+                self.lag = _product(seen["input"].float(), ahead.float() - seen["input"].float(), self.lag)
 
     def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
         self._must_be_finite(ACTIVATIONS[self.half][name], x, batch)
@@ -178,18 +190,30 @@ class Block:
 
 @dataclass(frozen=True)
 class Reference:
-    """Hidden states of the dense model before and after a block."""
+    """Hidden states of the dense model before and after a block, and whether the inputs' lag is wanted, too."""
 
     before: Feed
     after: Feed
+    inputs: bool = False
 
-    def follow(self, block: Block, batch: slice) -> Tensor:
-        """Send samples of the dense model through a block that is not changed yet: its outputs, [b, s, d_model]."""
-        y = block.run(self.before.states[batch].to(block.device, torch.float32))
+    def follow(self, block: Block, batch: slice) -> tuple[Tensor, Tensor]:
+        """Send samples of the dense model through a block that is not changed yet.
+
+        Returns:
+            What goes in and what comes out, each [b, s, d_model].
+        """
+        x = self.before.states[batch].to(block.device, torch.float32)
+        y = block.run(x)
         self.after.states[batch] = y
         self.before.forget()
         self.after.forget()
-        return y
+        return x, y
+
+
+def _product(x: Tensor, y: Tensor, so_far: Tensor | None) -> Tensor:
+    """``x^T y`` over all tokens, added to that of earlier batches."""
+    found = x.flatten(0, 1).T @ y.flatten(0, 1)
+    return found if so_far is None else so_far + found
 
 
 ACTIVATIONS = {
@@ -208,6 +232,7 @@ def walk(
     embed: Tensor | QuantizedWeight | None = None,
     sweep: Sweep = AUTO,
     reference: bool = False,
+    lag: bool = False,
     unchanged: bool = False,
     moments: frozenset[str] = MOMENTS,
 ) -> Iterator[Block]:
@@ -218,10 +243,11 @@ def walk(
         embed: the embedding of the deployed model, if it differs from the model's own.
         work: folder for the hidden states and the resume state; may hold those of a killed run.
         reference: walk the dense model along; the loop body must observe every block.
+        lag: walk it along and measure how the blocks' inputs lag behind it, too.
         unchanged: the loop body observes every block and changes none, so each goes by once and not twice.
         moments: which Grams are wanted of every block, see ``Block.observe``.
     """
-    config = weights.config
+    config, reference = weights.config, reference or lag
     samples, length = tokens.shape
     shape = (samples, length, config.d_model)
     dtype = stored_as(sweep.states, tokens.numel(), config.d_model)
@@ -247,7 +273,7 @@ def walk(
             lambda batch: locate(config, batch, length, device=torch.device(sweep.device)),
             sweep.precision,
             sweep.device,
-            Reference(dense[now], dense[then]) if reference else None,
+            Reference(dense[now], dense[then], lag) if reference else None,
             feeds[then] if unchanged else None,
             moments,
         )

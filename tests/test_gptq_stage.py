@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from flatq.errors import NumericsError
 from flatq.quantize.grid import QuantizedWeight
-from flatq.quantize.stage import GptqStage, planned_grids
+from flatq.quantize.stage import READERS, GptqStage, corrected, planned_grids
 from flatq.specs import GptqSpec
 from flatq.walk import Block, walk
 from tests.models import EXACT, RandomWeights, tiny_config
@@ -34,9 +36,64 @@ def quantized(work: Path, weights: RandomWeights, **settings: Any) -> dict[str, 
     def save(block: Block) -> None:
         found.update({f"{block.index}.{name}": weight for name, weight in block.quantized.items()})
 
-    for block in walk(weights, TOKENS, work, save, sweep=EXACT):
+    for block in walk(weights, TOKENS, work, save, sweep=EXACT, lag=spec.corrects):
         stage.apply(block)
     return found
+
+
+def disturbed(work: Path, weights: RandomWeights) -> Iterator[Block]:
+    """Observed blocks whose inputs have come through blocks of half the strength."""
+    for block in walk(weights, TOKENS, work, lambda _: None, sweep=EXACT, lag=True):
+        block.observe()
+        yield block
+        name = "o" if block.half == "attention" else "down"
+        block.narrow(name, getattr(block.layer, name).weight / 2, getattr(block.layer, name).bias)
+
+
+def inputs(block: Block, x: Tensor) -> dict[str, Tensor]:
+    """What the linears of a block read, by the name of its Gram."""
+    layer = block.layer
+    with torch.no_grad():
+        first = layer.attention_norm(x) if block.half == "attention" else layer.mlp_norm(x)
+        inner = layer.mix(first, block.positions(len(x))) if block.half == "attention" else layer.widen(first)
+    return {"input": first, "inner": inner}
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_corrected_weights_are_nearer_to_what_the_dense_model_gives(tmp_path: Path, share: float, biases: bool) -> None:
+    weights = RandomWeights(tiny_config(qkv_bias=biases, o_bias=biases, mlp_bias=biases))
+    for number, block in enumerate(disturbed(tmp_path, weights)):
+        assert block.reference is not None
+        x, dense = block.feed.states[:], block.reference.before.states[:]
+        seen, wanted = inputs(block, x), inputs(block, dense)
+        for gram, names in READERS[block.half]:
+            linears: list[nn.Linear] = [getattr(block.layer, name) for name in names]
+            moved = corrected(block, gram, [linear.weight for linear in linears], share)
+            for linear, weight in zip(linears, moved, strict=True):
+                here, there = (dense, x) if gram == "inner" else (0, 0)  # o and down answer for the stream
+                target = linear(wanted[gram]) + here
+                before = (target - linear(seen[gram]) - there).square().sum()
+                after = (target - functional.linear(seen[gram], weight, linear.bias) - there).square().sum()
+                if number == 0:  # nothing was changed before it
+                    torch.testing.assert_close(weight, linear.weight, rtol=1e-4, atol=1e-5)
+                else:
+                    assert after < before
+
+
+def test_a_correction_changes_the_codes_behind_the_first_block_only(tmp_path: Path) -> None:
+    weights = RandomWeights(tiny_config())
+    plain = quantized(tmp_path / "plain", weights, bits=3)
+    moved = quantized(tmp_path / "moved", weights, bits=3, correction=0.5)
+    same = {name for name, weight in plain.items() if torch.equal(weight.codes, moved[name].codes)}
+    assert same == {f"0.{name}" for name in "qkvo"}
+
+
+def test_a_correction_needs_a_walk_that_measures_what_to_correct(tmp_path: Path) -> None:
+    weights, spec = RandomWeights(tiny_config()), GptqSpec(group_size=16, correction=0.5)
+    block = next(walk(weights, TOKENS, tmp_path, lambda _: None, sweep=EXACT, reference=True))
+    with pytest.raises(ValueError, match="not measured what to correct"):
+        GptqStage(spec, planned_grids(weights.config, spec)).apply(block)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from flatq.compress.mlp import drift_correction
 from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import NumericsError
 from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, stems_of, unmatched
@@ -101,6 +102,10 @@ def quantize_table(weights: Weights, name: str, grid: Grid) -> QuantizedWeight:
 class GptqStage:
     """Quantizes the linears of each block on the Grams that the earlier stages left.
 
+    With ``correction`` a weight first moves towards what gives the dense model's outputs on the inputs that it will
+    really get (asymmetric calibration): q, k, v and gate, up towards theirs on the dense model's inputs, o and down
+    towards the dense residual stream. The walk must measure drift and lag then.
+
     Args:
         spec: how.
         grids: which linears, each to its grid.
@@ -115,10 +120,12 @@ class GptqStage:
         groups, problems = [], []
         for gram, names in READERS[block.half]:
             for grid, some in self._by_grid(block.index, names):
-                weights = [getattr(block.layer, name).weight for name in some]
+                weights: list[Tensor] = [getattr(block.layer, name).weight for name in some]
                 for name, weight in zip(some, weights, strict=True):
                     if not finite(weight):
                         raise NumericsError(f"{block.place} {name}: the weight is not finite before quantization")
+                if self.spec.correction:
+                    weights = corrected(block, gram, weights, self.spec.correction)
                 groups.append(some)
                 problems.append((weights, grams[gram], grid))
         for group, result in zip(groups, self._solved(problems), strict=True):
@@ -148,6 +155,29 @@ class GptqStage:
             if grid is not None:
                 found.setdefault(grid, []).append(name)
         return list(found.items())
+
+
+@torch.inference_mode()
+def corrected(block: Block, gram: str, weights: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Weights that take back a share of the drift from the dense model, as far as their input foresees it.
+
+    Source: GPTAQ (arXiv 2504.02692), asymmetric calibration.
+    Differs from it: o and down answer for the residual stream and not for their own product alone; a share, and a fit
+    that distrusts what few tokens say, in place of the whole correction folded into the sweep.
+
+    Args:
+        gram: of the activation that the weights read, ``input`` or ``inner``.
+        weights: each [o, i].
+        share: 0 to 1; 1 takes back all that the fit foresees.
+    """
+    seen, drift = block.observe()[gram], block.drift
+    if gram == "input" and block.lag is not None:
+        drift = block.lag @ torch.cat(list(weights)).T
+    elif gram == "input" or drift is None:
+        raise ValueError("the walk has not measured what to correct")
+    found = drift_correction(seen.mean(), drift / seen.count).to(weights[0].dtype)
+    parts = found.split([len(weight) for weight in weights])
+    return [weight + share * part for weight, part in zip(weights, parts, strict=True)]
 
 
 def quantized_together(weights: Sequence[Tensor], moment: Tensor, grid: Grid, spec: GptqSpec) -> GptqResult:
