@@ -209,7 +209,7 @@ def _threads() -> int:
 
 
 def table(dense: float, rows: dict[str, dict[str, Cell]]) -> str:
-    """Markdown: perplexities, damages, seconds."""
+    """Markdown: perplexities, damages; then what ran in turn in one run, its seconds and perplexities."""
     lines = [f"Perplexity (damage = ln of its ratio to the dense {dense:.2f}); `-`: not measured.", ""]
     lines += ["| | " + " | ".join(METHODS) + " |", "|---|" + "---:|" * len(METHODS)]
     for row in ROWS:
@@ -218,14 +218,15 @@ def table(dense: float, rows: dict[str, dict[str, Cell]]) -> str:
         shown = [f"{cell['perplexity']:.2f} ({cell['damage']:.3f})" if cell else "-" for cell in scored]
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     lines += ["", "Seconds to quantize (of the processor), both in turn in one run:", ""]
-    lines += ["| | threads | flatq | peer | speed |", "|---|---:|---:|---:|---:|"]
+    lines += ["| | threads | flatq | peer | speed | perplexities |", "|---|---:|---:|---:|---:|---:|"]
     for row, cells_ in rows.items():
         for method, cell in cells_.items():
             if "flatq_seconds" in cell:
                 ours, theirs = cell["flatq_cpu_seconds"], cell["cpu_seconds"]
                 both = f"{cell['flatq_seconds']:.0f} ({ours:.0f}) | {cell['seconds']:.0f} ({theirs:.0f})"
                 speed = f"{cell['seconds'] / cell['flatq_seconds']:.1f} x ({theirs / ours:.1f} x)"
-                lines.append(f"| {row}, {method} | {cell['threads']} | {both} | {speed} |")
+                found = [f"{cell[name]:.2f}" for name in ("flatq_perplexity", "perplexity") if name in cell]
+                lines.append(f"| {row}, {method} | {cell['threads']} | {both} | {speed} | {', '.join(found)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -251,6 +252,7 @@ def main() -> None:
         for method in METHODS:
             wanted = row in (options.row or ROWS) and method in (options.method or METHODS)
             possible = options.peer is not None or not method.startswith("GPTQModel")
+            possible &= "average_bits" not in settings or method == "flatq"
             done = method in found["rows"].get(key, {}) and method not in options.redo
             if wanted and possible and not done:
                 cell = bench.cell(settings, method)

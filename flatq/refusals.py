@@ -53,6 +53,8 @@ def heard(
 def refuse_early(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
     """Hear what the exporters object to whatever the ranks will be: the tokenizer, and layers that differ.
 
+    Without a flat stage the ranks are known, and so is every objection.
+
     Raises:
         RecipeError: all objections at once.
     """
@@ -64,7 +66,9 @@ def refuse_early(recipe: Recipe, source: Source, exports: list[PlannedExport]) -
             assert isinstance(item.exporter, TokenizerCarrier)
             found = item.exporter.check_tokenizer(described, source.config, item.options)
             problems += [f"exports.{item.name}: {words}" for words in found]
-    if recipe.flat is not None:
+    if recipe.flat is None:
+        problems += heard(recipe, source.config, exports)
+    else:
         even = heard(recipe, source.config, exports)
         differing = heard(recipe, uneven(source.config, recipe.flat), exports)
         problems += [words for words in differing if words not in even]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flatq.errors import NumericsError
-from flatq.quantize.grid import QuantizedWeight
+from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.quantize.stage import READERS, GptqStage, corrected, planned_grids
 from flatq.specs import GptqSpec
 from flatq.walk import Block, walk
@@ -121,3 +121,39 @@ def test_a_weight_that_is_not_finite_is_named_whatever_the_threads(tmp_path: Pat
     with pytest.raises(NumericsError, match="layer 1 attention o: the weight is not finite"):
         quantized(tmp_path, weights)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("correlation", "words"),
+    [
+        (0.5, []),
+        (1.05, ["o: needed damping 0.1"]),
+        (1.5, ["o: needed damping 1"]),
+        (3.0, ["o: every damping failed, rounded to nearest"]),
+    ],
+)
+def test_a_solve_that_breaks_down_is_told_and_only_this_linear_is_rounded_to_nearest(
+    tmp_path: Path, correlation: float, words: list[str]
+) -> None:
+    weights, spec = RandomWeights(tiny_config()), GptqSpec(group_size=16, clip_search=False)
+    block = next(walk(weights, TOKENS, tmp_path, lambda _: None, sweep=EXACT))
+    gram = block.observe()["inner"]
+    with torch.inference_mode():
+        gram.total[0] = gram.count * torch.eye(64)
+        gram.total[0, 0, 1] = gram.total[0, 1, 0] = gram.count * correlation  # above 1 it is no second moment
+    GptqStage(spec, planned_grids(weights.config, spec)).apply(block)
+    assert block.notes == words
+    nearest = round_to_nearest(weights.tensor("layers.0.o.weight"), Grid(4, 16))
+    assert torch.equal(block.quantized["o"].codes, nearest.codes) == (correlation == 3.0)
+
+
+def test_input_channels_that_never_carried_anything_are_counted_in_the_notes(tmp_path: Path) -> None:
+    weights = RandomWeights(tiny_config())
+    weights.tensors["layers.0.up.weight"][[3, 7]] = 0
+    spec = GptqSpec(group_size=16)
+    stage = GptqStage(spec, planned_grids(weights.config, spec))
+    notes = []
+    for block in walk(weights, TOKENS, tmp_path, lambda _: None, sweep=EXACT):
+        stage.apply(block)
+        notes += block.notes
+    assert notes == ["down: 2 input columns never carried anything"]

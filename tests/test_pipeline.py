@@ -127,15 +127,20 @@ def test_without_out_the_folder_is_named_after_the_recipe(
     assert shown.stdout.strip() == f"runs/{made.name}"
 
 
-@pytest.mark.parametrize("stages", [[FLAT], [GPTQ], [FLAT, GPTQ]], ids=["flat", "gptq", "both"])
+CORRECTED = [{"flat": {**FLAT["flat"], "correction": 0}}, {"gptq": {**GPTQ["gptq"], "correction": 0.5}}]
+
+
+@pytest.mark.parametrize(
+    "stages", [[FLAT], [GPTQ], [FLAT, GPTQ], CORRECTED], ids=["flat", "gptq", "both", "gptq corrects"]
+)
 def test_each_stage_works_alone_and_both_together(
     stages: list[dict[str, Any]], make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path
 ) -> None:
     assert flatq("run", make_recipe(stages=stages), "--out", tmp_path / "out").exit_code == 0
     artifact, dense = Artifact.open(tmp_path / "out"), open_model(str(tiny_model)).config
     kept = artifact.config.decoder_parameters() / dense.decoder_parameters()
-    assert kept == (pytest.approx(0.8, abs=0.02) if FLAT in stages else 1)
-    assert bool(artifact.grids) == (GPTQ in stages)
+    assert kept == (pytest.approx(0.8, abs=0.02) if "flat" in stages[0] else 1)
+    assert bool(artifact.grids) == ("gptq" in stages[-1])
     energies = artifact.energies()
     for index, dims in enumerate(artifact.config.layers):
         for linear in LINEARS:

@@ -234,6 +234,15 @@ def test_an_export_that_cannot_carry_the_model(make_recipe: MakeRecipe, out: Pat
     assert "add a gptq stage" in fault(make_recipe(stages=[FLAT], exports=ONNX[:1]), out, 2)
 
 
+def test_an_export_that_cannot_carry_the_codes_is_refused_before_anything_is_computed(
+    make_recipe: MakeRecipe, out: Path
+) -> None:
+    stages = [{"gptq": {"group_size": 16, "symmetric": False}}]
+    said = fault(make_recipe(stages=stages, exports=[{"safetensors": {"format": "gptq"}}]), out, 2)
+    assert "write format gptq_v2" in said
+    assert "baseline" not in said
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_a_bench_on_a_device_that_is_not_there_is_refused_before_anything_is_computed(
     make_recipe: MakeRecipe, out: Path
