@@ -37,7 +37,7 @@ def factor_(work: Tensor) -> Tensor:
 
 def has_factor_(work: Tensor, *, must: bool) -> bool:
     """Put the lower Cholesky factor in place if there is one, and say so; an error if there must be."""
-    failed = torch.empty(0, dtype=torch.int32, device=work.device)
+    failed = torch.empty((), dtype=torch.int32, device=work.device)
     torch.linalg.cholesky_ex(work, check_errors=must, out=(work, failed))
     return not failed
 

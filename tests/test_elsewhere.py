@@ -1,0 +1,63 @@
+"""Runs on another device than the CPU: nothing that lies there meets what lies here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import backend_registration
+
+from flatq.artifact import Artifact
+from flatq.weights import dense
+from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="torch has no Python devices"
+)
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "default": [FLAT, GPTQ],
+    "paper": [
+        {"flat": FLAT["flat"] | {"method": "paper"}},
+        {"gptq": GPTQ["gptq"] | {"late_scales": True, "refinements": 1, "symmetric": False}},
+    ],
+    "budget": [{"gptq": {"average_bits": 3.5, "group_size": 16}}],
+}
+
+
+def test_runs_elsewhere_end_as_on_the_cpu(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipes = {name: make_recipe(name=name, stages=stages) for name, stages in STAGES.items()}
+    pairs = [part for name, recipe in recipes.items() for part in (str(recipe), str(tmp_path / f"{name} away"))]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.elsewhere", *pairs],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for name, recipe in recipes.items():
+        assert flatq("run", recipe, "--out", tmp_path / name, "--device", "cpu").exit_code == 0
+        here, there = Artifact.open(tmp_path / name), Artifact.open(tmp_path / f"{name} away")
+        assert here.config == there.config, name
+        for tensor in here.names():
+            assert torch.equal(dense(here.tensor(tensor)), dense(there.tensor(tensor))), (name, tensor)
+
+
+def test_tensors_of_two_devices_do_not_meet() -> None:
+    code = """
+import torch, tests.elsewhere as there
+there.backend_registration._setup_privateuseone_for_python_backend(there.NAME, there.Backend())
+with there.Away():
+    x = torch.ones(2, device=there.NAME)
+    assert (x + x).tolist() == [2, 2] and (x * torch.tensor(3.0)).device.type == there.NAME
+    try:
+        x + torch.ones(2)
+    except RuntimeError as error:
+        print(error)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert "aten.add: some tensors are elsewhere, and [(2,)] on the CPU" in shown.stdout, shown.stderr
