@@ -116,33 +116,38 @@ class Block:
         if ranks.first():
             ranks.agreed(what)
 
-    def _observe(self, x: Tensor, batch: slice) -> None:
-        layer, dims, seen = self.layer, self.dims, {}
+    def activations(self, x: Tensor) -> dict[str, Tensor]:
+        """What the linears of the block as it is now meet on a residual stream, float32; names as for ``observe``."""
+        layer = self.layer
         with blocks_in(self.precision, self.device):
-            seen["input"] = self._first(x)
+            found = {"input": self._first(x)}
             if self.half == "attention":
                 if "values" in self.moments:
-                    seen["values"] = layer.v(seen["input"])
-                inner = layer.mix(seen["input"], self.positions(x.shape[0]))
+                    found["values"] = layer.v(found["input"])
+                found["inner"] = layer.mix(found["input"], self.positions(x.shape[0]))
             else:
-                inner = layer.widen(seen["input"])
-            given = inner if self.out is None else self._last(inner)
-        seen["inner"] = inner = inner.float()
+                found["inner"] = layer.widen(found["input"])
+        return {name: activation.float() for name, activation in found.items()}
+
+    def _observe(self, x: Tensor, batch: slice) -> None:
+        seen = self.activations(x)
         for name, activation in seen.items():
             if name in self.moments:
-                self._gram(name, activation.float(), batch, dims.kv_heads if name == "values" else 1)
+                self._gram(name, activation, batch, self.dims.kv_heads if name == "values" else 1)
         if self.out is not None:
+            with blocks_in(self.precision, self.device):
+                given = self._last(seen["inner"])
             self._write(x + given, batch, self.out)
         if self.reference is not None:
             before, after = self.reference.follow(self, batch)
             lacking = after.sub_(x)
             if self._last.bias is not None:
                 lacking -= self._last.bias
-            self.drift = _product(inner, lacking, self.drift)
+            self.drift = _product(seen["inner"], lacking, self.drift)
             if self.reference.inputs:
                 with blocks_in(self.precision, self.device):
-                    ahead = self._first(before)
-                self.lag = _product(seen["input"].float(), ahead.float() - seen["input"].float(), self.lag)
+                    ahead = self._first(before).float()
+                self.lag = _product(seen["input"], ahead - seen["input"], self.lag)
 
     def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
         self._must_be_finite(ACTIVATIONS[self.half][name], x, batch)

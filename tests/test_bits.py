@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flatq.artifact import Artifact
 from flatq.decoder import LINEARS
 from flatq.quantize.bits import Unit, choose, expected, free_units, spend
+from flatq.quantize.curves import bit_errors
 from flatq.quantize.grid import Grid
 from flatq.quantize.stage import objections, planned_grids, possible_grids
 from flatq.specs import GptqSpec
 from tests.conftest import FLAT, MakeRecipe, flatq
-from tests.models import tiny_config
+from tests.models import EXACT, RandomWeights, tiny_config
 
 CONFIG = tiny_config()
 
@@ -129,6 +131,19 @@ def test_the_budget_is_kept_and_more_budget_never_costs_more(
     assert all(b in (2, 4, 8) for b in bits)
     best = [min(unit.errors.values()) for unit in units]
     assert [u.errors[b] for u, b in zip(units, spend(units, 8.0 * total), strict=True)] == best
+
+
+def test_few_tokens_do_not_make_an_error_look_small(tmp_path: Path) -> None:
+    """GPTQ loses next to nothing on tokens that are fewer than the channels it can move; on others it does."""
+    weights, rule = RandomWeights(tiny_config(d_ff=(160, 160))), spec(average_bits=4)
+    tokens = torch.randint(0, 128, (60, 48), generator=torch.Generator().manual_seed(0))
+    many = bit_errors(weights, tokens, rule, None, tmp_path / "many", sweep=EXACT)
+    few = bit_errors(weights, tokens[:2], rule, None, tmp_path / "few", sweep=EXACT)
+    assert {bits for costs in many.values() for bits in costs} == {"3", "4", "8"}
+    for stem, costs in many.items():
+        for bits, cost in costs.items():
+            assert few[stem][bits] > 0.9 * cost, (stem, bits)
+            assert cost > 0
 
 
 @pytest.mark.parametrize("stages", [[], [FLAT]])

@@ -4,6 +4,9 @@ The move is weighed by how much the loss minds it at that point of the residual 
 curves use), so errors of q and k, which pass a softmax, of gate and up, which pass a product, and of layers early and
 late are all changes of the loss and can share one budget. Errors are measured on the dense model, each unit alone: that
 they add up is an assumption.
+
+GPTQ is fitted to the first half of every sample and judged by the second. The tokens that it was fitted to flatter what
+reads many channels: ``down`` would get the fewest bits and is what needs them most (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from flatq.quantize.bits import Unit, free_units
 from flatq.quantize.grid import Grid
 from flatq.quantize.stage import READERS, planned_grids, quantized_together
 from flatq.specs import GptqSpec
+from flatq.statistics import Gram
 from flatq.walk import Block, dense_blocks
 from flatq.weights import Weights
 
@@ -51,11 +55,14 @@ def bit_errors(
     _, units = free_units(weights.config, spec)
     grids = planned_grids(weights.config, spec)
     found: dict[str, dict[str, float]] = {}
-    for number, block in enumerate(dense_blocks(weights, tokens, work, most=TOKENS, name="bits", sweep=sweep)):
+    for number, block in enumerate(
+        dense_blocks(weights, tokens, work, most=TOKENS, name="bits", sweep=sweep, moments=frozenset())
+    ):
+        block.observe()
         sensitivity = None if fisher is None else fisher[number].to(sweep.device)
-        before = _outputs(block)
+        fitted, before = _fitted(block), _outputs(block)
         for unit in (unit for unit in units if _inside(block, unit)):
-            found[unit.stems[0]] = _errors(block, unit, before, grids, sensitivity, spec)
+            found[unit.stems[0]] = _errors(block, unit, fitted, before, grids, sensitivity, spec)
     return found
 
 
@@ -65,7 +72,13 @@ def _inside(block: Block, unit: Unit) -> bool:
 
 
 def _errors(
-    block: Block, unit: Unit, before: list[Tensor], grids: Mapping[str, Grid], fisher: Tensor | None, spec: GptqSpec
+    block: Block,
+    unit: Unit,
+    fitted: Mapping[str, Tensor],
+    before: list[Tensor],
+    grids: Mapping[str, Grid],
+    fisher: Tensor | None,
+    spec: GptqSpec,
 ) -> dict[str, float]:
     names = [stem.rsplit(".", 1)[1] for stem in unit.stems]
     gram = next(gram for gram, readers in READERS[block.half] if names[0] in readers)
@@ -74,7 +87,7 @@ def _errors(
     costs = {}
     for bits in sorted(set(spec.bit_choices)):
         grid = replace(grids[unit.stems[0]], bits=bits)
-        coded = quantized_together(whole, block.observe()[gram].mean(), grid, spec).weight.dequantize()
+        coded = quantized_together(whole, fitted[gram], grid, spec).weight.dequantize()
         for linear, part in zip(linears, coded.split([len(weight) for weight in whole]), strict=True):
             linear.weight = nn.Parameter(part, requires_grad=False)
         moved = [after - y for after, y in zip(_outputs(block), before, strict=True)]
@@ -84,13 +97,24 @@ def _errors(
     return costs
 
 
+def _fitted(block: Block) -> dict[str, Tensor]:
+    """Second moments of what the linears read, [i, i], over the first half of every sample."""
+    grams: dict[str, Gram] = {}
+    with forward_precision(block.precision, block.device):
+        for batch in block.feed.batches():
+            for name, x in block.activations(block.feed.states[batch].to(block.device, torch.float32)).items():
+                grams.setdefault(name, Gram(x.shape[-1], device=x.device)).update(x[:, : x.shape[1] // 2])
+        return {name: gram.mean() for name, gram in grams.items()}
+
+
 def _outputs(block: Block) -> list[Tensor]:
-    """What the block makes of its inputs, [tokens, m] per batch; 8 bits round less than bfloat16, hence float32."""
+    """What the block makes of the other half, [tokens, m] per batch; 8 bits round less than bfloat16, hence float32."""
     made = []
     with forward_precision("float32"):
         for batch in block.feed.batches():
             x = block.feed.states[batch].to(block.device, torch.float32)
-            made.append(block.layer.run(block.half, x, block.positions(x.shape[0])).flatten(0, 1))
+            y = block.layer.run(block.half, x, block.positions(x.shape[0]))
+            made.append(y[:, y.shape[1] // 2 :].flatten(0, 1))
     return made
 
 
