@@ -164,8 +164,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        scaled = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         return self.weight * scaled.to(x.dtype)
 
 
@@ -180,8 +179,9 @@ class Positions:
 
 def rotate(x: Tensor, positions: Positions) -> Tensor:
     """Apply the rotary embedding to [b, heads, s, d] (halves convention of Hugging Face checkpoints)."""
+    x = x.to(positions.cos.dtype)  # products of two dtypes take three times as long
     first, second = x.chunk(2, dim=-1)
-    return x * positions.cos + torch.cat([-second, first], dim=-1) * positions.sin
+    return torch.addcmul(x * positions.cos, torch.cat([-second, first], dim=-1), positions.sin)
 
 
 def locate(

@@ -42,7 +42,7 @@ def has_factor_(work: Tensor, *, must: bool) -> bool:
     return not failed
 
 
-def ridged_factor(c: Tensor, ridge: float) -> tuple[Tensor, float]:
+def ridged_factor(c: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, float]:
     """Lower factor of ``C + shift I`` and the shift, with the least ridge of ``ridge`` times 1, 10, ... that has one.
 
     A float32 Gram of fewer tokens than features is positive only up to its rounding, which grows with its largest
@@ -52,7 +52,7 @@ def ridged_factor(c: Tensor, ridge: float) -> tuple[Tensor, float]:
         torch.linalg.LinAlgError: C is far from positive.
     """
     for rung in range(RUNGS):
-        work, shift = damped(c, ridge * 10**rung)
+        work, shift = damped(c, ridge * 10**rung, dtype)
         if has_factor_(work, must=rung == RUNGS - 1):
             break
     return work, shift

@@ -16,7 +16,7 @@ from flatq import ranks
 from flatq.device import exact
 from flatq.spd import submatrix
 
-PANEL = 1024  # columns of a Gram that are computed together
+PANEL = 512  # columns of a Gram that are computed together
 
 
 def finite(x: Tensor) -> bool:
@@ -49,7 +49,7 @@ class Gram:
             rows = rows[:, 0]
             for start in range(0, features, PANEL):
                 panel = slice(start, start + PANEL)
-                self._total[0, panel, start:] += rows[:, panel].T @ rows[:, start:]
+                self._total[0, panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
             self._half = features > PANEL
         self.count += len(rows) if blocks == 1 else rows.shape[1]
 

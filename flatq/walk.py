@@ -217,8 +217,9 @@ class Reference:
 
 def _product(x: Tensor, y: Tensor, so_far: Tensor | None) -> Tensor:
     """``x^T y`` over all tokens, added to that of earlier batches."""
-    found = x.flatten(0, 1).T @ y.flatten(0, 1)
-    return found if so_far is None else so_far + found
+    if so_far is None:
+        so_far = x.new_zeros(x.shape[-1], y.shape[-1])
+    return so_far.addmm_(x.flatten(0, 1).T, y.flatten(0, 1))
 
 
 ACTIVATIONS = {

@@ -66,13 +66,17 @@ def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
 def drift_correction(gram: Tensor, drift: Tensor, shrinkage: float = DRIFT_SHRINKAGE) -> Tensor:
     """What to add to a projection to undo what its input can foresee of its output's drift, [m, i].
 
+    Noise on every feature bounds the condition, up to the features' own scales, by ``i / shrinkage`` (Cholesky does not
+    mind scales), so that the precision of the Gram does.
+
     Args:
         gram: second moment of the input, [i, i].
         drift: ``E[input^T (y_dense - y)]``, [i, m].
         shrinkage: see ``shrunk``.
     """
-    lower, _ = ridged_factor(shrunk(gram, shrinkage), 1e-8)
-    return solved(lower, drift.double()).T
+    dtype = gram.dtype if shrinkage else torch.float64
+    lower, _ = ridged_factor(shrunk(gram, shrinkage), 1e-8, dtype)
+    return solved(lower, drift.to(dtype)).T
 
 
 def output_error(w: Tensor, gram: Tensor, w_new: Tensor, keep: Tensor) -> float:
@@ -130,7 +134,8 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
     """Optimal-brain-surgeon elimination: again and again drop the channels whose loss the others can best make up for.
 
     The output's change when channel j goes is ``||W[:, j]||^2 / (C^-1)_jj``; then ``W`` and ``C^-1`` are updated to
-    those of the smaller problem, exactly. Only the choice within one step takes its channels as independent.
+    those of the smaller problem, exactly (``C^-1`` in several steps together: it is the larger by far). Only the choice
+    within one step takes its channels as independent.
 
     Args:
         w_down: [m, f]; rows may be weighted, see ``sensitivity``.
@@ -143,24 +148,29 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
     f = len(gram)
     step = step or max(1, f // STEPS)
     inverted = inverse(gram, ridge)[0].mT.to(gram.dtype)  # symmetric: rows may be columns
-    w, index = w_down.to(gram.dtype, copy=True), torch.arange(f, device=gram.device)
-    alive = torch.ones(f, dtype=torch.bool, device=gram.device)
-    order, cost, total, left = [index[:0]], [gram.diagonal()[:0].double()], 0.0, f
+    rows = w_down.T.to(gram.dtype, copy=True, memory_format=torch.contiguous_format)
+    index = torch.arange(f, device=gram.device)
+    alive, late, diagonal = index >= 0, inverted[:0], inverted.diagonal().clone()  # C^-1 is ``inverted - late^T late``
+    order, cost, total, left = [index[:0]], [diagonal[:0].double()], 0.0, f
     while left > width:
-        price = (w.square().sum(0) / inverted.diagonal()).masked_fill_(~alive, torch.inf)
+        price = (torch.linalg.vector_norm(rows, dim=1).square() / diagonal).masked_fill_(~alive, torch.inf)
         gone = torch.topk(price, min(step, left - width), largest=False).indices
-        bridge, before = inverted[gone], total  # [gone, n]
-        small = torch.cat([bridge, w[:, gone].T], 1).double()
-        share = torch.linalg.solve(small[:, gone], small).to(gram.dtype)  # [gone, n + m]
-        total += float((w[:, gone].T * share[:, len(index) :]).sum())
+        bridge = torch.addmm(inverted[gone], late[:, gone].T, late, alpha=-1)  # [gone, n]
+        among = bridge[:, gone].double()
+        among.diagonal().mul_(1 + torch.finfo(gram.dtype).eps)  # positive, whatever was rounded
+        root = torch.linalg.inv(torch.linalg.cholesky(among)).to(gram.dtype)
+        share, lost, before = root @ bridge, root @ rows[gone], total  # [gone, n], [gone, m]
+        total += float(lost.square().sum(dtype=torch.float64))
         order.append(index[gone])
         cost.append(torch.linspace(before, total, len(gone) + 1, dtype=torch.float64, device=gram.device)[1:])
-        w.addmm_(w[:, gone], share[:, : len(index)], alpha=-1)
-        inverted.addmm_(bridge.T, share[:, : len(index)], alpha=-1)
+        rows.addmm_(share.T, lost, alpha=-1)
+        diagonal -= share.square().sum(0)
+        late = torch.cat([late, share])
         alive[gone] = False
         left -= len(gone)
-        if left < 0.85 * len(index):  # what is gone costs time in every product: close the gaps now and then
+        if left < 0.85 * len(index):  # now and then close the gaps, and bring the inverse up to date in one product
             rest = alive.nonzero()[:, 0]
-            w, inverted, index = w.index_select(1, rest), closed_up(inverted, rest), index[rest]
-            alive = torch.ones(left, dtype=torch.bool, device=gram.device)
+            rows, inverted, late, index = rows[rest], closed_up(inverted, rest), late[:, rest], index[rest]
+            inverted.addmm_(late.T, late, alpha=-1)
+            alive, late, diagonal = index >= 0, inverted[:0], inverted.diagonal().clone()
     return Elimination(torch.cat(order), torch.cat(cost))
