@@ -180,8 +180,11 @@ class Positions:
 def rotate(x: Tensor, positions: Positions) -> Tensor:
     """Apply the rotary embedding to [b, heads, s, d] (halves convention of Hugging Face checkpoints)."""
     x = x.to(positions.cos.dtype)  # products of two dtypes take three times as long
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * positions.cos, torch.cat([-second, first], dim=-1), positions.sin)
+    turned, half = x * positions.cos, x.shape[-1] // 2
+    sine = positions.sin[..., :half]  # both halves turn by the same angles
+    turned[..., :half].addcmul_(x[..., half:], sine, value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sine)
+    return turned
 
 
 def locate(
