@@ -221,13 +221,20 @@ def table(dense: float, rows: dict[str, dict[str, Cell]]) -> str:
     lines += ["| | threads | flatq | peer | speed | perplexities |", "|---|---:|---:|---:|---:|---:|"]
     for row, cells_ in rows.items():
         for method, cell in cells_.items():
-            if "flatq_seconds" in cell:
-                ours, theirs = cell["flatq_cpu_seconds"], cell["cpu_seconds"]
-                both = f"{cell['flatq_seconds']:.0f} ({ours:.0f}) | {cell['seconds']:.0f} ({theirs:.0f})"
-                speed = f"{cell['seconds'] / cell['flatq_seconds']:.1f} x ({theirs / ours:.1f} x)"
-                found = [f"{cell[name]:.2f}" for name in ("flatq_perplexity", "perplexity") if name in cell]
-                lines.append(f"| {row}, {method} | {cell['threads']} | {both} | {speed} | {', '.join(found)} |")
+            if "flatq_cpu_seconds" in cell:
+                lines.append(f"| {row}, {method} | {cell['threads']} | {_side_by_side(cell)} |")
     return "\n".join(lines) + "\n"
+
+
+def _side_by_side(cell: Cell) -> str:
+    """What flatq and the peer took and gave; no seconds on the wall where the machine was stopped meanwhile."""
+    ours, theirs = cell["flatq_cpu_seconds"], cell["cpu_seconds"]
+    given = ", ".join(f"{cell[name]:.2f}" if name in cell else "-" for name in ("flatq_perplexity", "perplexity"))
+    if "seconds" not in cell:
+        return f"({ours:.0f}) | ({theirs:.0f}) | ({theirs / ours:.1f} x) | {given}"
+    wall = cell["seconds"] / cell["flatq_seconds"]
+    both = f"{cell['flatq_seconds']:.0f} ({ours:.0f}) | {cell['seconds']:.0f} ({theirs:.0f})"
+    return f"{both} | {wall:.1f} x ({theirs / ours:.1f} x) | {given}"
 
 
 def main() -> None:
