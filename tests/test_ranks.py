@@ -70,12 +70,17 @@ def test_processes_that_share_the_samples_give_the_result_of_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "stages",
+    [[FLAT, GPTQ], [{"gptq": {"average_bits": 3.6, "group_size": 16, "correction": 0.5}}]],
+    ids=["both stages", "measured bits, dense model walked along"],
+)
 def test_quantized_models_of_one_and_of_three_processes_are_equally_good(
-    make_recipe: MakeRecipe, tmp_path: Path
+    stages: list[dict[str, Any]], make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     # A code that lies on the edge between two values may fall to either side of it; what follows then differs, down to
     # the channels that are kept.
-    recipe = make_recipe(stages=[FLAT, GPTQ])
+    recipe = make_recipe(stages=stages)
     started = launch(3, recipe, tmp_path / "shared", tmp_path / "log")
     assert flatq("run", recipe, "--out", tmp_path / "alone", "--device", "cpu").exit_code == 0
     assert started.wait(timeout=300) == 0, (tmp_path / "log").read_text()
