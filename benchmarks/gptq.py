@@ -52,7 +52,7 @@ from flatq_safetensors import SafetensorsExporter, SafetensorsOptions
 from flatq_safetensors.runner import decoded_state
 
 ROW = 166  # 2,656 tokens of the 16 texts are 16 rows of this length
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "4 bit, groups of 32": {"bits": 4, "group_size": 32},
     "3 bit, groups of 32": {"bits": 3, "group_size": 32},
     "4 bit, groups of 128": {"bits": 4, "group_size": 128},
