@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flatq.specs import MOST_TOKENS, FlatSpec
 from flatq.strict_yaml import Place
 
-MOST_TOKENS = 2**24  # at d_model 4096 and bfloat16 their hidden states already take 137 GB of disk
 ORDER = ("flat", "gptq")
 BUDGETS = ("keep_ratio", "size", "decode_bytes")
 
@@ -66,14 +66,15 @@ def _flat(place: Place, options: Mapping[str, Any]) -> Broken:
 
 
 def _corrected_twice(place: Place, flat: Mapping[str, Any]) -> Broken:
-    own = flat.get("correction")
-    if own is None:
-        own = 0 if flat.get("method") == "paper" else 0.5
-    if flat and _number(own) and flat.get("keep_ratio") != 1:
+    if not flat or not (flat.get("correction") is None or _number(flat["correction"])):
+        return
+    given: dict[str, Any] = {key: flat.get(key) for key in ("method", "correction", "keep_ratio")}
+    stage = FlatSpec.model_construct(**given)
+    if stage.corrects:
         yield (
             place,
-            f"the flat stage takes back {own} of the drift from the dense model already; leave it out here, or "
-            "set correction: 0 in the flat stage",
+            f"the flat stage takes back {stage.parts.correction} of the drift from the dense model already; leave it "
+            "out here, or set correction: 0 in the flat stage",
         )
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,16 +21,12 @@ from flatq.quantize.grid import Grid
 from flatq.statistics import Gram
 from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
 from tests.laws.test_gptq_laws import correlated_gram, random
+from tests.test_ranks import perplexity_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "report.json").read_text())["result"]
-    return found
 
 
 @pytest.mark.parametrize("late_scales", [False, True])
@@ -81,8 +75,7 @@ def test_a_run_on_the_gpu_ends_as_one_on_the_cpu(make_recipe: MakeRecipe, tmp_pa
         assert shown.exit_code == 0, shown.stderr
     here, there = (Artifact.open(tmp_path / device) for device in ("cpu", "cuda"))
     assert here.config == there.config, "the same plan"
-    perplexity = [result_of(tmp_path / device)["perplexity"] for device in ("cpu", "cuda")]
-    assert perplexity[1] == pytest.approx(perplexity[0], rel=1e-3)
+    assert perplexity_of(tmp_path / "cuda") == pytest.approx(perplexity_of(tmp_path / "cpu"), rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "auto"])
@@ -92,8 +85,7 @@ def test_a_whole_run_on_the_gpu_is_as_good(precision: str, make_recipe: MakeReci
     for device in ("cpu", "cuda:0"):
         shown = flatq("run", recipe, "--out", tmp_path / device[:3], "--device", device)
         assert shown.exit_code == 0, shown.stderr
-    here, there = (result_of(tmp_path / device)["perplexity"] for device in ("cpu", "cud"))
-    assert there == pytest.approx(here, rel=0.03)
+    assert perplexity_of(tmp_path / "cud") == pytest.approx(perplexity_of(tmp_path / "cpu"), rel=0.03)
 
 
 def test_the_doctor_names_the_gpu() -> None:

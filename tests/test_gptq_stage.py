@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from flatq.errors import NumericsError
@@ -50,15 +50,6 @@ def disturbed(work: Path, weights: RandomWeights) -> Iterator[Block]:
         block.narrow(name, getattr(block.layer, name).weight / 2, getattr(block.layer, name).bias)
 
 
-def inputs(block: Block, x: Tensor) -> dict[str, Tensor]:
-    """What the linears of a block read, by the name of its Gram."""
-    layer = block.layer
-    with torch.no_grad():
-        first = layer.attention_norm(x) if block.half == "attention" else layer.mlp_norm(x)
-        inner = layer.mix(first, block.positions(len(x))) if block.half == "attention" else layer.widen(first)
-    return {"input": first, "inner": inner}
-
-
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_corrected_weights_are_nearer_to_what_the_dense_model_gives(tmp_path: Path, share: float, biases: bool) -> None:
@@ -66,7 +57,7 @@ def test_corrected_weights_are_nearer_to_what_the_dense_model_gives(tmp_path: Pa
     for number, block in enumerate(disturbed(tmp_path, weights)):
         assert block.reference is not None
         x, dense = block.feed.states[:], block.reference.before.states[:]
-        seen, wanted = inputs(block, x), inputs(block, dense)
+        seen, wanted = block.activations(x), block.activations(dense)
         for gram, names in READERS[block.half]:
             linears: list[nn.Linear] = [getattr(block.layer, name) for name in names]
             moved = corrected(block, gram, [linear.weight for linear in linears], share)
