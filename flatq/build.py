@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from flatq import ranks
-from flatq.artifact import ENERGIES, PARTS, Artifact, finish, save_shard, write_json
+from flatq.artifact import ENERGIES, Artifact, finish, save_shard, write_json
 from flatq.compress.sensitivity import Sensitivity
 from flatq.compress.stage import FlatStage, RankPlan
 from flatq.decoder import DecoderConfig
+from flatq.ends import EMBEDDING, ENDS, head_moment, head_stem, save_first, save_last, saved_first
 from flatq.feed import WORKING_SET, Sweep
 from flatq.progress import progress
 from flatq.quantize.grid import Grid, QuantizedWeight
-from flatq.quantize.stage import READERS, GptqStage, quantize_table
+from flatq.quantize.stage import READERS, GptqStage
 from flatq.recipe import Recipe
 from flatq.source import Source
-from flatq.walk import Block, blocks_done, walk
+from flatq.walk import Block, blocks_done, last_states, walk
 from flatq.weights import HALVES, half_names
 
 log = logging.getLogger(__name__)
-ENDS = "ends.safetensors"
 
 
 def shard_name(index: int, half: str) -> str:
@@ -65,13 +65,13 @@ def build(
 
     if ranks.first():
         partial.mkdir(parents=True, exist_ok=True)
-        _save_ends(source, grids, partial / ENDS)
+        save_first(source, grids, partial)
     ranks.wait()
 
     def save(block: Block) -> None:
         _save_block(block, source.dtype, partial, work)
 
-    total = len(config.layers) * len(HALVES)
+    sweep, total = Sweep.of(recipe.calibration, device, working_set), len(config.layers) * len(HALVES)
     with progress("compress", total) as advance:
         advance(blocks_done(work))
         for block in walk(
@@ -79,8 +79,8 @@ def build(
             tokens,
             work,
             save,
-            embed=_embedding(partial / ENDS, grids.get("embed")),
-            sweep=Sweep.of(recipe.calibration, device, working_set),
+            embed=saved_first(source, grids, partial),
+            sweep=sweep,
             reference=recipe.flat is not None and recipe.flat.corrects,
             lag=recipe.gptq is not None and recipe.gptq.corrects,
         ):
@@ -89,32 +89,15 @@ def build(
             block.observe()  # without a stage that did; the energies are kept
             advance()
 
+    solves = head_stem(config) in grids
+    moment = head_moment(source, last_states(source, tokens, work, sweep), sweep) if solves else None
     if ranks.first():
+        head = save_last(source, grids, moment, recipe.gptq, partial)
         save_shard(partial / ENERGIES, energies(work))
-        _finish(
-            source, config, grids, {**provenance, "plan": asdict(plan), "blocks": block_reports(work)}, partial, root
-        )
+        manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work), "head": head}
+        _finish(source, config, grids, manifest, partial, root)
     ranks.wait()
     return Artifact.open(root)
-
-
-def _save_ends(source: Source, grids: Mapping[str, Grid], file: Path) -> None:
-    """Embedding, last norm and head."""
-    ends: dict[str, Tensor | QuantizedWeight] = {}
-    for name in ("embed.weight", "norm.weight", *(() if source.config.tied_head else ("head.weight",))):
-        grid = grids.get(name.removesuffix(".weight"))
-        ends[name] = source.tensor(name) if grid is None else quantize_table(source, name, grid)
-    save_shard(file, ends)
-
-
-def _embedding(file: Path, grid: Grid | None) -> Tensor | QuantizedWeight:
-    """The embedding of the deployed model; mapped, not read."""
-    shard: Any = safetensors.safe_open(file, framework="pt")
-    if grid is None:
-        found: Tensor = shard.get_tensor("embed.weight")
-        return found
-    codes, scale, zero = (shard.get_tensor(f"embed.{part}") for part in PARTS)
-    return QuantizedWeight(codes, scale, zero, grid)
 
 
 def _finish(
@@ -126,7 +109,8 @@ def _finish(
     root: Path,
 ) -> None:
     """Tokenizer, index, configuration and manifest."""
-    files = [ENDS, *(shard_name(index, half) for index, half in _halves(config))]
+    first = [EMBEDDING] if (partial / EMBEDDING).exists() else []
+    files = [*first, *(shard_name(index, half) for index, half in _halves(config)), ENDS]
     for stray in partial.glob("*.partial"):
         stray.unlink()
     source.tokenizer().save_pretrained(str(partial))

@@ -139,6 +139,8 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
     narrowing = max(eliminating, fitting) if recipe.flat is not None else 0
     solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
     rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
+    quantizes_head = recipe.gptq is not None and recipe.gptq.embedding is not None
+    heading = 8 * tables + 16 * m**2 + 20 * min(tables, WEIGHTS_AT_ONCE) if quantizes_head else embedding
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     return {
@@ -146,7 +148,7 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
         "sensitivity": int(gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab)),
         "curves": int(max(half + max(batch + grams, eliminating, 28 * heads**2), embedding)),
         "importance": int(max(2 * half + batch, embedding)),
-        "compress": int(max(half + max(batch + grams, narrowing, rounding), 10 * tables if recipe.gptq else embedding)),
+        "compress": int(max(half + max(batch + grams, narrowing, rounding), heading)),
         "evaluate": int(evaluated),
     }
 

@@ -1,7 +1,7 @@
 """The phases of a run, played on the first layer of its model and a few of its tokens, with a clock inside.
 
-The clock tells apart what grows with what: forward passes and Grams with tokens and layers, solves with layers, the
-head with tokens, reading and rounding of the embedding with nothing. It knows where a phase is by what the phase reads:
+The clock tells apart what grows with what: forward passes and Grams with tokens and layers, solves with layers, logits
+with tokens, reading the embedding and solving the head with nothing. It knows where a phase is by what the phase reads:
 a tensor of a layer, or one of the ends. So one look is enough where differences between several (one layer and two,
 few tokens and more) would multiply their noise by all layers and tokens.
 
@@ -29,13 +29,14 @@ from flatq.compress.importance import layer_importance
 from flatq.compress.sensitivity import Sensitivity, output_sensitivity
 from flatq.compress.stage import RankPlan
 from flatq.decoder import DecoderConfig, LayerDims
+from flatq.ends import first_table, head_moment, head_stem, quantized_head
 from flatq.evaluate import perplexity
 from flatq.feed import Sweep
 from flatq.progress import hidden, progress
 from flatq.quantize.grid import QuantizedWeight
-from flatq.quantize.stage import planned_grids, quantize_table
+from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
-from flatq.walk import Block, walk
+from flatq.walk import Block, last_states, walk
 from flatq.weights import Weights, tensor_shapes
 
 BATCHES = 2  # of calibration tokens
@@ -73,6 +74,7 @@ class Spent:
         solves: in one layer, however many tokens there are; reading it is part of that.
         ends: with ``tokens`` tokens before the first and after the last layer.
         tables: there, however many tokens there are.
+        head: in quantizing it.
         tokens: how many went through.
     """
 
@@ -80,13 +82,14 @@ class Spent:
     solves: float = 0.0
     ends: float = 0.0
     tables: float = 0.0
+    head: float = 0.0
     tokens: int = 0
 
     def grown(self, layers: int, tokens: int, wider: int) -> float:
         """Seconds of a whole phase of a model that is ``wider`` times as wide."""
         more = tokens / self.tokens
         each = self.layers * more * wider**2 + self.solves * wider**3
-        return layers * each + wider * (self.ends * more + self.tables)
+        return layers * each + wider * (self.ends * more + self.tables) + wider**2 * self.head
 
     def quicker(self, other: Spent) -> Spent:
         """Part by part."""
@@ -233,15 +236,13 @@ class Rehearsal:
         grids = planned_grids(config.with_layers(self.plan), self.recipe.gptq)
         stages = stages_of(self.recipe, plan, grids, config, work)
         with self.clock.during("tables"):
-            for name in ("embed", "head"):
-                if name in grids:
-                    self.made[f"{name}.weight"] = quantize_table(self.weights, f"{name}.weight", grids[name])
+            self.made["embed.weight"] = first_table(self.weights, grids)
         for block in walk(
             self._watched,
             tokens,
             work,
             self._keep,
-            embed=self.made.get("embed.weight"),
+            embed=self.made["embed.weight"],
             reference=self.recipe.flat is not None and self.recipe.flat.corrects,
             lag=self.recipe.gptq is not None and self.recipe.gptq.corrects,
             sweep=self._sweep,
@@ -250,6 +251,12 @@ class Rehearsal:
             with self.clock.during("solves"):
                 for stage in stages:
                     stage.apply(block)
+        stem = head_stem(config)
+        if stem in grids and self.recipe.gptq is not None:
+            moment = head_moment(self._watched, last_states(self.weights, tokens, work, self._sweep), self._sweep)
+            with self.clock.during("head"):
+                solved = quantized_head(self.weights, grids[stem], moment, self.recipe.gptq)
+                self.made[f"{stem}.weight"] = solved.weight
 
     def _keep(self, block: Block) -> None:
         found: dict[str, Tensor | QuantizedWeight] = dict(block.layer.named_parameters())

@@ -108,6 +108,13 @@ class LayerReport(Section):
     notes: list[str] = []
 
 
+class HeadReport(Section):
+    """The quantized head: the share of its logits' energy that its codes lose on the calibration tokens."""
+
+    error: float
+    notes: list[str] = []
+
+
 class ExportReport(Section):
     """One export; ``sha256`` by file, ``verify`` None if the format has no runtime here."""
 
@@ -140,6 +147,7 @@ class Report(Section):
     baseline: Measure | None
     result: Measure
     layers: list[LayerReport]
+    head: HeadReport | None = None
     exports: list[ExportReport]
     bench: list[BenchResult]
     timing: dict[str, float]
@@ -199,6 +207,7 @@ def findings(report: Report) -> Findings:
             found.costs.append(f"{export.name}: not verified, because its runtime is not part of flatq.")
         found.notes += [f"{export.name}: {note}" for note in export.notes]
     found.notes += [f"Layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]
+    found.notes += report.head.notes if report.head else []
     return found
 
 

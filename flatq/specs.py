@@ -181,7 +181,11 @@ class FlatParts:
 
 
 class EmbeddingSpec(Spec):
-    """Round-to-nearest quantization of the embedding and the output head."""
+    """Quantization of the embedding and the output head.
+
+    The head (or the one table that is both) is solved like any other linear, with the stage's own settings; an
+    embedding of its own is rounded to nearest.
+    """
 
     bits: Literal[4, 8] = 8
     """Bits per weight."""

@@ -93,6 +93,7 @@ def summarize(
             "baseline": _measure(config, config.parameters() * itemsize, baseline, scored, {}, recipe, itemsize),
             "result": _measure(artifact.config, artifact.bytes(), result, scored, artifact.grids, recipe, itemsize),
             "layers": _layers(config, artifact),
+            "head": artifact.manifest["head"] or None,
             "exports": list(exports),
             "bench": list(bench),
             "timing": dict(timing),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from flatq import ranks
 from flatq.artifact import write_json
-from flatq.decoder import DecoderLayer, LayerDims, Positions, locate
+from flatq.decoder import DecoderConfig, DecoderLayer, LayerDims, Positions, locate
 from flatq.device import solver_of
 from flatq.errors import NumericsError
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, stored_as
@@ -254,13 +254,9 @@ def walk(
         moments: which Grams are wanted of every block, see ``Block.observe``.
     """
     config, reference = weights.config, reference or lag
-    samples, length = tokens.shape
-    shape = (samples, length, config.d_model)
-    dtype = stored_as(sweep.states, tokens.numel(), config.d_model)
     work.mkdir(parents=True, exist_ok=True)
-    size = batch_tokens(config, sweep.working_set)
-    feeds = [Feed(work / f"states-{turn}", shape, dtype, size) for turn in (0, 1)]
-    dense = [Feed(work / f"dense-{turn}", shape, dtype, size) for turn in (0, 1)] if reference else []
+    feeds = [_feed(config, tokens, work / f"states-{turn}", sweep) for turn in (0, 1)]
+    dense = [_feed(config, tokens, work / f"dense-{turn}", sweep) for turn in (0, 1)] if reference else []
     order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
     start = ranks.agreed(blocks_done(work))
     if start == 0:
@@ -276,7 +272,7 @@ def walk(
             half,
             layer,
             feeds[now],
-            lambda batch: locate(config, batch, length, device=torch.device(sweep.device)),
+            lambda batch: locate(config, batch, tokens.shape[1], device=torch.device(sweep.device)),
             sweep.precision,
             sweep.device,
             Reference(dense[now], dense[then], lag) if reference else None,
@@ -299,6 +295,16 @@ def walk(
         ranks.wait()
         if ranks.first():
             write_json(work / "state.json", {"blocks_done": done + 1})
+
+
+def _feed(config: DecoderConfig, tokens: Tensor, path: Path, sweep: Sweep) -> Feed:
+    dtype = stored_as(sweep.states, tokens.numel(), config.d_model)
+    return Feed(path, (*tokens.shape, config.d_model), dtype, batch_tokens(config, sweep.working_set))
+
+
+def last_states(weights: Weights, tokens: Tensor, work: Path, sweep: Sweep) -> Feed:
+    """The residual stream after the last block, once a walk over the same folder has ended, [samples, seq, m]."""
+    return _feed(weights.config, tokens, work / f"states-{len(weights.config.layers) * len(HALVES) % 2}", sweep)
 
 
 def dense_blocks(

@@ -4,7 +4,7 @@
 
 On a GPU a product of a tensor there and one here is an error, and nothing on a machine without a GPU would show it.
 Here it is one, too: a run that ends well has moved everything that it had to move. What it computes is computed by the
-CPU, so it ends with the CPU's own bytes. Not shown: a GPU's rounding, memory and speed.
+CPU, so it ends with the CPU's own numbers. Not shown: a GPU's rounding, memory and speed.
 
 torch calls ``__torch_dispatch__`` for every operation on such a tensor, and ``Away`` for those that make one.
 """

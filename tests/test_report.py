@@ -16,6 +16,7 @@ from flatq.decoder import LayerDims
 from flatq.report import (
     Environment,
     ExportReport,
+    HeadReport,
     LayerReport,
     Measure,
     ModelInfo,
@@ -94,6 +95,7 @@ def report() -> Report:
             perplexity_tokens=16352,
         ),
         layers=[layer(index) for index in range(30)],
+        head=HeadReport(error=0.0123, notes=["head: needed damping 0.1"]),
         exports=[export("onnx", 74_100_000), export("onnx-gqa", 74_300_000), export("safetensors", 81_000_000, False)],
         bench=[
             speeds("baseline", 41.2, 512.0, 1.21e9),
@@ -122,8 +124,8 @@ def test_json_has_the_contracts_keys_and_comes_back_equal(report: Report, tmp_pa
     write_report(report, tmp_path)
     written = json.loads((tmp_path / "report.json").read_text())
     assert set(written) == {
-        "schema_version", "model", "recipe", "environment", "baseline", "result", "layers", "exports", "bench",
-        "timing", "memory", "device_memory", "forecast", "peak_rss_bytes",
+        "schema_version", "model", "recipe", "environment", "baseline", "result", "layers", "head", "exports",
+        "bench", "timing", "memory", "device_memory", "forecast", "peak_rss_bytes",
     }  # fmt: skip
     assert {"parameters", "decoder_parameters", "bytes", "perplexity"} <= set(written["result"])
     assert {"files", "bytes", "sha256", "verify"} <= set(written["exports"][0])

@@ -19,7 +19,7 @@ from flatq.errors import NumericsError
 from flatq.feed import Feed, Sweep
 from flatq.precision import forward_precision, resolved
 from flatq.quantize.grid import Grid, round_to_nearest
-from flatq.walk import Block, blocks_done, walk
+from flatq.walk import Block, blocks_done, last_states, walk
 from flatq.weights import load_decoder
 from tests.models import EXACT, RandomWeights, tiny_config
 
@@ -29,9 +29,9 @@ WEIGHTS = RandomWeights(tiny_config())
 LAST = {"attention": "o.weight", "mlp": "down.weight"}
 
 
-def last_states(work: Path, blocks: int = len(ORDER)) -> Tensor:
+def ended(work: Path) -> Tensor:
     """What the last block wrote."""
-    return torch.from_file(str(work / f"states-{blocks % 2}"), size=5 * 12 * 64, dtype=torch.float32).view(5, 12, 64)
+    return last_states(WEIGHTS, TOKENS, work, EXACT).states
 
 
 def halve(block: Block) -> None:
@@ -54,7 +54,7 @@ def test_an_untouched_model_walks_to_its_own_hidden_states(tmp_path: Path) -> No
     for _ in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT):
         pass
     decoder = load_decoder(WEIGHTS)
-    torch.testing.assert_close(decoder.norm(last_states(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder.norm(ended(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 def test_later_blocks_see_the_changed_model(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_later_blocks_see_the_changed_model(tmp_path: Path) -> None:
     for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT):
         halve(block)
     decoder = load_decoder(changed)
-    torch.testing.assert_close(decoder.norm(last_states(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder.norm(ended(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 def test_codes_run_as_what_they_decode_to(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_codes_run_as_what_they_decode_to(tmp_path: Path) -> None:
         if (block.index, block.half) == ORDER[1]:
             block.quantize("up", codes)
     decoder = load_decoder(changed)
-    torch.testing.assert_close(decoder.norm(last_states(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder.norm(ended(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 class Killed(Exception):
@@ -133,7 +133,7 @@ def test_a_walk_broken_anywhere_ends_with_the_same_bytes(
         with pytest.raises(Killed):
             go(tmp_path / "broken", moment)
     assert go(tmp_path / "broken") == ORDER[at:], "it goes on with the block it was in"
-    assert torch.equal(last_states(tmp_path / "broken"), last_states(tmp_path / "whole"))
+    assert torch.equal(ended(tmp_path / "broken"), ended(tmp_path / "whole"))
 
 
 def test_a_finished_walk_yields_nothing(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_the_stream_and_the_sums_stay_in_float32_where_blocks_run_in_bfloat16(tm
             assert 0 < (gram.mean() - wanted).norm() < 0.02 * wanted.norm(), "rounded, and not by much"
         assert block.drift is not None
         assert block.drift.dtype == block.layer.get_parameter(LAST[block.half]).dtype == torch.float32
-    ours, theirs = last_states(tmp_path / "b"), last_states(tmp_path / "a")
+    ours, theirs = ended(tmp_path / "b"), ended(tmp_path / "a")
     assert not torch.equal(ours, ours.bfloat16().float())
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
@@ -339,4 +339,4 @@ def test_a_broken_walk_with_a_reference_ends_with_the_same_states(tmp_path: Path
         correct(block)
     for block in walk(WEIGHTS, TOKENS, tmp_path / "broken", lambda _: None, reference=True):
         correct(block)
-    assert torch.equal(last_states(tmp_path / "whole"), last_states(tmp_path / "broken"))
+    assert torch.equal(ended(tmp_path / "whole"), ended(tmp_path / "broken"))

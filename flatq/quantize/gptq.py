@@ -33,7 +33,7 @@ from flatq.quantize.refine import refine
 from flatq.spd import has_factor_, submatrix
 from flatq.statistics import finite
 
-WEIGHTS_AT_ONCE = 1 << 25  # weights in the working set of a solve: 128 MiB each of rest, scales, zeros, codes
+WEIGHTS_AT_ONCE = 1 << 24  # weights in the working set of a solve: 64 MiB each of rest, scales, zeros, codes
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn when the solve breaks down
 
 

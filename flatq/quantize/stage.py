@@ -95,7 +95,7 @@ def _widest(config: DecoderConfig) -> int:
 
 
 def quantize_table(weights: Weights, name: str, grid: Grid) -> QuantizedWeight:
-    """Embedding or head, rounded to nearest with the clip factor searched (each row is read by itself)."""
+    """An embedding, rounded to nearest with the clip factor searched (each row is read by itself)."""
     return round_to_nearest(dense(weights.tensor(name)), grid, search=True)
 
 
@@ -181,9 +181,10 @@ def corrected(block: Block, gram: str, weights: Sequence[Tensor], share: float) 
 
 
 def quantized_together(weights: Sequence[Tensor], moment: Tensor, grid: Grid, spec: GptqSpec) -> GptqResult:
-    """GPTQ of weights that read the same activation, their rows stacked (and columns made contiguous on the way)."""
+    """GPTQ of weights that read the same activation, their rows stacked (with contiguous columns)."""
+    together = torch.cat([weight.T for weight in weights], 1).T if len(weights) > 1 else weights[0]
     return gptq(
-        torch.cat([weight.T for weight in weights], 1).T,
+        together,
         moment,
         grid,
         damping=spec.damping,
@@ -197,7 +198,7 @@ def quantized_together(weights: Sequence[Tensor], moment: Tensor, grid: Grid, sp
 
 def _place(block: Block, names: list[str], result: GptqResult, damping: float) -> None:
     """Put codes in place of linears that read the same activation."""
-    _report(block, "+".join(names), result, damping)
+    block.notes += notes_on("+".join(names), result, damping)
     row, part = 0, result.weight
     for name in names:
         rows = slice(row, row + getattr(block.layer, name).weight.shape[0])
@@ -206,10 +207,13 @@ def _place(block: Block, names: list[str], result: GptqResult, damping: float) -
         row = rows.stop
 
 
-def _report(block: Block, names: str, result: GptqResult, damping: float) -> None:
+def notes_on(names: str, result: GptqResult, damping: float) -> list[str]:
+    """What a user should know of a solve that did not go as asked, in words."""
+    notes = []
     if result.damping is None:
-        block.notes.append(f"{names}: every damping failed, rounded to nearest")
+        notes.append(f"{names}: every damping failed, rounded to nearest")
     elif result.damping > damping * 1.5:
-        block.notes.append(f"{names}: needed damping {result.damping:g}")
+        notes.append(f"{names}: needed damping {result.damping:g}")
     if result.dead:
-        block.notes.append(f"{names}: {result.dead} input columns never carried anything")
+        notes.append(f"{names}: {result.dead} input columns never carried anything")
+    return notes

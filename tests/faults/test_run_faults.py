@@ -166,7 +166,7 @@ def files_up_to(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("samples", "limit", "words"),
-    [(8, 100_000, "the disk is full (File too large)"), (1, 50_000, "ends.safetensors: cannot be written")],
+    [(8, 100_000, "the disk is full (File too large)"), (1, 50_000, "embedding.safetensors: cannot be written")],
     ids=["hidden states", "shard"],
 )
 def test_a_disk_that_is_full(
