@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with g
 
 def launch(processes: int, recipe: Path, out: Path, log: Path) -> subprocess.Popen[bytes]:
     """``torchrun --nproc-per-node N -m flatq run RECIPE --out OUT``."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with log.open("wb") as file:
         return subprocess.Popen(
             [*command, "-m", "flatq", "run", str(recipe), "--out", str(out), "--device", "cpu"],

@@ -1,8 +1,13 @@
 """How much the model's loss minds an error at each point of the residual stream.
 
 A block's output error e changes the loss, to second order, by ``e F e^T / 2`` with F the Fisher information at that
-point: the second moment of the loss's gradient. Measured once on a few thousand calibration tokens, it gives errors of
-different layers, and of attention and MLP, one unit, so that one budget can be shared out between all of them.
+point. Measured once on a few thousand calibration tokens, it gives errors of different layers, and of attention and
+MLP, one unit, so that one budget can be shared out between all of them.
+
+F asks what the model expects, not what the text says: at the logits it is ``diag(p) - p p^T`` of the model's own
+probabilities p. Normal noise of that covariance, sent back through the model, has F as its second moment at every
+point on the way. The gradient of the text's own log-likelihood is ruled by the few tokens that surprised the model, and
+chooses worse from as many tokens (Kunstner et al., arXiv 1905.12558; numbers in docs/decisions.md).
 
 The gradient comes from one forward and one backward sweep, block by block: the hidden states between blocks are kept in
 a memory-mapped file, and each block is differentiated alone, so memory is one block and its activations.
@@ -96,7 +101,7 @@ class _States:
         (rows, length), points = tokens.shape, len(HALVES) * len(config.layers) + 1
         self.feed = Feed(path, (points * rows, length, config.d_model), dtype)
         self.states = self.feed.states.view(points, rows, length, config.d_model)
-        self.tokens, self.mine, self.sweep, self.device = tokens, ranks.share(rows), sweep, sweep.device
+        self.length, self.mine, self.sweep, self.device = length, ranks.share(rows), sweep, sweep.device
         self.room = batch_tokens(config, sweep.working_set) // 2  # gradients take as much again as activations
         self.positions = locate(config, 1, length, device=torch.device(self.device))
         for rows_at_once in self.batches(self.room):
@@ -104,7 +109,7 @@ class _States:
 
     def batches(self, tokens: int) -> Iterator[slice]:
         """Slices of this process's rows, so many tokens each (at least one row)."""
-        step = max(1, tokens // self.tokens.shape[1])
+        step = max(1, tokens // self.length)
         for start in range(self.mine.start, self.mine.stop, step):
             yield slice(start, min(start + step, self.mine.stop))
             self.feed.forget()
@@ -128,7 +133,7 @@ class _States:
         return gradient
 
     def loss_gradient(self, weights: Weights) -> Tensor:
-        """Gradient of the summed log-likelihood at the stream that the final norm reads."""
+        """Noise that is as wide as the model is unsure, sent back to the stream that the final norm reads."""
         config, device = weights.config, self.device
         norm = RMSNorm(config.d_model, config.norm_eps).to(device)
         norm.weight = nn.Parameter(dense(weights.tensor("norm.weight")).to(device), requires_grad=False)
@@ -136,8 +141,9 @@ class _States:
         found = torch.zeros(len(self.mine), *self.states.shape[2:], device=device)
         for rows in self.batches(LOGITS):
             x = self.states[-1, rows].to(device, torch.float32).requires_grad_()
-            normed = norm(x[:, :-1])
-            pull = _pull(normed.detach(), head, self.tokens[rows, 1:].to(device))
+            normed = norm(x)
+            chances = F.linear(normed.detach(), head).softmax(-1)
+            pull = unsure(chances, _noise(rows, chances)) @ head
             (found[self._of_mine(rows)],) = torch.autograd.grad(normed, x, pull)
         return found
 
@@ -151,14 +157,24 @@ class _States:
         self.feed.path.unlink(missing_ok=True)
 
 
-def _pull(normed: Tensor, head: Tensor, target: Tensor) -> Tensor:
-    """Gradient of the summed cross entropy: the expected row of the head less the true one, [n, s, m].
+def unsure(chances: Tensor, noise: Tensor) -> Tensor:
+    """Noise of covariance ``diag(p) - p p^T``, [..., vocab]: the Fisher information of a choice between tokens.
 
-    Automatic differentiation finds the same with four tables of logits in place of two.
+    Args:
+        chances: p, [..., vocab]; used up.
+        noise: of covariance 1, the same shape; used up.
     """
-    chances = F.linear(normed, head).softmax(-1)
-    chances.scatter_add_(-1, target[..., None], chances.new_full((*target.shape, 1), -1))
-    return chances @ head
+    root = chances.sqrt_()
+    noise.mul_(root)
+    return noise.sub_(root.square_().mul_(noise.sum(-1, keepdim=True)))
+
+
+def _noise(rows: slice, like: Tensor) -> Tensor:
+    """Standard normal, for a row of tokens the same whatever rows it is computed with, and wherever."""
+    noise = torch.empty(like.shape)
+    for row, part in zip(range(rows.start, rows.stop), noise, strict=True):
+        part.normal_(generator=torch.Generator().manual_seed(row))
+    return noise.to(like.device)
 
 
 def _second_moment(gradient: Tensor, mine: range, rows: int) -> Tensor:

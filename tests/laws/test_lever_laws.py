@@ -10,14 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 
 from flatq.compress.allocate import Curves, Multiples, spend
 from flatq.compress.budget import parameter_budget
 from flatq.compress.curves import error_curves
 from flatq.compress.heads import head_basis, output_basis, project_heads, refit_output, spread_over_queries
 from flatq.compress.mlp import closed_up, drift_correction, eliminate, nystroem, output_error, shrunk
-from flatq.compress.sensitivity import LONGEST, output_sensitivity, weighted
+from flatq.compress.sensitivity import LONGEST, output_sensitivity, unsure, weighted
 from flatq.decoder import locate
 from flatq.dims import LayerDims
 from flatq.weights import load_decoder
@@ -108,7 +107,15 @@ def test_full_rank_output_basis_with_refit_changes_nothing(kv_heads: int, group:
     assert torch.allclose(z @ spread_over_queries(encode, group) @ refitted.T, z @ w_o.T, atol=1e-6)
 
 
-def test_sensitivity_is_the_second_moment_of_the_whole_models_gradient(tmp_path: Path) -> None:
+@given(size=st.integers(1, 12), seed=st.integers(0, 99))
+def test_the_noise_at_the_logits_has_the_fisher_information_as_its_covariance(size: int, seed: int) -> None:
+    chances = matrix(1, size, seed).softmax(-1)[0]
+    drawn = unsure(chances.repeat(size, 1), torch.eye(size, dtype=torch.float64))  # of every direction, one
+    assert torch.allclose(drawn.T @ drawn, chances.diag() - torch.outer(chances, chances), atol=1e-12)
+    assert torch.allclose(drawn.sum(-1), torch.zeros(size, dtype=torch.float64), atol=1e-12)
+
+
+def test_sensitivity_is_the_second_moment_of_noise_sent_back_through_the_whole_model(tmp_path: Path) -> None:
     weights = RandomWeights(tiny_config())
     tokens = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(1))
     found = output_sensitivity(weights, tokens, tmp_path, sweep=EXACT)
@@ -120,8 +127,9 @@ def test_sensitivity_is_the_second_moment_of_the_whole_models_gradient(tmp_path:
             x = layer.run(half, x, positions)
             points.append(x)
     logits = decoder.logits(decoder.norm(x))
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-    for number, gradient in enumerate(torch.autograd.grad(loss, points)):
+    noise = torch.stack([torch.randn(20, 128, generator=torch.Generator().manual_seed(row)) for row in range(3)])
+    pull = unsure(logits.detach().softmax(-1), noise)
+    for number, gradient in enumerate(torch.autograd.grad(logits, points, pull)):
         rows = gradient.flatten(0, 1)
         longest = LONGEST * rows.norm(dim=1).median()
         rows = rows * (longest / rows.norm(dim=1).clamp(min=1e-30)).clamp(max=1)[:, None]
