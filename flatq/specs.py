@@ -125,7 +125,7 @@ class FlatSpec(Spec):
     shrinkage: Annotated[float, Field(ge=0, le=10)] | None = None
     """Distrust of what the calibration tokens say of two channels together; null is 0.1, for method paper 0."""
     correction: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the drift from the dense model that later blocks take back; null is 0.5, for method paper 0."""
+    """Share of the drift from the dense model that MLPs take back; null is 0.5, for method paper 0."""
     ridge: Annotated[float, Field(gt=0)] = 0.01
     """Ridge of the channel scores, relative to the mean of the Gram's diagonal."""
 

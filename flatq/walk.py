@@ -8,9 +8,10 @@ Hidden states live in two memory-mapped files that take turns: a block reads one
 block's weights are on disk and its outputs are complete does ``state.json`` name the next block, so a run killed
 anywhere goes on with the block it was in and ends with the same bytes.
 
-A stage may ask for a ``reference``: the hidden states of the dense model, walked along in two files of their own. The
-block then also measures its ``drift``: what it would have to add to its output for the stream to be the dense one's
-again, as far as its inner activation can foresee that; and, if asked, the ``lag`` of its inputs behind the dense ones.
+A stage may ask for a ``reference``: the hidden states of the dense model, walked along in two files of their own. An
+MLP then also measures its ``drift``: what it would have to add to its output for the stream to be the dense one's
+again, as far as its inner activation can foresee that. If asked, every block does, and measures the ``lag`` of its
+inputs behind the dense ones.
 
 With several processes (see ``ranks``) each sends its own samples through the block. Only the first one's loop body
 runs; the others take part in what it observes, and receive the block that it has changed.
@@ -77,10 +78,10 @@ class Block:
         """Grams of the block as it is now, measured once.
 
         ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
-        [kv_heads blocks of d_v] are the value heads; only those in ``moments`` are measured. With a reference,
-        ``drift`` [inner, d_model] is the sum of ``inner^T (y_dense - y)`` over tokens, where y is the block's output
-        as it is now, and if the reference wants ``inputs``, ``lag`` [d_model, d_model] that of ``input^T (input_dense -
-        input)``. With an ``out``, the block's outputs are there afterwards.
+        [kv_heads blocks of d_v] are the value heads; only those in ``moments`` are measured. With a reference, an MLP's
+        ``drift`` [inner, d_model] is the sum of ``inner^T (y_dense - y)`` over tokens, where y is its output as it is
+        now; if ``inputs`` are wanted, attention's, too, and ``lag`` [d_model, d_model], the sum of ``input^T
+        (input_dense - input)``. With an ``out``, the block's outputs are there afterwards.
         """
         if not self.grams:
             self.together("observe")
@@ -140,10 +141,11 @@ class Block:
             self._write(x + given, batch, self.out)
         if self.reference is not None:
             before, after = self.reference.follow(self, batch)
-            lacking = after.sub_(x)
-            if self._last.bias is not None:
-                lacking -= self._last.bias
-            self.drift = _product(seen["inner"], lacking, self.drift)
+            if self.half == "mlp" or self.reference.inputs:
+                lacking = after.sub_(x)
+                if self._last.bias is not None:
+                    lacking -= self._last.bias
+                self.drift = _product(seen["inner"], lacking, self.drift)
             if self.reference.inputs:
                 with blocks_in(self.precision, self.device):
                     ahead = self._first(before).float()
@@ -160,8 +162,7 @@ class Block:
         self.layer.to(self.device)
         with forward_precision(self.precision, self.device):
             for batch in self.feed.batches():
-                x = self.feed.states[batch].to(self.device, torch.float32)
-                self._write(self.run(x), batch, out)
+                self._write(self.run(self.feed.states[batch].to(self.device, torch.float32)), batch, out)
 
     def run(self, x: Tensor) -> Tensor:
         """The block as it is now on the residual stream, [b, s, d_model] -> [b, s, d_model]."""
@@ -263,7 +264,7 @@ def walk(
         feeds[0].embed(tokens, weights.tensor("embed.weight") if embed is None else embed)
         if reference:
             dense[0].embed(tokens, weights.tensor("embed.weight"))
-    embed = None  # a large table is not held through the walk
+    embed = None  # not held through the walk
     for done in range(start, len(order)):
         (index, half), now, then = order[done], done % 2, (done + 1) % 2
         layer = load_half(weights, index, half, device=sweep.device)

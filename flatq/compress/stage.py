@@ -116,18 +116,16 @@ class FlatStage:
                 self._narrow_values(block, wanted.d_v)
         elif wanted.d_ff < block.dims.d_ff:
             self._narrow_mlp(block, wanted.d_ff)
-        if self.corrects:
+        if self.corrects and block.half == "mlp":  # attention's output projection gains nothing by it
             self._correct(block)
 
     def _correct(self, block: Block) -> None:
-        """Have the output projection take back part of what this and the earlier blocks have done to the stream."""
+        """Have ``down`` take back part of what this and the earlier blocks have done to the stream."""
         gram = block.observe()["inner"]
         if block.drift is None:
             raise ValueError("the walk has no reference to correct towards")
-        name = "o" if block.half == "attention" else "down"
-        linear: nn.Linear = getattr(block.layer, name)
-        found = drift_correction(gram.mean(), block.drift / gram.count)
-        block.narrow(name, linear.weight.double() + self.parts.correction * found, linear.bias)
+        down, found = block.layer.down, drift_correction(gram.mean(), block.drift / gram.count)
+        block.narrow("down", down.weight.double() + self.parts.correction * found, down.bias)
 
     def _weighted(self, block: Block, w: Tensor) -> Tensor:
         number = len(HALVES) * block.index + HALVES.index(block.half)
