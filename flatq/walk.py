@@ -10,8 +10,7 @@ anywhere goes on with the block it was in and ends with the same bytes.
 
 A stage may ask for a ``reference``: the hidden states of the dense model, walked along in two files of their own. An
 MLP then also measures its ``drift``: what it would have to add to its output for the stream to be the dense one's
-again, as far as its inner activation can foresee that. If asked, every block does, and measures the ``lag`` of its
-inputs behind the dense ones.
+again, as far as its inner activation can foresee that. If asked, every block does, and the ``lag`` of its inputs, too.
 
 With several processes (see ``ranks``) each sends its own samples through the block. Only the first one's loop body
 runs; the others take part in what it observes, and receive the block that it has changed.
@@ -264,7 +263,7 @@ def walk(
         feeds[0].embed(tokens, weights.tensor("embed.weight") if embed is None else embed)
         if reference:
             dense[0].embed(tokens, weights.tensor("embed.weight"))
-    embed = None  # not held through the walk
+    del embed  # not held through the walk
     for done in range(start, len(order)):
         (index, half), now, then = order[done], done % 2, (done + 1) % 2
         layer = load_half(weights, index, half, device=sweep.device)
@@ -282,6 +281,8 @@ def walk(
         )
         if ranks.first():
             yield block
+            if reference and not block.grams:
+                raise ValueError(f"{block.place}: not observed, so the dense model was not walked along")
             save(block)
             block.together("advance")
         else:
@@ -320,8 +321,7 @@ def dense_blocks(
 ) -> Iterator[Block]:
     """Every block of the model as it is, with the inputs of the first ``most`` tokens (at least one sample).
 
-    The loop body has to observe every block. Nothing is kept: what it has measured of a killed walk is gone, so it
-    begins anew.
+    The loop body has to observe every block. Nothing is kept of a killed walk, so it begins anew.
 
     Args:
         work: below it is a folder for the hidden states, gone at the end.

@@ -329,6 +329,13 @@ def test_drift_is_what_the_stream_lacks_seen_through_the_inner_activation(tmp_pa
     assert drifts[1].abs().max() > 1e-2
 
 
+def test_a_block_that_lets_the_dense_model_stand_still_is_an_error(tmp_path: Path) -> None:
+    blocks = walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, reference=True)
+    next(blocks)
+    with pytest.raises(ValueError, match="layer 0 attention: not observed"):
+        next(blocks)
+
+
 def test_a_broken_walk_with_a_reference_ends_with_the_same_states(tmp_path: Path) -> None:
     def correct(block: Block) -> None:
         block.observe()

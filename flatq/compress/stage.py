@@ -109,7 +109,8 @@ class FlatStage:
         self.corrects = spec.corrects
 
     def apply(self, block: Block) -> None:
-        """Observe the block, then narrow it."""
+        """Observe the block (the dense model that is walked along goes by with it), then narrow it."""
+        block.observe()
         wanted = self.plan.layers[block.index]
         if block.half == "attention":
             if wanted.d_v < block.dims.d_v:
