@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatq.compress.mlp import leading_channels
-from flatq.decoder import DecoderConfig, DecoderLayer, LayerDims, RMSNorm, locate
+from flatq.decoder import DecoderConfig, DecoderLayer, LayerDims, locate
 from flatq.errors import NumericsError, RecipeError
 from flatq.evaluate import head_logits
 from flatq.feed import BATCH_TOKENS
@@ -33,7 +33,7 @@ from flatq.precision import forward_precision
 from flatq.quantize.stage import READERS
 from flatq.statistics import Gram
 from flatq.walk import Block
-from flatq.weights import HALVES, Weights, dense, load_half
+from flatq.weights import HALVES, Weights, dense, load_half, load_last_norm
 
 
 class Stage(Protocol):
@@ -206,9 +206,11 @@ def slicegpt(
                 _through(layer, half, seen, axes)
             _through(layer, half, judged, axes)
     axes = principal_axes(seen, width, config.norm_eps)
-    norm = RMSNorm(config.d_model, config.norm_eps)
-    norm.weight.data = dense(weights.tensor("norm.weight"))
-    return Sliced(_score(weights, norm(judged @ axes @ axes.T), heldout), width, sliced_parameters(config, width))
+    return Sliced(
+        _score(weights, load_last_norm(weights)(judged @ axes @ axes.T), heldout),
+        width,
+        sliced_parameters(config, width),
+    )
 
 
 def sliced_parameters(config: DecoderConfig, width: int) -> int:

@@ -18,7 +18,7 @@ from flatq.artifact import ENERGIES, Artifact, finish, save_shard, write_json
 from flatq.compress.sensitivity import Sensitivity
 from flatq.compress.stage import FlatStage, RankPlan
 from flatq.decoder import DecoderConfig
-from flatq.ends import EMBEDDING, ENDS, head_moment, head_stem, save_first, save_last, saved_first
+from flatq.ends import EMBEDDING, ENDS, head_moment, save_first, save_last, saved_first
 from flatq.feed import WORKING_SET, Sweep
 from flatq.progress import progress
 from flatq.quantize.grid import Grid, QuantizedWeight
@@ -26,7 +26,7 @@ from flatq.quantize.stage import READERS, GptqStage
 from flatq.recipe import Recipe
 from flatq.source import Source
 from flatq.walk import Block, blocks_done, last_states, walk
-from flatq.weights import HALVES, half_names
+from flatq.weights import HALVES, half_names, head_stem
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flatq.artifact import PARTS, save_shard
-from flatq.decoder import DecoderConfig, RMSNorm
+from flatq.decoder import DecoderConfig
 from flatq.device import solver_of
 from flatq.feed import Feed, Sweep
 from flatq.quantize.gptq import GptqResult
@@ -27,19 +27,14 @@ from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.quantize.stage import notes_on, quantize_table, quantized_together
 from flatq.specs import GptqSpec
 from flatq.statistics import Gram
-from flatq.weights import Weights, dense
+from flatq.weights import Weights, head_stem, load_head, load_last_norm
 
 EMBEDDING, ENDS = "embedding.safetensors", "ends.safetensors"
 
 
-def head_stem(config: DecoderConfig) -> str:
-    """The table that makes logits."""
-    return "embed" if config.tied_head else "head"
-
-
 def first_table(weights: Weights, grids: Mapping[str, Grid]) -> Tensor | QuantizedWeight:
     """The embedding that the walk begins with, [vocab, m]."""
-    if "embed" in grids and not weights.config.tied_head:
+    if "embed" in grids and not _solved_last(weights.config, grids):
         return quantize_table(weights, "embed.weight", grids["embed"])
     return weights.tensor("embed.weight")
 
@@ -50,11 +45,7 @@ def head_moment(weights: Weights, states: Feed, sweep: Sweep) -> Gram:
     Args:
         states: of the residual stream after the last block.
     """
-    config = weights.config
-    norm = RMSNorm(config.d_model, config.norm_eps)
-    norm.weight.data = dense(weights.tensor("norm.weight"))
-    norm.to(sweep.device)
-    moment = Gram(config.d_model, device=sweep.device)
+    norm, moment = load_last_norm(weights, device=sweep.device), Gram(weights.config.d_model, device=sweep.device)
     with torch.inference_mode():
         for batch in states.batches():
             moment.update(norm(states.states[batch].to(sweep.device, torch.float32)))
@@ -65,13 +56,18 @@ def head_moment(weights: Weights, states: Feed, sweep: Sweep) -> Gram:
 
 def quantized_head(weights: Weights, grid: Grid, moment: Gram, spec: GptqSpec) -> GptqResult:
     """The table that makes logits, in codes [vocab, m]."""
-    table = dense(weights.tensor(f"{head_stem(weights.config)}.weight")).to(moment.total.device)
+    table = load_head(weights, device=str(moment.total.device))
     return quantized_together([table], moment.mean(), grid, spec)
+
+
+def _solved_last(config: DecoderConfig, grids: Mapping[str, Grid]) -> bool:
+    """Whether the embedding is the head, too, and in codes."""
+    return config.tied_head and "embed" in grids
 
 
 def save_first(weights: Weights, grids: Mapping[str, Grid], folder: Path) -> None:
     """Write what the walk begins with, unless it is solved after it."""
-    if head_stem(weights.config) != "embed" or "embed" not in grids:
+    if not _solved_last(weights.config, grids):
         save_shard(folder / EMBEDDING, {"embed.weight": first_table(weights, grids)})
 
 
@@ -90,10 +86,15 @@ def saved_first(weights: Weights, grids: Mapping[str, Grid], folder: Path) -> Te
 def save_last(
     weights: Weights, grids: Mapping[str, Grid], moment: Gram | None, spec: GptqSpec | None, folder: Path
 ) -> dict[str, Any]:
-    """Write last norm and head; returns what there is to report of the head, JSON-ready."""
+    """Write last norm and head; returns what there is to report of the head, JSON-ready.
+
+    Args:
+        moment: ``head_moment``; None leaves the head as it is.
+        spec: how to quantize it.
+    """
     stem, said = head_stem(weights.config), dict[str, Any]()
     ends: dict[str, Tensor | QuantizedWeight] = {"norm.weight": weights.tensor("norm.weight")}
-    if stem in grids and moment is not None and spec is not None:
+    if moment is not None and spec is not None:
         result = quantized_head(weights, grids[stem], moment, spec)
         ends[f"{stem}.weight"] = result.weight
         said = {"error": result.error_of(), "notes": notes_on("head", result, spec.damping)}

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flatq import ranks
-from flatq.decoder import RMSNorm, locate
+from flatq.decoder import locate
 from flatq.device import exact
 from flatq.errors import NumericsError, RecipeError
 from flatq.feed import embedded
-from flatq.weights import HALVES, Weights, dense, load_half
+from flatq.weights import HALVES, Weights, load_half, load_head, load_last_norm
 
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32: large enough for an efficient product, small beside half a layer
 
@@ -123,8 +123,7 @@ def final_hidden(
                     chunk.copy_(layer.transform(x))
             if on_half is not None:
                 on_half()
-    norm = RMSNorm(config.d_model, config.norm_eps)
-    norm.weight.data = dense(weights.tensor("norm.weight"))
+    norm = load_last_norm(weights)
     for chunk in chunks:
         chunk.copy_(norm(chunk))
     return hidden
@@ -141,8 +140,7 @@ def head_logits(weights: Weights, hidden: Tensor, *, device: str = "cpu") -> Ite
     Yields:
         The slice of rows and their logits, float32 [some, vocab], on ``device``.
     """
-    name = "embed.weight" if weights.config.tied_head else "head.weight"
-    head = dense(weights.tensor(name)).to(device)
+    head = load_head(weights, device=device)
     step = max(1, LOGITS_AT_ONCE // weights.config.vocab)
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, min(start + step, hidden.shape[0]))

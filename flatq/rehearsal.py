@@ -29,7 +29,7 @@ from flatq.compress.importance import layer_importance
 from flatq.compress.sensitivity import Sensitivity, output_sensitivity
 from flatq.compress.stage import RankPlan
 from flatq.decoder import DecoderConfig, LayerDims
-from flatq.ends import first_table, head_moment, head_stem, quantized_head
+from flatq.ends import first_table, head_moment, quantized_head
 from flatq.evaluate import perplexity
 from flatq.feed import Sweep
 from flatq.progress import hidden, progress
@@ -37,7 +37,7 @@ from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
 from flatq.walk import Block, last_states, walk
-from flatq.weights import Weights, tensor_shapes
+from flatq.weights import Weights, head_stem, tensor_shapes
 
 BATCHES = 2  # of calibration tokens
 TOGETHER = 4  # rows that an evaluation sends through a layer together

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flatq.decoder import Decoder, DecoderConfig, DecoderLayer
+from flatq.decoder import Decoder, DecoderConfig, DecoderLayer, RMSNorm
 from flatq.quantize.grid import QuantizedWeight
 
 HALVES = ("attention", "mlp")
@@ -47,6 +47,23 @@ def half_names(config: DecoderConfig, index: int, half: str) -> list[str]:
 def dense(tensor: Tensor | QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The tensor as plain numbers."""
     return tensor.dequantize(dtype) if isinstance(tensor, QuantizedWeight) else tensor.to(dtype)
+
+
+def head_stem(config: DecoderConfig) -> str:
+    """The table that makes logits, without ``.weight``."""
+    return "embed" if config.tied_head else "head"
+
+
+def load_head(weights: Weights, *, device: str = "cpu") -> Tensor:
+    """It as plain numbers, float32 [vocab, m]."""
+    return dense(weights.tensor(f"{head_stem(weights.config)}.weight")).to(device)
+
+
+def load_last_norm(weights: Weights, *, device: str = "cpu") -> RMSNorm:
+    """The norm in front of the head."""
+    norm = RMSNorm(weights.config.d_model, weights.config.norm_eps)
+    norm.weight = nn.Parameter(dense(weights.tensor("norm.weight")), requires_grad=False)
+    return norm.to(device)
 
 
 def load_half(

@@ -4,7 +4,7 @@
 
 On a GPU a product of a tensor there and one here is an error, and nothing on a machine without a GPU would show it.
 Here it is one, too: a run that ends well has moved everything that it had to move. What it computes is computed by the
-CPU, so it ends with the CPU's own numbers. Not shown: a GPU's rounding, memory and speed.
+CPU, so it ends with the CPU's own bytes. Not shown: a GPU's rounding, memory and speed.
 
 torch calls ``__torch_dispatch__`` for every operation on such a tensor, and ``Away`` for those that make one.
 """
@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "elsewhere"
+unchanged_attention = functional.scaled_dot_product_attention
 CROSSING = {"aten.copy_", "aten._to_copy", "aten.to"}  # the ways from one device to another
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_"}  # may take their indices from the CPU
 
@@ -98,6 +100,16 @@ def refuse_strangers(func: Any, args: Any, tensors: list[Tensor]) -> None:
         raise RuntimeError(f"{name}: some tensors are {NAME}, and {strangers} on the CPU")
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """By the CPU's own kernel: for a device that it does not know torch takes one that rounds otherwise."""
+    operands = (query, key, value)
+    if any(x.requires_grad or not isinstance(x, Elsewhere) for x in operands):
+        return unchanged_attention(*operands, **options)
+    options["attn_mask"] = options["attn_mask"].here if options["attn_mask"] is not None else None
+    with torch.inference_mode(False), torch.no_grad():
+        return Elsewhere(unchanged_attention(*(x.here for x in operands), **options))
+
+
 class Backend(backend_registration._DummyBackendModule):  # type: ignore[misc]
     """What torch asks a device's module."""
 
@@ -112,6 +124,7 @@ def main(*pairs: str) -> None:
     from flatq.recipe import Recipe
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, Backend())
+    functional.scaled_dot_product_attention = attention
     pipeline.resolve_device = lambda wanted: NAME if wanted == NAME else "cpu"  # type: ignore[assignment]
     for recipe, out in zip(pairs[::2], pairs[1::2], strict=True):
         with Away():

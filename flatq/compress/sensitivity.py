@@ -24,16 +24,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from flatq import ranks
-from flatq.decoder import DecoderConfig, DecoderLayer, RMSNorm, locate
+from flatq.decoder import DecoderConfig, DecoderLayer, locate
 from flatq.feed import AUTO, Feed, Sweep, batch_tokens, embedded, stored_as
 from flatq.precision import blocks_in, forward_precision
 from flatq.progress import progress
 from flatq.spd import factor_
-from flatq.weights import HALVES, Weights, dense, load_half
+from flatq.weights import HALVES, Weights, load_half, load_head, load_last_norm
 
 FILE = "sensitivity.f32"
 TOKENS, LENGTH = 2048, 256  # of the calibration tokens, in rows of
@@ -84,7 +84,7 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: S
         for done, (index, half) in enumerate(order):
             states.forward(done, load_half(weights, index, half, device=sweep.device), half)
             advance()
-        gradient = states.loss_gradient(weights)
+        gradient = states.drawn_gradient(weights)
         for done, (index, half) in reversed(list(enumerate(order))):
             found[done] = _second_moment(gradient, states.mine, len(tokens))
             gradient = states.backward(done, load_half(weights, index, half, device=sweep.device), half, gradient)
@@ -132,12 +132,10 @@ class _States:
             (gradient[mine],) = torch.autograd.grad(self._run(layer, half, x), x, gradient[mine])
         return gradient
 
-    def loss_gradient(self, weights: Weights) -> Tensor:
+    def drawn_gradient(self, weights: Weights) -> Tensor:
         """Noise that is as wide as the model is unsure, sent back to the stream that the final norm reads."""
-        config, device = weights.config, self.device
-        norm = RMSNorm(config.d_model, config.norm_eps).to(device)
-        norm.weight = nn.Parameter(dense(weights.tensor("norm.weight")).to(device), requires_grad=False)
-        head = dense(weights.tensor("embed.weight" if config.tied_head else "head.weight")).to(device)
+        device = self.device
+        norm, head = load_last_norm(weights, device=device), load_head(weights, device=device)
         found = torch.zeros(len(self.mine), *self.states.shape[2:], device=device)
         for rows in self.batches(LOGITS):
             x = self.states[-1, rows].to(device, torch.float32).requires_grad_()
