@@ -2,7 +2,7 @@
 
     python benchmarks/compress.py memory llama2-7b --layers 2 4    peak memory, independent of the number of layers
     python benchmarks/compress.py phases llama2-7b --layers 1      seconds by part, and the cubic share at full length
-    python benchmarks/compress.py growth                           both against tokens and layers, with slopes
+    python benchmarks/compress.py growth                           tokens and layers at three points each, with slopes
 
 The models are noise with true shapes (``synthetic.py``); each measurement is ``flatq run`` in a process of its own,
 with stopwatches around the functions that do the work. Seconds by part are those of the processors, all threads
@@ -196,10 +196,14 @@ def growth(given: argparse.Namespace, work: Path) -> None:
     """Three points each; the slope in log-log is the power of growth, that of a straight line is seconds per unit."""
     shape = "llama2-7b/8"
 
+    @functools.cache  # one point belongs to both series
     def seconds(layers: int, samples: int) -> float:
-        found = measured(given, work, shape, layers, samples, 512)
-        print(f"{layers} layers, {512 * samples:,} tokens: peak {found['memory']['compress'] / 1e9:.3f} GB", flush=True)
-        return float(sum(spent for phase, _, spent in found["parts"] if phase == "compress"))
+        runs = [measured(given, work, shape, layers, samples, 512) for _ in range(given.repeats)]
+        peak = max(found["memory"]["compress"] for found in runs) / 1e9
+        times = [sum(spent for phase, _, spent in found["parts"] if phase == "compress") for found in runs]
+        spread = ", ".join(f"{spent:.1f}" for spent in times)
+        print(f"{layers} layers, {512 * samples:,} tokens: peak {peak:.3f} GB, {spread} s", flush=True)
+        return float(min(times))
 
     seconds(1, 8)  # the first run of a machine reads torch from the disk
     series = {
@@ -226,6 +230,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[1])
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3, help="of each point of growth; the least time counts")
     parser.add_argument("--keep", type=float, default=0.7)
     parser.add_argument("--flat", type=yaml.safe_load, default={}, help="more keys of the flat stage, as YAML")
     parser.add_argument("--device", default="cpu")

@@ -183,16 +183,17 @@ def evaluate(
 @app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="Artifact, run or export folder.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.", show_default=False)],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.", show_default=False)],
     new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 42,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message, to be answered.")] = False,
     provider: Provider = "auto",
 ) -> None:
     """Let a compressed model write."""
     from flatq import pipeline
 
-    sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
     for piece in pipeline.generate(path, prompt, provider=provider, **sampling):
         print(piece, end="", flush=True)
     print()

@@ -273,7 +273,7 @@ def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_le
 
 
 def generate(
-    path: Path, prompt: str, *, new_tokens: int, temperature: float, seed: int, provider: str
+    path: Path, prompt: str, *, new_tokens: int, temperature: float, seed: int, chat: bool, provider: str
 ) -> Iterator[str]:
     """Text from an export in its runtime, or from an artifact in torch."""
     runner: Runner
@@ -286,9 +286,8 @@ def generate(
     ends = artifact.settings.get("eos_token_id")
     eos = set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set[int]()
     tokenizer = planning.tokenizer_in(artifact.root)
-    pieces = stream(runner, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed, eos=eos)
-    yield from pieces
-    log.info("%s tokens/s", pieces.result.tokens_per_second)
+    sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    return stream(runner, tokenizer, prompt, **sampling, eos=eos, chat=chat)
 
 
 def doctor() -> list[str]:

@@ -184,6 +184,23 @@ def test_transformers_loads_the_artifact_and_generates(exported_run: tuple[Path,
     assert package.load(root) is not None
 
 
+def test_an_export_goes_on_with_a_prompt_as_the_artifact_does(
+    exported_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = exported_run[1]
+    asked = ("--prompt", "The river", "--new-tokens", "12")
+    written = [flatq("generate", place, *asked) for place in (out, out / "exports" / "fp32")]
+    assert [shown.exit_code for shown in written] == [0, 0]
+    assert written[0].stdout.strip()
+    assert written[0].stdout == written[1].stdout
+    assert caplog.text.count("tokens/s") == 2
+    drawn = [flatq("generate", out, *asked, "--temperature", "2", "--seed", str(seed)).stdout for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    refused = flatq("generate", out, *asked, "--chat")
+    assert refused.exit_code == 2
+    assert "no chat template" in refused.stderr
+
+
 def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
     """``flatq run`` as a process of its own, with the number of threads that this one has."""
     threads = str(torch.get_num_threads())
