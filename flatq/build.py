@@ -72,6 +72,7 @@ def build(
         _save_block(block, source.dtype, partial, work)
 
     sweep, total = Sweep.of(recipe.calibration, device, working_set), len(config.layers) * len(HALVES)
+    reference, lag = walked_along(recipe)
     with progress("compress", total) as advance:
         advance(blocks_done(work))
         for block in walk(
@@ -81,8 +82,8 @@ def build(
             save,
             embed=saved_first(source, grids, partial),
             sweep=sweep,
-            reference=recipe.flat is not None and recipe.flat.corrects,
-            lag=recipe.gptq is not None and recipe.gptq.corrects,
+            reference=reference,
+            lag=lag,
         ):
             for stage in stages:
                 stage.apply(block)
@@ -136,6 +137,12 @@ def stages_of(
     if recipe.gptq is not None:
         stages.append(GptqStage(recipe.gptq, grids))
     return stages
+
+
+def walked_along(recipe: Recipe) -> tuple[bool, bool]:
+    """What the stages want to know of the dense model on the way: ``reference`` and ``lag`` of ``walk``."""
+    flat, gptq = recipe.flat, recipe.gptq
+    return flat is not None and flat.corrects, gptq is not None and gptq.corrects
 
 
 def dense_artifact(source: Source, root: Path) -> Artifact:

@@ -22,6 +22,7 @@ from flatq.errors import RecipeError
 from flatq.evaluate import LOGITS_AT_ONCE
 from flatq.feed import WORKING_SET, activation_bytes
 from flatq.memory import give_back, rss_bytes
+from flatq.quantize import curves as bits
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
 from flatq.recipe import Recipe
 from flatq.rehearsal import TOGETHER, FirstLayers, Rehearsal
@@ -112,6 +113,7 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
         "sensitivity": min(calibration, sensitivity.TOKENS),
         "curves": min(calibration, curves.TOKENS),
         "importance": calibration,
+        "bits": min(calibration, bits.TOKENS),
         "compress": calibration,
         "evaluate": scored,
     }
@@ -139,18 +141,34 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
     narrowing = max(eliminating, fitting) if recipe.flat is not None else 0
     solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
     rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
+    judged = 6 * min(bits.TOKENS, text.samples * text.seq_len) * m  # outputs of the later half of it, in three versions
     quantizes_head = recipe.gptq is not None and recipe.gptq.embedding is not None
     heading = 8 * tables + 16 * m**2 + 20 * min(tables, WEIGHTS_AT_ONCE) if quantizes_head else embedding
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
-    return {
-        "baseline": int(evaluated),
-        "sensitivity": int(gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab)),
-        "curves": int(max(half + max(batch + grams, eliminating, 28 * heads**2), embedding)),
-        "importance": int(max(2 * half + batch, embedding)),
-        "compress": int(max(half + max(batch + grams, narrowing, rounding), heading)),
-        "evaluate": int(evaluated),
+    found = {
+        "baseline": evaluated,
+        "sensitivity": gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab),
+        "curves": max(half + max(batch + grams, eliminating, 28 * heads**2), embedding),
+        "importance": max(2 * half + batch, embedding),
+        "bits": max(half + 4 * m**2 + judged + max(batch + 2 * grams, grams + 16 * f**2 + solved), embedding),
+        "compress": max(half + max(batch + grams, narrowing, rounding), heading),
+        "evaluate": evaluated,
     }
+    return {phase: int(found[phase]) for phase in _phases(recipe)}
+
+
+def _phases(recipe: Recipe) -> list[str]:
+    """Those that a recipe may need, in the order of a run."""
+    allocation = None if recipe.flat is None else recipe.flat.parts.allocation
+    chooses = recipe.gptq is not None and recipe.gptq.average_bits is not None
+    wanted = {
+        "sensitivity": chooses or (recipe.flat is not None and recipe.flat.sensitive),
+        "curves": allocation == "curves",
+        "importance": allocation == "iprs",
+        "bits": chooses,
+    }
+    return ["baseline", *(phase for phase, asked in wanted.items() if asked), "compress", "evaluate"]
 
 
 def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None) -> int:

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flatq import feed
-from flatq.build import stages_of
+from flatq.build import stages_of, walked_along
 from flatq.compress import sensitivity
 from flatq.compress.curves import block_curve, observed_blocks
 from flatq.compress.importance import layer_importance
@@ -33,6 +34,7 @@ from flatq.ends import first_table, head_moment, quantized_head
 from flatq.evaluate import perplexity
 from flatq.feed import Sweep
 from flatq.progress import hidden, progress
+from flatq.quantize.curves import block_errors, judged_blocks
 from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
@@ -182,22 +184,25 @@ class Rehearsal:
 
     def _phases(self, work: Path) -> dict[str, tuple[Tensor, Callable[[Tensor], object]]]:
         """Tokens and work of each; ``work`` is a folder for hidden states."""
-        spec, text, scored = self.recipe.flat, self.recipe.calibration, self.recipe.evaluation
+        text, scored = self.recipe.calibration, self.recipe.evaluation
         rows = max(1, feed.BATCH_TOKENS // text.seq_len) * BATCHES
         calibration = self._drawn(min(rows, text.samples), text.seq_len)
         heldout = self._drawn(min(TOGETHER, scored.tokens // scored.seq_len), scored.seq_len)
         found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
             "baseline": (heldout, lambda tokens: self._score(tokens, self.weights))
         }
-        if spec is not None and self.plan != self.weights.config.layers:
+        spec = None if self.plan == self.weights.config.layers else self.recipe.flat
+        chooses = self.recipe.gptq is not None and self.recipe.gptq.average_bits is not None
+        if chooses or (spec is not None and spec.sensitive):
             length = min(sensitivity.LENGTH, text.seq_len)
-            if spec.sensitive:
-                rows = max(1, min(sensitivity.TOKENS // length, text.samples))
-                found["sensitivity"] = self._drawn(rows, length), lambda tokens: self._sense(tokens, work)
-            if spec.parts.allocation == "curves":
-                found["curves"] = calibration, lambda tokens: self._curves(tokens, work)
-            elif spec.parts.allocation == "iprs":
-                found["importance"] = calibration, lambda tokens: self._importance(tokens, work)
+            rows = max(1, min(sensitivity.TOKENS // length, text.samples))
+            found["sensitivity"] = self._drawn(rows, length), lambda tokens: self._sense(tokens, work)
+        if spec is not None and spec.parts.allocation == "curves":
+            found["curves"] = calibration, lambda tokens: self._curves(tokens, work)
+        elif spec is not None and spec.parts.allocation == "iprs":
+            found["importance"] = calibration, lambda tokens: self._importance(tokens, work)
+        if chooses:
+            found["bits"] = calibration, lambda tokens: self._bits(tokens, work)
         if self.recipe.stages:
             found["compress"] = calibration, lambda tokens: self._compress(tokens, work)
         return found | {"evaluate": (heldout, lambda tokens: self._score(tokens, self._result()))}
@@ -230,11 +235,19 @@ class Rehearsal:
             with self.clock.during("solves"):
                 block_curve(block, fisher[number], self.recipe.flat.ridge)
 
+    def _bits(self, tokens: Tensor, work: Path) -> None:
+        spec, config = self.recipe.gptq, self.weights.config
+        assert spec is not None
+        fisher, solving = Sensitivity(config, work), partial(self.clock.during, "solves")
+        for number, block in enumerate(judged_blocks(self._watched, tokens, work, sweep=self._sweep)):
+            block_errors(block, config, spec, fisher[number], solving=solving)
+
     def _compress(self, tokens: Tensor, work: Path) -> None:
         config = self.weights.config
         plan = RankPlan(self.plan, 1.0, 1.0)
         grids = planned_grids(config.with_layers(self.plan), self.recipe.gptq)
         stages = stages_of(self.recipe, plan, grids, config, work)
+        reference, lag = walked_along(self.recipe)
         with self.clock.during("tables"):
             self.made["embed.weight"] = first_table(self.weights, grids)
         for block in walk(
@@ -243,8 +256,8 @@ class Rehearsal:
             work,
             self._keep,
             embed=self.made["embed.weight"],
-            reference=self.recipe.flat is not None and self.recipe.flat.corrects,
-            lag=self.recipe.gptq is not None and self.recipe.gptq.corrects,
+            reference=reference,
+            lag=lag,
             sweep=self._sweep,
         ):
             block.observe()

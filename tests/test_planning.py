@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,11 +100,19 @@ def test_memory_and_disk_grow_with_model_and_text(tiny_model: Path) -> None:
     assert disk_bytes(dense, BOTH, 4) < disk_bytes(dense, longer, 4)
 
 
-def test_a_forecast_names_the_phases_of_the_run_in_their_order(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe()
+CHOOSING = [{"gptq": {"average_bits": 3.5, "group_size": 16}}]
+
+
+@pytest.mark.parametrize(
+    ("stages", "planned"), [([FLAT, GPTQ], ["sensitivity", "curves"]), (CHOOSING, ["sensitivity", "bits"])]
+)
+def test_a_forecast_names_the_phases_of_the_run_in_their_order(
+    stages: list[Any], planned: list[str], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(stages=stages)
     assert flatq("run", recipe, "--out", tmp_path / "out", "--forecast").exit_code == 0
     report = read_report(tmp_path / "out" / "report.json")
-    assert list(report.forecast) == ["baseline", "sensitivity", "curves", "compress", "evaluate"]
+    assert list(report.forecast) == ["baseline", *planned, "compress", "evaluate"]
     assert list(report.timing)[1:6] == list(report.forecast), "after the forecast itself"
     assert all(said.seconds > 0 for said in report.forecast.values())
     for phase, said in report.forecast.items():

@@ -11,7 +11,8 @@ reads many channels: ``down`` would get the fewest bits and is what needs them m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flatq.compress.sensitivity import Sensitivity
+from flatq.decoder import DecoderConfig
 from flatq.feed import AUTO, Sweep
 from flatq.precision import forward_precision
 from flatq.quantize.bits import Unit, free_units
@@ -30,6 +32,7 @@ from flatq.walk import Block, dense_blocks
 from flatq.weights import Weights
 
 TOKENS = 4096  # of the calibration tokens
+Solving = Callable[[], AbstractContextManager[None]]
 
 
 def bit_errors(
@@ -52,18 +55,36 @@ def bit_errors(
     Returns:
         By first stem of a unit; bits as text, ready for JSON.
     """
-    _, units = free_units(weights.config, spec)
-    grids = planned_grids(weights.config, spec)
     found: dict[str, dict[str, float]] = {}
-    for number, block in enumerate(
-        dense_blocks(weights, tokens, work, most=TOKENS, name="bits", sweep=sweep, moments=frozenset())
-    ):
-        block.observe()
-        sensitivity = None if fisher is None else fisher[number].to(sweep.device)
-        fitted, before = _fitted(block), _outputs(block)
-        for unit in (unit for unit in units if _inside(block, unit)):
-            found[unit.stems[0]] = _errors(block, unit, fitted, before, grids, sensitivity, spec)
+    for number, block in enumerate(judged_blocks(weights, tokens, work, sweep=sweep)):
+        found |= block_errors(block, weights.config, spec, None if fisher is None else fisher[number])
     return found
+
+
+def judged_blocks(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Iterator[Block]:
+    """The blocks of the dense model with the inputs that their linears are judged on."""
+    for block in dense_blocks(weights, tokens, work, most=TOKENS, name="bits", sweep=sweep, moments=frozenset()):
+        block.observe()
+        yield block
+
+
+def block_errors(
+    block: Block, config: DecoderConfig, spec: GptqSpec, fisher: Tensor | None, *, solving: Solving = nullcontext
+) -> dict[str, dict[str, float]]:
+    """What ``bit_errors`` finds in one block of a model.
+
+    Args:
+        solving: entered where time goes into solves, not into tokens.
+    """
+    _, units = free_units(config, spec)
+    grids = planned_grids(config, spec)
+    fisher = None if fisher is None else fisher.to(block.device)
+    fitted, before = _fitted(block), _outputs(block)
+    return {
+        unit.stems[0]: _errors(block, unit, fitted, before, grids, fisher, spec, solving)
+        for unit in units
+        if _inside(block, unit)
+    }
 
 
 def _inside(block: Block, unit: Unit) -> bool:
@@ -79,6 +100,7 @@ def _errors(
     grids: Mapping[str, Grid],
     fisher: Tensor | None,
     spec: GptqSpec,
+    solving: Solving,
 ) -> dict[str, float]:
     names = [stem.rsplit(".", 1)[1] for stem in unit.stems]
     gram = next(gram for gram, readers in READERS[block.half] if names[0] in readers)
@@ -87,7 +109,8 @@ def _errors(
     costs = {}
     for bits in sorted(set(spec.bit_choices)):
         grid = replace(grids[unit.stems[0]], bits=bits)
-        coded = quantized_together(whole, fitted[gram], grid, spec).weight.dequantize()
+        with solving():
+            coded = quantized_together(whole, fitted[gram], grid, spec).weight.dequantize()
         for linear, part in zip(linears, coded.split([len(weight) for weight in whole]), strict=True):
             linear.weight = nn.Parameter(part, requires_grad=False)
         moved = [after - y for after, y in zip(_outputs(block), before, strict=True)]
