@@ -80,6 +80,8 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
     refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
     refuse_early(recipe, source, exports)
     draft(recipe, source)  # a budget that no plan can meet is heard before anything is measured
+    for caution in planning.cautions(recipe, source.config):
+        log.warning(caution)
     with folder.working():
         tokens = ranks.told(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
         origins = ranks.told(lambda: provenance(recipe, source, tokens))

@@ -120,7 +120,19 @@ def forecast(
         text += "widths per layer follow from the weights and are not planned here: sizes are for equal shares\n"
     if recipe.gptq is not None and recipe.gptq.average_bits is not None:
         text += "bits per linear follow from measured errors: sizes are for a choice of the same average\n"
-    return text
+    return text + "".join(f"{caution}\n" for caution in cautions(recipe, dense))
+
+
+def cautions(recipe: Recipe, dense: DecoderConfig) -> list[str]:
+    """What is allowed and costs quality that nothing else would tell of."""
+    given = recipe.calibration
+    tokens, widest = given.samples * given.seq_len, max(dims.d_ff for dims in dense.layers)
+    if not recipe.stages or tokens >= widest:
+        return []
+    return [
+        f"calibration: {tokens:,} tokens are fewer than the {widest:,} inputs of the widest linear, so what is fitted "
+        f"to them follows chance: give {-(-widest // given.seq_len)} samples of {given.seq_len} or more"
+    ]
 
 
 def footprints(

@@ -137,7 +137,8 @@ class Forecast(Section):
 class Report(Section):
     """Everything; the schema is a contract, ``schema_version`` changes with it.
 
-    ``timing`` (seconds), ``memory`` (peak bytes), ``device_memory`` (the same on GPUs) and ``forecast`` are by phase.
+    ``timing`` (seconds), ``memory`` (peak bytes), ``device_memory`` (the same on GPUs) and ``forecast`` are by phase;
+    ``notes`` is what to know of the run as a whole.
     """
 
     schema_version: Literal[1] = 1
@@ -155,6 +156,7 @@ class Report(Section):
     device_memory: dict[str, int] = {}
     forecast: dict[str, Forecast] = {}
     peak_rss_bytes: int
+    notes: list[str] = []
 
     @property
     def damage(self) -> float | None:
@@ -206,6 +208,7 @@ def findings(report: Report) -> Findings:
         if export.verify is None:
             found.costs.append(f"{export.name}: not verified, because its runtime is not part of flatq.")
         found.notes += [f"{export.name}: {note}" for note in export.notes]
+    found.notes += report.notes
     found.notes += [f"Layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]
     found.notes += report.head.notes if report.head else []
     return found

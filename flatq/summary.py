@@ -10,6 +10,7 @@ from flatq.artifact import Artifact
 from flatq.calibrate import Tokens
 from flatq.decoder import DecoderConfig
 from flatq.footprint import decode_bytes
+from flatq.planning import cautions
 from flatq.quantize.grid import Grid
 from flatq.recipe import Recipe
 from flatq.report import Environment, LayerReport, Measure, ModelInfo, Report, version_of
@@ -97,6 +98,7 @@ def summarize(
             "exports": list(exports),
             "bench": list(bench),
             "timing": dict(timing),
+            "notes": cautions(recipe, config),
             "memory": dict(memory or {}),
             "device_memory": dict(device_memory or {}),
             "forecast": dict(forecast or {}),

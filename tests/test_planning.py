@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flatq import forecast, pipeline, planning
 from flatq.artifact import Artifact
@@ -98,6 +99,26 @@ def test_memory_and_disk_grow_with_model_and_text(tiny_model: Path) -> None:
     assert working_bytes(dense, BOTH) == working_bytes(dense, longer), "hidden states are on disk"
     assert working_bytes(dense, BOTH) == working_bytes(dense.with_layers(dense.layers * 9), BOTH)
     assert disk_bytes(dense, BOTH, 4) < disk_bytes(dense, longer, 4)
+
+
+def test_too_little_text_for_the_width_is_said_beforehand_and_in_the_report(
+    make_recipe: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    little = make_recipe("little", calibration=usual_calibration(make_recipe(), samples=1))
+    for words in (flatq("plan", little).stdout, reported(little, tmp_path / "little"), caplog.text):
+        assert "fewer than the" in " ".join(words.split())
+    assert "fewer than the" not in reported(make_recipe(), tmp_path / "enough")
+
+
+def usual_calibration(recipe: Path, **changed: Any) -> dict[str, Any]:
+    """The calibration of a recipe with some keys replaced."""
+    return {**yaml.safe_load(recipe.read_text())["calibration"], **changed}
+
+
+def reported(recipe: Path, out: Path) -> str:
+    """The report of a run, as Markdown."""
+    assert flatq("run", recipe, "--out", out).exit_code == 0
+    return (out / "report.md").read_text()
 
 
 CHOOSING = [{"gptq": {"average_bits": 3.5, "group_size": 16}}]
