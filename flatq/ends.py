@@ -30,6 +30,7 @@ from flatq.statistics import Gram
 from flatq.weights import Weights, head_stem, load_head, load_last_norm
 
 EMBEDDING, ENDS = "embedding.safetensors", "ends.safetensors"
+HEAD_AT_ONCE = 1 << 22  # weights in the working set of its solve: little beside a table; fewer take longer
 
 
 def first_table(weights: Weights, grids: Mapping[str, Grid]) -> Tensor | QuantizedWeight:
@@ -57,7 +58,7 @@ def head_moment(weights: Weights, states: Feed, sweep: Sweep) -> Gram:
 def quantized_head(weights: Weights, grid: Grid, moment: Gram, spec: GptqSpec) -> GptqResult:
     """The table that makes logits, in codes [vocab, m]."""
     table = load_head(weights, device=str(moment.total.device))
-    return quantized_together([table], moment.mean(), grid, spec)
+    return quantized_together([table], moment.mean(), grid, spec, at_once=HEAD_AT_ONCE)
 
 
 def _solved_last(config: DecoderConfig, grids: Mapping[str, Grid]) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from flatq import feed
 from flatq.compress import curves, sensitivity
 from flatq.decoder import DecoderConfig, LayerDims
+from flatq.ends import HEAD_AT_ONCE
 from flatq.errors import RecipeError
 from flatq.evaluate import LOGITS_AT_ONCE
 from flatq.feed import WORKING_SET, activation_bytes
@@ -143,7 +144,7 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
     rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
     judged = 6 * min(bits.TOKENS, text.samples * text.seq_len) * m  # outputs of the later half of it, in three versions
     quantizes_head = recipe.gptq is not None and recipe.gptq.embedding is not None
-    heading = 8 * tables + 16 * m**2 + 20 * min(tables, WEIGHTS_AT_ONCE) if quantizes_head else embedding
+    heading = 8 * tables + 16 * m**2 + 20 * min(tables, HEAD_AT_ONCE) if quantizes_head else embedding
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     found = {

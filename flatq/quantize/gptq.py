@@ -72,6 +72,7 @@ def gptq(
     late_scales: bool = False,
     block_size: int = 64,
     refinements: int = 0,
+    at_once: int = WEIGHTS_AT_ONCE,
 ) -> GptqResult:
     """Quantize a weight so that its outputs on the calibration tokens change least.
 
@@ -85,6 +86,7 @@ def gptq(
             groups are visited one after the other, with ``act_order`` by descending energy, and so are their columns.
         block_size: columns whose corrections are applied one by one; the rest follows in one product.
         refinements: how often scales and codes are fitted to each other afterwards, see ``refine``.
+        at_once: weights in the working set: so many are solved together, whole rows and at least one.
 
     Raises:
         NumericsError: the weight or the Gram is not finite.
@@ -96,7 +98,7 @@ def gptq(
     late = clip_search if late_scales and feedback is not None else None
     # A row's codes depend on no other row: a large weight is solved a few rows at a time.
     parts = []
-    for some in w.split(max(1, WEIGHTS_AT_ONCE // w.shape[1])):
+    for some in w.split(max(1, at_once // w.shape[1])):
         rows = some.float().T.contiguous().T  # [o, i], a column contiguous: everything below goes column by column
         scale, zero = grid.fit(rows, importance=energy, search=clip_search and late is None)
         weight, lost = _rounded(rows, gram, feedback, scale, zero, grid, late, block_size, refinements)

@@ -12,7 +12,7 @@ from flatq.compress.mlp import drift_correction
 from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import NumericsError
 from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, stems_of, unmatched
-from flatq.quantize.gptq import GptqResult, gptq
+from flatq.quantize.gptq import WEIGHTS_AT_ONCE, GptqResult, gptq
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.specs import GptqSpec
 from flatq.statistics import Gram, finite
@@ -180,7 +180,9 @@ def corrected(block: Block, gram: str, weights: Sequence[Tensor], share: float) 
     return [weight + share * part for weight, part in zip(weights, parts, strict=True)]
 
 
-def quantized_together(weights: Sequence[Tensor], moment: Tensor, grid: Grid, spec: GptqSpec) -> GptqResult:
+def quantized_together(
+    weights: Sequence[Tensor], moment: Tensor, grid: Grid, spec: GptqSpec, *, at_once: int = WEIGHTS_AT_ONCE
+) -> GptqResult:
     """GPTQ of weights that read the same activation, their rows stacked (with contiguous columns)."""
     together = torch.cat([weight.T for weight in weights], 1).T if len(weights) > 1 else weights[0]
     return gptq(
@@ -193,6 +195,7 @@ def quantized_together(weights: Sequence[Tensor], moment: Tensor, grid: Grid, sp
         late_scales=spec.late_scales,
         block_size=spec.block_size,
         refinements=spec.refinements,
+        at_once=at_once,
     )
 
 

@@ -215,6 +215,14 @@ def test_rows_do_not_know_of_each_other() -> None:
         assert together.error_of(rows) == pytest.approx(alone.error_of(), rel=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 32 * 5, 1 << 20])
+def test_how_many_rows_are_solved_together_does_not_matter(at_once: int) -> None:
+    grid, w, gram = Grid(4, 16), random(12, 32), correlated_gram(32)
+    together, some = gptq(w, gram, grid), gptq(w, gram, grid, at_once=at_once)
+    assert same(some.weight, together.weight)
+    assert some.error_of() == pytest.approx(together.error_of(), rel=1e-5)
+
+
 @pytest.mark.parametrize("dead", [[0], [3, 17, 31], list(range(32))], ids=["one", "some", "all"])
 @pytest.mark.parametrize("act_order", [True, False])
 def test_dead_columns_keep_their_nearest_codes_and_are_counted(dead: list[int], act_order: bool) -> None:
