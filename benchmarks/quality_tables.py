@@ -22,7 +22,8 @@ Group = list[Result]  # rows that differ in nothing but the calibration seed
 NOTE = """Damage is `ln(perplexity / dense perplexity)` on held-out text; mean over the calibration seeds, with the
 range where there are several. *Kept* is the share of the decoder's parameters that was reached, *of paper* the damage
 divided by that of the paper's method with IPRS at the same setting, *time* the seconds to compress (importance, plan
-and walk; loading and scoring not counted) and their multiple of the paper's with IPRS.
+and walk; loading and scoring not counted) and, where one version of the code measured both, their multiple of the
+paper's with IPRS.
 """
 
 
@@ -131,7 +132,7 @@ def _damage_table(members: Sequence[Group]) -> str:
             f"| {first['label']} | {first['keep_ratio']:.0%} | {statistics.mean(r['share'] for r in good):.2%} "
             f"| {statistics.mean(r['perplexity'] for r in good):.2f} | {_spread([r['damage'] for r in good])} "
             f"| {_ratio(mean, damage(paper))} "
-            f"| {_seconds(group):.1f}{_times(_seconds(group), _seconds(paper))} | {len(good)} |"
+            f"| {_seconds(group):.1f}{_times(group, paper)} | {len(good)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -149,8 +150,11 @@ def _ratio(value: float, reference: float | None) -> str:
     return f"{value / reference:.2f}" if reference else ""
 
 
-def _times(value: float | None, reference: float | None) -> str:
-    return f" ({value / reference:.2f} x)" if value and reference else ""
+def _times(group: Group, reference: Group) -> str:
+    """Empty for rows of different code: they are of different days, when a machine is not the same either."""
+    value, other = _seconds(group), _seconds(reference)
+    comparable = len({row["code"] for row in [*group, *reference]}) == 1
+    return f" ({value / other:.2f} x)" if comparable and value and other else ""
 
 
 def _gptq_table(members: Sequence[Group]) -> str:
