@@ -205,7 +205,7 @@ def growth(given: argparse.Namespace, work: Path) -> None:
         print(f"{layers} layers, {512 * samples:,} tokens: peak {peak:.3f} GB, {spread} s", flush=True)
         return float(min(times))
 
-    seconds(1, 8)  # the first run of a machine reads torch from the disk
+    measured(given, work, shape, 1, 8, 512)  # the first run of a machine reads torch from the disk
     series = {
         "tokens": [(512 * samples, seconds(2, samples)) for samples in (32, 64, 128)],
         "layers": [(layers, seconds(layers, 32)) for layers in (2, 4, 8)],

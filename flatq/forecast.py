@@ -23,6 +23,7 @@ from flatq.errors import RecipeError
 from flatq.evaluate import LOGITS_AT_ONCE
 from flatq.feed import WORKING_SET, activation_bytes
 from flatq.memory import give_back, rss_bytes
+from flatq.plans import measurements
 from flatq.quantize import curves as bits
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
 from flatq.recipe import Recipe
@@ -156,20 +157,7 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
         "compress": max(half + max(batch + grams, narrowing, rounding), heading),
         "evaluate": evaluated,
     }
-    return {phase: int(found[phase]) for phase in _phases(recipe)}
-
-
-def _phases(recipe: Recipe) -> list[str]:
-    """Those that a recipe may need, in the order of a run."""
-    allocation = None if recipe.flat is None else recipe.flat.parts.allocation
-    chooses = recipe.gptq is not None and recipe.gptq.average_bits is not None
-    wanted = {
-        "sensitivity": chooses or (recipe.flat is not None and recipe.flat.sensitive),
-        "curves": allocation == "curves",
-        "importance": allocation == "iprs",
-        "bits": chooses,
-    }
-    return ["baseline", *(phase for phase, asked in wanted.items() if asked), "compress", "evaluate"]
+    return {phase: int(found[phase]) for phase in ("baseline", *measurements(recipe), "compress", "evaluate")}
 
 
 def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None) -> int:

@@ -288,8 +288,9 @@ def generate(
     ends = artifact.settings.get("eos_token_id")
     eos = set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set[int]()
     tokenizer = planning.tokenizer_in(artifact.root)
-    sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
-    return stream(runner, tokenizer, prompt, **sampling, eos=eos, chat=chat)
+    return stream(
+        runner, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed, eos=eos, chat=chat
+    )
 
 
 def doctor() -> list[str]:

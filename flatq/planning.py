@@ -23,6 +23,7 @@ from flatq.export import Exporter
 from flatq.feed import stored_as
 from flatq.footprint import decode_bytes, weight_bytes
 from flatq.forecast import Forecast
+from flatq.plans import measurements
 from flatq.quantize.grid import Grid
 from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
@@ -72,8 +73,7 @@ def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
     tokens = text.samples * text.seq_len
     files = 4 if any(stage.corrects for stage in recipe.stages) else 2  # the dense model's, too
     states = files * tokens * m * stored_as(text.states, tokens, m).itemsize
-    narrows = recipe.flat is not None and recipe.flat.keep_ratio != 1 and recipe.flat.sensitive
-    if narrows or (recipe.gptq is not None and recipe.gptq.average_bits is not None):
+    if "sensitivity" in measurements(recipe, narrows=recipe.flat is not None and recipe.flat.keep_ratio != 1):
         few = min(tokens, sensitivity.TOKENS)
         gradients = (blocks + 1) * few * m * stored_as(text.states, blocks * few, m).itemsize
         states = max(states, gradients) + 4 * blocks * m**2

@@ -25,6 +25,24 @@ from flatq.recipe import Recipe
 from flatq.source import Source
 
 
+def measurements(recipe: Recipe, *, narrows: bool = True) -> list[str]:
+    """Names of the phases that come before the walk, in their order.
+
+    Args:
+        narrows: whether the plan leaves anything out; if not, there is nothing to allocate.
+    """
+    flat = recipe.flat if narrows else None
+    allocation = None if flat is None else flat.parts.allocation
+    chooses = recipe.gptq is not None and recipe.gptq.average_bits is not None
+    wanted = {
+        "sensitivity": chooses or (flat is not None and flat.sensitive),
+        "curves": allocation == "curves",
+        "importance": allocation == "iprs",
+        "bits": chooses,
+    }
+    return [phase for phase, asked in wanted.items() if asked]
+
+
 def draft(recipe: Recipe, source: Source) -> RankPlan:
     """The plan with equal shares: from shapes alone, where the real one may follow from the weights.
 

@@ -33,7 +33,9 @@ from flatq.decoder import DecoderConfig, LayerDims
 from flatq.ends import first_table, head_moment, quantized_head
 from flatq.evaluate import perplexity
 from flatq.feed import Sweep
+from flatq.plans import measurements
 from flatq.progress import hidden, progress
+from flatq.quantize.bits import free_units
 from flatq.quantize.curves import block_errors, judged_blocks
 from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import planned_grids
@@ -191,18 +193,16 @@ class Rehearsal:
         found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
             "baseline": (heldout, lambda tokens: self._score(tokens, self.weights))
         }
-        spec = None if self.plan == self.weights.config.layers else self.recipe.flat
-        chooses = self.recipe.gptq is not None and self.recipe.gptq.average_bits is not None
-        if chooses or (spec is not None and spec.sensitive):
-            length = min(sensitivity.LENGTH, text.seq_len)
-            rows = max(1, min(sensitivity.TOKENS // length, text.samples))
-            found["sensitivity"] = self._drawn(rows, length), lambda tokens: self._sense(tokens, work)
-        if spec is not None and spec.parts.allocation == "curves":
-            found["curves"] = calibration, lambda tokens: self._curves(tokens, work)
-        elif spec is not None and spec.parts.allocation == "iprs":
-            found["importance"] = calibration, lambda tokens: self._importance(tokens, work)
-        if chooses:
-            found["bits"] = calibration, lambda tokens: self._bits(tokens, work)
+        length = min(sensitivity.LENGTH, text.seq_len)
+        few = self._drawn(max(1, min(sensitivity.TOKENS // length, text.samples)), length)
+        ways: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
+            "sensitivity": (few, lambda tokens: self._sense(tokens, work)),
+            "curves": (calibration, lambda tokens: self._curves(tokens, work)),
+            "importance": (calibration, lambda tokens: self._importance(tokens, work)),
+            "bits": (calibration, lambda tokens: self._bits(tokens, work)),
+        }
+        narrows = self.plan != self.weights.config.layers
+        found |= {phase: ways[phase] for phase in measurements(self.recipe, narrows=narrows)}
         if self.recipe.stages:
             found["compress"] = calibration, lambda tokens: self._compress(tokens, work)
         return found | {"evaluate": (heldout, lambda tokens: self._score(tokens, self._result()))}
@@ -238,9 +238,10 @@ class Rehearsal:
     def _bits(self, tokens: Tensor, work: Path) -> None:
         spec, config = self.recipe.gptq, self.weights.config
         assert spec is not None
+        (_, units), grids = free_units(config, spec), planned_grids(config, spec)
         fisher, solving = Sensitivity(config, work), partial(self.clock.during, "solves")
         for number, block in enumerate(judged_blocks(self._watched, tokens, work, sweep=self._sweep)):
-            block_errors(block, config, spec, fisher[number], solving=solving)
+            block_errors(block, units, grids, spec, fisher[number], solving=solving)
 
     def _compress(self, tokens: Tensor, work: Path) -> None:
         config = self.weights.config

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from flatq import forecast, pipeline, planning
 from flatq.artifact import Artifact
@@ -28,7 +27,7 @@ from flatq.recipe import Recipe
 from flatq.rehearsal import Clock, FirstLayers, Rehearsal, Spent, Watched
 from flatq.report import read_report
 from flatq.source import open_model
-from tests.conftest import FLAT, GPTQ, ONNX, MakeRecipe, flatq
+from tests.conftest import FLAT, GPTQ, ONNX, MakeRecipe, flatq, usual_recipe
 from tests.models import tiny_config
 
 HEAD = "version: 1\nmodel: some/model\n"
@@ -102,17 +101,13 @@ def test_memory_and_disk_grow_with_model_and_text(tiny_model: Path) -> None:
 
 
 def test_too_little_text_for_the_width_is_said_beforehand_and_in_the_report(
-    make_recipe: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path, text_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    little = make_recipe("little", calibration=usual_calibration(make_recipe(), samples=1))
+    calibration = usual_recipe(tiny_model, text_file)["calibration"]
+    little = make_recipe("little", calibration={**calibration, "samples": 1})
     for words in (flatq("plan", little).stdout, reported(little, tmp_path / "little"), caplog.text):
         assert "fewer than the" in " ".join(words.split())
     assert "fewer than the" not in reported(make_recipe(), tmp_path / "enough")
-
-
-def usual_calibration(recipe: Path, **changed: Any) -> dict[str, Any]:
-    """The calibration of a recipe with some keys replaced."""
-    return {**yaml.safe_load(recipe.read_text())["calibration"], **changed}
 
 
 def reported(recipe: Path, out: Path) -> str:

@@ -11,7 +11,7 @@ reads many channels: ``down`` would get the fewest bits and is what needs them m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from flatq.compress.sensitivity import Sensitivity
-from flatq.decoder import DecoderConfig
 from flatq.feed import AUTO, Sweep
 from flatq.precision import forward_precision
 from flatq.quantize.bits import Unit, free_units
@@ -55,9 +54,10 @@ def bit_errors(
     Returns:
         By first stem of a unit; bits as text, ready for JSON.
     """
+    (_, units), grids = free_units(weights.config, spec), planned_grids(weights.config, spec)
     found: dict[str, dict[str, float]] = {}
     for number, block in enumerate(judged_blocks(weights, tokens, work, sweep=sweep)):
-        found |= block_errors(block, weights.config, spec, None if fisher is None else fisher[number])
+        found |= block_errors(block, units, grids, spec, None if fisher is None else fisher[number])
     return found
 
 
@@ -69,15 +69,21 @@ def judged_blocks(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep 
 
 
 def block_errors(
-    block: Block, config: DecoderConfig, spec: GptqSpec, fisher: Tensor | None, *, solving: Solving = nullcontext
+    block: Block,
+    units: Sequence[Unit],
+    grids: Mapping[str, Grid],
+    spec: GptqSpec,
+    fisher: Tensor | None,
+    *,
+    solving: Solving = nullcontext,
 ) -> dict[str, dict[str, float]]:
-    """What ``bit_errors`` finds in one block of a model.
+    """What ``bit_errors`` finds in one block.
 
     Args:
+        units: of the whole model.
+        grids: of every linear of the model; which bits they have does not matter.
         solving: entered where time goes into solves, not into tokens.
     """
-    _, units = free_units(config, spec)
-    grids = planned_grids(config, spec)
     fisher = None if fisher is None else fisher.to(block.device)
     fitted, before = _fitted(block), _outputs(block)
     return {
