@@ -119,6 +119,22 @@ def embedded(tokens: Tensor, table: Tensor | QuantizedWeight) -> Tensor:
     return functional.embedding(tokens, table).float()
 
 
+def pieces(tokens: Tensor, length: int, most: int) -> Tensor:
+    """A part of a text in shorter rows, so that it comes from as many places as there are, int64 [k, <= length].
+
+    The beginnings of all samples come first, then what follows them; ``most`` tokens in all, or a single row. Shorter
+    rows also take less attention.
+
+    Args:
+        tokens: [samples, seq].
+    """
+    samples, seq = tokens.shape
+    length = min(length, seq)
+    each = seq // length
+    rows = tokens[:, : each * length].reshape(samples, each, length).transpose(0, 1).reshape(-1, length)
+    return rows[: max(1, most // length)]
+
+
 def batch_tokens(config: DecoderConfig, working_set: int = WORKING_SET) -> int:
     """How many tokens go through half a layer together, so that their activations fit into ``working_set`` bytes."""
     return max(1, min(BATCH_TOKENS, working_set // activation_bytes(config)))

@@ -31,9 +31,10 @@ def resolved(precision: str, device: str = "cpu") -> str:
 
 @contextmanager
 def forward_precision(precision: str = "auto", device: str = "cpu", *, gradients: bool = False) -> Iterator[None]:
-    """Products of float32 matrices (Grams, say) in float32, or of their bfloat16 roundings summed in float32.
+    """Products of float32 matrices (Grams, say) in float32, or in what the CPU's kernels put in its place.
 
-    Solves belong outside.
+    With AMX those are products of bfloat16 roundings summed in float32, with AVX512-BF16 alone twice as fast and as
+    exact as float32 (docs/decisions.md). Solves belong outside.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if resolved(precision, device) == "bfloat16" else "highest")

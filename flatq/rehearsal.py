@@ -193,8 +193,8 @@ class Rehearsal:
         found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
             "baseline": (heldout, lambda tokens: self._score(tokens, self.weights))
         }
-        length = min(sensitivity.LENGTH, text.seq_len)
-        few = self._drawn(max(1, min(sensitivity.TOKENS // length, text.samples)), length)
+        rows = min(sensitivity.TOKENS // sensitivity.LENGTH, text.samples)
+        few = feed.pieces(self._drawn(rows, text.seq_len), sensitivity.LENGTH, sensitivity.TOKENS)
         ways: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
             "sensitivity": (few, lambda tokens: self._sense(tokens, work)),
             "curves": (calibration, lambda tokens: self._curves(tokens, work)),

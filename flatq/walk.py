@@ -314,12 +314,11 @@ def dense_blocks(
     tokens: Tensor,
     work: Path,
     *,
-    most: int,
     name: str,
     sweep: Sweep = AUTO,
     moments: frozenset[str] = MOMENTS,
 ) -> Iterator[Block]:
-    """Every block of the model as it is, with the inputs of the first ``most`` tokens (at least one sample).
+    """Every block of the model as it is, with the inputs that ``tokens`` give it.
 
     The loop body has to observe every block. Nothing is kept of a killed walk, so it begins anew.
 
@@ -328,10 +327,9 @@ def dense_blocks(
         name: of the folder, and of the progress that is shown.
         moments: see ``walk``.
     """
-    some = tokens[: max(1, most // tokens.shape[1])]
     _remove(work / name)
     with progress(name, len(weights.config.layers) * len(HALVES)) as advance:
-        for block in walk(weights, some, work / name, lambda _: None, sweep=sweep, unchanged=True, moments=moments):
+        for block in walk(weights, tokens, work / name, lambda _: None, sweep=sweep, unchanged=True, moments=moments):
             yield block
             advance()
     _remove(work / name)

@@ -10,7 +10,7 @@ import torch
 
 from flatq.cli import parse_size
 from flatq.errors import RecipeError
-from flatq.feed import BATCH_TOKENS, LARGE, Feed, activation_bytes, batch_tokens, embedded, stored_as
+from flatq.feed import BATCH_TOKENS, LARGE, Feed, activation_bytes, batch_tokens, embedded, pieces, stored_as
 from flatq.forecast import working_bytes, working_set
 from flatq.memory import rss_bytes
 from flatq.quantize.grid import Grid, round_to_nearest
@@ -34,6 +34,15 @@ def test_bfloat16_states_take_half_the_disk_and_keep_eight_bits(tmp_path: Path) 
     feed.states[:] = x
     assert (tmp_path / "feed").stat().st_size == 2 * x.numel()
     torch.testing.assert_close(feed.states.float(), x, rtol=2**-8, atol=0)
+
+
+def test_a_text_is_cut_into_shorter_rows_from_as_many_samples_as_there_are() -> None:
+    text = torch.arange(3 * 10).view(3, 10)  # three samples of ten tokens
+    assert pieces(text, 4, 12).tolist() == [[0, 1, 2, 3], [10, 11, 12, 13], [20, 21, 22, 23]]
+    assert pieces(text, 4, 18)[3].tolist() == [4, 5, 6, 7], "then what follows, in the same order"
+    assert pieces(text, 4, 1000).shape == (6, 4), "no row goes over the end of a sample"
+    assert torch.equal(pieces(text, 1000, 20), text[:2]), "rows are never longer than the samples"
+    assert pieces(text, 4, 1).shape == (1, 4), "one row at least"
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,10 @@ def test_the_stream_and_the_sums_stay_in_float32_where_blocks_run_in_bfloat16(tm
         for name, gram in block.observe().items():
             wanted = exact.observe()[name].mean()
             assert gram.mean().dtype == torch.float32
-            assert 0 < (gram.mean() - wanted).norm() < 0.02 * wanted.norm(), "rounded, and not by much"
+            error = float((gram.mean() - wanted).norm() / wanted.norm())
+            assert error < 0.02
+            if name == "inner":  # what no product came before is exact on CPUs whose Grams are
+                assert error > 0, "rounded, if not by much"
         assert block.drift is not None
         assert block.drift.dtype == block.layer.get_parameter(LAST[block.half]).dtype == torch.float32
     ours, theirs = ended(tmp_path / "b"), ended(tmp_path / "a")

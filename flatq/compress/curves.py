@@ -16,12 +16,12 @@ from torch import Tensor
 from flatq.compress.allocate import Curves
 from flatq.compress.heads import output_basis
 from flatq.compress.mlp import eliminate
-from flatq.compress.sensitivity import Sensitivity, weighted
-from flatq.feed import AUTO, Sweep
+from flatq.compress.sensitivity import LENGTH, Sensitivity, weighted
+from flatq.feed import AUTO, Sweep, pieces
 from flatq.walk import Block, dense_blocks
 from flatq.weights import Weights
 
-TOKENS = 8192  # of the calibration tokens: a curve needs fewer than a solve
+TOKENS = 8192  # of the calibration tokens, in the sensitivity's short rows: a curve needs fewer than a solve
 MOMENTS = frozenset(("inner",))  # all that a curve is read from
 DEEPEST = 0.9  # share of a layer's channels that may go
 
@@ -38,7 +38,7 @@ def error_curves(
     """Cost of every rank and width of every layer.
 
     Args:
-        tokens: calibration tokens, int64 [n, s]; the first ``TOKENS`` are used.
+        tokens: calibration tokens, int64 [n, s]; ``TOKENS`` of them are used.
         fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
@@ -49,7 +49,8 @@ def error_curves(
 
 def observed_blocks(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Iterator[Block]:
     """The blocks of the dense model, each observed as far as its curve needs."""
-    for block in dense_blocks(weights, tokens, work, most=TOKENS, name="curves", sweep=sweep, moments=MOMENTS):
+    some = pieces(tokens, LENGTH, TOKENS)
+    for block in dense_blocks(weights, some, work, name="curves", sweep=sweep, moments=MOMENTS):
         block.observe()
         yield block
 

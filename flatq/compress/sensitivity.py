@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from flatq import ranks
 from flatq.decoder import DecoderConfig, DecoderLayer, locate
-from flatq.feed import AUTO, Feed, Sweep, batch_tokens, embedded, stored_as
+from flatq.feed import AUTO, Feed, Sweep, batch_tokens, embedded, pieces, stored_as
 from flatq.precision import blocks_in, forward_precision
 from flatq.progress import progress
 from flatq.spd import factor_
@@ -66,12 +66,11 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: S
     The result lives in a memory-mapped file of ``work``; ``Sensitivity`` opens it again.
 
     Args:
-        tokens: calibration tokens, int64 [n, s]; the first ``TOKENS`` are used.
+        tokens: calibration tokens, int64 [n, s]; ``TOKENS`` of them are used.
         work: folder for the hidden states.
     """
     config = weights.config
-    length = min(LENGTH, tokens.shape[1])
-    tokens = tokens[: max(1, TOKENS // length), :length]
+    tokens = pieces(tokens, LENGTH, TOKENS)
     work.mkdir(parents=True, exist_ok=True)
     order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
     dtype = stored_as(sweep.states, len(order) * tokens.numel(), config.d_model)

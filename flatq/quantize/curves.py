@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flatq.compress.sensitivity import Sensitivity
-from flatq.feed import AUTO, Sweep
+from flatq.feed import AUTO, Sweep, pieces
 from flatq.precision import forward_precision
 from flatq.quantize.bits import Unit, free_units
 from flatq.quantize.grid import Grid
@@ -63,7 +63,8 @@ def bit_errors(
 
 def judged_blocks(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Iterator[Block]:
     """The blocks of the dense model with the inputs that their linears are judged on."""
-    for block in dense_blocks(weights, tokens, work, most=TOKENS, name="bits", sweep=sweep, moments=frozenset()):
+    some = pieces(tokens, tokens.shape[1], TOKENS)
+    for block in dense_blocks(weights, some, work, name="bits", sweep=sweep, moments=frozenset()):
         block.observe()
         yield block
 

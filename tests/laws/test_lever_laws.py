@@ -92,7 +92,8 @@ def test_refit_is_never_worse_than_no_refit(kv_heads: int, group: int) -> None:
     plain = project_heads(matrix(kv_heads * d, 8, 7), None, w_o, basis).o
     refitted = refit_output(w_o, gram, basis.encode, group)
     wanted = z @ w_o.T
-    assert (wanted - narrow @ refitted.T).norm() <= (wanted - narrow @ plain.T).norm()
+    # For a single head the two are the same numbers, rounded differently.
+    assert (wanted - narrow @ refitted.T).norm() <= (1 + 1e-12) * (wanted - narrow @ plain.T).norm()
 
 
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (2, 3)])
