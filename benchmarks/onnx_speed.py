@@ -4,7 +4,7 @@
 
 RUN is a finished run (or artifact) with 4-bit codes; it is exported for ``target: ort`` into ``--work``. FOLDER is what
 ``python -m onnxruntime_genai.models.builder -i HF_FOLDER -o FOLDER -p int4 -e cpu --extra_options
-int4_accuracy_level=4`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would, with a cache
+int4_accuracy_level=4 hf_token=false`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would, with a cache
 that every step copies, and with past and present in one buffer, the best it can do. ``--gguf`` is a folder with a Q4_0
 file.
 
