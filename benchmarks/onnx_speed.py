@@ -4,9 +4,9 @@
 
 RUN is a finished run (or artifact) with 4-bit codes; it is exported for ``target: ort`` into ``--work``. FOLDER is what
 ``python -m onnxruntime_genai.models.builder -i HF_FOLDER -o FOLDER -p int4 -e cpu --extra_options
-int4_accuracy_level=4 hf_token=false`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would, with a cache
-that every step copies, and with past and present in one buffer, the best it can do. ``--gguf`` is a folder with a Q4_0
-file.
+int4_accuracy_level=4 hf_token=false`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would,
+with a cache that every step copies, and with past and present in one buffer, the best it can do. ``--gguf`` is a folder
+with a Q4_0 file.
 
 Each graph lives in a process of its own, all take turns, and what is printed are medians with the whole range and the
 ratio to the builder's graph in its better way. Results are kept in ``--work``/onnx_speed.json, a key for each number of

@@ -91,7 +91,7 @@ class Cache:
         return rows[:, -1].astype(np.float32)
 
     def _step_logits(self) -> Any:
-        """One buffer for all steps: asking for the outputs of a step wraps the whole cache, 3 % of a small model's step."""
+        """One buffer for all steps: asking for a step's outputs wraps the whole cache, 3 % of a small model's time."""
         if self._logits is None:
             shape = (self.batch, 1, self._contract.vocab)
             self._logits = _value(np.zeros(shape, self._contract.float_type), self._device)
