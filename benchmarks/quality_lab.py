@@ -244,5 +244,6 @@ def code_digest() -> str:
     """Digest of the code that rows depend on: the core without its exports, reports and command line."""
     root = Path(flatq.__file__).parent
     parts = [*root.glob("compress/*.py"), *root.glob("quantize/*.py"), Path(baselines.__file__)]
-    parts += [root / f"{name}.py" for name in ("calibrate", "decoder", "evaluate", "specs", "statistics", "walk")]
+    single = ("calibrate", "decoder", "evaluate", "feed", "specs", "statistics", "walk")
+    parts += [root / f"{name}.py" for name in single]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(parts))).hexdigest()[:12]

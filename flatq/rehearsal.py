@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flatq import feed
 from flatq.build import stages_of, walked_along
-from flatq.compress import sensitivity
+from flatq.compress import curves, sensitivity
 from flatq.compress.curves import block_curve, observed_blocks
 from flatq.compress.importance import layer_importance
 from flatq.compress.sensitivity import Sensitivity, output_sensitivity
@@ -193,11 +193,10 @@ class Rehearsal:
         found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
             "baseline": (heldout, lambda tokens: self._score(tokens, self.weights))
         }
-        rows = min(sensitivity.TOKENS // sensitivity.LENGTH, text.samples)
-        few = feed.pieces(self._drawn(rows, text.seq_len), sensitivity.LENGTH, sensitivity.TOKENS)
+        few, some = (feed.pieces(calibration, sensitivity.LENGTH, most) for most in (sensitivity.TOKENS, curves.TOKENS))
         ways: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
             "sensitivity": (few, lambda tokens: self._sense(tokens, work)),
-            "curves": (calibration, lambda tokens: self._curves(tokens, work)),
+            "curves": (some, lambda tokens: self._curves(tokens, work)),
             "importance": (calibration, lambda tokens: self._importance(tokens, work)),
             "bits": (calibration, lambda tokens: self._bits(tokens, work)),
         }

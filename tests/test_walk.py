@@ -246,7 +246,7 @@ def test_the_stream_and_the_sums_stay_in_float32_where_blocks_run_in_bfloat16(tm
             assert gram.mean().dtype == torch.float32
             error = float((gram.mean() - wanted).norm() / wanted.norm())
             assert error < 0.02
-            if name == "inner":  # what no product came before is exact on CPUs whose Grams are
+            if (block.index, block.half, name) != (0, "attention", "input"):  # before all products: exact on some CPUs
                 assert error > 0, "rounded, if not by much"
         assert block.drift is not None
         assert block.drift.dtype == block.layer.get_parameter(LAST[block.half]).dtype == torch.float32

@@ -88,7 +88,7 @@ class Cache:
             self._keep(self._binding.get_outputs()[1:])
         logits = self._step_logits() if single else self._binding.get_outputs()[0]
         rows: NDArray[np.float32] = logits.numpy()
-        return rows[:, -1].astype(np.float32)
+        return rows[:, -1].astype(np.float32)  # a copy: the next step writes where this one did
 
     def _step_logits(self) -> Any:
         """One buffer for all steps: asking for a step's outputs wraps the whole cache, 3 % of a small model's time."""
