@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flatq import feed
+from flatq.artifact import PARTS
 from flatq.build import stages_of, walked_along
 from flatq.compress import curves, sensitivity
 from flatq.compress.curves import block_curve, observed_blocks
@@ -269,16 +270,23 @@ class Rehearsal:
             moment = head_moment(self._watched, last_states(self.weights, tokens, work, self._sweep), self._sweep)
             with self.clock.during("head"):
                 solved = quantized_head(self.weights, grids[stem], moment, self.recipe.gptq)
-                self.made[f"{stem}.weight"] = solved.weight
+                self.made[f"{stem}.weight"] = in_main_memory(solved.weight)
 
     def _keep(self, block: Block) -> None:
         found: dict[str, Tensor | QuantizedWeight] = dict(block.layer.named_parameters())
         found |= {f"{linear}.weight": weight for linear, weight in block.quantized.items()}
-        self.made |= {f"layers.{block.index}.{name}": tensor for name, tensor in found.items()}
+        self.made |= {f"layers.{block.index}.{name}": in_main_memory(tensor) for name, tensor in found.items()}
 
     def _result(self) -> Weights:
         """What the compression has made, and what it leaves as it was."""
         return Made(self.weights.config.with_layers(self.plan), self.weights, self.made)
+
+
+def in_main_memory(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
+    """As it would come back from the artifact's files."""
+    if isinstance(weight, Tensor):
+        return weight.cpu()
+    return replace(weight, **{part: getattr(weight, part).cpu() for part in PARTS})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A device without hardware: tensors in ordinary memory that say they are elsewhere, and meet no tensor of the CPU.
 
-    python -m tests.elsewhere RECIPE OUT...    flatq run RECIPE --device elsewhere, of every pair
+    python -m tests.elsewhere RECIPE OUT...    flatq plan and flatq run RECIPE --device elsewhere, of every pair
 
 On a GPU a product of a tensor there and one here is an error, and nothing on a machine without a GPU would show it.
 Here it is one, too: a run that ends well has moved everything that it had to move. What it computes is computed by the
@@ -128,6 +128,7 @@ def main(*pairs: str) -> None:
     pipeline.resolve_device = lambda wanted: NAME if wanted == NAME else "cpu"  # type: ignore[assignment]
     for recipe, out in zip(pairs[::2], pairs[1::2], strict=True):
         with Away():
+            pipeline.plan(Recipe.load(Path(recipe)), device=NAME)
             pipeline.run(Recipe.load(Path(recipe)), Path(out), device=NAME)
 
 

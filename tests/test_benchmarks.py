@@ -252,7 +252,7 @@ def test_a_flat_row_is_what_flatq_run_would_make(
     file = make_recipe(stages=[flat, {"gptq": {"bits": 4, "group_size": 32}}] if gptq else [flat])
     recipe = Recipe.load(file)
     calibration = recipe.calibration.model_copy(update={"precision": "auto"})
-    run = pipeline.run(recipe.model_copy(update={"calibration": calibration}), tmp_path / "run")
+    run = pipeline.run(recipe.model_copy(update={"calibration": calibration}), tmp_path / "run", device="cpu")
     report = json.loads((run / "report.json").read_text())
     rows = json.loads(measured.read_text())["rows"].values()
     row = next(row for row in rows if row["label"].startswith(f"{method} {allocation}") and bool(row["gptq"]) == gptq)

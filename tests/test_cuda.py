@@ -47,7 +47,7 @@ def test_flat_solves_as_on_the_cpu() -> None:
     keep = eliminate(w, gram, 64, 0.01).kept(96)
     assert torch.equal(eliminate(*there, 64, 0.01).kept(96).cpu(), keep)
     assert torch.allclose(
-        nystroem(*there, keep.cuda(), 1e-4).cpu(), nystroem(w, gram, keep, 1e-4), rtol=1e-3, atol=1e-3
+        nystroem(*there, keep.cuda(), 1e-4).cpu(), nystroem(w, gram, keep, 1e-4), rtol=1e-2, atol=5e-3
     )
     assert torch.allclose(ridge_leverage(there[1], 0.01).cpu(), ridge_leverage(gram, 0.01), atol=1e-4)
     drift = random(96, 32, seed=3)
@@ -78,14 +78,16 @@ def test_a_run_on_the_gpu_ends_as_one_on_the_cpu(make_recipe: MakeRecipe, tmp_pa
     assert perplexity_of(tmp_path / "cuda") == pytest.approx(perplexity_of(tmp_path / "cpu"), rel=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["float32", "auto"])
-def test_a_whole_run_on_the_gpu_is_as_good(precision: str, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 0.03), ("auto", 0.06)])
+def test_a_whole_run_on_the_gpu_is_as_good(
+    precision: str, tolerance: float, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     calibration = yaml.safe_load(make_recipe().read_text())["calibration"]
     recipe = make_recipe(stages=[FLAT, GPTQ], calibration=calibration | {"precision": precision})
     for device in ("cpu", "cuda:0"):
         shown = flatq("run", recipe, "--out", tmp_path / device[:3], "--device", device)
         assert shown.exit_code == 0, shown.stderr
-    assert perplexity_of(tmp_path / "cud") == pytest.approx(perplexity_of(tmp_path / "cpu"), rel=0.03)
+    assert perplexity_of(tmp_path / "cud") == pytest.approx(perplexity_of(tmp_path / "cpu"), rel=tolerance)
 
 
 def test_the_doctor_names_the_gpu() -> None:

@@ -4,13 +4,15 @@ Three ways in which past becomes present, named by ``Contract.growth``. Two of t
 buffer that holds the old ones. Such a buffer has room for some positions more than it holds, because the work of
 ``attention: reduced`` goes with the room, not with the positions: it grows by a share of itself, which costs a copy
 now and then and leaves every shape as it is in between. Constant shapes also let onnxruntime plan its memory once,
-and let CUDA record a step once and replay it.
+and let CUDA record a step once and replay it. A recorded step reads and writes where the first one did, so whatever
+a step is given keeps its place, also from one text to the next.
 
 Axes: b batch, s new positions, t positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,25 +34,42 @@ class Cache:
         session: onnxruntime's.
         capacity: positions that will be asked for at most.
         device: ``cpu`` or ``cuda``.
-        replay: record single steps as CUDA graphs; only for ``growth: fixed``.
+        graphs: numbers that the session has not used yet, to record single steps as CUDA graphs; only for
+            ``growth: fixed``. None records nothing.
     """
 
     def __init__(
-        self, session: Any, contract: Contract, batch: int, capacity: int, device: str, *, replay: bool = False
+        self,
+        session: Any,
+        contract: Contract,
+        batch: int,
+        capacity: int,
+        device: str,
+        *,
+        graphs: Iterator[int] | None = None,
     ) -> None:
         self._session, self._contract, self._device = session, contract, device
         self.batch, self.capacity, self.length, self.room = batch, capacity, 0, 0
-        self._replay = replay and contract.growth == "fixed"
+        self._graphs, self._graph = graphs, NO_GRAPH
         self._binding = session.io_binding()
         self._valid = np.zeros((batch, 0), np.int64)
         self._buffers: dict[str, Any] = {}
         self._logits: Any = None
-        self._bound: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._made: dict[tuple[str, bool], tuple[tuple[int, ...], Any]] = {}
+        self._bound: dict[str, Any] = {}
         if "logits_from" in contract.optional_inputs:
             self._bind("logits_from", np.full(1, -1, np.int64))
         self._binding.bind_output("logits", "cpu")  # outputs come back in the order of their first binding
         if contract.growth == "returned":
             self._keep([_value(np.zeros(shape, contract.float_type), device) for _, shape in self._shapes(0)])
+
+    def restart(self, batch: int, capacity: int) -> bool:
+        """Forget all positions but not what was recorded; False where a new cache is as good."""
+        if self._graphs is None or batch != self.batch:
+            return False
+        self.capacity, self.length = capacity, 0
+        self._valid[:] = 0
+        return True
 
     def append(self, tokens: IntArray) -> FloatArray:
         """Run new tokens, [b, s] -> logits of the last one [b, vocab]."""
@@ -60,22 +79,23 @@ class Cache:
         self._make_room(first + new)
         self.length += new
         self._valid[:, first : self.length] = 1
-        self._bind("input_ids", tokens)
+        single = new == 1
+        self._bind("input_ids", tokens, single=single)
         # GroupQueryAttention knows a prompt by a mask as long as the prompt.
-        whole = self._contract.growth == "fixed" and (new == 1 or "cache_position" in self._contract.inputs)
-        self._bind("attention_mask", self._valid if whole else self._valid[:, : self.length])
+        whole = self._contract.growth == "fixed" and (single or "cache_position" in self._contract.inputs)
+        self._bind("attention_mask", self._valid if whole else self._valid[:, : self.length], single=single)
         place = np.arange(first, self.length)
         for name, array in (
             ("cache_position", np.full(self.batch, first)),
             ("position_ids", np.tile(place, (self.batch, 1))),
         ):
             if name in self._contract.inputs:
-                self._bind(name, array)
-        return self._run(single=new == 1)
+                self._bind(name, array, single=single)
+        return self._run(single=single)
 
     def _run(self, *, single: bool) -> FloatArray:
-        returned, recorded = self._contract.growth == "returned", self._replay and single
-        options = run_options(self.room if recorded else NO_GRAPH) if self._replay else None  # recorded once per room
+        returned = self._contract.growth == "returned"
+        options = None if self._graphs is None else run_options(self._graph if single else NO_GRAPH)
         if single:
             self._binding.bind_ortvalue_output("logits", self._step_logits())
         else:
@@ -112,17 +132,21 @@ class Cache:
                 self._binding.bind_ortvalue_input(f"past_key_values.{name}", self._buffers[name])
                 self._binding.bind_ortvalue_output(f"present.{name}", self._buffers[name])
         self.room = room
+        if self._graphs is not None:
+            self._graph = next(self._graphs)
 
-    def _bind(self, name: str, array: IntArray) -> None:
-        """Bind an input; one of the same shape as before gets new content where it is."""
+    def _bind(self, name: str, array: IntArray, *, single: bool = False) -> None:
+        """Bind an input of prompts or of single steps; one of the same shape as before gets new content where it is."""
         array = np.ascontiguousarray(array, np.int64)
-        shape, value = self._bound.get(name, ((), None))
+        shape, value = self._made.get((name, single), ((), None))
         if shape == array.shape:
             value.update_inplace(array)
-            return
-        value = _value(array.copy(), self._device)
-        self._bound[name] = array.shape, value
-        self._binding.bind_ortvalue_input(name, value)
+        else:
+            value = _value(array.copy(), self._device)
+            self._made[name, single] = array.shape, value
+        if self._bound.get(name) is not value:
+            self._binding.bind_ortvalue_input(name, value)
+            self._bound[name] = value
 
     def _keep(self, cache: list[Any]) -> None:
         """What a step returned is the next one's past."""

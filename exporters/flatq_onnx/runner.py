@@ -5,6 +5,7 @@ Axes: b batch, s new positions, t all positions.
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,11 @@ class OnnxRunner:
         path = root / self.contract.model
         if not path.exists():
             raise ExportError(f"{path} is missing; export the model again")
-        quantized = self.contract.precision == "int4"
-        fixed = self.contract.growth == "fixed"
-        self.session = open_session(path, provider=provider, threads=threads, exact=exact and quantized, replay=fixed)
+        codes, fixed = self.contract.precision == "int4", self.contract.growth == "fixed"
+        self.session = open_session(path, provider=provider, threads=threads, exact=exact, codes=codes, replay=fixed)
         self.device = "cuda" if self.session.wanted == CUDA else "cpu"
-        self._replay = fixed and self.device == "cuda"
         self._cache: Cache | None = None
+        self._graphs = count(1)  # numbers of recorded steps, each of one cache's buffers
 
     @property
     def provider(self) -> str:
@@ -81,7 +81,8 @@ class OnnxRunner:
         past = length if self.contract.growth == "fixed" and "cache_position" in wanted else 0
         for name, shape in cache_shapes(self.contract, batch, past):
             feeds[f"past_key_values.{name}"] = np.zeros(shape, self.contract.float_type)
-        found: FloatArray = self.session.ort.run(["logits"], feeds, run_options(NO_GRAPH) if self._replay else None)[0]
+        options = run_options(NO_GRAPH) if self.session.replays else None
+        found: FloatArray = self.session.ort.run(["logits"], feeds, options)[0]
         return found.astype(np.float32, copy=False)
 
     def start(self, tokens: IntArray, capacity: int) -> FloatArray:
@@ -89,9 +90,10 @@ class OnnxRunner:
         if capacity < tokens.shape[1]:
             raise ExportError(f"{self.root}: capacity {capacity} is less than the prompt's {tokens.shape[1]} tokens")
         self._allow(capacity)
-        self._cache = None  # the old one's memory is free before the new one's is taken
-        parts = self.session.ort, self.contract, tokens.shape[0], capacity, self.device
-        self._cache = Cache(*parts, replay=self._replay)
+        if self._cache is None or not self._cache.restart(tokens.shape[0], capacity):
+            self._cache = None  # the old one's memory is free before the new one's is taken
+            parts = self.session.ort, self.contract, tokens.shape[0], capacity, self.device
+            self._cache = Cache(*parts, graphs=self._graphs if self.session.replays else None)
         return self._cache.append(tokens)
 
     def step(self, tokens: IntArray) -> FloatArray:

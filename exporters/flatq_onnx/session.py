@@ -2,15 +2,20 @@
 
 onnxruntime answers a wish for CUDA that it cannot fulfil with a warning and the CPU, and moves single nodes to the
 CPU without a word. Both are found out here: providers are compared after loading, and the session's record of
-which node went where is read.
+which node went where is read. An attention node that went to the CPU would get copies of the cache and lose what it
+writes there, so such a session is not used.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ import onnxruntime as ort
 from flatq.errors import ExportError
 from flatq_onnx.saving import convert
 
+logger = logging.getLogger(__name__)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 SPIN_MICROSECONDS = "100"  # as quick as without a limit, measured (docs/decisions.md)
 WORK = frozenset(  # the operators that take the time; a few shape computations may sit on the CPU by right
@@ -48,11 +54,13 @@ class Session:
     Attributes:
         wanted: the provider that was to run everything.
         fallbacks: working nodes that another provider got, how many of each operator, by provider.
+        replays: whether a step can be recorded as a CUDA graph; every run must then say which one it is.
     """
 
     ort: Any
     wanted: str
     fallbacks: Mapping[str, Mapping[str, int]]
+    replays: bool = False
 
     @property
     def provider(self) -> str:
@@ -65,41 +73,89 @@ class Session:
 
 
 def open_session(
-    path: Path, *, provider: str = "auto", threads: int = 0, exact: bool = False, replay: bool = False
+    path: Path,
+    *,
+    provider: str = "auto",
+    threads: int = 0,
+    exact: bool = False,
+    codes: bool = True,
+    replay: bool = False,
 ) -> Session:
     """Load a graph.
 
     Args:
         path: the graph's file.
-        provider: ``auto`` is CUDA where there is one.
+        provider: ``auto`` is CUDA where there is one that can compute the graph.
         threads: 0 is one per physical core.
-        exact: let MatMulNBits compute with float32 activations.
-        replay: on CUDA, let a step be recorded as a CUDA graph; every run must then say which one it is.
+        exact: compute with float32 as it is: no int8 activations in MatMulNBits, no TensorFloat-32.
+        codes: whether there are MatMulNBits nodes.
+        replay: on CUDA, record steps as CUDA graphs if all nodes are there.
 
     Raises:
         ExportError: the file cannot be loaded, or CUDA was asked for and cannot be had.
     """
     wanted = _choose(provider)
+    said = _preloaded() if wanted == CUDA else ""
+    options = _options(threads)
+    source: str | bytes = str(path)
+    if exact and codes:
+        source = _with_float_activations(path)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        session, replays = _loaded(source, options, wanted, exact, replay and wanted == CUDA)
+    except Exception as problem:  # onnxruntime's own exceptions have no common type but this
+        raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {problem}") from problem
+    if wanted not in session.get_providers():
+        if provider == "cuda":
+            raise ExportError(_no_cuda(f"its libraries could not be loaded ({said or 'no device?'})"))
+        wanted = CPU
+    moved = _elsewhere(session, wanted)
+    if wanted == CUDA and any("GroupQueryAttention" in kinds for kinds in moved.values()):
+        why = f"{path}: CUDA has no GroupQueryAttention for this graph, only one for float16"
+        if provider == "cuda":
+            raise ExportError(f"{why}; export with target: cuda or activations: fp16, or use provider cpu")
+        logger.warning("%s; running on the CPU", why)
+        return open_session(path, provider="cpu", threads=threads, exact=exact, codes=codes)
+    return Session(session, wanted, moved, replays)
+
+
+@cache
+def _preloaded() -> str:
+    """Load CUDA's libraries from where pip puts them; what onnxruntime says of it, which is nothing if all is well.
+
+    A process that has not imported torch would only look where the system keeps its libraries.
+    """
+    said = io.StringIO()
+    with redirect_stdout(said):
+        ort.preload_dlls()
+    return " ".join(said.getvalue().split())
+
+
+def _options(threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # warnings speak of our optional input; errors are raised
     # A thread that spins while it waits is quicker at the next node, but takes a core from whoever has work.
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_MICROSECONDS)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    cuda = (CUDA, {"enable_cuda_graph": "1" if replay else "0", "arena_extend_strategy": "kSameAsRequested"})
+    return options
+
+
+def _loaded(source: str | bytes, options: Any, wanted: str, exact: bool, replay: bool) -> tuple[Any, bool]:
+    """The session, and whether it can record; a graph with nodes elsewhere cannot, and is loaded without."""
+    settings = {
+        "enable_cuda_graph": str(int(replay)),
+        "use_tf32": str(int(not exact)),
+        "arena_extend_strategy": "kSameAsRequested",
+    }
     try:
-        source: str | bytes = str(path)
-        if exact:
-            source = _with_float_activations(path)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        session = ort.InferenceSession(source, options, providers=[CPU] if wanted == CPU else [cuda, CPU])
-    except Exception as problem:  # onnxruntime's own exceptions have no common type but this
-        raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {problem}") from problem
-    if wanted not in session.get_providers():
-        if provider == "cuda":
-            raise ExportError(_no_cuda("its libraries could not be loaded"))
-        wanted = CPU
-    return Session(session, wanted, _elsewhere(session, wanted))
+        return ort.InferenceSession(
+            source, options, providers=[CPU] if wanted == CPU else [(CUDA, settings), CPU]
+        ), replay
+    except Exception as problem:
+        if not (replay and "graph capture" in str(problem)):
+            raise
+        return _loaded(source, options, wanted, exact, replay=False)
 
 
 def available() -> tuple[str, ...]:

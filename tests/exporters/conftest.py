@@ -30,9 +30,9 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
     return make
 
 
-def some_tokens(config: DecoderConfig, batch: int, length: int) -> NDArray[np.int64]:
+def some_tokens(config: DecoderConfig, batch: int, length: int, seed: int = 7) -> NDArray[np.int64]:
     """Deterministic random tokens, [b, s]."""
-    return np.random.default_rng(7).integers(0, config.vocab, (batch, length))
+    return np.random.default_rng(seed).integers(0, config.vocab, (batch, length))
 
 
 def reference_logits(

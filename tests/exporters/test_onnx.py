@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from flatq.export import Exported, exporter_named
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.blocks import Blocks, deal_heads, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
-from flatq_onnx.cache import cache_shapes
+from flatq_onnx.cache import Cache, cache_shapes
 from flatq_onnx.runner import OnnxRunner
 from flatq_onnx.session import CUDA, Session, _elsewhere
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
@@ -513,18 +514,72 @@ def test_asking_for_cuda_where_there_is_none_is_one_clear_line(make_artifact: Ma
         OnnxRunner(root, provider="tpu")
 
 
+def test_a_recorded_step_finds_all_it_reads_and_writes_where_it_was(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph needs, seen on the CPU: also when the cache grows, and from one text to the next."""
+    artifact = make_artifact(tiny_config())
+    runner = opened(artifact)
+    runner.session = replace(runner.session, replays=True)
+    places: dict[int, list[tuple[str, int]]] = {}
+    plain = Cache._run
+
+    def watched(cache: Cache, *, single: bool) -> NDArray[np.float32]:
+        rows = plain(cache, single=single)
+        if single:
+            values = {**cache._bound, **cache._buffers, "logits": cache._logits}
+            found = [(name, value.data_ptr()) for name, value in values.items()]
+            assert places.setdefault(cache._graph, found) == found
+        return rows
+
+    monkeypatch.setattr(Cache, "_run", watched)
+    for seed, length in ((0, 90), (1, 70), (2, 100)):
+        tokens = some_tokens(artifact.config, 2, length, seed=seed)
+        wanted = reference_logits(artifact, tokens)
+        assert np.abs(decoded(runner, tokens, 4) - wanted[:, 3:]).max() < TOLERANCE
+    assert len(places) == 3, "room for 64, 90 and 100 positions, the second also for the text of 70"
+    decoded(runner, tokens[:1], 4)
+    assert len(places) == 5, "another batch has buffers of its own, and numbers that were never used"
+
+
+on_cuda = pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="needs CUDA")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="needs onnxruntime with CUDA")
+@on_cuda
+@pytest.mark.parametrize("activations", ["fp32", "fp16"])
+@pytest.mark.parametrize("grid", [None, Grid(4, 32), Grid(8, 32), Grid(4, 32, symmetric=False)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_cuda_says_what_the_artifact_says(make_artifact: MakeArtifact, layout: str) -> None:
-    artifact = make_artifact(tiny_config(d_v=(16, 11)), grid=Grid(4, 32), embed_grid=Grid(8, 32))
-    exported, _ = export(artifact, **LAYOUTS[layout])
+def test_cuda_says_what_the_artifact_says(
+    make_artifact: MakeArtifact, layout: str, grid: Grid | None, activations: str
+) -> None:
+    if activations == "fp32" and layout != "reduced":
+        pytest.skip("refused, see below")
+    artifact = make_artifact(tiny_config(d_v=(16, 11), d_ff=(96, 77)), grid=grid, embed_grid=grid)
+    precision = "int4" if grid else activations
+    exported, _ = export(artifact, precision=precision, activations=activations, **LAYOUTS[layout])
     runner = OnnxRunner(exported.root, provider="cuda", exact=True)
-    assert runner.provider.startswith("CUDAExecutionProvider")
-    tokens = some_tokens(artifact.config, 2, 9)
-    wanted = reference_logits(artifact, tokens)
-    assert np.abs(runner.logits(tokens) - wanted).max() < 5e-2
-    assert np.abs(decoded(runner, tokens, 4) - wanted[:, 3:]).max() < 5e-2
+    assert runner.provider == "CUDAExecutionProvider"
+    assert runner.session.replays == (layout != "gqa-left")
+    for seed, length in ((0, 9), (1, 90), (2, 80)):  # the cache grows, and what was recorded serves another text
+        tokens = some_tokens(artifact.config, 2, length, seed=seed)
+        wanted = reference_logits(artifact, tokens)
+        limit = TOLERANCE if activations == "fp32" else HALF_SHARE * wanted.std(-1).mean()
+        assert np.abs(runner.logits(tokens) - wanted).max() < limit
+        assert np.abs(decoded(runner, tokens, 4) - wanted[:, 3:]).max() < limit
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("layout", ["gqa", "gqa-left"])
+def test_attention_that_cuda_cannot_compute_is_left_to_the_cpu(make_artifact: MakeArtifact, layout: str) -> None:
+    artifact = make_artifact(tiny_config(), grid=Grid(4, 32))
+    root = export(artifact, **LAYOUTS[layout])[0].root
+    with pytest.raises(ExportError, match=r"only one for float16; export with target: cuda"):
+        OnnxRunner(root, provider="cuda")
+    runner = OnnxRunner(root, exact=True)
+    assert runner.provider == "CPUExecutionProvider"
+    assert_says_what_the_artifact_says(artifact, runner)
 
 
 def test_the_package_loads_without_its_runtime(tmp_path: Path) -> None:
