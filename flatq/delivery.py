@@ -130,8 +130,8 @@ def _verified(
     item: PlannedExport, artifact: Artifact, exported: Exported, heldout: Tensor | None
 ) -> dict[str, Any] | None:
     limits = Limits(None, exported.rounding_kl) if exported.rounding_kl else EXACT
-    opener = partial(item.exporter.open, exported.root, item.options, provider="cpu")
-    exact = partial(opener, exact=True)
+    opener = partial(item.exporter.open, exported.root, item.options)  # where a user of this machine would run it
+    exact = partial(opener, provider="cpu", exact=True)
     found = verify(artifact, opener, open_exact=exact, tokens=heldout, name=item.name, limits=limits)
     return None if found is None else asdict(found)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,12 @@ def give_back() -> bool:
 def device_memory_bytes(pid: int) -> int | None:
     """Memory that a process holds on all NVIDIA devices; None if there is no way to know (never a guess).
 
-    NVML counts every library's allocations. Without it (package ``nvidia-ml-py``), torch knows its own.
+    NVML counts every library's allocations. Without it (package ``nvidia-ml-py``), torch knows those of this process.
     """
     held = _nvml_bytes(pid)
-    return held if held is not None else peak_device_bytes() or None
+    if held is None and pid == os.getpid():
+        held = peak_device_bytes() or None
+    return held
 
 
 def _torch_on_gpus() -> Any:
