@@ -1,12 +1,11 @@
 """Two ways to draw attention, for two kinds of program that will run it.
 
 ``Reduced`` is made of standard operators (opset 24): TensorScatter puts new keys and values into a cache that has
-room for more, in place, and two products read it. Value heads are as narrow as the model's, in the cache too. The
-query heads of one place in all groups lie behind each other (the rows of q are dealt out so, which costs nothing),
-so that they meet the key heads by broadcasting, without a Reshape, and a decoded token is a product of one row:
-onnxruntime reads the cache as it lies for one row with factor 1, and copies it into panels first for more. That is
-why it beats GroupQueryAttention, which does the latter once per query head. Whoever runs it makes the caches and says
-where the new tokens go. Left out: the operator Attention, which copies the cache for every token.
+room for more, in place, and Attention reads it as if it were new: a past of its own it would copy for every token.
+Value heads are as narrow as the model's, in the cache too. For a decoded token each head is a product of one row, and
+onnxruntime reads the cache as it lies for one row with factor 1 (hence the scale in the rotation), and copies it into
+panels first for more. That is why it beats GroupQueryAttention, which does the latter once per query head. Whoever
+runs it makes the caches and says where the new tokens go.
 
 ``Grouped`` is onnxruntime's GroupQueryAttention, with one head size for keys and values and the cache that other
 programs expect. Value heads are filled up to the key's width with zero rows in the packed projection (a product
@@ -124,41 +123,29 @@ class Reduced(_Drawing):
         """See ``Attention.mix``."""
         build, dims = self.builder, self.config.layers[index]
         query, key, value = self._heads(x, index)
-        new = [key, value]
-        widths = [dims.d_qk, dims.d_v]
         keys, values = (
             build.op("TensorScatter", [old, part, self._first], ["batch", dims.kv_heads, self.past, width], axis=2)
-            for old, part, width in zip(past, new, widths, strict=True)
+            for old, part, width in zip(past, (key, value), (dims.d_qk, dims.d_v), strict=True)
         )
-        rows: Dims = [dims.group, "batch", dims.kv_heads, "sequence"]
-        turned = build.op("Transpose", [keys], ["batch", dims.kv_heads, dims.d_qk, self.past], perm=[0, 1, 3, 2])
-        scores = build.op("MatMul", [query, turned], [*rows, self.past])
-        scores = build.op("Add", [scores, self._at.mask], [*rows, self.past])
-        shares = build.op("Softmax", [scores], [*rows, self.past], axis=-1)
-        mixed = build.op("MatMul", [shares, values], [*rows, dims.d_v])
-        heads: Dims = [*TOKENS, dims.kv_heads, dims.group, dims.d_v]
-        mixed = build.op("Transpose", [mixed], heads, perm=[1, 3, 2, 0, 4])
+        rows: Dims = ["batch", dims.heads, "sequence", dims.d_v]
+        mixed = build.op("Attention", [query, keys, values, self._at.mask], rows, scale=1.0)
+        mixed = build.op("Transpose", [mixed], [*TOKENS, dims.heads, dims.d_v], perm=[0, 2, 1, 3])
         return self.joined_heads(mixed, dims.heads, dims.d_v), keys, values
 
     def _heads(self, x: Any, index: int) -> tuple[Any, Any, Any]:
-        """Rotated query [g, b, kv, s, d], rotated key [b, kv, s, d], value [b, kv, s, r]."""
+        """Rotated query [b, h, s, d], rotated key [b, kv, s, d], value [b, kv, s, r]."""
         build, dims = self.builder, self.config.layers[index]
-        query_part, *others = (Part.of(self.config, index, linear) for linear in "qkv")
-        parts = [replace(query_part, heads=dims.heads, groups=dims.kv_heads), *others]
-        both = dims.heads + dims.kv_heads
-        rows: list[int | str] = ["batch", dims.kv_heads, "sequence", dims.d_qk]
+        parts = [Part.of(self.config, index, linear) for linear in "qkv"]
+        counts, both = (dims.heads, dims.kv_heads), dims.heads + dims.kv_heads
         if self.linears.can_stack(parts) and not self.config.qk_norm:
             pair, value = self.linears.split(self.linears.stacked(x, parts), [both * dims.d_qk, parts[2].rows])
         else:
             query, key, value = self.linears.project(x, parts)
             pair = build.op("Concat", [*self.normed_pair(query, key, index)], [*TOKENS, both * dims.d_qk], axis=-1)
-        pair = self.rotate(pair, both, dims.d_qk, self._at)
-        split = (0, 0, dims.group + 1, dims.kv_heads, dims.d_qk)
-        pair = self.reshaped(pair, f"{split[2:]}", split, [*TOKENS, *split[2:]])
-        pair = build.op("Transpose", [pair], [dims.group + 1, *rows], perm=[2, 0, 3, 1, 4])
-        sizes = build.constant(f"split.{dims.group}_1", ints(dims.group, 1))
-        query, key = build.ops("Split", [pair, sizes], [[dims.group, *rows], [1, *rows]], axis=0)
-        key = build.op("Squeeze", [key, build.constant("const.0", ints(0))], rows)
+        pair = self._turned(self.rotate(pair, both, dims.d_qk, self._at), both, dims.d_qk)
+        sizes = build.constant("split.{}_{}".format(*counts), ints(*counts))
+        rows: list[Dims] = [["batch", count, "sequence", dims.d_qk] for count in counts]
+        query, key = build.ops("Split", [pair, sizes], rows, axis=1)
         return query, key, self._turned(value, dims.kv_heads, dims.d_v)
 
     def _turned(self, x: Any, heads: int, width: int) -> Any:

@@ -13,7 +13,7 @@ Axes: n out_features, k in_features, G groups of the grid, B blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,20 +146,6 @@ def widen_heads(part: Tensor | QuantizedWeight, heads: int, width: int) -> Tenso
         filled[:, : split.shape[1]] = split
         return filled.flatten(0, 1)
 
-    return _row_wise(part, widened)
-
-
-def deal_heads(part: Tensor | QuantizedWeight, heads: int, groups: int) -> Tensor | QuantizedWeight:
-    """Rows of heads in ``groups`` groups -> the first head of every group, then the second of every group, ..."""
-
-    def dealt(tensor: Tensor) -> Tensor:
-        split = tensor.reshape(groups, heads // groups, -1, *tensor.shape[1:])
-        return split.transpose(0, 1).reshape(tensor.shape)
-
-    return _row_wise(part, dealt)
-
-
-def _row_wise(part: Tensor | QuantizedWeight, change: Callable[[Tensor], Tensor]) -> Tensor | QuantizedWeight:
     if isinstance(part, Tensor):
-        return change(part)
-    return QuantizedWeight(change(part.codes), change(part.scale), change(part.zero), part.grid)
+        return widened(part)
+    return QuantizedWeight(widened(part.codes), widened(part.scale), widened(part.zero), part.grid)

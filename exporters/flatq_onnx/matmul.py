@@ -21,7 +21,7 @@ from torch import Tensor
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid, QuantizedWeight
 from flatq.weights import dense
-from flatq_onnx.blocks import Blocks, deal_heads, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
+from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 from flatq_onnx.builder import FLOAT, FLOAT16, MICROSOFT, UINT8, Builder, Dims, ints
 
 Read = Callable[[str], Tensor | QuantizedWeight]
@@ -34,8 +34,6 @@ class Part:
 
     Attributes:
         heads: if not 0, its rows are heads of equal width, each filled up with zero rows to ``rows / heads``.
-        groups: if not 0, its heads are that many groups of neighbours, drawn as the first head of every group, then
-            the second of every group, and so on.
     """
 
     stem: str
@@ -43,7 +41,6 @@ class Part:
     columns: int
     bias: bool = False
     heads: int = 0
-    groups: int = 0
 
     @classmethod
     def of(cls, config: DecoderConfig, index: int, linear: str) -> Part:
@@ -220,4 +217,4 @@ class Linears:
     def _shaped(part: Part, matrix: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
         if part.heads:
             matrix = widen_heads(matrix, part.heads, part.rows // part.heads)
-        return deal_heads(matrix, part.heads, part.groups) if part.groups else matrix
+        return matrix

@@ -26,7 +26,7 @@ from flatq.errors import ExportError
 from flatq.export import Exported, exporter_named
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq_onnx import OnnxExporter, OnnxOptions
-from flatq_onnx.blocks import Blocks, deal_heads, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
+from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 from flatq_onnx.cache import Cache, cache_shapes
 from flatq_onnx.runner import OnnxRunner
 from flatq_onnx.session import CUDA, Session, _elsewhere
@@ -195,14 +195,6 @@ def test_stacking_and_widening_keep_the_numbers() -> None:
     heads = wide.dequantize().reshape(4, 5, 40)
     assert torch.equal(heads[:, :3].reshape(12, 40), weight.dequantize().repeat(2, 1))
     assert not heads[:, 3:].any()
-
-
-def test_dealing_heads_moves_rows_and_changes_none() -> None:
-    weight = round_to_nearest(torch.randn(12, 32), Grid(4, 16, symmetric=False))
-    dealt = deal_heads(weight, 6, 2)
-    assert isinstance(dealt, QuantizedWeight)
-    rows = weight.dequantize().reshape(6, 2, 32)  # heads 0, 1, 2 share one key head, 3, 4, 5 another
-    assert torch.equal(dealt.dequantize().reshape(6, 2, 32), rows[[0, 3, 1, 4, 2, 5]])
 
 
 PADDINGS = {"left": [[0, 0, 0, 1, 1, 1, 1], [1] * 7], "right": [[1, 1, 1, 1, 0, 0, 0], [1] * 7]}
