@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from flatq.artifact import Artifact
 from flatq.compress.heads import output_basis
 from flatq.compress.mlp import drift_correction, eliminate, nystroem, ridge_leverage
 from flatq.doctor import _cuda
+from flatq.export import exporter_named
 from flatq.memory import device_memory_bytes
 from flatq.quantize.gptq import gptq
 from flatq.quantize.grid import Grid
@@ -88,6 +90,24 @@ def test_a_whole_run_on_the_gpu_is_as_good(
         shown = flatq("run", recipe, "--out", tmp_path / device[:3], "--device", device)
         assert shown.exit_code == 0, shown.stderr
     assert perplexity_of(tmp_path / "cud") == pytest.approx(perplexity_of(tmp_path / "cpu"), rel=tolerance)
+
+
+@pytest.mark.skipif("cuda" not in exporter_named("onnx").providers(), reason="needs onnxruntime with CUDA")
+def test_an_export_is_checked_and_measured_where_it_will_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    bench = {"provider": "cuda", "prompt": 8, "new_tokens": 4, "repeats": 1, "baseline": True}
+    recipe = make_recipe(stages=[FLAT], exports=[{"onnx": {"target": "cuda", "precision": "fp16"}}], bench=bench)
+    shown = flatq("run", recipe, "--out", tmp_path / "run", "--device", "cuda")
+    assert shown.exit_code == 0, shown.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    checked = report["exports"][0]["verify"]
+    assert (checked["exact"]["provider"], checked["deployed"]["provider"]) == (
+        "CPUExecutionProvider",
+        "CUDAExecutionProvider",
+    )
+    assert {entry["name"]: entry["provider"] for entry in report["bench"]} == {
+        "baseline": "CUDAExecutionProvider",
+        "onnx": "CUDAExecutionProvider",
+    }
 
 
 def test_the_doctor_names_the_gpu() -> None:
