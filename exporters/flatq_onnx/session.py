@@ -116,7 +116,7 @@ def open_session(
             raise ExportError(f"{why}; export with target: cuda or activations: fp16, or use provider cpu")
         logger.warning("%s; running on the CPU", why)
         return open_session(path, provider="cpu", threads=threads, exact=exact, codes=codes)
-    return Session(session, wanted, moved, replays)
+    return Session(session, wanted, moved, replays and wanted == CUDA)
 
 
 @cache
