@@ -2,7 +2,8 @@
 
     python benchmarks/onnx_speed.py --narrow RUN --narrow RUN --dense RUN --builder FOLDER --gguf FOLDER --threads 1
 
-RUN is a finished run (or artifact) with 4-bit codes; it is exported for ``target: ort`` into ``--work``. FOLDER is what
+RUN is a finished run (or artifact) with 4-bit codes; it is exported for ``target: ort`` into ``--work``, once for each
+``--cache-layout``. FOLDER is what
 ``python -m onnxruntime_genai.models.builder -i HF_FOLDER -o FOLDER -p int4 -e cpu --extra_options
 int4_accuracy_level=4 hf_token=false`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would,
 with a cache that every step copies, and with past and present in one buffer, the best it can do. ``--gguf`` is a folder
@@ -23,6 +24,7 @@ import json
 import time
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,12 @@ def open_builder(root: Path, threads: int, growth: str) -> Runner:
     return OnnxRunner(root, provider="cpu", threads=threads, contract=contract)
 
 
-def exported(run: Path, work: Path) -> Path:
+def exported(run: Path, work: Path, layout: Any) -> Path:
     """The run's graph for ``target: ort``, written once."""
-    out = work / run.name
+    out = work / f"{run.name}, cache by {layout}"
     if not (out / "flatq_onnx.json").exists():
         out.mkdir(parents=True)
-        OnnxExporter().write(Artifact.open(run), out, OnnxOptions(target="ort"))
+        OnnxExporter().write(Artifact.open(run), out, OnnxOptions(target="ort", cache_layout=layout))
     return out
 
 
@@ -60,9 +62,9 @@ def openers(options: argparse.Namespace, threads: int) -> dict[str, OpenRunner]:
         BEST: partial(open_builder, options.builder, threads, "shared"),
         PLAIN: partial(open_builder, options.builder, threads, "returned"),
     }
-    for run in [*options.dense, *options.narrow]:
-        root = exported(run, options.work)
-        found[f"flatq {run.name}"] = partial(OnnxExporter().open, root, OnnxOptions(), provider="cpu", threads=threads)
+    for run, layout in product([*options.dense, *options.narrow], options.cache_layout or ["heads", "tokens"]):
+        root = exported(run, options.work, layout)
+        found[f"flatq {root.name}"] = partial(OnnxExporter().open, root, OnnxOptions(), provider="cpu", threads=threads)
     if options.gguf is not None:
         gguf = GgufExporter().open
         found["llama.cpp Q4_0"] = partial(gguf, options.gguf, GgufOptions(), provider="cpu", threads=threads)
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, action="append", default=[])
     parser.add_argument("--builder", type=Path, required=True)
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--cache-layout", action="append", choices=["heads", "tokens"], help="both if not given")
     parser.add_argument("--threads", type=int, action="append")
     parser.add_argument("--prompt", type=int, action="append", help="128, 256 and 1024 if not given")
     parser.add_argument("--new-tokens", type=int, default=32)

@@ -124,10 +124,12 @@ class Cache:
         room = min(self.capacity, -(-(needed + needed // 8) // STEP) * STEP)
         self._valid = np.pad(self._valid, ((0, 0), (0, room - self.room)))
         if self._contract.growth != "returned":
+            axis = 1 if self._contract.cache_layout == "tokens" else 2
             for name, shape in self._shapes(room):
                 wider = np.zeros(shape, self._contract.float_type)
                 if self.length:
-                    wider[:, :, : self.length] = self._buffers[name].numpy()[:, :, : self.length]
+                    held = (slice(None),) * axis + (slice(self.length),)
+                    wider[held] = self._buffers[name].numpy()[held]
                 self._buffers[name] = _value(wider, self._device)
                 self._binding.bind_ortvalue_input(f"past_key_values.{name}", self._buffers[name])
                 self._binding.bind_ortvalue_output(f"present.{name}", self._buffers[name])
@@ -153,7 +155,7 @@ class Cache:
         for (name, _), value in zip(self._shapes(0), cache, strict=True):
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
 
-    def _shapes(self, positions: int) -> list[tuple[str, tuple[int, int, int, int]]]:
+    def _shapes(self, positions: int) -> list[tuple[str, tuple[int, ...]]]:
         return cache_shapes(self._contract, self.batch, positions)
 
 
@@ -168,10 +170,15 @@ def _value(array: NDArray[Any], device: str) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array, device)
 
 
-def cache_shapes(contract: Contract, batch: int, positions: int) -> list[tuple[str, tuple[int, int, int, int]]]:
+def cache_shapes(contract: Contract, batch: int, positions: int) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of each cache tensor, in the graph's order."""
+
+    def shape(heads: int, width: int) -> tuple[int, ...]:
+        by_token = contract.cache_layout == "tokens"
+        return (batch, positions, heads * width) if by_token else (batch, heads, positions, width)
+
     return [
-        (f"{index}.{part}", (batch, layer.heads, positions, width))
+        (f"{index}.{part}", shape(layer.heads, width))
         for index, layer in enumerate(contract.cache)
         for part, width in (("key", layer.key_width), ("value", layer.value_width))
     ]

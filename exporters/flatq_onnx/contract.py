@@ -24,7 +24,7 @@ MOBILE = "model.ort"
 
 
 class CacheShape(BaseModel):
-    """One layer's cache: keys [b, heads, t, key_width] and values [b, heads, t, value_width]."""
+    """One layer's cache: keys [b, heads, t, key_width], values [b, heads, t, value_width]; see ``cache_layout``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,6 +41,7 @@ class Contract(BaseModel):
         growth: how past becomes present. ``fixed``: both are one buffer with room for more than it holds, the mask is
             as long as the buffer, and so all shapes stay as they are; ``shared``: the same, but the mask ends at the
             last token; ``returned``: present is a new tensor, longer than past.
+        cache_layout: ``tokens`` if a token's heads lie side by side, [b, t, heads * width].
         float_type: of cache and logits.
         context_length: positions that the graph can place; None is no limit of the graph.
         token_ids: the model's bos, eos and pad ids as its own configuration has them.
@@ -55,6 +56,7 @@ class Contract(BaseModel):
     precision: str
     left_padding: bool
     growth: Literal["fixed", "shared", "returned"]
+    cache_layout: Literal["heads", "tokens"] = "heads"
     float_type: Literal["float32", "float16"]
     context_length: int | None
     sliding_window: int | None
@@ -78,6 +80,7 @@ class Contract(BaseModel):
             precision=options.precision,
             left_padding=not options.fused_rope,
             growth="fixed" if reduced or options.fused_rope else "shared",
+            cache_layout=options.cache_layout,
             float_type="float16" if options.activations == "fp16" else "float32",
             context_length=(options.context_length or config.max_positions) if options.fused_rope else None,
             sliding_window=config.sliding_window,

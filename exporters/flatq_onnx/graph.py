@@ -18,7 +18,7 @@ from typing import Any
 
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid
-from flatq_onnx.attention import Attention, Grouped, Reduced
+from flatq_onnx.attention import Attention, Grouped, Reduced, ReducedByToken
 from flatq_onnx.builder import FLOAT, FLOAT16, INT64, MICROSOFT, Builder, Dims, ints
 from flatq_onnx.matmul import TOKENS, Linears, Part, Read
 from flatq_onnx.options import OnnxOptions
@@ -72,16 +72,14 @@ class _Sheet:
     def _attention(self, tokens: Any, valid: Any) -> Attention:
         parts = self.builder, self.linears, self.config, tokens, valid
         if self.options.attention == "reduced":
-            return Reduced(*parts)
+            return (ReducedByToken if self.options.cache_layout == "tokens" else Reduced)(*parts)
         limit = self.options.context_length or self.config.max_positions
         return Grouped(*parts, positions=limit if self.options.fused_rope else None)
 
     def _past(self, attention: Attention, index: int) -> tuple[Any, Any]:
-        dims = self.config.layers[index]
-        widths = {"key": dims.d_qk, "value": attention.value_width(dims)}
         keys, values = (
-            self.builder.input(f"past_key_values.{index}.{part}", ["batch", dims.kv_heads, attention.past, width])
-            for part, width in widths.items()
+            self.builder.input(f"past_key_values.{index}.{part}", shape)
+            for part, shape in zip(("key", "value"), attention.cache(self.config.layers[index]), strict=True)
         )
         return keys, values
 
