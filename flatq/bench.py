@@ -13,7 +13,6 @@ The prompt is random tokens (speed does not depend on the text), new tokens are 
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -243,7 +242,6 @@ def serve(pipe: Connection, open_runner: OpenRunner, load: Load) -> None:
                 if runner is None:
                     raise ExportError("this format has no runtime of its own, so there is nothing to measure")
                 facts["provider"] = runner.provider
-                gc.freeze()  # Python's collector looking through all libraries takes as long as a prompt
             elif order == "repeat":
                 assert runner is not None
                 answer = _repeat(runner, load)

@@ -40,7 +40,7 @@ class OnnxOptions(BaseModel):
             for left- and right-padded batches. ``gqa`` is onnxruntime's GroupQueryAttention, whose value heads are as
             wide as the keys' (missing columns are zero): the usual cache shape, which other programs expect.
         cache_layout: only for ``reduced``: ``heads`` [b, kv, t, width], or ``tokens`` [b, t, kv * width], which decodes
-            faster on a CPU if the model is small and the context shorter than about a thousand tokens, else slower.
+            faster on a CPU if the model is small and the context a few hundred tokens, and slower else.
         precision: ``fp32``, ``fp16``, or ``int4`` for MatMulNBits nodes that hold the artifact's own codes, whatever
             their bits (the name is that of the usual case); linears without a grid stay plain.
         activations: type of all numbers that are not codes, the cache included.
