@@ -98,12 +98,13 @@ def run(
     from flatq.recipe import Recipe
 
     checked = Recipe.load(recipe)
-    from flatq import pipeline
+    from flatq import pipeline, ranks
 
     room = None if memory is None else parse_size(memory)
     done = pipeline.run(checked, out, device=device, fresh=fresh, memory=room, predict=forecast)
     if done is not None:
         print(done)
+    ranks.leave()
 
 
 @app.command()

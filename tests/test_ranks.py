@@ -50,6 +50,22 @@ def perplexity_of(run: Path) -> float:
     return float(json.loads((run / "report.json").read_text())["result"]["perplexity"])
 
 
+def test_a_finished_process_of_several_ends_well_whatever_is_left_in_it() -> None:
+    code = """
+import atexit, os
+from flatq import ranks
+atexit.register(os.abort)
+print("done", end="")
+ranks.leave()
+"""
+    ended = [
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, **several}, stdout=subprocess.PIPE, check=False)
+        for several in ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1"})
+    ]
+    assert [process.returncode for process in ended] == [0, -signal.SIGABRT]
+    assert ended[0].stdout == b"done"
+
+
 @pytest.mark.parametrize(
     ("processes", "stages", "tolerance"),
     [
