@@ -143,15 +143,12 @@ def _options(threads: int) -> Any:
 
 def _loaded(source: str | bytes, options: Any, wanted: str, exact: bool, replay: bool) -> tuple[Any, bool]:
     """The session, and whether it can record; a graph with nodes elsewhere cannot, and is loaded without."""
-    settings = {
-        "enable_cuda_graph": str(int(replay)),
-        "use_tf32": str(int(not exact)),
-        "arena_extend_strategy": "kSameAsRequested",
-    }
+    providers: list[Any] = [CPU]
+    if wanted == CUDA:
+        settings = {"enable_cuda_graph": str(int(replay)), "use_tf32": str(int(not exact))}
+        providers.insert(0, (CUDA, {**settings, "arena_extend_strategy": "kSameAsRequested"}))
     try:
-        return ort.InferenceSession(
-            source, options, providers=[CPU] if wanted == CPU else [(CUDA, settings), CPU]
-        ), replay
+        return ort.InferenceSession(source, options, providers=providers), replay
     except Exception as problem:
         if not (replay and "graph capture" in str(problem)):
             raise
