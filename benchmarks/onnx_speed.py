@@ -3,7 +3,7 @@
     python benchmarks/onnx_speed.py --narrow RUN --narrow RUN --dense RUN --builder FOLDER --gguf FOLDER --threads 1
 
 RUN is a finished run (or artifact) with 4-bit codes; it is exported for ``target: ort`` into ``--work``, once for each
-``--cache-layout``. FOLDER is what
+``--cache``: keys and values by heads, by tokens, or in int8. FOLDER is what
 ``python -m onnxruntime_genai.models.builder -i HF_FOLDER -o FOLDER -p int4 -e cpu --extra_options
 int4_accuracy_level=4 hf_token=false`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would,
 with a cache that every step copies, and with past and present in one buffer, the best it can do. ``--gguf`` is a folder
@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from flatq.artifact import Artifact, write_json
+from flatq.artifact import write_json
 from flatq.bench import BenchResult, Load, OpenRunner, Spread, bench_side_by_side
 from flatq.export import Runner
+from flatq.pipeline import export
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_onnx import OnnxExporter, OnnxOptions
 
@@ -48,12 +49,19 @@ def open_builder(root: Path, threads: int, growth: str) -> Runner:
     return OnnxRunner(root, provider="cpu", threads=threads, contract=contract)
 
 
-def exported(run: Path, work: Path, layout: Any) -> Path:
+CACHES: dict[str, dict[str, Any]] = {
+    "by heads": {},
+    "by tokens": {"cache_layout": "tokens"},
+    "of int8": {"cache_type": "int8"},
+}
+
+
+def exported(run: Path, work: Path, cache: str) -> Path:
     """The run's graph for ``target: ort``, written once."""
-    out = work / f"{run.name}, cache by {layout}"
-    if not (out / "flatq_onnx.json").exists():
-        out.mkdir(parents=True)
-        OnnxExporter().write(Artifact.open(run), out, OnnxOptions(target="ort", cache_layout=layout))
+    out = work / f"{run.name}, cache {cache}"
+    if not out.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        export(run, out, "onnx", CACHES[cache])
     return out
 
 
@@ -62,8 +70,8 @@ def openers(options: argparse.Namespace, threads: int) -> dict[str, OpenRunner]:
         BEST: partial(open_builder, options.builder, threads, "shared"),
         PLAIN: partial(open_builder, options.builder, threads, "returned"),
     }
-    for run, layout in product([*options.dense, *options.narrow], options.cache_layout or ["heads", "tokens"]):
-        root = exported(run, options.work, layout)
+    for run, cache in product([*options.dense, *options.narrow], options.cache or CACHES):
+        root = exported(run, options.work, cache)
         found[f"flatq {root.name}"] = partial(OnnxExporter().open, root, OnnxOptions(), provider="cpu", threads=threads)
     if options.gguf is not None:
         gguf = GgufExporter().open
@@ -120,7 +128,7 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, action="append", default=[])
     parser.add_argument("--builder", type=Path, required=True)
     parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--cache-layout", action="append", choices=["heads", "tokens"], help="both if not given")
+    parser.add_argument("--cache", action="append", choices=list(CACHES), help="all if not given")
     parser.add_argument("--threads", type=int, action="append")
     parser.add_argument("--prompt", type=int, action="append", help="128, 256 and 1024 if not given")
     parser.add_argument("--new-tokens", type=int, default=32)

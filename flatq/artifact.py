@@ -6,8 +6,9 @@ is written the moment the block is finished, which is what makes a killed run re
 
 A quantized linear is stored as three tensors, ``NAME.codes`` (uint8, one code a byte), ``NAME.scale`` (float16)
 and ``NAME.zero`` (uint8); ``config.json`` lists its grid under ``grids``. ``energies.safetensors`` is no part of the
-model: it says how much each input of each linear carried during calibration, for quantizers that ask. Nothing in the
-folder depends on the clock or the machine's name: the same recipe gives the same bytes.
+model: it says how much each input of each linear carried during calibration, for quantizers that ask;
+``cache_ranges.safetensors``, if an export wants it, how large keys and values become. Nothing in the folder depends on
+the clock or the machine's name: the same recipe gives the same bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from flatq.quantize.grid import Grid, QuantizedWeight
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 ENERGIES = "energies.safetensors"
+RANGES = "cache_ranges.safetensors"
 PARTS = ("codes", "scale", "zero")
 
 
@@ -152,6 +154,17 @@ class Artifact:
         path = self.root / ENERGIES
         if not path.exists():
             raise ArtifactError(f"{path}: is missing; only `flatq run` makes it, so run the recipe again")
+        return safetensors.torch.load_file(path)
+
+    def cache_ranges(self) -> dict[str, Tensor]:
+        """Largest magnitudes of keys and values, see ``flatq.cache_ranges``.
+
+        Raises:
+            ArtifactError: they were never measured.
+        """
+        path = self.root / RANGES
+        if not path.exists():
+            raise ArtifactError(f"{path}: is missing; `flatq run` and `flatq export` make it where an export needs it")
         return safetensors.torch.load_file(path)
 
     def _read(self, name: str) -> Tensor:

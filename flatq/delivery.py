@@ -23,7 +23,7 @@ from flatq.artifact import Artifact, file_digest, write_json
 from flatq.bench import BenchResult, Load, bench_side_by_side
 from flatq.build import dense_artifact
 from flatq.errors import ArtifactError, ExportError, RecipeError
-from flatq.export import Exported, Exporter, Runner, exporter_named
+from flatq.export import CacheQuantizer, Exported, Exporter, Runner, exporter_named
 from flatq.folder import RunFolder
 from flatq.progress import progress
 from flatq.recipe import Recipe, explain_options
@@ -81,6 +81,13 @@ def absent_providers(recipe: Recipe, planned: Sequence[PlannedExport]) -> list[s
         )
         for form in sorted(lacking)
     ]
+
+
+def needs_cache_ranges(items: Sequence[PlannedExport]) -> bool:
+    """Whether one of them keeps keys and values in few bits."""
+    return any(
+        isinstance(item.exporter, CacheQuantizer) and item.exporter.needs_cache_ranges(item.options) for item in items
+    )
 
 
 def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor | None) -> dict[str, Any]:

@@ -138,6 +138,15 @@ class TokenizerCarrier(Protocol):
         ...
 
 
+@runtime_checkable
+class CacheQuantizer(Protocol):
+    """An exporter that can have its runtime keep keys and values in few bits, and must know how large they become."""
+
+    def needs_cache_ranges(self, options: Any) -> bool:
+        """Whether ``write`` will ask for ``Artifact.cache_ranges`` with these options."""
+        ...
+
+
 def exporter_named(name: str) -> Exporter:
     """One exporter.
 

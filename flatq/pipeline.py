@@ -15,11 +15,22 @@ from typing import Any
 
 import flatq.doctor
 from flatq import planning, ranks
-from flatq.artifact import Artifact
+from flatq.artifact import MANIFEST, Artifact
 from flatq.build import build
+from flatq.cache_ranges import note_cache_ranges
 from flatq.calibrate import Tokens, token_batches
 from flatq.compress.stage import RankPlan
-from flatq.delivery import PlannedExport, deliver, foreign, measured, opened, planned_exports, reopened, side_by_side
+from flatq.delivery import (
+    PlannedExport,
+    deliver,
+    foreign,
+    measured,
+    needs_cache_ranges,
+    opened,
+    planned_exports,
+    reopened,
+    side_by_side,
+)
 from flatq.device import resolve_device
 from flatq.errors import ArtifactError, RecipeError
 from flatq.evaluate import perplexity
@@ -98,6 +109,11 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         if not ranks.part():
             return None
         artifact.note_quality(quality(recipe, tokens, baseline=baseline, result=result))
+        if needs_cache_ranges(exports):
+            precision = recipe.calibration.precision
+            folder.phase(
+                "cache-ranges", lambda: note_cache_ranges(artifact, tokens, precision=precision, device=device)
+            )
         written = [exported(item, artifact, tokens, folder) for item in exports]
         bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports))
         report = summarize(
@@ -216,6 +232,18 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     return planning.forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
 
 
+def recipe_of(artifact: Artifact) -> Recipe:
+    """The recipe that made an artifact.
+
+    Raises:
+        RecipeError: it was made without a recipe file.
+    """
+    text = artifact.manifest["recipe"]
+    if not text:
+        raise RecipeError(f"{artifact.root}: keeps no recipe, so its calibration text is unknown; run a recipe again")
+    return Recipe.parse(text, str(artifact.root / MANIFEST))
+
+
 def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> list[Path]:
     """Write one more format of a finished artifact and verify it; returns its files.
 
@@ -231,6 +259,10 @@ def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> l
     problems = exporter.check(model.config, model.grids, item.options)
     if problems:
         raise RecipeError(problems)
+    if needs_cache_ranges([item]):
+        text = recipe_of(model)
+        tokens = token_batches(text.calibration, text.evaluation, planning.tokenizer_in(model.root))
+        note_cache_ranges(model, tokens, precision=text.calibration.precision)
     return [out / file for file in deliver(item, model, out, None)["files"]]
 
 

@@ -25,6 +25,7 @@ from flatq_onnx.size import estimated_bytes
 
 __all__ = ["OnnxExporter", "OnnxOptions"]
 
+INT8_CACHE_KL = 0.02  # nats that rounded keys and values may cost
 HALF_KL = 0.01  # nats that float16 may cost; the rounding of one sum in a long row is the largest part
 
 
@@ -45,7 +46,12 @@ class OnnxExporter:
 
     def dense(self, options: OnnxOptions) -> OnnxOptions:
         """The same graph with plain weights in a file of their own: written one by one, never all in memory."""
-        return options.model_copy(update={"precision": options.activations, "external_data_above": 0})
+        plain = {"precision": options.activations, "cache_type": "float", "external_data_above": 0}
+        return options.model_copy(update=plain)
+
+    def needs_cache_ranges(self, options: OnnxOptions) -> bool:
+        """See ``flatq.export.CacheQuantizer``."""
+        return options.cache_type == "int8"
 
     def write(self, artifact: Artifact, out: Path, options: OnnxOptions) -> Exported:
         """Write the files into ``out``; the graph appears last, when all that it needs is there.
@@ -61,7 +67,7 @@ class OnnxExporter:
 
         files = [Contract.of(artifact, options).save(out), *write_companions(artifact, out, options)]
         files += save_model(artifact, out, options, metadata_of(artifact))
-        rounding = HALF_KL if options.activations == "fp16" else 0.0
+        rounding = HALF_KL if options.activations == "fp16" else INT8_CACHE_KL if options.cache_type == "int8" else 0.0
         return Exported(out, tuple(files), notes=tuple(_notes(artifact, options)), rounding_kl=rounding)
 
     def open(

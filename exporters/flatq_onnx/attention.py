@@ -34,7 +34,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flatq.decoder import DecoderConfig, LayerDims
-from flatq_onnx.builder import INT32, INT64, MICROSOFT, Builder, Dims, ints
+from flatq_onnx.builder import INT8, INT32, INT64, MICROSOFT, Builder, Dims, ints
 from flatq_onnx.matmul import TOKENS, Linears, Part
 from flatq_onnx.placement import Placement, length, place, span
 
@@ -211,7 +211,7 @@ class Grouped(_Drawing):
         total = length(builder, valid, 1)
         zero, one = (builder.constant(f"const.{value}", ints(value)) for value in (0, 1))
         end = builder.op("Squeeze", [total, zero], [], dtype=INT64)
-        self._total = builder.op("Cast", [end], [], dtype=INT32, to=INT32)
+        self._end, self._total = end, builder.op("Cast", [end], [], dtype=INT32, to=INT32)
         self._at = None
         if positions is None:  # the mask decides what is seen, so every row ends at the last position
             rows = length(builder, valid, 0)
@@ -247,15 +247,30 @@ class Grouped(_Drawing):
     def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
         """See ``Attention.mix``."""
         dims = self.config.layers[index]
-        query, key, value = self._projections(x, index)
+        wide, keys, values = self._attended(self._projections(x, index), index, past)
+        return self._narrow(wide, dims), keys, values
+
+    def _attended(self, new: Sequence[Any], index: int, past: Sequence[Any]) -> Sequence[Any]:
+        """Heads' output [b, s, h * d], present keys and values, from query, key and value as for the node."""
+        return self._node(new, index, past)
+
+    def _node(self, new: Sequence[Any], index: int, past: Sequence[Any], scales: Sequence[Any] = ()) -> Sequence[Any]:
+        """One GroupQueryAttention; with ``scales`` of keys and values the cache is int8."""
+        dims = self.config.layers[index]
         cache: Dims = ["batch", dims.kv_heads, "present", dims.d_qk]
         fused = self._at is None
         window = self.config.sliding_window if fused and self.config.sliding_window is not None else -1
-        outside = [] if self._at is None else [None, None, None, self._at.mask]
-        wide, keys, values = self.builder.ops(
+        mask = None if self._at is None else self._at.mask
+        optional = [*(self._tables or [None, None]), None, mask, None, *scales]  # places and sinks are left out
+        kept, quantized = self.builder.float_type, dict[str, Any]()
+        if scales:
+            kept = INT8
+            quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        outputs: Sequence[Any] = self.builder.ops(
             "GroupQueryAttention",
-            [query, key, value, *past, self._last, self._total, *self._tables, *outside],
+            [*new, *past, self._last, self._total, *optional],
             [[*TOKENS, dims.heads * dims.d_qk], cache, cache],
+            dtype=[self.builder.float_type, kept, kept],
             domain=MICROSOFT,
             num_heads=dims.heads,
             kv_num_heads=dims.kv_heads,
@@ -263,8 +278,9 @@ class Grouped(_Drawing):
             do_rotary=int(fused),
             rotary_interleaved=0,
             local_window_size=window,
+            **quantized,
         )
-        return self._narrow(wide, dims), keys, values
+        return outputs
 
     def _projections(self, x: Any, index: int) -> tuple[Any, Any, Any]:
         """Query, key, value; all three in the first place where they come from one node as they are."""

@@ -17,11 +17,12 @@ OPSET = 23  # the first with RMSNormalization; TensorScatter needs one more
 IR_VERSION = 11  # the one that came with opset 23
 MICROSOFT = "com.microsoft"
 
-FLOAT, FLOAT16, INT64, INT32, UINT8, BOOL = (
+FLOAT, FLOAT16, INT64, INT32, INT8, UINT8, BOOL = (
     ir.DataType.FLOAT,
     ir.DataType.FLOAT16,
     ir.DataType.INT64,
     ir.DataType.INT32,
+    ir.DataType.INT8,
     ir.DataType.UINT8,
     ir.DataType.BOOL,
 )
@@ -96,15 +97,40 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> list[Any]:
-        """A node with several outputs of one type; None in place of a shape leaves an output out."""
+        """A node with several outputs.
+
+        Args:
+            inputs: None leaves one out.
+            shapes: of the outputs; None leaves one out.
+            dtype: of all outputs, or a list with one for each.
+        """
         name = self._fresh(kind)
+        inputs = list(inputs)
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        dtypes = dtype if isinstance(dtype, list) else [dtype] * len(shapes)
         outputs = [
-            ir.Value(name="") if shape is None else self._value(f"{name}.{index}", shape, dtype)
-            for index, shape in enumerate(shapes)
+            ir.Value(name="") if shape is None else self._value(f"{name}.{index}", shape, one)
+            for index, (shape, one) in enumerate(zip(shapes, dtypes, strict=True))
         ]
         self._domains.setdefault(domain, 1)
         self._nodes.append(ir.node(kind, inputs, attributes, domain=domain, outputs=outputs, name=name))
         return outputs
+
+    def either(self, condition: Any, then: Callable[[], Sequence[Any]], otherwise: Callable[[], Sequence[Any]]) -> Any:
+        """An If node; each branch draws its nodes when it is called and returns its values, as many and alike."""
+        branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
+        values = branches["then_branch"].outputs
+        return self.ops("If", [condition], [v.shape for v in values], dtype=[v.dtype for v in values], **branches)
+
+    def _branch(self, draw: Callable[[], Sequence[Any]]) -> Any:
+        """What ``draw`` draws as a graph of its own, which sees all values of this one."""
+        outside, self._nodes = self._nodes, []
+        try:
+            outputs = draw()
+            return ir.Graph([], outputs, nodes=self._nodes, name=self._fresh("branch"))
+        finally:
+            self._nodes = outside
 
     def model(self, name: str, metadata: dict[str, str]) -> Any:
         """The finished model."""

@@ -61,7 +61,7 @@ class Cache:
             self._bind("logits_from", np.full(1, -1, np.int64))
         self._binding.bind_output("logits", "cpu")  # outputs come back in the order of their first binding
         if contract.growth == "returned":
-            self._keep([_value(np.zeros(shape, contract.float_type), device) for _, shape in self._shapes(0)])
+            self._keep([_value(np.zeros(shape, contract.cache_number), device) for _, shape in self._shapes(0)])
 
     def restart(self, batch: int, capacity: int) -> bool:
         """Forget all positions but not what was recorded; False where a new cache is as good."""
@@ -126,7 +126,7 @@ class Cache:
         if self._contract.growth != "returned":
             axis = 1 if self._contract.cache_layout == "tokens" else 2
             for name, shape in self._shapes(room):
-                wider = np.zeros(shape, self._contract.float_type)
+                wider = np.zeros(shape, self._contract.cache_number)
                 if self.length:
                     held = (slice(None),) * axis + (slice(self.length),)
                     wider[held] = self._buffers[name].numpy()[held]

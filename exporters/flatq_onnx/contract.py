@@ -42,7 +42,7 @@ class Contract(BaseModel):
             as long as the buffer, and so all shapes stay as they are; ``shared``: the same, but the mask ends at the
             last token; ``returned``: present is a new tensor, longer than past.
         cache_layout: ``tokens`` if a token's heads lie side by side, [b, t, heads * width].
-        float_type: of cache and logits.
+        float_type: of logits, and of the cache unless ``cache_type`` is int8.
         context_length: positions that the graph can place; None is no limit of the graph.
         token_ids: the model's bos, eos and pad ids as its own configuration has them.
         layers: widths of each layer.
@@ -58,6 +58,7 @@ class Contract(BaseModel):
     growth: Literal["fixed", "shared", "returned"]
     cache_layout: Literal["heads", "tokens"] = "heads"
     float_type: Literal["float32", "float16"]
+    cache_type: Literal["float", "int8"] = "float"
     context_length: int | None
     sliding_window: int | None
     vocab: int
@@ -82,6 +83,7 @@ class Contract(BaseModel):
             growth="fixed" if reduced or options.fused_rope else "shared",
             cache_layout=options.cache_layout,
             float_type="float16" if options.activations == "fp16" else "float32",
+            cache_type=options.cache_type,
             context_length=(options.context_length or config.max_positions) if options.fused_rope else None,
             sliding_window=config.sliding_window,
             vocab=config.vocab,
@@ -100,6 +102,11 @@ class Contract(BaseModel):
                 for dims in config.layers
             ],
         )
+
+    @property
+    def cache_number(self) -> str:
+        """Name of the type of the cache's numbers."""
+        return "int8" if self.cache_type == "int8" else self.float_type
 
     def save(self, root: Path) -> Path:
         """Write it into a folder."""

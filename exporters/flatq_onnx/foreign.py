@@ -45,14 +45,15 @@ def contract_of(root: Path) -> Contract:
             f"{files[0]}: is no decoder as onnxruntime-genai and optimum name it; unknown inputs {strange or 'none'}, "
             f"missing outputs {missing or 'none'}"
         )
-    kinds = {node.op_type for node in graph.node}
+    kinds = _kinds(graph)
     return Contract(
         model=files[0].name,
         attention="foreign",
         precision="int4" if "MatMulNBits" in kinds else "fp32",
         left_padding="position_ids" in inputs,
         growth="shared" if "GroupQueryAttention" in kinds else "returned",
-        float_type=FLOATS[inputs["past_key_values.0.key"].elem_type],
+        float_type=FLOATS[outputs["logits"].elem_type],
+        cache_type="int8" if inputs["past_key_values.0.key"].elem_type == onnx.TensorProto.INT8 else "float",
         context_length=None,
         sliding_window=None,
         vocab=_sizes(outputs["logits"])[-1],
@@ -63,6 +64,13 @@ def contract_of(root: Path) -> Contract:
         layers=[],
         cache=cache,
     )
+
+
+def _kinds(graph: Any) -> set[str]:
+    """Names of all operators, those inside branches too."""
+    found = {node.op_type for node in graph.node}
+    inside = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return found.union(*map(_kinds, inside))
 
 
 def _cache(path: Path, inputs: dict[str, Any]) -> list[CacheShape]:

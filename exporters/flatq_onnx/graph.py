@@ -16,16 +16,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid
 from flatq_onnx.attention import Attention, Grouped, Reduced, ReducedByToken
-from flatq_onnx.builder import FLOAT, FLOAT16, INT64, MICROSOFT, Builder, Dims, ints
+from flatq_onnx.builder import FLOAT, FLOAT16, INT8, INT64, MICROSOFT, Builder, Dims, ints
 from flatq_onnx.matmul import TOKENS, Linears, Part, Read
 from flatq_onnx.options import OnnxOptions
+from flatq_onnx.quantized_cache import QuantizedGrouped
 
 
 def draw(
-    config: DecoderConfig, grids: Mapping[str, Grid], read: Read, options: OnnxOptions, metadata: dict[str, str]
+    config: DecoderConfig,
+    grids: Mapping[str, Grid],
+    read: Read,
+    options: OnnxOptions,
+    metadata: dict[str, str],
+    ranges: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """The model, an ``onnx_ir.Model`` whose weights are read when it is saved.
 
@@ -35,13 +43,21 @@ def draw(
         read: reads a tensor by its name.
         options: layout and precision.
         metadata: written as the model's metadata_props.
+        ranges: of keys and values, for ``cache_type: int8``.
     """
-    return _Sheet(config, grids if options.precision == "int4" else {}, read, options).model(metadata)
+    return _Sheet(config, grids if options.precision == "int4" else {}, read, options, ranges or {}).model(metadata)
 
 
 class _Sheet:
-    def __init__(self, config: DecoderConfig, grids: Mapping[str, Grid], read: Read, options: OnnxOptions) -> None:
-        self.config, self.options = config, options
+    def __init__(
+        self,
+        config: DecoderConfig,
+        grids: Mapping[str, Grid],
+        read: Read,
+        options: OnnxOptions,
+        ranges: Mapping[str, Tensor],
+    ) -> None:
+        self.config, self.options, self.ranges = config, options, ranges
         self.builder = Builder(
             FLOAT16 if options.activations == "fp16" else FLOAT, opset=24 if options.attention == "reduced" else 23
         )
@@ -74,11 +90,14 @@ class _Sheet:
         if self.options.attention == "reduced":
             return (ReducedByToken if self.options.cache_layout == "tokens" else Reduced)(*parts)
         limit = self.options.context_length or self.config.max_positions
+        if self.options.cache_type == "int8":
+            return QuantizedGrouped(*parts, positions=limit, ranges=self.ranges)
         return Grouped(*parts, positions=limit if self.options.fused_rope else None)
 
     def _past(self, attention: Attention, index: int) -> tuple[Any, Any]:
+        kept = INT8 if self.options.cache_type == "int8" else None
         keys, values = (
-            self.builder.input(f"past_key_values.{index}.{part}", shape)
+            self.builder.input(f"past_key_values.{index}.{part}", shape, kept)
             for part, shape in zip(("key", "value"), attention.cache(self.config.layers[index]), strict=True)
         )
         return keys, values

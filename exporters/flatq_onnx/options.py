@@ -45,6 +45,9 @@ class OnnxOptions(BaseModel):
             their bits (the name is that of the usual case); linears without a grid stay plain.
         activations: type of all numbers that are not codes, the cache included.
         accuracy_level: what MatMulNBits may compute in: 4 int8 activations (fast), 0 and 1 float32.
+        cache_type: ``int8`` keeps keys and values in 8 bits, one scale per channel, measured on calibration text: a
+            quarter of the memory, and faster decoding the longer the context. Only for ``gqa`` without
+            ``left_padding``, on a CPU. ``float`` is the type of ``activations``.
         left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, so that left-padded
             batches are right. Without it a padded batch must be padded on the right.
         last_logits_only: whether a program that does not set the input ``logits_from`` gets the last position's
@@ -63,6 +66,7 @@ class OnnxOptions(BaseModel):
     activations: Literal["fp32", "fp16"] = "fp32"
     accuracy_level: Literal[0, 1, 4] = 4
     left_padding: bool = False
+    cache_type: Literal["float", "int8"] = "float"
     last_logits_only: bool = False
     context_length: int | None = Field(default=None, ge=1)
     external_data_above: int = Field(default=1_500_000_000, ge=0, le=1_500_000_000)
@@ -74,7 +78,8 @@ class OnnxOptions(BaseModel):
             return data
         half = {"activations": "fp16"} if data.get("precision") == "fp16" else {}
         wanted = data.get("target", "ort")
-        return {**half, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
+        grouped = {"attention": "gqa"} if data.get("cache_type") == "int8" else {}
+        return {**half, **grouped, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
 
     @property
     def fused_rope(self) -> bool:
@@ -140,6 +145,8 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
         found.append("onnx: cache_layout: tokens is an option of attention: reduced; leave it out, or use reduced")
     if options.context_length is not None and not options.fused_rope:
         found.append("onnx: context_length only matters where rotary tables are stored (attention: gqa); leave it out")
+    if options.cache_type == "int8":
+        found += _int8_objections(options)
     head_sizes = sorted({dims.d_qk for dims in config.layers})
     if len(head_sizes) > 1:
         found.append(f"onnx: layers have different d_qk {head_sizes}; one rotary table serves all, so keep d_qk equal")
@@ -154,6 +161,21 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
     if options.attention == "gqa" and wide:
         found.append(f"onnx: attention: gqa needs d_v <= d_qk, not so in layers {wide}; use attention: reduced")
     return found
+
+
+def _int8_objections(options: OnnxOptions) -> list[str]:
+    wrong = {
+        "attention: reduced": options.attention == "reduced",
+        "left_padding": options.left_padding,
+        "target: cuda": options.target == "cuda",
+        "fp16": options.activations == "fp16",
+    }
+    return [
+        f"onnx: cache_type: int8 is for GroupQueryAttention with its own rotary embedding, in float32 on a CPU, not "
+        f"for {name}; leave one of the two out"
+        for name, there in wrong.items()
+        if there
+    ]
 
 
 def _grid_objections(grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:

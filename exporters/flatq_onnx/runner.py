@@ -44,6 +44,10 @@ class OnnxRunner:
         path = root / self.contract.model
         if not path.exists():
             raise ExportError(f"{path} is missing; export the model again")
+        if self.contract.cache_type == "int8" and self.contract.float_type == "float32":
+            if provider == "cuda":
+                raise ExportError(f"{root}: CUDA has no attention for float32 over a cache of int8; use provider cpu")
+            provider = "cpu"
         codes, fixed = self.contract.precision == "int4", self.contract.growth == "fixed"
         self.session = open_session(path, provider=provider, threads=threads, exact=exact, codes=codes, replay=fixed)
         self.device = "cuda" if self.session.wanted == CUDA else "cpu"
@@ -80,7 +84,7 @@ class OnnxRunner:
         feeds = {name: array.astype(np.int64) for name, array in known.items() if name in wanted}
         past = length if self.contract.growth == "fixed" and "cache_position" in wanted else 0
         for name, shape in cache_shapes(self.contract, batch, past):
-            feeds[f"past_key_values.{name}"] = np.zeros(shape, self.contract.float_type)
+            feeds[f"past_key_values.{name}"] = np.zeros(shape, self.contract.cache_number)
         options = run_options(NO_GRAPH) if self.session.replays else None
         found: FloatArray = self.session.ort.run(["logits"], feeds, options)[0]
         return found.astype(np.float32, copy=False)

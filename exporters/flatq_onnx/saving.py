@@ -25,7 +25,8 @@ def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: di
     Raises:
         ExportError: a tensor cannot be read or a file cannot be written; an error of flatq's own comes as it is.
     """
-    model = draw(artifact.config, artifact.grids, artifact.tensor, options, metadata)
+    ranges = artifact.cache_ranges() if options.cache_type == "int8" else None
+    model = draw(artifact.config, artifact.grids, artifact.tensor, options, metadata, ranges)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     external = DATA if weights > options.external_data_above else None
     partial = out / f"{MODEL}.partial"

@@ -11,6 +11,7 @@ from flatq_onnx.blocks import Blocks
 from flatq_onnx.options import OnnxOptions
 
 LAYER_GRAPH_BYTES = {False: 5300, True: 25_000}  # nodes, names, shapes of a layer, as measured; True: in an .ort file
+BRANCH_GRAPH_BYTES = 2200  # what the two branches of a layer with an int8 cache have more
 ENDS_GRAPH_BYTES = 8000
 
 
@@ -25,6 +26,8 @@ def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], o
     dims, number, scale = config.layers[index], _number_bytes(options), _scale_bytes(options)
     total = LAYER_GRAPH_BYTES[options.target == "mobile"] + 2 * config.d_model * number
     total += 2 * dims.d_qk * number if config.qk_norm else 0
+    if options.cache_type == "int8":
+        total += BRANCH_GRAPH_BYTES + 2 * dims.kv_heads * dims.d_qk * 4
     for linear in LINEARS:
         rows, columns = dims.shape(linear, config.d_model)
         if linear == "v" and options.attention == "gqa":

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from flatq.artifact import Artifact
-from flatq.decoder import DecoderConfig, Rope
-from flatq.errors import ExportError
+from flatq.artifact import RANGES, Artifact, save_shard
+from flatq.cache_ranges import cache_ranges
+from flatq.decoder import DecoderConfig, GrowingCache, Rope
+from flatq.errors import ArtifactError, ExportError
 from flatq.export import Exported, exporter_named
 from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
+from flatq.weights import load_decoder
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 from flatq_onnx.cache import Cache, cache_shapes
@@ -39,7 +42,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "reduced-tokens": {"attention": "reduced", "cache_layout": "tokens"},
     "gqa": {"attention": "gqa"},
     "gqa-left": {"attention": "gqa", "left_padding": True},
+    "gqa-int8": {"attention": "gqa", "cache_type": "int8"},
 }
+RIGHT_ONLY = ("gqa", "gqa-int8")  # where padding may stand
 GRIDS: dict[str, tuple[Grid | None, Grid | None]] = {  # of the layers' linears, of embedding and head
     "fp32": (None, None),
     "4-bit": (Grid(4, 32), Grid(8, 32)),
@@ -62,6 +67,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
 def export(artifact: Artifact, **options: Any) -> tuple[Exported, OnnxOptions]:
     """Write into a folder beside the artifact; fp32 if the artifact has no codes."""
     chosen = OnnxOptions(**{"precision": "int4" if artifact.grids else "fp32", **options})
+    if OnnxExporter().needs_cache_ranges(chosen):
+        calibration = torch.from_numpy(some_tokens(artifact.config, 8, 32, seed=1))
+        save_shard(artifact.root / RANGES, cache_ranges(artifact, calibration))
     out = artifact.root.with_name(artifact.root.name + "-onnx")
     out.mkdir(exist_ok=True)
     return OnnxExporter().write(artifact, out, chosen), chosen
@@ -77,7 +85,7 @@ def empty_past(runner: OnnxRunner, batch: int, positions: int) -> dict[str, NDAr
     contract = runner.contract
     room = positions if "cache_position" in contract.inputs else 0
     feeds: dict[str, NDArray[Any]] = {
-        f"past_key_values.{name}": np.zeros(shape, contract.float_type)
+        f"past_key_values.{name}": np.zeros(shape, contract.cache_number)
         for name, shape in cache_shapes(contract, batch, room)
     }
     return feeds | ({"cache_position": np.zeros(batch, np.int64)} if room else {})
@@ -97,7 +105,34 @@ def assert_says_what_the_artifact_says(artifact: Artifact, runner: OnnxRunner) -
     assert np.abs(found - wanted).max() < TOLERANCE
     assert (found.argmax(-1) == wanted.argmax(-1)).all()
     for prompt in (1, 4):
-        assert np.abs(decoded(runner, tokens, prompt) - wanted[:, prompt - 1 :]).max() < TOLERANCE
+        steps = wanted_steps(artifact, runner, tokens, prompt)
+        assert np.abs(decoded(runner, tokens, prompt) - steps).max() < TOLERANCE
+
+
+class RoundedCache(GrowingCache):
+    """What a cache of int8 holds; a prompt without a past looks at itself unrounded."""
+
+    def __init__(self, ranges: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.ranges = ranges
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt, found = layer_idx not in self.layers and keys.shape[2] > 1, []
+        for part, new in (("key", keys), ("value", values)):
+            scale = self.ranges[f"layers.{layer_idx}.{part}"][:, None] / 127
+            found.append((new / scale).round().clamp(-128, 127) * scale)
+        rounded = super().update(found[0], found[1], layer_idx)
+        return (keys, values) if prompt else rounded
+
+
+def wanted_steps(artifact: Artifact, runner: OnnxRunner, tokens: NDArray[np.int64], prompt: int) -> NDArray[np.float32]:
+    """What ``decoded`` should give: the artifact's logits, with its cache in the runner's type."""
+    if runner.contract.cache_type == "float":
+        return reference_logits(artifact, tokens)[:, prompt - 1 :]
+    decoder, cache, found = load_decoder(artifact), RoundedCache(artifact.cache_ranges()), []
+    for first, end in ((0, prompt), *((place, place + 1) for place in range(prompt, tokens.shape[1]))):
+        found.append(decoder(torch.from_numpy(tokens[:, first:end]), cache=cache, past=first)[:, -1].numpy())
+    return np.stack(found, 1)
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -204,7 +239,7 @@ PADDINGS = {"left": [[0, 0, 0, 1, 1, 1, 1], [1] * 7], "right": [[1, 1, 1, 1, 0, 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize(
     ("layout", "side"),
-    [(layout, side) for layout in LAYOUTS for side in PADDINGS if (layout, side) != ("gqa", "left")],
+    [(layout, side) for layout in LAYOUTS for side in PADDINGS if side == "right" or layout not in RIGHT_ONLY],
 )
 def test_a_padded_row_equals_the_same_row_alone(
     make_artifact: MakeArtifact, layout: str, side: str, window: int | None
@@ -226,12 +261,10 @@ def test_left_padding_is_refused_where_it_would_be_wrong(make_artifact: MakeArti
         runner.logits(some_tokens(artifact.config, 2, 7), np.array(PADDINGS["left"]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in RIGHT_ONLY])
 def test_a_left_padded_batch_decodes_like_its_rows_where_the_graph_allows_it(
     make_artifact: MakeArtifact, layout: str
 ) -> None:
-    if layout == "gqa":
-        layout = "gqa-left"
     artifact = make_artifact(tiny_config(d_v=(16, 11)))
     runner = opened(artifact, **LAYOUTS[layout])
     tokens, valid = some_tokens(artifact.config, 2, 7), np.array(PADDINGS["left"])
@@ -289,6 +322,43 @@ def test_exact_switches_int8_activations_off_and_leaves_the_files_alone(make_art
     assert {path.name: path.read_bytes() for path in exported.root.iterdir()} == before
 
 
+def test_a_cache_of_int8_is_the_same_however_it_came_to_be(make_artifact: MakeArtifact) -> None:
+    """Prompt, single tokens, a longer piece behind a past; one buffer or a new tensor every time."""
+    artifact = make_artifact(tiny_config(d_v=(16, 11), d_qk=16), grid=Grid(4, 32))
+    runner = opened(artifact, cache_type="int8")
+    tokens, names = some_tokens(artifact.config, 1, 8), [output.name for output in runner.session.ort.get_outputs()]
+
+    def cache(*ends: int) -> dict[str, NDArray[Any]]:
+        past, first = empty_past(runner, 1, 0), 0
+        for end in ends:
+            feeds = {"input_ids": tokens[:, first:end], "attention_mask": np.ones((1, end), np.int64), **past}
+            _, *found = runner.session.ort.run(names, feeds)
+            past = {name.replace("present", "past_key_values"): v for name, v in zip(names[1:], found, strict=True)}
+            first = end
+        return past
+
+    whole = cache(8)
+    assert {array.dtype for array in whole.values()} == {np.dtype(np.int8)}
+    assert {array.shape for array in whole.values()} == {(1, 2, 8, 16)}
+    assert not whole["past_key_values.1.value"][..., 11:].any()
+    assert max(np.abs(array).max() for array in whole.values()) > 64, "the codes use their range"
+    for ends in ((1, 2, 3, 4, 5, 6, 7, 8), (3, 8), (1, 8)):
+        other = cache(*ends)  # the second layer sees what the first one's rounded cache gave, so it may differ
+        for part in ("key", "value"):
+            assert np.array_equal(other[f"past_key_values.0.{part}"], whole[f"past_key_values.0.{part}"])
+    contract = runner.contract.model_copy(update={"growth": "returned"})
+    returned = OnnxRunner(runner.root, provider="cpu", threads=1, exact=True, contract=contract)
+    for prompt in (1, 4):
+        assert np.array_equal(decoded(returned, tokens, prompt), decoded(runner, tokens, prompt))
+
+
+def test_a_cache_of_int8_needs_measured_ranges(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    with pytest.raises(ArtifactError, match=r"cache_ranges.safetensors: is missing; `flatq run`"):
+        OnnxExporter().write(artifact, artifact.root, OnnxOptions(precision="fp32", cache_type="int8"))
+    assert not OnnxExporter().needs_cache_ranges(OnnxExporter().dense(OnnxOptions(cache_type="int8")))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("capacity", [4, 7])
 def test_a_longer_cache_changes_nothing_and_a_full_one_is_an_error(
@@ -298,7 +368,7 @@ def test_a_longer_cache_changes_nothing_and_a_full_one_is_an_error(
     runner = opened(artifact, **LAYOUTS[layout])
     tokens = some_tokens(artifact.config, 1, 4)
     rows = [runner.start(tokens[:, :2], capacity), runner.step(tokens[:, 2]), runner.step(tokens[:, 3])]
-    assert np.abs(np.stack(rows, 1) - reference_logits(artifact, tokens)[:, 1:]).max() < TOLERANCE
+    assert np.abs(np.stack(rows, 1) - wanted_steps(artifact, runner, tokens, 2)).max() < TOLERANCE
     for _ in range(capacity - 4):
         runner.step(tokens[:, 0])
     with pytest.raises(ExportError, match=f"{capacity} positions"):
@@ -401,7 +471,8 @@ def test_the_same_artifact_gives_the_same_bytes(make_artifact: MakeArtifact) -> 
 
 
 @pytest.mark.parametrize(
-    ("layout", "d_qk"), [("reduced", 2), ("reduced", 24), ("gqa-left", 8), ("gqa-left", 24), ("gqa", 48)]
+    ("layout", "d_qk"),
+    [("reduced", 2), ("reduced", 24), ("gqa-left", 8), ("gqa-left", 24), ("gqa", 48), ("gqa-int8", 48)],
 )
 def test_small_and_uneven_heads_are_drawn(make_artifact: MakeArtifact, layout: str, d_qk: int) -> None:
     artifact = make_artifact(tiny_config(d_qk=d_qk, d_v=(1, d_qk)), grid=Grid(4, 32))
@@ -542,7 +613,7 @@ on_cuda = pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_pr
 @on_cuda
 @pytest.mark.parametrize("activations", ["fp32", "fp16"])
 @pytest.mark.parametrize("grid", [None, Grid(4, 32), Grid(8, 32), Grid(4, 32, symmetric=False)], ids=str)
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "reduced-tokens"])  # that is for CPUs
+@pytest.mark.parametrize("layout", ["reduced", "gqa", "gqa-left"])  # the others are for CPUs
 def test_cuda_says_what_the_artifact_says(
     make_artifact: MakeArtifact, layout: str, grid: Grid | None, activations: str
 ) -> None:
@@ -582,7 +653,7 @@ def test_the_package_loads_without_its_runtime(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("grid", [None, Grid(4, 32), Grid(8, 32, symmetric=False)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "gqa-int8"])
 def test_float16_graphs_stay_close(make_artifact: MakeArtifact, layout: str, grid: Grid | None, tied: bool) -> None:
     config = tiny_config(d_v=(16, 11), d_ff=(96, 77), tied_head=tied)
     artifact = make_artifact(config, grid=grid, embed_grid=grid)
@@ -631,6 +702,9 @@ def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, tar
         ({"target": "cuda", "left_padding": True}, "slow path"),
         ({"target": "cuda", "activations": "fp32"}, "computes in fp16"),
         ({"precision": "fp16", "activations": "fp32"}, "leave activations out"),
+        ({"cache_type": "int8", "attention": "reduced"}, "not for attention: reduced"),
+        ({"cache_type": "int8", "target": "optimum"}, "not for left_padding"),
+        ({"cache_type": "int8", "activations": "fp16"}, "not for fp16"),
     ],
 )
 def test_what_a_target_cannot_take_is_refused(options: dict[str, Any], objection: str) -> None:
@@ -670,14 +744,14 @@ def test_genai_and_optimum_get_a_tokenizer_in_the_older_spelling(make_artifact: 
     assert decoder["inputs"]["past_key_names"] == "past_key_values.%d.key"
 
 
-@pytest.mark.parametrize("layout", ["gqa", "gqa-left"])
+@pytest.mark.parametrize("layout", ["gqa", "gqa-left", "gqa-int8"])
 def test_a_graph_without_our_contract_is_run_by_what_it_says_itself(make_artifact: MakeArtifact, layout: str) -> None:
     artifact = make_artifact(tiny_config(d_v=(16, 11)), grid=Grid(4, 32), embed_grid=Grid(8, 32))
     exported, options = export(artifact, **LAYOUTS[layout])
     (exported.root / "flatq_onnx.json").unlink()
     runner = OnnxExporter().open(exported.root, options, provider="cpu", threads=1, exact=True)
     assert isinstance(runner, OnnxRunner)
-    assert runner.contract.growth == "shared"
+    assert (runner.contract.growth, runner.contract.cache_type) == ("shared", options.cache_type)
     assert_says_what_the_artifact_says(artifact, runner)
 
 

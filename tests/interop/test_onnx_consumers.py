@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flatq.artifact import Artifact
+from flatq.cache_ranges import cache_ranges
+from flatq.export import Runner
 from flatq.generate import DecoderRunner
 from flatq_onnx import OnnxExporter, OnnxOptions
+from flatq_onnx.runner import OnnxRunner
 
 PYTHON = os.environ.get("FLATQ_OPTIMUM_PYTHON", "")
 RUN = os.environ.get("FLATQ_INTEROP_RUN", "")
@@ -60,12 +64,12 @@ print("FOUND", json.dumps(found))
 """
 
 
-def greedy(artifact: Artifact, text: str) -> list[int]:
-    """What the artifact itself goes on with."""
+def greedy(artifact: Artifact, text: str, runner: Runner | None = None) -> list[int]:
+    """What the artifact itself goes on with, or an export of it."""
     from transformers import AutoTokenizer
 
     tokens = np.array([AutoTokenizer.from_pretrained(artifact.root)(text)["input_ids"]])
-    runner, written = DecoderRunner(artifact), list[int]()
+    runner, written = runner or DecoderRunner(artifact), list[int]()
     logits = runner.start(tokens, tokens.shape[1] + NEW)
     while len(written) < NEW:
         written.append(int(logits[0].argmax()))
@@ -89,14 +93,38 @@ def test_it_writes_what_the_artifact_writes(
     artifact.settings["eos_token_id"] = unused.pop()  # no row ends early
     options = OnnxOptions.model_validate({"target": target, "precision": precision, "accuracy_level": 0})
     OnnxExporter().write(artifact, tmp_path, options)
+    assert generated(script, tmp_path) == [wanted[:1], wanted[1:], wanted]
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["one buffer", "a new cache every step"])
+def test_genai_keeps_a_cache_of_int8(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    calibration = np.random.default_rng(0).integers(artifact.config.vocab, size=(8, 32))
+    ranges = cache_ranges(artifact, torch.from_numpy(calibration))
+    monkeypatch.setattr(artifact, "cache_ranges", lambda: ranges)  # a finished run's own stay as they are
+    options = OnnxOptions(target="genai", cache_type="int8", accuracy_level=0)
+    artifact.settings["eos_token_id"] = artifact.config.vocab - 1
+    OnnxExporter().write(artifact, tmp_path, options)
+    settings = json.loads((tmp_path / "genai_config.json").read_text())
+    settings["search"]["past_present_share_buffer"] = share
+    (tmp_path / "genai_config.json").write_text(json.dumps(settings))
+    runner = OnnxRunner(tmp_path, provider="cpu", exact=True)
+    wanted = [greedy(artifact, text, runner) for text in PROMPTS]
+    assert artifact.config.vocab - 1 not in wanted[0] + wanted[1], "a row ended early: choose another end"
+    assert generated(GENAI, tmp_path) == [wanted[:1], wanted[1:], wanted]
+
+
+def generated(script: str, folder: Path) -> list[list[list[int]]]:
+    """Tokens that a program writes for each prompt alone, then for both in a batch."""
     batches = json.dumps([PROMPTS[:1], PROMPTS[1:], PROMPTS])
     ran = subprocess.run(
-        [PYTHON, "-c", script, tmp_path, batches, str(NEW)],
+        [PYTHON, "-c", script, folder, batches, str(NEW)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    found = json.loads(ran.stdout.rpartition("FOUND")[2])
-    assert found == [wanted[:1], wanted[1:], wanted]
+    found: list[list[list[int]]] = json.loads(ran.stdout.rpartition("FOUND")[2])
+    return found
