@@ -13,6 +13,7 @@ from flatq.decoder import DecoderConfig, GrowingCache
 from flatq.errors import NumericsError
 from flatq.report import read_report
 from flatq.weights import load_decoder
+from flatq_onnx.options import too_old_for_int8
 from tests.conftest import GPTQ, MakeRecipe, digests, flatq
 from tests.models import RandomWeights, tiny_config
 
@@ -63,6 +64,7 @@ def test_what_is_not_finite_is_named() -> None:
         cache_ranges(weights, drawn(weights.config, 1, 4))
 
 
+@pytest.mark.skipif(bool(too_old_for_int8()), reason=too_old_for_int8())
 def test_a_run_measures_them_if_an_export_asks_and_an_export_later_finds_the_same(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

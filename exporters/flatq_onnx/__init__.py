@@ -20,7 +20,7 @@ from flatq.export import Exported, Runner
 from flatq.quantize.grid import Grid
 from flatq_onnx.companions import TOKENIZER, write_companions
 from flatq_onnx.contract import CONTRACT, Contract
-from flatq_onnx.options import OnnxOptions, objections
+from flatq_onnx.options import INT8_SINCE, OnnxOptions, objections
 from flatq_onnx.size import estimated_bytes
 
 __all__ = ["OnnxExporter", "OnnxOptions"]
@@ -123,6 +123,8 @@ def _notes(artifact: Artifact, options: OnnxOptions) -> list[str]:
             notes.append("3-bit codes are stored in 4 bits, for there is no 3-bit kernel")
     if options.target in ("genai", "optimum") and not (artifact.root / TOKENIZER).exists():
         notes.append(f"the artifact has no {TOKENIZER}, so {options.target} can only be given token ids")
+    if options.cache_type == "int8":
+        notes.append(f"keys and values are kept in int8; needs onnxruntime {INT8_SINCE} or later")
     if options.fused_rope:
         notes.append("a padded batch must be padded on the right; left_padding: true takes both")
     return notes

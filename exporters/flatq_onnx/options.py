@@ -6,8 +6,11 @@ Nothing here needs onnx: a recipe is checked on a machine that only has the core
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
+from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flatq.decoder import DecoderConfig
@@ -15,6 +18,7 @@ from flatq.quantize.grid import Grid
 from flatq_onnx.blocks import LEAST_BLOCK, block_of
 
 CUDA_ROWS = 64
+INT8_SINCE = Version("1.28")
 
 
 # What each consumer needs; a recipe may still say otherwise, as long as `objections` has nothing against it.
@@ -163,6 +167,18 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
     return found
 
 
+def too_old_for_int8() -> str:
+    """Why the onnxruntime that is installed here must not run a cache of int8; empty if it may, or is not there."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        with suppress(PackageNotFoundError):
+            found = version(package)
+            if Version(found) < INT8_SINCE:
+                return (
+                    f"a cache of int8 needs onnxruntime {INT8_SINCE} (older ones compute it wrongly), here is {found}"
+                )
+    return ""
+
+
 def _int8_objections(options: OnnxOptions) -> list[str]:
     wrong = {
         "attention: reduced": options.attention == "reduced",
@@ -170,7 +186,8 @@ def _int8_objections(options: OnnxOptions) -> list[str]:
         "target: cuda": options.target == "cuda",
         "fp16": options.activations == "fp16",
     }
-    return [
+    old = too_old_for_int8()
+    return [f"onnx: {old}; update it, or leave cache_type out"] * bool(old) + [
         f"onnx: cache_type: int8 is for GroupQueryAttention with its own rotary embedding, in float32 on a CPU, not "
         f"for {name}; leave one of the two out"
         for name, there in wrong.items()

@@ -14,6 +14,7 @@ from flatq.errors import ExportError
 from flatq.export import FloatArray, IntArray
 from flatq_onnx.cache import NO_GRAPH, Cache, cache_shapes, run_options
 from flatq_onnx.contract import Contract
+from flatq_onnx.options import too_old_for_int8
 from flatq_onnx.session import CUDA, open_session
 
 
@@ -44,15 +45,21 @@ class OnnxRunner:
         path = root / self.contract.model
         if not path.exists():
             raise ExportError(f"{path} is missing; export the model again")
-        if self.contract.cache_type == "int8" and self.contract.float_type == "float32":
-            if provider == "cuda":
-                raise ExportError(f"{root}: CUDA has no attention for float32 over a cache of int8; use provider cpu")
-            provider = "cpu"
+        if self.contract.cache_type == "int8":
+            provider = self._for_int8(provider)
         codes, fixed = self.contract.precision == "int4", self.contract.growth == "fixed"
         self.session = open_session(path, provider=provider, threads=threads, exact=exact, codes=codes, replay=fixed)
         self.device = "cuda" if self.session.wanted == CUDA else "cpu"
         self._cache: Cache | None = None
         self._graphs = count(1)  # numbers of recorded steps, each of one cache's buffers
+
+    def _for_int8(self, provider: str) -> str:
+        """Where a cache of int8 is computed rightly."""
+        if old := too_old_for_int8():
+            raise ExportError(f"{self.root}: {old}; update it")
+        if provider == "cuda" and self.contract.float_type == "float32":
+            raise ExportError(f"{self.root}: CUDA has no attention for float32 over a cache of int8; use provider cpu")
+        return "cpu" if self.contract.float_type == "float32" else provider
 
     @property
     def provider(self) -> str:

@@ -31,6 +31,7 @@ from flatq.weights import load_decoder
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 from flatq_onnx.cache import Cache, cache_shapes
+from flatq_onnx.options import too_old_for_int8
 from flatq_onnx.runner import OnnxRunner
 from flatq_onnx.session import CUDA, Session, _elsewhere
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
@@ -45,6 +46,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa-int8": {"attention": "gqa", "cache_type": "int8"},
 }
 RIGHT_ONLY = ("gqa", "gqa-int8")  # where padding may stand
+if too_old_for_int8():
+    del LAYOUTS["gqa-int8"]
+needs_int8 = pytest.mark.skipif(bool(too_old_for_int8()), reason=too_old_for_int8())
+BETWEEN_CODES = (
+    0.05  # a number half way between two codes may become either; not rounding at all moves logits by 0.1 to 0.2
+)
 GRIDS: dict[str, tuple[Grid | None, Grid | None]] = {  # of the layers' linears, of embedding and head
     "fp32": (None, None),
     "4-bit": (Grid(4, 32), Grid(8, 32)),
@@ -106,7 +113,11 @@ def assert_says_what_the_artifact_says(artifact: Artifact, runner: OnnxRunner) -
     assert (found.argmax(-1) == wanted.argmax(-1)).all()
     for prompt in (1, 4):
         steps = wanted_steps(artifact, runner, tokens, prompt)
-        assert np.abs(decoded(runner, tokens, prompt) - steps).max() < TOLERANCE
+        assert np.abs(decoded(runner, tokens, prompt) - steps).max() < step_tolerance(runner)
+
+
+def step_tolerance(runner: OnnxRunner) -> float:
+    return BETWEEN_CODES if runner.contract.cache_type == "int8" else TOLERANCE
 
 
 class RoundedCache(GrowingCache):
@@ -322,6 +333,7 @@ def test_exact_switches_int8_activations_off_and_leaves_the_files_alone(make_art
     assert {path.name: path.read_bytes() for path in exported.root.iterdir()} == before
 
 
+@needs_int8
 def test_a_cache_of_int8_is_the_same_however_it_came_to_be(make_artifact: MakeArtifact) -> None:
     """Prompt, single tokens, a longer piece behind a past; one buffer or a new tensor every time."""
     artifact = make_artifact(tiny_config(d_v=(16, 11), d_qk=16), grid=Grid(4, 32))
@@ -345,18 +357,38 @@ def test_a_cache_of_int8_is_the_same_however_it_came_to_be(make_artifact: MakeAr
     for ends in ((1, 2, 3, 4, 5, 6, 7, 8), (3, 8), (1, 8)):
         other = cache(*ends)  # the second layer sees what the first one's rounded cache gave, so it may differ
         for part in ("key", "value"):
-            assert np.array_equal(other[f"past_key_values.0.{part}"], whole[f"past_key_values.0.{part}"])
+            pair = (cache[f"past_key_values.0.{part}"].astype(int) for cache in (other, whole))
+            distance = np.abs(np.subtract(*pair))
+            assert distance.max() <= 1
+            assert distance.mean() < 0.01
     contract = runner.contract.model_copy(update={"growth": "returned"})
     returned = OnnxRunner(runner.root, provider="cpu", threads=1, exact=True, contract=contract)
     for prompt in (1, 4):
-        assert np.array_equal(decoded(returned, tokens, prompt), decoded(runner, tokens, prompt))
+        assert np.abs(decoded(returned, tokens, prompt) - decoded(runner, tokens, prompt)).max() < BETWEEN_CODES
 
 
+@needs_int8
 def test_a_cache_of_int8_needs_measured_ranges(make_artifact: MakeArtifact) -> None:
     artifact = make_artifact(tiny_config())
     with pytest.raises(ArtifactError, match=r"cache_ranges.safetensors: is missing; `flatq run`"):
         OnnxExporter().write(artifact, artifact.root, OnnxOptions(precision="fp32", cache_type="int8"))
     assert not OnnxExporter().needs_cache_ranges(OnnxExporter().dense(OnnxOptions(cache_type="int8")))
+
+
+@needs_int8
+def test_a_cache_of_int8_is_refused_where_it_would_be_wrong(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, options = make_artifact(tiny_config()), OnnxOptions(precision="fp32", cache_type="int8")
+    root = export(artifact, cache_type="int8")[0].root
+    with pytest.raises(ExportError, match="CUDA has no attention for float32 over a cache of int8; use provider cpu"):
+        OnnxRunner(root, provider="cuda")
+    assert OnnxRunner(root).device == "cpu"
+    monkeypatch.setattr("flatq_onnx.options.version", lambda _: "1.27.0")
+    (found,) = OnnxExporter().check(artifact.config, {}, options)
+    assert "needs onnxruntime 1.28 (older ones compute it wrongly), here is 1.27.0; update it, or leave" in found
+    with pytest.raises(ExportError, match=r"here is 1\.27\.0; update it"):
+        OnnxRunner(root)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -368,7 +400,7 @@ def test_a_longer_cache_changes_nothing_and_a_full_one_is_an_error(
     runner = opened(artifact, **LAYOUTS[layout])
     tokens = some_tokens(artifact.config, 1, 4)
     rows = [runner.start(tokens[:, :2], capacity), runner.step(tokens[:, 2]), runner.step(tokens[:, 3])]
-    assert np.abs(np.stack(rows, 1) - wanted_steps(artifact, runner, tokens, 2)).max() < TOLERANCE
+    assert np.abs(np.stack(rows, 1) - wanted_steps(artifact, runner, tokens, 2)).max() < step_tolerance(runner)
     for _ in range(capacity - 4):
         runner.step(tokens[:, 0])
     with pytest.raises(ExportError, match=f"{capacity} positions"):
@@ -472,7 +504,14 @@ def test_the_same_artifact_gives_the_same_bytes(make_artifact: MakeArtifact) -> 
 
 @pytest.mark.parametrize(
     ("layout", "d_qk"),
-    [("reduced", 2), ("reduced", 24), ("gqa-left", 8), ("gqa-left", 24), ("gqa", 48), ("gqa-int8", 48)],
+    [
+        ("reduced", 2),
+        ("reduced", 24),
+        ("gqa-left", 8),
+        ("gqa-left", 24),
+        ("gqa", 48),
+        pytest.param("gqa-int8", 48, marks=needs_int8),
+    ],
 )
 def test_small_and_uneven_heads_are_drawn(make_artifact: MakeArtifact, layout: str, d_qk: int) -> None:
     artifact = make_artifact(tiny_config(d_qk=d_qk, d_v=(1, d_qk)), grid=Grid(4, 32))
@@ -702,9 +741,9 @@ def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, tar
         ({"target": "cuda", "left_padding": True}, "slow path"),
         ({"target": "cuda", "activations": "fp32"}, "computes in fp16"),
         ({"precision": "fp16", "activations": "fp32"}, "leave activations out"),
-        ({"cache_type": "int8", "attention": "reduced"}, "not for attention: reduced"),
-        ({"cache_type": "int8", "target": "optimum"}, "not for left_padding"),
-        ({"cache_type": "int8", "activations": "fp16"}, "not for fp16"),
+        pytest.param({"cache_type": "int8", "attention": "reduced"}, "not for attention: reduced", marks=needs_int8),
+        pytest.param({"cache_type": "int8", "target": "optimum"}, "not for left_padding", marks=needs_int8),
+        pytest.param({"cache_type": "int8", "activations": "fp16"}, "not for fp16", marks=needs_int8),
     ],
 )
 def test_what_a_target_cannot_take_is_refused(options: dict[str, Any], objection: str) -> None:
@@ -744,7 +783,7 @@ def test_genai_and_optimum_get_a_tokenizer_in_the_older_spelling(make_artifact: 
     assert decoder["inputs"]["past_key_names"] == "past_key_values.%d.key"
 
 
-@pytest.mark.parametrize("layout", ["gqa", "gqa-left", "gqa-int8"])
+@pytest.mark.parametrize("layout", ["gqa", "gqa-left", pytest.param("gqa-int8", marks=needs_int8)])
 def test_a_graph_without_our_contract_is_run_by_what_it_says_itself(make_artifact: MakeArtifact, layout: str) -> None:
     artifact = make_artifact(tiny_config(d_v=(16, 11)), grid=Grid(4, 32), embed_grid=Grid(8, 32))
     exported, options = export(artifact, **LAYOUTS[layout])
