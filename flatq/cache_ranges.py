@@ -22,6 +22,7 @@ from flatq.errors import NumericsError
 from flatq.feed import embedded
 from flatq.precision import blocks_in, forward_precision
 from flatq.progress import progress
+from flatq.walk import REMEDY
 from flatq.weights import HALVES, Weights, load_half
 
 TOKENS = 4096  # with four times as many the cache is no better (docs/decisions.md)
@@ -71,7 +72,7 @@ def cache_ranges(
                 advance()
     for name, largest in found.items():
         if not bool(largest.isfinite().all()):
-            raise NumericsError(f"{name}: is not finite on the calibration text; `flatq check` the source checkpoint")
+            raise NumericsError(f"{name}: is not finite on the calibration text; {REMEDY}")
     return found
 
 

@@ -13,6 +13,7 @@ from torch.utils import backend_registration
 
 from flatq.artifact import Artifact
 from flatq.weights import dense
+from flatq_onnx.options import too_old_for_int8
 from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
 
 pytestmark = pytest.mark.skipif(
@@ -29,7 +30,8 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 
 
 def test_runs_elsewhere_end_as_on_the_cpu(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipes = {name: make_recipe(name=name, stages=stages) for name, stages in STAGES.items()}
+    exports = [] if too_old_for_int8() else [{"onnx": {"cache_type": "int8"}}]
+    recipes = {name: make_recipe(name=name, stages=stages, exports=exports) for name, stages in STAGES.items()}
     pairs = [part for name, recipe in recipes.items() for part in (str(recipe), str(tmp_path / f"{name} away"))]
     ended = subprocess.run(
         [sys.executable, "-m", "tests.elsewhere", *pairs],
@@ -45,6 +47,9 @@ def test_runs_elsewhere_end_as_on_the_cpu(make_recipe: MakeRecipe, tmp_path: Pat
         assert here.config == there.config, name
         for tensor in here.names():
             assert torch.equal(dense(here.tensor(tensor)), dense(there.tensor(tensor))), (name, tensor)
+        if exports:
+            ranges = there.cache_ranges()
+            assert all(torch.equal(largest, ranges[part]) for part, largest in here.cache_ranges().items())
 
 
 def test_tensors_of_two_devices_do_not_meet() -> None:

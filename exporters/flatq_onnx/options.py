@@ -186,8 +186,8 @@ def _int8_objections(options: OnnxOptions) -> list[str]:
         "target: cuda": options.target == "cuda",
         "fp16": options.activations == "fp16",
     }
-    old = too_old_for_int8()
-    return [f"onnx: {old}; update it, or leave cache_type out"] * bool(old) + [
+    found = [f"onnx: {old}; update it, or leave cache_type out"] if (old := too_old_for_int8()) else []
+    return found + [
         f"onnx: cache_type: int8 is for GroupQueryAttention with its own rotary embedding, in float32 on a CPU, not "
         f"for {name}; leave one of the two out"
         for name, there in wrong.items()
