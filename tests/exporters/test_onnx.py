@@ -32,6 +32,7 @@ from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 from flatq_onnx.cache import Cache, cache_shapes
 from flatq_onnx.options import too_old_for_int8
+from flatq_onnx.quantized_cache import HEADROOM, LARGEST
 from flatq_onnx.runner import OnnxRunner
 from flatq_onnx.session import CUDA, Session, _elsewhere
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
@@ -130,7 +131,7 @@ class RoundedCache(GrowingCache):
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         prompt, found = layer_idx not in self.layers and keys.shape[2] > 1, []
         for part, new in (("key", keys), ("value", values)):
-            scale = self.ranges[f"layers.{layer_idx}.{part}"][:, None] / 127
+            scale = self.ranges[f"layers.{layer_idx}.{part}"][:, None] * HEADROOM / LARGEST
             found.append((new / scale).round().clamp(-128, 127) * scale)
         rounded = super().update(found[0], found[1], layer_idx)
         return (keys, values) if prompt else rounded
