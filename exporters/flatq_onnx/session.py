@@ -185,6 +185,8 @@ def _with_float_activations(path: Path) -> bytes:
         for attribute in node.attribute:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
+            if attribute.HasField("g"):
+                attribute.g.name = attribute.g.name or f"{node.name}.{attribute.name}"  # an .ort file has no such names
     serialized: bytes = model.SerializeToString()
     return serialized
 

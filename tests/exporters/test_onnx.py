@@ -718,10 +718,16 @@ TARGET_FILES = {
 }
 
 
-@pytest.mark.parametrize("target", TARGET_FILES)
-def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "cache_type"),
+    [
+        *((target, "float") for target in TARGET_FILES),
+        *(pytest.param(target, "int8", marks=needs_int8) for target in ("ort", "genai", "mobile")),
+    ],
+)
+def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, target: str, cache_type: str) -> None:
     artifact = make_artifact(tiny_config(d_v=(16, 16), d_ff=(64, 128)), grid=Grid(4, 32), embed_grid=Grid(4, 32))
-    exported, options = export(artifact, target=target)
+    exported, options = export(artifact, target=target, cache_type=cache_type)
     assert {path.name for path in exported.root.iterdir()} == TARGET_FILES[target] | {"flatq_onnx.json"}
     assert set(exported.files) == set(exported.root.iterdir())
     assert OnnxOptions(**options.model_dump()) == options
