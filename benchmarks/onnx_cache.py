@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from flatq.artifact import Artifact
@@ -25,7 +26,7 @@ from flatq.calibrate import token_batches
 from flatq.pipeline import recipe_of
 from flatq.planning import tokenizer_in
 from flatq_onnx import OnnxExporter, OnnxOptions
-from flatq_onnx.cache import cache_shapes
+from flatq_onnx.cache import empty_cache
 from flatq_onnx.runner import OnnxRunner
 
 
@@ -39,16 +40,11 @@ def predictions(artifact: Artifact, options: OnnxOptions, rows: NDArray[np.int64
 
 def _behind_the_first(runner: OnnxRunner, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     session, contract = runner.session.ort, runner.contract
-    empty = cache_shapes(contract, 1, 0)
-    past: dict[str, Any] = {f"past_key_values.{name}": np.zeros(shape, contract.cache_number) for name, shape in empty}
-    names = [f"present.{name}" for name, _ in empty]
-    mask = np.ones_like(tokens)
-    held = session.run(names, {"input_ids": tokens[:, :1], "attention_mask": mask[:, :1], **past})
+    past, mask = empty_cache(contract, 1, 0), np.ones_like(tokens)
+    held = session.run(contract.outputs[1:], {"input_ids": tokens[:, :1], "attention_mask": mask[:, :1], **past})
     past = dict(zip(past, held, strict=True))
     logits = session.run(["logits"], {"input_ids": tokens[:, 1:], "attention_mask": mask, **past})[0][0]
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    found: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    found: NDArray[np.float64] = torch.from_numpy(logits).double().log_softmax(-1).numpy()
     return found
 
 

@@ -30,11 +30,10 @@ ROWS = 4  # that go through a block together
 
 
 def note_cache_ranges(artifact: Artifact, tokens: Tokens, *, precision: str = "auto", device: str = "cpu") -> None:
-    """Measure on the first rows of the calibration text and keep it with the artifact, unless that was done before."""
-    if not (artifact.root / RANGES).exists():
-        rows = max(1, TOKENS // tokens.calibration.shape[1])
-        found = cache_ranges(artifact, tokens.calibration[:rows], precision=precision, device=device)
-        save_shard(artifact.root / RANGES, found)
+    """Measure on the first rows of the calibration text and keep it with the artifact."""
+    rows = max(1, TOKENS // tokens.calibration.shape[1])
+    found = cache_ranges(artifact, tokens.calibration[:rows], precision=precision, device=device)
+    save_shard(artifact.root / RANGES, found)
 
 
 def cache_ranges(

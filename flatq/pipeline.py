@@ -15,7 +15,7 @@ from typing import Any
 
 import flatq.doctor
 from flatq import planning, ranks
-from flatq.artifact import MANIFEST, Artifact
+from flatq.artifact import MANIFEST, RANGES, Artifact
 from flatq.build import build
 from flatq.cache_ranges import note_cache_ranges
 from flatq.calibrate import Tokens, token_batches
@@ -259,7 +259,7 @@ def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> l
     problems = exporter.check(model.config, model.grids, item.options)
     if problems:
         raise RecipeError(problems)
-    if needs_cache_ranges([item]):
+    if needs_cache_ranges([item]) and not (model.root / RANGES).exists():
         text = recipe_of(model)
         tokens = token_batches(text.calibration, text.evaluation, planning.tokenizer_in(model.root))
         note_cache_ranges(model, tokens, precision=text.calibration.precision)

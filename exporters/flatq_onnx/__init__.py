@@ -67,7 +67,7 @@ class OnnxExporter:
 
         files = [Contract.of(artifact, options).save(out), *write_companions(artifact, out, options)]
         files += save_model(artifact, out, options, metadata_of(artifact))
-        rounding = HALF_KL if options.activations == "fp16" else INT8_CACHE_KL if options.cache_type == "int8" else 0.0
+        rounding = HALF_KL * (options.activations == "fp16") + INT8_CACHE_KL * (options.cache_type == "int8")
         return Exported(out, tuple(files), notes=tuple(_notes(artifact, options)), rounding_kl=rounding)
 
     def open(

@@ -44,9 +44,11 @@ class Attention(Protocol):
 
     Attributes:
         past: name of the cache's axis of positions in the inputs.
+        kept: type of the cache's numbers; None is the graph's float type.
     """
 
     past: str
+    kept: Any
 
     def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
         """Shapes of a layer's keys and values in the cache."""
@@ -59,6 +61,8 @@ class Attention(Protocol):
 
 class _Drawing:
     """What both layouts need."""
+
+    kept: Any = None
 
     def __init__(self, builder: Builder, linears: Linears, config: DecoderConfig) -> None:
         self.builder, self.linears, self.config = builder, linears, config
@@ -208,6 +212,7 @@ class Grouped(_Drawing):
         positions: int | None,
     ) -> None:
         super().__init__(builder, linears, config)
+        self._tokens = tokens
         total = length(builder, valid, 1)
         zero, one = (builder.constant(f"const.{value}", ints(value)) for value in (0, 1))
         end = builder.op("Squeeze", [total, zero], [], dtype=INT64)

@@ -170,6 +170,14 @@ def _value(array: NDArray[Any], device: str) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array, device)
 
 
+def empty_cache(contract: Contract, batch: int, positions: int) -> dict[str, NDArray[Any]]:
+    """What a program feeds as its past first: zeros, with room for so many positions."""
+    return {
+        f"past_key_values.{name}": np.zeros(shape, contract.cache_number)
+        for name, shape in cache_shapes(contract, batch, positions)
+    }
+
+
 def cache_shapes(contract: Contract, batch: int, positions: int) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of each cache tensor, in the graph's order."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from flatq.decoder import DecoderConfig
 from flatq.quantize.grid import Grid
 from flatq_onnx.attention import Attention, Grouped, Reduced, ReducedByToken
-from flatq_onnx.builder import FLOAT, FLOAT16, INT8, INT64, MICROSOFT, Builder, Dims, ints
+from flatq_onnx.builder import FLOAT, FLOAT16, INT64, MICROSOFT, Builder, Dims, ints
 from flatq_onnx.matmul import TOKENS, Linears, Part, Read
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.quantized_cache import QuantizedGrouped
@@ -95,9 +95,8 @@ class _Sheet:
         return Grouped(*parts, positions=limit if self.options.fused_rope else None)
 
     def _past(self, attention: Attention, index: int) -> tuple[Any, Any]:
-        kept = INT8 if self.options.cache_type == "int8" else None
         keys, values = (
-            self.builder.input(f"past_key_values.{index}.{part}", shape, kept)
+            self.builder.input(f"past_key_values.{index}.{part}", shape, attention.kept)
             for part, shape in zip(("key", "value"), attention.cache(self.config.layers[index]), strict=True)
         )
         return keys, values

@@ -35,11 +35,12 @@ class QuantizedGrouped(Grouped):
         settings: what ``Grouped`` takes.
     """
 
+    kept = INT8
+
     def __init__(self, *parts: Any, ranges: Mapping[str, Tensor], **settings: Any) -> None:
         super().__init__(*parts, **settings)
         self._ranges = ranges
-        tokens = parts[3]
-        self._new = length(self.builder, tokens, 1)
+        self._new = length(self.builder, self._tokens, 1)
         new = self.builder.op("Squeeze", [self._new, self.builder.constant("const.0", ints(0))], [], dtype=INT64)
         several = self.builder.op("Greater", [new, self.builder.constant("scalar.1", np.array(1))], [], dtype=BOOL)
         whole = self.builder.op("Equal", [new, self._end], [], dtype=BOOL)

@@ -12,7 +12,7 @@ import numpy as np
 
 from flatq.errors import ExportError
 from flatq.export import FloatArray, IntArray
-from flatq_onnx.cache import NO_GRAPH, Cache, cache_shapes, run_options
+from flatq_onnx.cache import NO_GRAPH, Cache, empty_cache, run_options
 from flatq_onnx.contract import Contract
 from flatq_onnx.options import too_old_for_int8
 from flatq_onnx.session import CUDA, open_session
@@ -90,8 +90,7 @@ class OnnxRunner:
         wanted = [*self.contract.inputs, *self.contract.optional_inputs]
         feeds = {name: array.astype(np.int64) for name, array in known.items() if name in wanted}
         past = length if self.contract.growth == "fixed" and "cache_position" in wanted else 0
-        for name, shape in cache_shapes(self.contract, batch, past):
-            feeds[f"past_key_values.{name}"] = np.zeros(shape, self.contract.cache_number)
+        feeds |= empty_cache(self.contract, batch, past)
         options = run_options(NO_GRAPH) if self.session.replays else None
         found: FloatArray = self.session.ort.run(["logits"], feeds, options)[0]
         return found.astype(np.float32, copy=False)

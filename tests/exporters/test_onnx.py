@@ -30,7 +30,7 @@ from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.weights import load_decoder
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
-from flatq_onnx.cache import Cache, cache_shapes
+from flatq_onnx.cache import Cache, empty_cache
 from flatq_onnx.options import too_old_for_int8
 from flatq_onnx.quantized_cache import HEADROOM, LARGEST
 from flatq_onnx.runner import OnnxRunner
@@ -92,10 +92,7 @@ def empty_past(runner: OnnxRunner, batch: int, positions: int) -> dict[str, NDAr
     """What a program of one's own feeds first: a cache of zeros, with room for all where the graph wants room."""
     contract = runner.contract
     room = positions if "cache_position" in contract.inputs else 0
-    feeds: dict[str, NDArray[Any]] = {
-        f"past_key_values.{name}": np.zeros(shape, contract.cache_number)
-        for name, shape in cache_shapes(contract, batch, room)
-    }
+    feeds = empty_cache(contract, batch, room)
     return feeds | ({"cache_position": np.zeros(batch, np.int64)} if room else {})
 
 
