@@ -3,25 +3,30 @@
     python benchmarks/onnx_speed.py --narrow RUN --narrow RUN --dense RUN --builder FOLDER --gguf FOLDER --threads 1
 
 RUN is a finished run (or artifact) with 4-bit codes; it is exported for ``target: ort`` into ``--work``, once for each
-``--cache``: keys and values by heads, by tokens, or in int8. FOLDER is what
+``--cache``: keys and values by heads, by tokens, in int8, or in int8 with one branch for prompts. FOLDER is what
 ``python -m onnxruntime_genai.models.builder -i HF_FOLDER -o FOLDER -p int4 -e cpu --extra_options
 int4_accuracy_level=4 hf_token=false`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would,
 with a cache that every step copies, and with past and present in one buffer, the best it can do. ``--gguf`` is a folder
 with a Q4_0 file.
 
 Each graph lives in a process of its own, all take turns, and what is printed are medians with the whole range and the
-ratio to the builder's graph in its better way. Results are kept in ``--work``/onnx_speed.json, a key for each number of
-threads and prompt length, so that several short calls add up to one table.
+ratio to the builder's graph in its better way. Where a process lies in memory moves its speed by some percent for as
+long as it lives, so ``--launches`` starts all anew and takes the median of the launches. Results are kept in
+``--work``/onnx_speed.json, a key for each number of threads and prompt length, so that several short calls add up to
+one table.
 
-``--processor-time`` opens all in one process with one thread and counts processor time, a step at a time: for machines
-that others use, where wall time says little.
+``--one-process`` opens all in one process and times each step, so that all live in the same memory at the same time.
+``--processor-time`` does so with one thread and counts processor time: for machines that others use, where wall time
+says little. Neither is kept in a file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -37,6 +42,7 @@ from flatq.pipeline import export
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_onnx import OnnxExporter, OnnxOptions
 
+KINDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 BEST, PLAIN = "builder, one buffer", "builder, cache copied"
 
 
@@ -53,6 +59,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "by heads": {},
     "by tokens": {"cache_layout": "tokens"},
     "of int8": {"cache_type": "int8"},
+    "of int8, one branch": {"cache_type": "int8", "prompt_branch": "model"},
 }
 
 
@@ -79,11 +86,13 @@ def openers(options: argparse.Namespace, threads: int) -> dict[str, OpenRunner]:
     return found
 
 
-def processor_time(options: argparse.Namespace, prompt: int) -> list[dict[str, Any]]:
-    """Tokens per second of processor time, in the form of a ``BenchResult``'s fields."""
-    runners = {name: opener() for name, opener in openers(options, 1).items()}
+def in_one_process(
+    options: argparse.Namespace, threads: int, prompt: int, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
+    """Tokens per second of a clock, in the form of a ``BenchResult``'s fields."""
+    runners = {name: opener() for name, opener in openers(options, threads).items()}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runners}
-    random, clock = np.random.default_rng(0), time.thread_time
+    random = np.random.default_rng(0)
     for turn in range(options.repeats):
         for name in list(runners)[:: 1 if turn % 2 == 0 else -1]:
             runner, (prefill, decode) = runners[name], times[name]
@@ -95,11 +104,30 @@ def processor_time(options: argparse.Namespace, prompt: int) -> list[dict[str, A
                 began = clock()
                 token = runner.step(token).argmax(-1)
                 decode.append(1 / (clock() - began))
-    kinds = ("prefill_tokens_per_second", "decode_tokens_per_second")
     return [
-        {"name": name, **{kind: asdict(Spread.of(part)) for kind, part in zip(kinds, parts, strict=True)}}
+        {"name": name, **{kind: asdict(Spread.of(part)) for kind, part in zip(KINDS, parts, strict=True)}}
         for name, parts in times.items()
     ]
+
+
+def launched(options: argparse.Namespace, threads: int, load: Load) -> list[dict[str, Any]]:
+    """Median of the launches' medians, and the whole range, in the form of a ``BenchResult``'s fields."""
+    launches: list[list[BenchResult]] = [
+        bench_side_by_side(openers(options, threads), load, repeats=options.repeats, threads=threads)
+        for _ in range(options.launches)
+    ]
+    rows = []
+    for same in zip(*launches, strict=True):
+        row: dict[str, Any] = asdict(same[0]) | {"launches": options.launches}
+        for kind in KINDS:
+            spreads: list[Spread] = [getattr(result, kind) for result in same]
+            row[kind] = {
+                "median": statistics.median(spread.median for spread in spreads),
+                "low": min(spread.low for spread in spreads),
+                "high": max(spread.high for spread in spreads),
+            }
+        rows.append(row)
+    return rows
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -111,7 +139,7 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for result in results:
         cells = [result["name"]]
-        for kind in ("decode_tokens_per_second", "prefill_tokens_per_second"):
+        for kind in reversed(KINDS):
             spread = result[kind]
             cells += [
                 f"{spread['median']:.1f}",
@@ -133,24 +161,23 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, action="append", help="128, 256 and 1024 if not given")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--launches", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/onnx-speed"))
+    parser.add_argument("--one-process", action="store_true")
     parser.add_argument("--processor-time", action="store_true")
     options = parser.parse_args()
-    if options.processor_time:
-        for prompt in options.prompt or [128, 256, 1024]:
-            print(
-                f"\n1 thread, processor time, prompt {prompt}\n\n{table(processor_time(options, prompt))}", flush=True
-            )
-        return
     file = options.work / "onnx_speed.json"
-    for threads in options.threads or [1, 2]:
+    for threads in [1] if options.processor_time else options.threads or [1, 2]:
         for prompt in options.prompt or [128, 256, 1024]:
+            if options.processor_time or options.one_process:
+                clock, kind = (time.thread_time, "processor") if options.processor_time else (time.perf_counter, "wall")
+                rows = in_one_process(options, threads, prompt, clock)
+                print(f"\n{threads} threads, prompt {prompt}, one process, {kind} time\n\n{table(rows)}", flush=True)
+                continue
             load = Load(prompt, options.new_tokens, batch=1, vocab=32_000)
-            found: list[BenchResult] = bench_side_by_side(
-                openers(options, threads), load, repeats=options.repeats, threads=threads
-            )
+            rows = launched(options, threads, load)
             kept = json.loads(file.read_text()) if file.exists() else {}
-            kept[f"{threads} threads, prompt {prompt}"] = rows = [asdict(result) for result in found]
+            kept[f"{threads} threads, prompt {prompt}"] = rows
             write_json(file, kept)
             print(f"\n{threads} threads, prompt {prompt}, {options.new_tokens} new tokens\n\n{table(rows)}", flush=True)
 

@@ -27,7 +27,7 @@ heads, kv key/value heads, g query heads per key head, d d_qk, r d_v.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -54,6 +54,10 @@ class Attention(Protocol):
         """Shapes of a layer's keys and values in the cache."""
         ...
 
+    def around(self, draw: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        """The whole decoder's outputs, as ``draw`` draws them: in one go, or in branches of the graph."""
+        ...
+
     def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
         """Normed stream [b, s, m] -> (heads' output [b, s, h * r], present keys, present values)."""
         ...
@@ -66,6 +70,10 @@ class _Drawing:
 
     def __init__(self, builder: Builder, linears: Linears, config: DecoderConfig) -> None:
         self.builder, self.linears, self.config = builder, linears, config
+
+    def around(self, draw: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        """See ``Attention.around``."""
+        return draw()
 
     def reshaped(self, x: Any, name: str, sizes: Sequence[int], shape: Dims) -> Any:
         """``x`` in another shape; 0 keeps a size, -1 takes what is left."""

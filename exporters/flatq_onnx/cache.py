@@ -84,13 +84,11 @@ class Cache:
         # GroupQueryAttention knows a prompt by a mask as long as the prompt.
         whole = self._contract.growth == "fixed" and (single or "cache_position" in self._contract.inputs)
         self._bind("attention_mask", self._valid if whole else self._valid[:, : self.length], single=single)
-        place = np.arange(first, self.length)
-        for name, array in (
-            ("cache_position", np.full(self.batch, first)),
-            ("position_ids", np.tile(place, (self.batch, 1))),
-        ):
-            if name in self._contract.inputs:
-                self._bind(name, array, single=single)
+        if "cache_position" in self._contract.inputs:
+            self._bind("cache_position", np.full(self.batch, first), single=single)
+        if "position_ids" in self._contract.inputs:
+            places = np.arange(first, self.length)
+            self._bind("position_ids", np.tile(places, (self.batch, 1)), single=single)
         return self._run(single=single)
 
     def _run(self, *, single: bool) -> FloatArray:

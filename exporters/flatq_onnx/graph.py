@@ -13,7 +13,7 @@ of them. Fewer nodes are faster: at the width of SmolLM2 a node costs as much as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -70,20 +70,24 @@ class _Sheet:
         attention = self._attention(tokens, valid)
         pasts = [self._past(attention, index) for index in range(len(config.layers))]
         first = build.optional_input("logits_from", ints(-1 if self.options.last_logits_only else 0))
-        stream, update = self.linears.embed(tokens, config), None
-        presents = []
+        outputs = attention.around(lambda: self._decoder(attention, tokens, pasts, first))
+        parts = [f"{index}.{part}" for index in range(len(pasts)) for part in ("key", "value")]
+        for value, name in zip(outputs, ["logits", *(f"present.{part}" for part in parts)], strict=True):
+            build.output(value, name)
+        return build.model("flatq", metadata)
+
+    def _decoder(self, attention: Attention, tokens: Any, pasts: Sequence[tuple[Any, Any]], first: Any) -> list[Any]:
+        """Logits of the positions from ``first`` on, and each layer's new keys and values."""
+        build, config = self.builder, self.config
+        stream, update, presents = self.linears.embed(tokens, config), None, list[Any]()
         for index, past in enumerate(pasts):
             stream, update, *present = self._layer(attention, stream, update, index, past)
-            presents.append(present)
+            presents += present
         stream = build.op("Add", [stream, update], [*TOKENS, config.d_model])
         lead: Dims = ("batch", "kept")
         end = build.constant("const.end", ints(2**62))
         kept = build.op("Slice", [stream, first, end, build.constant("const.1", ints(1))], [*lead, config.d_model])
-        build.output(self.linears.head(self._norm(kept, "norm", lead), config, lead), "logits")
-        for index, (keys, values) in enumerate(presents):
-            build.output(keys, f"present.{index}.key")
-            build.output(values, f"present.{index}.value")
-        return build.model("flatq", metadata)
+        return [self.linears.head(self._norm(kept, "norm", lead), config, lead), *presents]
 
     def _attention(self, tokens: Any, valid: Any) -> Attention:
         parts = self.builder, self.linears, self.config, tokens, valid
@@ -91,7 +95,8 @@ class _Sheet:
             return (ReducedByToken if self.options.cache_layout == "tokens" else Reduced)(*parts)
         limit = self.options.context_length or self.config.max_positions
         if self.options.cache_type == "int8":
-            return QuantizedGrouped(*parts, positions=limit, ranges=self.ranges)
+            branch = self.options.prompt_branch
+            return QuantizedGrouped(*parts, positions=limit, ranges=self.ranges, branch=branch)
         return Grouped(*parts, positions=limit if self.options.fused_rope else None)
 
     def _past(self, attention: Attention, index: int) -> tuple[Any, Any]:

@@ -52,6 +52,9 @@ class OnnxOptions(BaseModel):
         cache_type: ``int8`` keeps keys and values in 8 bits, one scale per channel, measured on calibration text: a
             quarter of the memory, and faster decoding the longer the context. Only for ``gqa`` without
             ``left_padding``, on a CPU. ``float`` is the type of ``activations``.
+        prompt_branch: only with ``cache_type: int8``, which reads prompts in another way than tokens: ``attention``
+            branches in every layer; ``model`` once around all layers, which decodes a small model's tokens faster but
+            makes onnxruntime hold the weights twice.
         left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, so that left-padded
             batches are right. Without it a padded batch must be padded on the right.
         last_logits_only: whether a program that does not set the input ``logits_from`` gets the last position's
@@ -71,6 +74,7 @@ class OnnxOptions(BaseModel):
     accuracy_level: Literal[0, 1, 4] = 4
     left_padding: bool = False
     cache_type: Literal["float", "int8"] = "float"
+    prompt_branch: Literal["attention", "model"] = "attention"
     last_logits_only: bool = False
     context_length: int | None = Field(default=None, ge=1)
     external_data_above: int = Field(default=1_500_000_000, ge=0, le=1_500_000_000)
@@ -151,6 +155,8 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
         found.append("onnx: context_length only matters where rotary tables are stored (attention: gqa); leave it out")
     if options.cache_type == "int8":
         found += _int8_objections(options)
+    elif options.prompt_branch == "model":
+        found.append("onnx: prompt_branch: model is an option of cache_type: int8; leave it out, or use int8")
     head_sizes = sorted({dims.d_qk for dims in config.layers})
     if len(head_sizes) > 1:
         found.append(f"onnx: layers have different d_qk {head_sizes}; one rotary table serves all, so keep d_qk equal")

@@ -181,14 +181,19 @@ def _with_float_activations(path: Path) -> bytes:
             convert(path, plain, "ONNX")
             return _with_float_activations(plain)
     model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
+    _set_float_activations(model.graph)
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def _set_float_activations(graph: Any) -> None:
+    for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
             if attribute.HasField("g"):
                 attribute.g.name = attribute.g.name or f"{node.name}.{attribute.name}"  # an .ort file has no such names
-    serialized: bytes = model.SerializeToString()
-    return serialized
+                _set_float_activations(attribute.g)
 
 
 def _elsewhere(session: Any, wanted: str) -> dict[str, Counter[str]]:

@@ -45,10 +45,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa": {"attention": "gqa"},
     "gqa-left": {"attention": "gqa", "left_padding": True},
     "gqa-int8": {"attention": "gqa", "cache_type": "int8"},
+    "gqa-int8-one-branch": {"attention": "gqa", "cache_type": "int8", "prompt_branch": "model"},
 }
-RIGHT_ONLY = ("gqa", "gqa-int8")  # where padding may stand
+INT8 = ("gqa-int8", "gqa-int8-one-branch")
+RIGHT_ONLY = ("gqa", *INT8)  # where padding may stand
 if too_old_for_int8():
-    del LAYOUTS["gqa-int8"]
+    for layout in INT8:
+        del LAYOUTS[layout]
 needs_int8 = pytest.mark.skipif(bool(too_old_for_int8()), reason=too_old_for_int8())
 BETWEEN_CODES = (
     0.05  # a number half way between two codes may become either; not rounding at all moves logits by 0.1 to 0.2
@@ -320,9 +323,12 @@ def test_int8_activations_cost_little(make_artifact: MakeArtifact, precision: st
     assert 0 <= divergence.mean() < 1e-3
 
 
-def test_exact_switches_int8_activations_off_and_leaves_the_files_alone(make_artifact: MakeArtifact) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exact_switches_int8_activations_off_and_leaves_the_files_alone(
+    make_artifact: MakeArtifact, layout: str
+) -> None:
     artifact = make_artifact(tiny_config(), grid=Grid(4, 32), embed_grid=Grid(8, 32))
-    exported, _ = export(artifact, external_data_above=0)
+    exported, _ = export(artifact, external_data_above=0, **LAYOUTS[layout])
     before = {path.name: path.read_bytes() for path in exported.root.iterdir()}
     tokens = some_tokens(artifact.config, 1, 6)
     wanted = reference_logits(artifact, tokens)
@@ -332,10 +338,11 @@ def test_exact_switches_int8_activations_off_and_leaves_the_files_alone(make_art
 
 
 @needs_int8
-def test_a_cache_of_int8_is_the_same_however_it_came_to_be(make_artifact: MakeArtifact) -> None:
+@pytest.mark.parametrize("layout", INT8)
+def test_a_cache_of_int8_is_the_same_however_it_came_to_be(make_artifact: MakeArtifact, layout: str) -> None:
     """Prompt, single tokens, a longer piece behind a past; one buffer or a new tensor every time."""
     artifact = make_artifact(tiny_config(d_v=(16, 11), d_qk=16), grid=Grid(4, 32))
-    runner = opened(artifact, cache_type="int8")
+    runner = opened(artifact, **LAYOUTS[layout])
     tokens, names = some_tokens(artifact.config, 1, 8), [output.name for output in runner.session.ort.get_outputs()]
 
     def cache(*ends: int) -> dict[str, NDArray[Any]]:
@@ -370,7 +377,14 @@ def test_a_cache_of_int8_needs_measured_ranges(make_artifact: MakeArtifact) -> N
     artifact = make_artifact(tiny_config())
     with pytest.raises(ArtifactError, match=r"cache_ranges.safetensors: is missing; `flatq run`"):
         OnnxExporter().write(artifact, artifact.root, OnnxOptions(precision="fp32", cache_type="int8"))
-    assert not OnnxExporter().needs_cache_ranges(OnnxExporter().dense(OnnxOptions(cache_type="int8")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_bench_puts_beside_an_export_can_be_written(make_artifact: MakeArtifact, layout: str) -> None:
+    exporter, config = OnnxExporter(), tiny_config()
+    beside = exporter.dense(OnnxOptions(**LAYOUTS[layout]))
+    assert not exporter.check(config, {}, beside)
+    assert not exporter.needs_cache_ranges(beside)
 
 
 @needs_int8
@@ -449,10 +463,12 @@ def test_rotary_tables_end_where_they_say(make_artifact: MakeArtifact, attention
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tensor_has_a_type_and_a_shape(make_artifact: MakeArtifact, layout: str) -> None:
     artifact = make_artifact(tiny_config(d_v=(16, 11), qk_norm=True), grid=Grid(4, 32))
-    model = onnx.load(export(artifact, **LAYOUTS[layout])[0].root / "model.onnx")
-    known = {value.name for value in [*model.graph.value_info, *model.graph.output] if value.type.tensor_type.elem_type}
-    # An output without a name is one that the node does not give.
-    assert {name for node in model.graph.node for name in node.output if name} <= known
+    graphs = [onnx.load(export(artifact, **LAYOUTS[layout])[0].root / "model.onnx").graph]
+    for graph in graphs:
+        known = {value.name for value in [*graph.value_info, *graph.output] if value.type.tensor_type.elem_type}
+        # An output without a name is one that the node does not give.
+        assert {name for node in graph.node for name in node.output if name} <= known
+        graphs += [branch.g for node in graph.node for branch in node.attribute if branch.HasField("g")]
 
 
 def test_the_graph_and_its_contract_say_where_they_come_from(make_artifact: MakeArtifact) -> None:
@@ -508,7 +524,7 @@ def test_the_same_artifact_gives_the_same_bytes(make_artifact: MakeArtifact) -> 
         ("gqa-left", 8),
         ("gqa-left", 24),
         ("gqa", 48),
-        pytest.param("gqa-int8", 48, marks=needs_int8),
+        *(pytest.param(layout, 48, marks=needs_int8) for layout in INT8),
     ],
 )
 def test_small_and_uneven_heads_are_drawn(make_artifact: MakeArtifact, layout: str, d_qk: int) -> None:
@@ -690,7 +706,7 @@ def test_the_package_loads_without_its_runtime(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("grid", [None, Grid(4, 32), Grid(8, 32, symmetric=False)], ids=str)
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "gqa-int8"])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in INT8])
 def test_float16_graphs_stay_close(make_artifact: MakeArtifact, layout: str, grid: Grid | None, tied: bool) -> None:
     config = tiny_config(d_v=(16, 11), d_ff=(96, 77), tied_head=tied)
     artifact = make_artifact(config, grid=grid, embed_grid=grid)
@@ -716,15 +732,15 @@ TARGET_FILES = {
 
 
 @pytest.mark.parametrize(
-    ("target", "cache_type"),
+    ("target", "layout"),
     [
-        *((target, "float") for target in TARGET_FILES),
-        *(pytest.param(target, "int8", marks=needs_int8) for target in ("ort", "genai", "mobile")),
+        *((target, "") for target in TARGET_FILES),
+        *(pytest.param(target, one, marks=needs_int8) for target in ("ort", "genai", "mobile") for one in INT8),
     ],
 )
-def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, target: str, cache_type: str) -> None:
+def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, target: str, layout: str) -> None:
     artifact = make_artifact(tiny_config(d_v=(16, 16), d_ff=(64, 128)), grid=Grid(4, 32), embed_grid=Grid(4, 32))
-    exported, options = export(artifact, target=target, cache_type=cache_type)
+    exported, options = export(artifact, target=target, **LAYOUTS.get(layout, {}))
     assert {path.name for path in exported.root.iterdir()} == TARGET_FILES[target] | {"flatq_onnx.json"}
     assert set(exported.files) == set(exported.root.iterdir())
     assert OnnxOptions(**options.model_dump()) == options
@@ -748,6 +764,7 @@ def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, tar
         pytest.param({"cache_type": "int8", "attention": "reduced"}, "not for attention: reduced", marks=needs_int8),
         pytest.param({"cache_type": "int8", "target": "optimum"}, "not for left_padding", marks=needs_int8),
         pytest.param({"cache_type": "int8", "activations": "fp16"}, "not for fp16", marks=needs_int8),
+        ({"prompt_branch": "model"}, "an option of cache_type: int8"),
     ],
 )
 def test_what_a_target_cannot_take_is_refused(options: dict[str, Any], objection: str) -> None:
@@ -787,7 +804,7 @@ def test_genai_and_optimum_get_a_tokenizer_in_the_older_spelling(make_artifact: 
     assert decoder["inputs"]["past_key_names"] == "past_key_values.%d.key"
 
 
-@pytest.mark.parametrize("layout", ["gqa", "gqa-left", pytest.param("gqa-int8", marks=needs_int8)])
+@pytest.mark.parametrize("layout", ["gqa", "gqa-left", *(pytest.param(layout, marks=needs_int8) for layout in INT8)])
 def test_a_graph_without_our_contract_is_run_by_what_it_says_itself(make_artifact: MakeArtifact, layout: str) -> None:
     artifact = make_artifact(tiny_config(d_v=(16, 11)), grid=Grid(4, 32), embed_grid=Grid(8, 32))
     exported, options = export(artifact, **LAYOUTS[layout])
