@@ -31,9 +31,13 @@ ROWS = 4  # that go through a block together
 
 def note_cache_ranges(artifact: Artifact, tokens: Tokens, *, precision: str = "auto", device: str = "cpu") -> None:
     """Measure on the first rows of the calibration text and keep it with the artifact."""
-    rows = max(1, TOKENS // tokens.calibration.shape[1])
-    found = cache_ranges(artifact, tokens.calibration[:rows], precision=precision, device=device)
+    found = cache_ranges(artifact, ranged(tokens.calibration), precision=precision, device=device)
     save_shard(artifact.root / RANGES, found)
+
+
+def ranged(calibration: Tensor) -> Tensor:
+    """The rows [n, s] that ranges are measured on, of all calibration tokens."""
+    return calibration[: max(1, TOKENS // calibration.shape[1])]
 
 
 def cache_ranges(

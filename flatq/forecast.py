@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flatq import feed
+from flatq import cache_ranges, feed
 from flatq.compress import curves, sensitivity
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.ends import HEAD_AT_ONCE
@@ -54,6 +54,7 @@ def forecasts(
     *,
     device: str = "cpu",
     room: int = WORKING_SET,
+    ranges: bool = False,
 ) -> dict[str, Forecast]:
     """By phase, in the order of a run.
 
@@ -62,8 +63,12 @@ def forecasts(
         plan: widths that it will have, layer by layer, or with equal shares.
         weights: the model itself if it can be read: reading is then part of what is measured.
         room: bytes for the activations of a batch.
+        ranges: whether an export asks for the ranges of keys and values.
     """
-    times, needs = _times(recipe, config, plan, weights, device, room), working_bytes(config, recipe, room)
+    times, needs = (
+        _times(recipe, config, plan, weights, device, room, ranges),
+        working_bytes(config, recipe, room, ranges),
+    )
     give_back()
     held = rss_bytes()  # with all that the phases have loaded and keep
     return {
@@ -79,6 +84,7 @@ def _times(
     weights: Weights | None,
     device: str,
     room: int,
+    ranges: bool,
 ) -> dict[str, float]:
     factor = max(1, -(-max(dims.d_ff for dims in config.layers) // WIDEST))
     small, planned = _narrowed(config, factor), _narrowed(config.with_layers(plan), factor)
@@ -86,7 +92,7 @@ def _times(
     tokens = _tokens(recipe)
     return {
         phase: spent.grown(len(config.layers), tokens[phase], factor)
-        for phase, spent in Rehearsal(recipe, first, planned.layers[:1], device, room).played().items()
+        for phase, spent in Rehearsal(recipe, first, planned.layers[:1], device, room, ranges).played().items()
     }
 
 
@@ -118,10 +124,13 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
         "bits": min(calibration, bits.TOKENS),
         "compress": calibration,
         "evaluate": scored,
+        "cache-ranges": min(calibration, max(recipe.calibration.seq_len, cache_ranges.TOKENS)),
     }
 
 
-def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET) -> dict[str, int]:
+def working_bytes(
+    config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET, ranges: bool = False
+) -> dict[str, int]:
     """What each phase holds at its largest, besides the process itself."""
     m, f, tables = config.d_model, max(dims.d_ff for dims in config.layers), config.vocab * config.d_model
     heads = max(dims.heads * dims.d_v for dims in config.layers)
@@ -146,6 +155,8 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
     judged = 6 * min(bits.TOKENS, text.samples * text.seq_len) * m  # outputs of the later half of it, in three versions
     quantizes_head = recipe.gptq is not None and recipe.gptq.embedding is not None
     heading = 8 * tables + 16 * m**2 + 20 * min(tables, HEAD_AT_ONCE) if quantizes_head else embedding
+    ranged = min(max(text.seq_len, cache_ranges.TOKENS), text.samples * text.seq_len)
+    ranging = 4 * ranged * m + max(half + cache_ranges.ROWS * one, embedding)
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     found = {
@@ -156,11 +167,13 @@ def working_bytes(config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET
         "bits": max(half + 4 * m**2 + judged + max(batch + 2 * grams, grams + 16 * f**2 + solved), embedding),
         "compress": max(half + max(batch + grams, narrowing, rounding), heading),
         "evaluate": evaluated,
+        "cache-ranges": ranging,
     }
-    return {phase: int(found[phase]) for phase in ("baseline", *measurements(recipe), "compress", "evaluate")}
+    phases = ["baseline", *measurements(recipe), "compress", "evaluate", *(["cache-ranges"] if ranges else [])]
+    return {phase: int(found[phase]) for phase in phases}
 
 
-def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None) -> int:
+def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None, ranges: bool = False) -> int:
     """Bytes for the activations of a batch, so that the whole stays below ``memory``.
 
     Raises:
@@ -168,13 +181,13 @@ def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None) -> in
     """
     if memory is None:
         return WORKING_SET
-    least = rss_bytes() + max(working_bytes(config, recipe, 1).values())
+    least = rss_bytes() + max(working_bytes(config, recipe, 1, ranges).values())
     if least > memory:
         raise RecipeError(
             f"--memory: {memory / 1e9:.2f} GB is too little; with one sample of {recipe.calibration.seq_len} tokens at "
             f"a time this model needs about {least / 1e9:.2f} GB: give that much, or lower calibration.seq_len"
         )
     room = WORKING_SET
-    while room > 1 and rss_bytes() + max(working_bytes(config, recipe, room).values()) > memory:
+    while room > 1 and rss_bytes() + max(working_bytes(config, recipe, room, ranges).values()) > memory:
         room //= 2
     return room

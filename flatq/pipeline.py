@@ -8,7 +8,7 @@ Each step is one call below; each is a phase of the run folder, so that a killed
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
         return folder.root if ranks.part() else None
     source = open_source(recipe)
-    room = working_set(source.config, recipe, memory)
+    room = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
     refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
     refuse_early(recipe, source, exports)
     draft(recipe, source)  # a budget that no plan can meet is heard before anything is measured
@@ -99,7 +99,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         ranks.told(lambda: folder.depend_on({name: origins[name] for name in ("source", "tokens", "versions")}))
         expected: dict[str, Any] = {}
         if predict:
-            expected = folder.phase("forecast", lambda: expectations(recipe, source, device, room))
+            expected = folder.phase("forecast", lambda: expectations(recipe, source, exports, device, room))
         baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
         plan = rank_plan(recipe, source, tokens, folder, device, room)
         grids = bit_plan(recipe, source, tokens, plan, folder, device, room)
@@ -135,9 +135,12 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
     return folder.root
 
 
-def expectations(recipe: Recipe, source: Source, device: str, room: int) -> dict[str, Any]:
+def expectations(
+    recipe: Recipe, source: Source, exports: Sequence[PlannedExport], device: str, room: int
+) -> dict[str, Any]:
     """Forecast of every phase, JSON-ready."""
-    found = forecasts(recipe, source.config, draft(recipe, source).layers, source, device=device, room=room)
+    layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
+    found = forecasts(recipe, source.config, layers, source, device=device, room=room, ranges=ranges)
     return {phase: asdict(said) for phase, said in found.items()}
 
 
@@ -228,7 +231,8 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     config, planned = source.config, draft(recipe, source)
     refuse(recipe, config.with_layers(planned.layers), exports)
     weights = source if source.has_weights else None
-    phases = forecasts(recipe, config, planned.layers, weights, device=resolve_device(device))
+    ranges = needs_cache_ranges(exports)
+    phases = forecasts(recipe, config, planned.layers, weights, device=resolve_device(device), ranges=ranges)
     return planning.forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
 
 

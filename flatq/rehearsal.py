@@ -25,6 +25,7 @@ from torch import Tensor
 from flatq import feed
 from flatq.artifact import PARTS
 from flatq.build import stages_of, walked_along
+from flatq.cache_ranges import cache_ranges, ranged
 from flatq.compress import curves, sensitivity
 from flatq.compress.curves import block_curve, observed_blocks
 from flatq.compress.importance import layer_importance
@@ -155,6 +156,7 @@ class Rehearsal:
         plan: widths that the layer will have.
         device: where to compute.
         room: bytes for the activations of a batch.
+        ranges: whether an export asks for the ranges of keys and values.
     """
 
     recipe: Recipe
@@ -162,6 +164,7 @@ class Rehearsal:
     plan: tuple[LayerDims, ...]
     device: str = "cpu"
     room: int = feed.WORKING_SET
+    ranges: bool = False
     clock: Clock = field(default_factory=Clock)
     made: dict[str, Tensor | QuantizedWeight] = field(default_factory=dict)
 
@@ -205,7 +208,10 @@ class Rehearsal:
         found |= {phase: ways[phase] for phase in measurements(self.recipe, narrows=narrows)}
         if self.recipe.stages:
             found["compress"] = calibration, lambda tokens: self._compress(tokens, work)
-        return found | {"evaluate": (heldout, lambda tokens: self._score(tokens, self._result()))}
+        found["evaluate"] = heldout, lambda tokens: self._score(tokens, self._result())
+        if self.ranges:
+            found["cache-ranges"] = ranged(calibration), self._ranges
+        return found
 
     def _drawn(self, rows: int, length: int) -> Tensor:
         vocab = self.weights.config.vocab
@@ -271,6 +277,10 @@ class Rehearsal:
             with self.clock.during("head"):
                 solved = quantized_head(self.weights, grids[stem], moment, self.recipe.gptq)
                 self.made[f"{stem}.weight"] = in_main_memory(solved.weight)
+
+    def _ranges(self, tokens: Tensor) -> None:
+        precision = self.recipe.calibration.precision
+        cache_ranges(Watched(self._result(), self.clock), tokens, precision=precision, device=self.device)
 
     def _keep(self, block: Block) -> None:
         found: dict[str, Tensor | QuantizedWeight] = dict(block.layer.named_parameters())

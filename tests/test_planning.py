@@ -184,6 +184,20 @@ def test_a_rehearsal_takes_two_batches_or_what_there_is(samples: int) -> None:
     assert found["baseline"].solves < found["compress"].solves, "only reading"
 
 
+@pytest.mark.parametrize(("samples", "tokens"), [(1, 256), (64, 4096)])
+def test_ranges_of_keys_and_values_are_rehearsed_if_an_export_wants_them(samples: int, tokens: int) -> None:
+    text = BOTH.calibration.model_copy(update={"samples": samples, "seq_len": 256})
+    recipe, config = BOTH.model_copy(update={"calibration": text}), tiny_config()
+    first = FirstLayers(config.with_layers(config.layers[:1]), None)
+    found = Rehearsal(recipe, first, first.config.layers, ranges=True).played()
+    assert found["cache-ranges"].tokens == tokens
+    assert found["cache-ranges"].layers > 0
+    narrow = [replace(dims, d_ff=32) for dims in config.layers]
+    without = list(forecasts(recipe, config, narrow, None))
+    assert list(forecasts(recipe, config, narrow, None, ranges=True)) == [*without, "cache-ranges"]
+    assert list(working_bytes(config, recipe, ranges=True)) == [*without, "cache-ranges"]
+
+
 @pytest.mark.parametrize(("device", "share"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
 def test_what_a_phase_holds_is_held_by_the_gpu_if_there_is_one(
     device: str, share: int, monkeypatch: pytest.MonkeyPatch
