@@ -111,21 +111,18 @@ def in_one_process(
 
 
 def launched(options: argparse.Namespace, threads: int, load: Load) -> list[dict[str, Any]]:
-    """Median of the launches' medians, and the whole range, in the form of a ``BenchResult``'s fields."""
+    """Median of the launches' medians, and the whole range, in the form of some of a ``BenchResult``'s fields."""
     launches: list[list[BenchResult]] = [
         bench_side_by_side(openers(options, threads), load, repeats=options.repeats, threads=threads)
         for _ in range(options.launches)
     ]
     rows = []
     for same in zip(*launches, strict=True):
-        row: dict[str, Any] = asdict(same[0]) | {"launches": options.launches}
+        row: dict[str, Any] = {"name": same[0].name, "repeats": options.repeats, "launches": options.launches}
         for kind in KINDS:
             spreads: list[Spread] = [getattr(result, kind) for result in same]
-            row[kind] = {
-                "median": statistics.median(spread.median for spread in spreads),
-                "low": min(spread.low for spread in spreads),
-                "high": max(spread.high for spread in spreads),
-            }
+            median = statistics.median(spread.median for spread in spreads)
+            row[kind] = asdict(Spread(median, min(one.low for one in spreads), max(one.high for one in spreads)))
         rows.append(row)
     return rows
 

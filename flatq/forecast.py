@@ -155,8 +155,7 @@ def working_bytes(
     judged = 6 * min(bits.TOKENS, text.samples * text.seq_len) * m  # outputs of the later half of it, in three versions
     quantizes_head = recipe.gptq is not None and recipe.gptq.embedding is not None
     heading = 8 * tables + 16 * m**2 + 20 * min(tables, HEAD_AT_ONCE) if quantizes_head else embedding
-    ranged = min(max(text.seq_len, cache_ranges.TOKENS), text.samples * text.seq_len)
-    ranging = 4 * ranged * m + max(half + cache_ranges.ROWS * one, embedding)
+    ranging = 4 * _tokens(recipe)["cache-ranges"] * m + max(half + cache_ranges.ROWS * one, embedding)
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     found = {
