@@ -23,7 +23,7 @@ from flatq.model.grid import Grid
 from flatq.quantize.gptq import gptq
 from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
 from tests.laws.test_gptq_laws import correlated_gram, random
-from tests.test_ranks import perplexity_of
+from tests.test_distributed import perplexity_of
 
 pytestmark = [
     pytest.mark.gpu,
