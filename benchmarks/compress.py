@@ -36,7 +36,7 @@ EVALUATED = 1024  # tokens, at most
 RECIPE_TOKENS = 128 * 2048  # of recipes/llama2-7b-flat30-int4.yaml
 # What is timed: part -> functions as (module, attribute). A part's time excludes that of parts that it calls.
 PARTS = {
-    "forward and Grams": ["flatq.calibration.walk:Block.observe", "flatq.calibration.walk:Block.advance"],
+    "forward and Grams": ["flatq.calibration.block:Block.observe", "flatq.calibration.block:Block.advance"],
     "read weights": ["flatq.calibration.walk:load_half"],
     "elimination": ["flatq.compress.error_curves:eliminate", "flatq.compress.stage:eliminate"],
     "leverage": ["flatq.compress.stage:ridge_leverage"],

@@ -28,8 +28,8 @@ import yaml
 from quality_grid import Row, Variant, key_of, refusal, rows, variants
 from quality_lab import Laboratory, code_digest
 
-from flatq.artifact import write_json
 from flatq.errors import ArtifactError, FlatqError, RecipeError
+from flatq.files import write_json
 
 log = logging.getLogger("quality")
 HERE = Path(__file__).parent

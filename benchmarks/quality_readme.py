@@ -13,8 +13,8 @@ from typing import Any
 
 import quality_tables as tables
 
-from flatq.artifact import write_atomically
 from flatq.errors import ArtifactError
+from flatq.files import write_atomically
 
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 

@@ -46,7 +46,7 @@ def compressed(weights: RandomWeights, stage: baselines.Stage, layers: tuple[Lay
     def save(block: Any) -> None:
         made.tensors |= {f"layers.{block.index}.{name}": p.detach() for name, p in block.layer.named_parameters()}
 
-    for block in walk(weights, TOKENS, work, save, sweep=EXACT):
+    for block in walk(weights, TOKENS, work, save, execution=EXACT):
         stage.apply(block)
     return made
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flatq.artifact import RANGES, Artifact, save_shard
+from flatq.calibration.block import REMEDY
 from flatq.calibration.states import embedded
 from flatq.calibration.tokens import Tokens
-from flatq.calibration.walk import REMEDY
 from flatq.errors import NumericsError
 from flatq.machine.precision import blocks_in, forward_precision
 from flatq.machine.progress import progress

@@ -33,7 +33,7 @@ LARGE = 2 << 30  # bytes of float32 states from which on bfloat16 is the better 
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class Execution:
     """How tokens are sent through a model.
 
     Attributes:
@@ -49,15 +49,15 @@ class Sweep:
     working_set: int = WORKING_SET
 
     @classmethod
-    def of(cls, text: CalibrationSpec, device: str, working_set: int) -> Sweep:
+    def of(cls, text: CalibrationSpec, device: str, working_set: int) -> Execution:
         """As the recipe's calibration block says."""
         return cls(text.precision, text.states, device, working_set)
 
 
-AUTO = Sweep()
+AUTO = Execution()
 
 
-class Feed:
+class HiddenStates:
     """Hidden states [samples, seq, d_model] in a memory-mapped file.
 
     Its blocks are allocated before it is mapped: a full disk is then an ``OSError`` now. Written through the map,

@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from flatq.artifact import INDEX, Artifact, write_json
+from flatq.artifact import INDEX, Artifact
 from flatq.errors import ExportError
 from flatq.export.protocols import exporter_named
+from flatq.files import write_json
 from flatq.model.decoder import LINEARS, DecoderConfig, Rope
 from flatq.model.grid import Grid
 from flatq.model.weights import load_decoder
