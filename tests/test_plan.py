@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from flatq import verbs
 from flatq.artifact import Artifact, tokenizer_in
 from flatq.compress.plan import RankPlan
 from flatq.errors import ArtifactError, RecipeError
 from flatq.export.bench import BenchResult, Spread, bench_table
 from flatq.export.protocols import exporter_named
-from flatq.pipeline import run as pipeline
 from flatq.plan import describe as planning
 from flatq.plan import forecast
 from flatq.plan.describe import explanation
@@ -246,4 +246,4 @@ def test_a_bench_table_says_what_a_device_holds() -> None:
 
 def test_check_opens_no_model(make_recipe: MakeRecipe) -> None:
     recipe = Recipe.load(make_recipe(model="/nowhere/at/all", exports=ONNX))
-    assert any("/nowhere/at/all" in line for line in pipeline.check(recipe))
+    assert any("/nowhere/at/all" in line for line in verbs.check(recipe))
