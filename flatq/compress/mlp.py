@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flatq.spd import inverse, ridged_factor, solved
 
-STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions.md)
+STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions/0012)
 ROWS = 256  # of a large matrix that are copied together
 DRIFT_SHRINKAGE = 0.3  # the drift is mostly noise: measured to be better than 0.03 and 0.1
 
