@@ -7,6 +7,7 @@
 #                      (5 to 10 minutes to install, 1.7 GB)
 #   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
 #                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
+# make docs    write the generated pages again (results, command line)
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
 #              PyPI), in an environment of their own
 # make clean   remove what make made, except runs/
@@ -34,7 +35,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check lint types lowest llamacpp interop interop-gptq interop-optimum clean
+.PHONY: demo test check lint types docs lowest llamacpp interop interop-gptq interop-optimum clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -53,6 +54,10 @@ lint: $(installed)
 types: $(installed)
 	$(bin)/mypy
 	$(bin)/mypy benchmarks
+
+docs: $(installed)
+	$(bin)/python benchmarks/results_page.py
+	$(bin)/python docs/generate_cli.py
 
 # Old versions of other packages warn where new ones do not.
 lowest:
