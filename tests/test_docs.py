@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flatq.export import exporter_named
 
@@ -129,8 +131,25 @@ def test_a_decision_is_short_and_says_what_decided(page: Path) -> None:
     assert text.splitlines()[2].startswith("**Status:** ")
 
 
+@pytest.mark.parametrize("page", DECISIONS, ids=named)
+def test_a_decision_s_numbers_are_those_of_a_log_or_of_the_results(page: Path) -> None:
+    sources = [*LOG.glob("*.md"), *(ROOT / "benchmarks" / "results").glob("*.md"), ROOT / "docs" / "results.md"]
+    known = "".join(source.read_text() for source in sources)
+    numbers = re.findall(r"(?<![\w.])\d+\.\d+(?:e-\d+)?(?![\w.]\d)", prose(page))
+    assert [number for number in numbers if number not in known] == []
+
+
 def test_comments_name_decisions_that_exist() -> None:
     numbers = {page.name[:4] for page in DECISIONS}
     for file in [*ROOT.glob("flatq/**/*.py"), *ROOT.glob("exporters/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
         for number in re.findall(r"docs/decisions/(\d{4})", file.read_text()):
             assert number in numbers, named(file)
+
+
+def test_project_files_agree_on_version_and_pythons() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project["version"]
+    named_pythons = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r"Python :: 3\.\d", name)]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "check.yml").read_text())
+    assert workflow["jobs"]["check"]["strategy"]["matrix"]["python"] == named_pythons
+    assert project["requires-python"] == f">={named_pythons[0]}"
