@@ -48,7 +48,16 @@ held-out text: 0 is no loss, 0.1 is a perplexity 10.5 % higher.
 In brackets: the ratio to FLAT-LLM as published (`paper iprs`). Deviations are over the calibration seeds. Every row,
 seconds, and GPTQ on top of FLAT are in [quality.md](../benchmarks/results/quality.md). The baselines `svd`, `svd-llm`,
 `slicegpt` and `magnitude` are small implementations of ours, one seed each. Rows may be of different versions of the
-code, whose digest is beside each row in `quality.json`. Measured by `python benchmarks/quality.py`.
+code, whose digest is beside each row in `quality.json`. FILE is the validation text of WikiText-2:
+
+```sh
+python benchmarks/quality.py --keep 0.8 --only paper --only default --only truncation
+python benchmarks/quality.py --text FILE --keep 0.8 --keep 0.7 --keep 0.5 --seed 42 --seed 43 --seed 44 \\
+  --only "default curves" --only "paper iprs"
+python benchmarks/quality.py --text FILE --keep 0.8 --keep 0.7 --keep 0.5 --seed 42 --only svd --only slicegpt \\
+  --only magnitude
+python benchmarks/quality.py --text python-docs --score-text FILE --keep 0.8 --only "default curves" --only "paper iprs"
+```
 """
 
 

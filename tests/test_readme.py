@@ -41,7 +41,7 @@ def commands() -> dict[str, str]:
     """Each different command line, without its comment, and the page that has it first."""
     found: dict[str, str] = {}
     for text, page in blocks("sh").items():
-        for line in text.splitlines():
+        for line in text.replace("\\\n", " ").splitlines():
             command = re.split(r"\s+# |\s{2,}# ", line)[0].strip()
             if command and not command.startswith("#"):
                 found.setdefault(command, page)
