@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flatq.export import exporter_named
+from flatq.export.protocols import exporter_named
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [

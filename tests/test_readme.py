@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flatq.export import exporter_named
-from flatq.recipe import Recipe
+from flatq.export.protocols import exporter_named
+from flatq.recipe.grammar import Recipe
 from tests.conftest import flatq
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from flatq.errors import RecipeError
-from flatq.explain import shown
-from flatq.recipe import FlatSpec, GptqSpec, Recipe, Spec, explain_options, json_schema
-from flatq.recipe_rules import MOST_TOKENS
+from flatq.recipe.grammar import FlatSpec, GptqSpec, Recipe, Spec, explain_options, json_schema
+from flatq.recipe.messages import shown
+from flatq.recipe.rules import MOST_TOKENS
 
 WHOLE = """\
 version: 1
