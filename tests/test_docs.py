@@ -92,6 +92,16 @@ def test_the_readme_states_no_number_that_the_results_do_not_have() -> None:
     assert [number for number in numbers if number not in results and number not in rounded] == []
 
 
+def test_the_tree_that_is_shown_is_the_tree() -> None:
+    packages = sorted(path.parent.name for path in (ROOT / "flatq").glob("*/__init__.py"))
+    shown = (ROOT / "README.md").read_text().partition("```text\nflatq/\n")[2].partition("```")[0]
+    assert sorted(re.findall(r"^  (\w+)/", shown, re.MULTILINE)) == packages
+    for folder in re.findall(r"^(\w+)/", shown, re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
+    rows = (ROOT / "docs" / "architecture.md").read_text().partition("## The tree")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)/` \|", rows, re.MULTILINE)) == packages
+
+
 @pytest.mark.parametrize("script", ["benchmarks/results_page.py", "docs/generate_cli.py"])
 def test_a_generated_page_is_not_stale(script: str) -> None:
     shown = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False, cwd=ROOT)
