@@ -72,7 +72,8 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     names = re.findall(
-        r"(?<![\w/.])(?:benchmarks|docs|recipes|tests)/[\w\-./]+\.(?:py|md|ya?ml|json|svg)", page.read_text()
+        r"(?<![\w/.])(?:benchmarks|docs|exporters|flatq|recipes|tests)/[\w\-./]+\.(?:py|md|ya?ml|json|svg)",
+        page.read_text(),
     )
     assert [name for name in names if not (ROOT / name).exists()] == []
 

@@ -24,7 +24,6 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / name / "README.md" for name in ("benchmarks", "recipes")),
 ]
-OWN_TEST = {"writing-an-exporter.md"}  # its example is a package; it is run where exporters are tested
 
 
 def blocks(language: str) -> dict[str, str]:
@@ -32,8 +31,7 @@ def blocks(language: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for page in PAGES:
         for text in re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
-            if page.name not in OWN_TEST:
-                found.setdefault(text, str(page.relative_to(ROOT)))
+            found.setdefault(text, str(page.relative_to(ROOT)))
     return found
 
 
