@@ -7,7 +7,7 @@
 The models are noise with true shapes (``synthetic.py``); each measurement is ``flatq run`` in a process of its own,
 with stopwatches around the functions that do the work. Seconds by part are those of the processors, all threads
 together; with ``--device cuda`` they are the clock's, and ``--gpu-memory 24`` allows torch no more gigabytes than that.
-The text is python-docs. Numbers are in docs/decisions.md.
+The text is python-docs. Numbers are in docs/decisions/0021.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderLayer, locate
 from flatq.model.weights import HALVES, Weights, load_half
 
-TOKENS = 8192  # with half as many single tokens suffer, twice as many are no better (docs/decisions.md)
+TOKENS = 8192  # with half as many single tokens suffer, twice as many are no better (docs/decisions/0023)
 ROWS = 4  # that go through a block together
 
 

@@ -7,7 +7,7 @@ MLP, one unit, so that one budget can be shared out between all of them.
 F asks what the model expects, not what the text says: at the logits it is ``diag(p) - p p^T`` of the model's own
 probabilities p. Normal noise of that covariance, sent back through the model, has F as its second moment at every
 point on the way. The gradient of the text's own log-likelihood is ruled by the few tokens that surprised the model, and
-chooses worse from as many tokens (Kunstner et al., arXiv 1905.12558; numbers in docs/decisions.md).
+chooses worse from as many tokens (Kunstner et al., arXiv 1905.12558; numbers in docs/decisions/0016).
 
 The gradient comes from one forward and one backward pass, block by block: the hidden states between blocks are kept
 in a memory-mapped file, and each block is differentiated alone, so memory is one block and its activations.

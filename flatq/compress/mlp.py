@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flatq.linalg import inverse, relative_energy, ridged_factor, solved
 
-STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions.md)
+STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions/0012)
 ROWS = 256  # of a large matrix that are copied together
 
 

@@ -6,7 +6,7 @@ late are all changes of the loss and can share one budget. Errors are measured o
 they add up is an assumption.
 
 GPTQ is fitted to the first half of every sample and judged by the second. The tokens that it was fitted to flatter what
-reads many channels: ``down`` would get the fewest bits and is what needs them most (docs/decisions.md).
+reads many channels: ``down`` would get the fewest bits and is what needs them most (docs/decisions/0019).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The head is a linear like any other, so it is solved like one (``quantize.gptq``): on the second moment of what it
 really reads, the residual stream at the end of the walk, normed. Rounded to nearest instead, 4 bits of it do several
-times the damage of all other linears together (docs/decisions.md).
+times the damage of all other linears together (docs/decisions/0010).
 
 A table that is embedding and head at once is solved as the head, for that is where its errors count; the walk then
 begins with the table as it was. An embedding of its own is rounded to nearest before the walk, which begins with it.

@@ -60,14 +60,6 @@ def test_the_exporter_is_found_by_its_entry_point() -> None:
     assert type(exporter_named("safetensors")).__name__ == "SafetensorsExporter"
 
 
-def test_every_option_is_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "writing-a-recipe.md").read_text()
-    section = page.split("### `safetensors`")[1].split("\n## ")[0]
-    assert [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")] == list(
-        SafetensorsOptions.model_fields
-    )
-
-
 @pytest.mark.parametrize("tied_head", [True, False])
 @pytest.mark.parametrize(
     ("options", "grid", "overrides"),
