@@ -25,7 +25,7 @@ from flatq.export.bench import BenchResult, Load, bench_side_by_side
 from flatq.pipeline.build import dense_artifact
 from flatq.sources.source import open_model
 from flatq_gguf import GgufExporter, GgufOptions
-from flatq_gguf.imatrix import model_files
+from flatq_gguf.files import model_files
 from flatq_gguf.runner import LOG, LlamaCppRunner
 
 CONTEXT = 4096

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flatq.artifact import Artifact, write_json
-from flatq.errors import ExportError
+from flatq.export import Artifact, ExportError, write_json
 from flatq_onnx.options import OnnxOptions
 
 CONTRACT = "flatq_onnx.json"

@@ -22,7 +22,7 @@ from torch import Tensor
 from flatq.artifact import Artifact, file_digest, write_json
 from flatq.errors import ArtifactError, ExportError, RecipeError
 from flatq.export.bench import BenchResult, Load, bench_side_by_side
-from flatq.export.protocols import CacheQuantizer, Exported, Exporter, Runner, exporter_named
+from flatq.export.protocols import Exported, Exporter, Runner, exporter_named
 from flatq.export.verify import EXACT, Limits, verify
 from flatq.machine.progress import progress
 from flatq.pipeline.build import dense_artifact
@@ -85,9 +85,7 @@ def absent_providers(recipe: Recipe, planned: Sequence[PlannedExport]) -> list[s
 
 def needs_cache_ranges(items: Sequence[PlannedExport]) -> bool:
     """Whether one of them keeps keys and values in few bits."""
-    return any(
-        isinstance(item.exporter, CacheQuantizer) and item.exporter.needs_cache_ranges(item.options) for item in items
-    )
+    return any(item.exporter.needs_cache_ranges(item.options) for item in items)
 
 
 def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor | None) -> dict[str, Any]:

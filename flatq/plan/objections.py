@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from flatq.compress.stage import uneven
 from flatq.errors import RecipeError
 from flatq.export.deliver import PlannedExport
-from flatq.export.protocols import TokenizerCarrier
+from flatq.export.protocols import Exporter
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.quantize.stage import objections, possible_grids
@@ -59,11 +59,10 @@ def refuse_early(recipe: Recipe, source: Source, exports: list[PlannedExport]) -
         RecipeError: all objections at once.
     """
     problems: list[str] = []
-    carriers = [item for item in exports if isinstance(item.exporter, TokenizerCarrier)]
-    if carriers and source.has_tokenizer:
+    carriers = [item for item in exports if type(item.exporter).check_tokenizer is not Exporter.check_tokenizer]
+    if carriers and source.has_tokenizer:  # reading a tokenizer takes a while, so only for those who ask
         described = json.loads(source.tokenizer().backend_tokenizer.to_str())
         for item in carriers:
-            assert isinstance(item.exporter, TokenizerCarrier)
             found = item.exporter.check_tokenizer(described, source.config, item.options)
             problems += [f"exports.{item.name}: {words}" for words in found]
     if recipe.flat is None:
