@@ -13,10 +13,7 @@ from flatq.artifact import (
     MANIFEST,
     RANGES,
     Artifact,
-    file_digest,
     save_shard,
-    write_atomically,
-    write_json,
 )
 from flatq.errors import ExportError, FlatqError, RecipeError
 from flatq.export.hub import loading_faults, register_with_transformers
@@ -28,6 +25,7 @@ from flatq.export.protocols import (
     Runner,
     absent_packages,
 )
+from flatq.files import file_digest, write_atomically, write_json
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
 from flatq.model.families import FAMILIES, config_from_hf
 from flatq.model.grid import Grid, QuantizedWeight
