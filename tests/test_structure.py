@@ -94,6 +94,8 @@ def test_every_name_of_the_plug_in_api_is_there_and_the_core_does_not_use_it() -
     from flatq import export
 
     assert all(hasattr(export, name) for name in export.__all__)
+    modules = {path.stem for path in (ROOT / "flatq" / "export").glob("*.py")}
+    assert not modules & set(export.__all__), "importing flatq.export.X would replace the name X of the API"
     assert export.__all__ == sorted(export.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
     for path in CORE:
         shortcuts = within(imports(path), "flatq.export") & {f"flatq.export.{name}" for name in export.__all__}

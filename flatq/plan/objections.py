@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from flatq.compress.plan import uneven
 from flatq.errors import RecipeError
-from flatq.export.deliver import PlannedExport
+from flatq.export.planned import PlannedExport, absent_packages_of
 from flatq.export.protocols import Exporter
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
@@ -47,6 +47,16 @@ def exporter_objections(
         for words in item.exporter.check(config, some, item.options)
     ]
     return list(dict.fromkeys(words))
+
+
+def raise_absent_packages(exports: list[PlannedExport]) -> None:
+    """Refuse exports that this machine cannot write or verify, before hours of work.
+
+    Raises:
+        RecipeError: each package that is not installed, with the command that installs it.
+    """
+    if problems := absent_packages_of(exports):
+        raise RecipeError(problems)
 
 
 def raise_early_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
