@@ -20,13 +20,8 @@ from flatq.calibration.perplexity import perplexity
 from flatq.calibration.states import Execution
 from flatq.calibration.tokens import Tokens, token_batches
 from flatq.compress.plan import RankPlan
-from flatq.export.deliver import (
-    PlannedExport,
-    deliver,
-    measured,
-    needs_cache_ranges,
-    planned_exports,
-)
+from flatq.export.deliver import deliver, measured
+from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
@@ -37,7 +32,7 @@ from flatq.pipeline.build import build
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
 from flatq.plan.forecast import forecasts, working_set
-from flatq.plan.objections import raise_early_objections, raise_objections
+from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import write_report
 from flatq.report.summary import provenance, quality, summarize
@@ -55,6 +50,7 @@ def run(
     fresh: bool = False,
     memory: int | None = None,
     predict: bool = False,
+    verify: bool = True,
 ) -> Path | None:
     """Do everything that the recipe says; returns the run folder (None in all but the first of several processes).
 
@@ -65,21 +61,30 @@ def run(
         fresh: remove what an earlier run left in the folder.
         memory: bytes of RAM to stay below; None takes what the default batch sizes need.
         predict: forecast time and memory first, and report them beside what was measured.
+        verify: False writes exports without opening them, which the report says.
 
     Raises:
         FlatqError: with ``exit_code`` 2 where the recipe or what it names is wrong, 3 where a stage failed.
     """
     with distributed.joined():
-        return _run(recipe, out, device, fresh, memory, predict)
+        return _run(recipe, planned_exports(recipe, verify=verify), out, device, fresh, memory, predict)
 
 
-def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int | None, predict: bool) -> Path | None:
-    exports = planned_exports(recipe)
+def _run(
+    recipe: Recipe,
+    exports: list[PlannedExport],
+    out: Path | None,
+    device: str,
+    fresh: bool,
+    memory: int | None,
+    predict: bool,
+) -> Path | None:
     device = resolve_device(device)
     folder = RunFolder.open(out, recipe, fresh=fresh)
     if folder.finished:
         log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
         return folder.root if distributed.part() else None
+    raise_absent_packages(exports)
     source = open_source(recipe)
     room = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
     raise_objections(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one

@@ -255,6 +255,8 @@ class ExportSpec(Spec):
     """Keys for the exporter."""
     name: str = ""
     """Folder below exports/; the format if not given."""
+    verify: bool = True
+    """Open the export in its runtime and compare it with the model; false writes it only, and the report says so."""
 
     @model_validator(mode="before")
     @classmethod
