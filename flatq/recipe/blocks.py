@@ -224,16 +224,12 @@ class GptqSpec(Spec):
     """Quantize the columns with the largest activations first; the stored order stays as it was."""
     clip_search: bool = True
     """Search the scale of each group for the least weighted error instead of covering its largest weight."""
-    late_scales: bool = False
-    """Fit the scale of a group when its turn comes, on weights that make up for the groups rounded before it."""
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, relative to its mean."""
     block_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Columns per lazy update; changes speed, not the result beyond rounding."""
     correction: Annotated[float, Field(ge=0, le=1)] = 0
     """Share of the drift from the dense model that weights take back before they are rounded."""
-    refinements: Annotated[int, Field(ge=0, le=16)] = 0
-    """How often scales and codes are fitted to each other once more; 2 multiply the time of the solves by about 3."""
     overrides: Mapping[str, OverrideSpec] = Field(default_factory=dict)
     """Other settings for linears by name, as in {"*.down": {bits: 8}, "layers.0.*": {quantize: false}}; the longer
     pattern wins. The linears of a layer are q, k, v, o, gate, up and down."""
