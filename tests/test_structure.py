@@ -14,7 +14,7 @@ CORE = sorted((ROOT / "flatq").rglob("*.py"))
 EXPORTERS = sorted(folder.name for folder in (ROOT / "exporters").iterdir() if (folder / "__init__.py").exists())
 SOURCES = [*CORE, *sorted((ROOT / "exporters").rglob("*.py"))]
 NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gptq", "model/grid"]
-WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors"]
+WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.units"]
 # From top to bottom: a folder (or file) imports only what stands below it, or itself.
 FLOORS = [
     "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "compress", "export", "quantize", "sources", "hf",

@@ -6,13 +6,13 @@ A class is a block of the file, a field is a key, and the text below a field is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from flatq.units import parse_size
 
 Dataset = Literal["wikitext2", "c4", "alpaca", "python-docs", "text"]
 Bits = Literal[2, 3, 4, 8]
@@ -75,19 +75,16 @@ class EvaluationSpec(Spec):
     """Tokens in a sequence."""
 
 
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 CONTEXT = 4096
 
 
 def _size(value: Any) -> Any:
-    if not isinstance(value, str) or not re.fullmatch(r"\d{1,9}(\.\d{1,9})?(kB|MB|GB)", value) or bytes_of(value) == 0:
-        raise ValueError(f"{str(value)!r:.60} is not allowed; a size above 0 such as 90MB or 1.5GB (kB, MB, GB)")
-    return value
-
-
-def bytes_of(size: str) -> int:
-    """``90MB`` as a number of bytes."""
-    return int(Decimal(size[:-2]) * UNITS[size[-2:]])
+    try:
+        if isinstance(value, str) and not value.strip().isdecimal() and parse_size(value):
+            return value
+    except ValueError:
+        pass  # one message for all mistakes
+    raise ValueError(f"{str(value)!r:.60} is not allowed; a size above 0 with its unit, such as 90MB, 1.5GB or 6GiB")
 
 
 Size = Annotated[str, BeforeValidator(_size)]
