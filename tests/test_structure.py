@@ -15,7 +15,7 @@ EXPORTERS = sorted(folder.name for folder in (ROOT / "exporters").iterdir() if (
 PLUG_INS = sorted((ROOT / "exporters").rglob("*.py"))
 SOURCES = [*CORE, *PLUG_INS]
 NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gptq", "model/grid"]
-WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors"]
+WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.units"]
 # From top to bottom: a folder (or file) imports only what stands below it, or itself.
 FLOORS = [
     "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "job", "compress", "export", "quantize",

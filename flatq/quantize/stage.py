@@ -123,9 +123,7 @@ def quantized_together(
         damping=spec.damping,
         act_order=spec.act_order,
         clip_search=spec.clip_search,
-        late_scales=spec.late_scales,
         block_size=spec.block_size,
-        refinements=spec.refinements,
         at_once=at_once,
     )
 
