@@ -36,6 +36,7 @@ from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
 from flatq.refusals import refuse
+from flatq.self_text import SelfText
 from flatq.source import Source, open_model
 from flatq.specs import FlatSpec, ModelSpec
 from flatq.walk import Block, walk
@@ -118,7 +119,8 @@ class Laboratory:
         """Calibration and held-out tokens; only the last ones are kept."""
         key = row.calibration.model_dump_json() + row.evaluation.model_dump_json()
         if key not in self._tokens:
-            self._tokens = {key: token_batches(row.calibration, row.evaluation, self.source.tokenizer())}
+            writer = SelfText(self.source, Path(tempfile.gettempdir()) / "flatq-self-text", self.device)
+            self._tokens = {key: token_batches(row.calibration, [row.evaluation], self.source.tokenizer(), writer)}
         return self._tokens[key]
 
     def dense(self, heldout: Tensor) -> float:
@@ -184,7 +186,7 @@ class Laboratory:
             version=1,
             model=ModelSpec(path=self.model),
             calibration=row.calibration,
-            evaluation=row.evaluation,
+            evaluation=(row.evaluation,),
             stages=(*([flat] if flat else []), *([GPTQ] if row.gptq else [])),
         )
         with tempfile.TemporaryDirectory() as place:

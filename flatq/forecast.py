@@ -115,7 +115,7 @@ def _narrowed(config: DecoderConfig, factor: int) -> DecoderConfig:
 def _tokens(recipe: Recipe) -> dict[str, int]:
     """How many tokens each phase looks at."""
     calibration = recipe.calibration.samples * recipe.calibration.seq_len
-    scored = recipe.evaluation.tokens
+    scored = recipe.evaluation[0].tokens
     return {
         "baseline": scored,
         "sensitivity": min(calibration, sensitivity.TOKENS),
@@ -136,7 +136,7 @@ def working_bytes(
     heads = max(dims.heads * dims.d_v for dims in config.layers)
     layer = max(dims.parameters(m) for dims in config.layers)
     half = 4 * max(3 * f * m, layer - 3 * f * m)
-    text, scored = recipe.calibration, recipe.evaluation
+    text, scored = recipe.calibration, recipe.evaluation[0]
     one = activation_bytes(config) * text.seq_len
     batch = min(max(room, one), activation_bytes(config) * min(feed.BATCH_TOKENS, text.samples * text.seq_len))
     rows = min(TOGETHER, scored.tokens // scored.seq_len)  # that go through an evaluation together

@@ -48,6 +48,7 @@ from flatq.report import write_report
 from flatq.source import Source, open_model
 from flatq.specs import BenchSpec, CalibrationSpec, EvaluationSpec
 from flatq.summary import provenance, quality, summarize
+from flatq.texts import run_tokens, tokens_of
 from flatq.weights import HALVES, Weights
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
     for caution in planning.cautions(recipe, source.config):
         log.warning(caution)
     with folder.working():
-        tokens = ranks.told(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
+        tokens = run_tokens(recipe, source, folder, device)
         origins = ranks.told(lambda: provenance(recipe, source, tokens))
         ranks.told(lambda: folder.depend_on({name: origins[name] for name in ("source", "tokens", "versions")}))
         expected: dict[str, Any] = {}
@@ -108,7 +109,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"))
         if not ranks.part():
             return None
-        artifact.note_quality(quality(recipe, tokens, baseline=baseline, result=result))
+        artifact.note_quality(quality(tokens, baseline=baseline, result=result))
         if needs_cache_ranges(exports):
             precision = recipe.calibration.precision
             folder.phase(
@@ -264,9 +265,7 @@ def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> l
     if problems:
         raise RecipeError(problems)
     if needs_cache_ranges([item]) and not (model.root / RANGES).exists():
-        text = recipe_of(model)
-        tokens = token_batches(text.calibration, text.evaluation, planning.tokenizer_in(model.root))
-        note_cache_ranges(model, tokens, precision=text.calibration.precision)
+        note_cache_ranges(model, tokens_of(recipe_of(model), model), precision=recipe_of(model).calibration.precision)
     return [out / file for file in deliver(item, model, out, None)["files"]]
 
 
@@ -298,7 +297,7 @@ def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_le
     calibration = CalibrationSpec.model_validate(
         {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
     )
-    evaluation = EvaluationSpec(tokens=tokens, seq_len=seq_len)
+    evaluation = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=seq_len)
     weights: Artifact | Source
     try:
         artifact = Artifact.open(model)
@@ -307,7 +306,7 @@ def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_le
         source = open_model(model)
         source.validate()
         weights, tokenizer = source, source.tokenizer()
-    return score(weights, token_batches(calibration, evaluation, tokenizer), "cpu", "evaluate")
+    return score(weights, token_batches(calibration, [evaluation], tokenizer), "cpu", "evaluate")
 
 
 def generate(

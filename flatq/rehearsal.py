@@ -190,7 +190,7 @@ class Rehearsal:
 
     def _phases(self, work: Path) -> dict[str, tuple[Tensor, Callable[[Tensor], object]]]:
         """Tokens and work of each; ``work`` is a folder for hidden states."""
-        text, scored = self.recipe.calibration, self.recipe.evaluation
+        text, scored = self.recipe.calibration, self.recipe.evaluation[0]
         rows = max(1, feed.BATCH_TOKENS // text.seq_len) * BATCHES
         calibration = self._drawn(min(rows, text.samples), text.seq_len)
         heldout = self._drawn(min(TOGETHER, scored.tokens // scored.seq_len), scored.seq_len)

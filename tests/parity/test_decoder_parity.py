@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatq.calibrate import python_docs, tokenise
+from flatq.calibrate import tokenise
+from flatq.corpora import python_docs
 from flatq.decoder import Decoder, GrowingCache
 from flatq.errors import RecipeError
 from flatq.source import Source, open_model
