@@ -119,10 +119,12 @@ def token_batches(
     return Tokens(rows, tuple(judged), description)
 
 
-def asks_for_self(calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec]) -> bool:
-    """Whether any of the rows are written by the model."""
-    sources = [corpus_of(part) for part in calibration.parts]
-    return any(corpus.dataset == "self" for corpus in [*sources, *(c for _, c in _unfolded(calibration, evaluation))])
+def self_tokens(calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec]) -> int:
+    """How many tokens the model writes itself."""
+    seen = zip(calibration.parts, calibration.counts(), strict=True)
+    written = calibration.seq_len * sum(count for part, count in seen if part.dataset == "self")
+    judged = [spec for spec, corpus in _unfolded(calibration, evaluation) if corpus.dataset == "self"]
+    return written + sum(spec.tokens // spec.seq_len * spec.seq_len for spec in judged)
 
 
 def corpus_of(spec: TextSpec) -> Corpus:

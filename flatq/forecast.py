@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flatq import cache_ranges, feed
+from flatq.calibrate import self_tokens
 from flatq.compress import curves, sensitivity
 from flatq.decoder import DecoderConfig, LayerDims
 from flatq.ends import HEAD_AT_ONCE
@@ -28,6 +29,7 @@ from flatq.quantize import curves as bits
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
 from flatq.recipe import Recipe
 from flatq.rehearsal import TOGETHER, FirstLayers, Rehearsal
+from flatq.self_text import SIDE_BY_SIDE, writing_bytes
 from flatq.weights import Weights
 
 WIDEST = 2048  # MLP channels that are still measured as they are
@@ -117,6 +119,7 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
     calibration = recipe.calibration.samples * recipe.calibration.seq_len
     scored = recipe.evaluation[0].tokens
     return {
+        "self-text": self_tokens(recipe.calibration, recipe.evaluation),
         "baseline": scored,
         "sensitivity": min(calibration, sensitivity.TOKENS),
         "curves": min(calibration, curves.TOKENS),
@@ -159,6 +162,7 @@ def working_bytes(
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     found = {
+        "self-text": writing_bytes(config, min(SIDE_BY_SIDE, text.samples), max(text.seq_len, scored.seq_len)),
         "baseline": evaluated,
         "sensitivity": gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab),
         "curves": max(half + max(batch + grams, eliminating, 28 * heads**2), embedding),
@@ -168,7 +172,8 @@ def working_bytes(
         "evaluate": evaluated,
         "cache-ranges": ranging,
     }
-    phases = ["baseline", *measurements(recipe), "compress", "evaluate", *(["cache-ranges"] if ranges else [])]
+    phases = ["self-text"] if self_tokens(text, recipe.evaluation) else []
+    phases += ["baseline", *measurements(recipe), "compress", "evaluate", *(["cache-ranges"] if ranges else [])]
     return {phase: int(found[phase]) for phase in phases}
 
 

@@ -26,6 +26,7 @@ from flatq import feed
 from flatq.artifact import PARTS
 from flatq.build import stages_of, walked_along
 from flatq.cache_ranges import cache_ranges, ranged
+from flatq.calibrate import self_tokens
 from flatq.compress import curves, sensitivity
 from flatq.compress.curves import block_curve, observed_blocks
 from flatq.compress.importance import layer_importance
@@ -42,10 +43,12 @@ from flatq.quantize.curves import block_errors, judged_blocks
 from flatq.quantize.grid import QuantizedWeight
 from flatq.quantize.stage import planned_grids
 from flatq.recipe import Recipe
+from flatq.self_text import SIDE_BY_SIDE, FixedCache, drawn_ids
 from flatq.walk import Block, last_states, walk
-from flatq.weights import Weights, head_stem, tensor_shapes
+from flatq.weights import Weights, head_stem, load_decoder, tensor_shapes
 
 BATCHES = 2  # of calibration tokens
+POSITIONS = 16  # of rows that the model writes itself; their attention is short, as most of it is
 TOGETHER = 4  # rows that an evaluation sends through a layer together
 
 
@@ -194,9 +197,10 @@ class Rehearsal:
         rows = max(1, feed.BATCH_TOKENS // text.seq_len) * BATCHES
         calibration = self._drawn(min(rows, text.samples), text.seq_len)
         heldout = self._drawn(min(TOGETHER, scored.tokens // scored.seq_len), scored.seq_len)
-        found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
-            "baseline": (heldout, lambda tokens: self._score(tokens, self.weights))
-        }
+        found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {}
+        if self_tokens(text, self.recipe.evaluation):
+            found["self-text"] = self._drawn(min(SIDE_BY_SIDE, text.samples), POSITIONS), self._write
+        found["baseline"] = heldout, lambda tokens: self._score(tokens, self.weights)
         few, some = (feed.pieces(calibration, sensitivity.LENGTH, most) for most in (sensitivity.TOKENS, curves.TOKENS))
         ways: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
             "sensitivity": (few, lambda tokens: self._sense(tokens, work)),
@@ -224,6 +228,17 @@ class Rehearsal:
     @property
     def _watched(self) -> Watched:
         return Watched(self.weights, self.clock)
+
+    @torch.inference_mode()
+    def _write(self, tokens: Tensor) -> None:
+        decoder = load_decoder(self._watched, device=self.device)
+        cache = FixedCache(decoder.config, *tokens.shape, device=self.device)
+        for position in tokens.to(self.device).split(1, dim=1):
+            with self.clock.during("layers"):
+                states = decoder.hidden(position, cache=cache, past=cache.past)
+            with self.clock.during("ends"):
+                drawn_ids(decoder.logits(states[:, -1]), torch.rand(len(tokens), dtype=torch.float64).to(self.device))
+            cache.past += 1
 
     def _score(self, tokens: Tensor, weights: Weights) -> None:
         perplexity(Watched(weights, self.clock), tokens, device=self.device)

@@ -283,14 +283,19 @@ def stop_ids(settings: dict[str, Any], tokenizer: Any) -> frozenset[int]:
     return frozenset(int(token) for token in found if token is not None)
 
 
+def writing_bytes(config: DecoderConfig, rows: int, seq_len: int) -> int:
+    """What writing holds: the model in float32, its cache, and the logits of all rows."""
+    cache = rows * seq_len * sum(dims.kv_heads * (dims.d_qk + dims.d_v) for dims in config.layers)
+    return 4 * (config.parameters() + cache + 4 * rows * config.vocab)
+
+
 def require_memory(config: DecoderConfig, rows: int, seq_len: int, device: str) -> None:
     """Fail before the model is read if it cannot be held as a whole.
 
     Raises:
         RecipeError: says what is needed, what is free, and what to calibrate on instead.
     """
-    cache = rows * seq_len * sum(dims.kv_heads * (dims.d_qk + dims.d_v) for dims in config.layers)
-    needed = 4 * (config.parameters() + cache + 4 * rows * config.vocab)
+    needed = writing_bytes(config, rows, seq_len)
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     if needed > free:
         raise RecipeError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flatq import ranks
 from flatq.artifact import Artifact
-from flatq.calibrate import Tokens, asks_for_self, token_batches
+from flatq.calibrate import Tokens, self_tokens, token_batches
 from flatq.folder import RunFolder
 from flatq.planning import tokenizer_in
 from flatq.recipe import Recipe
@@ -26,7 +26,7 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -
     def drawn() -> Tokens:
         return ranks.told(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer(), writer))
 
-    if asks_for_self(recipe.calibration, recipe.evaluation):
+    if self_tokens(recipe.calibration, recipe.evaluation):
         folder.phase("self-text", lambda: drawn().description)
     return drawn()
 
@@ -37,7 +37,7 @@ def tokens_of(recipe: Recipe, artifact: Artifact) -> Tokens:
     Raises:
         RecipeError: a text cannot be read, or the dense model is gone.
     """
-    if not asks_for_self(recipe.calibration, recipe.evaluation):
+    if not self_tokens(recipe.calibration, recipe.evaluation):
         return token_batches(recipe.calibration, recipe.evaluation, tokenizer_in(artifact.root))
     source = open_model(recipe.model.path, revision=recipe.model.revision, dtype=recipe.model.dtype)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flatq.self_text as self_text
-from flatq.calibrate import token_batches
+from flatq.calibrate import self_tokens, token_batches
 from flatq.decoder import Decoder
 from flatq.errors import NumericsError, RecipeError
 from flatq.self_text import (
@@ -300,3 +300,19 @@ def test_a_run_calibrated_on_its_own_text_is_repeatable(make_recipe: MakeRecipe,
     assert [text["calibrated"] for text in a["tokens"]["judged"]] == [True, False]
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert "self-text" in report["timing"]
+
+
+def test_the_plan_tells_what_writing_takes(make_recipe: MakeRecipe) -> None:
+    own = make_recipe("own", calibration={"dataset": "self", "samples": 8, "seq_len": 64})
+    shown = flatq("plan", own)
+    assert shown.exit_code == 0, shown.stderr
+    assert "self-text" in shown.stdout
+    other = flatq("plan", make_recipe("other", evaluation={"dataset": "held-out", "tokens": 256, "seq_len": 64}))
+    assert "self-text" not in other.stdout
+
+
+def test_tokens_that_the_model_writes_are_counted() -> None:
+    mix = {"mix": [{"dataset": "self", "share": 1}, {"dataset": "python-docs", "share": 1}]}
+    seen = CalibrationSpec.model_validate(mix | {"samples": 5, "seq_len": 10})
+    assert self_tokens(seen, [EvaluationSpec(tokens=50, seq_len=20)]) == 30 + 40
+    assert self_tokens(CalibrationSpec(dataset="c4"), [EvaluationSpec()]) == 0
