@@ -32,23 +32,23 @@ import torch
 from quality_lab import Overlay
 from torch import Tensor, nn
 
-from flatq.build import stages_of
-from flatq.calibrate import token_batches
+from flatq.calibration.importance import layer_importance
+from flatq.calibration.perplexity import perplexity
+from flatq.calibration.states import Sweep
+from flatq.calibration.tokens import token_batches
+from flatq.calibration.walk import Block, walk
 from flatq.compress.heads import head_basis, project_heads
-from flatq.compress.importance import layer_importance
 from flatq.compress.mlp import leading_channels
 from flatq.compress.stage import RankPlan, plan_ranks
-from flatq.decoder import LINEARS, DecoderConfig, DecoderLayer, locate
-from flatq.evaluate import perplexity
-from flatq.feed import Sweep
+from flatq.model.decoder import LINEARS, DecoderConfig, DecoderLayer, locate
+from flatq.model.grid import Grid
+from flatq.model.weights import HALVES, dense, load_half
+from flatq.pipeline.build import stages_of
 from flatq.quantize.gptq import gptq
-from flatq.quantize.grid import Grid
 from flatq.quantize.stage import planned_grids
-from flatq.recipe import Recipe
-from flatq.source import Source, open_model
-from flatq.specs import CalibrationSpec, EvaluationSpec
-from flatq.walk import Block, walk
-from flatq.weights import HALVES, dense, load_half
+from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
+from flatq.recipe.grammar import Recipe
+from flatq.sources.source import Source, open_model
 
 
 @dataclass(frozen=True)

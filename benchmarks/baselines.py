@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flatq.calibration.grams import Gram
+from flatq.calibration.perplexity import head_logits
+from flatq.calibration.states import BATCH_TOKENS
+from flatq.calibration.walk import Block
 from flatq.compress.mlp import leading_channels
-from flatq.decoder import DecoderConfig, DecoderLayer, LayerDims, locate
 from flatq.errors import NumericsError, RecipeError
-from flatq.evaluate import head_logits
-from flatq.feed import BATCH_TOKENS
-from flatq.precision import forward_precision
+from flatq.machine.precision import forward_precision
+from flatq.model.decoder import DecoderConfig, DecoderLayer, LayerDims, locate
+from flatq.model.weights import HALVES, Weights, dense, load_half, load_last_norm
 from flatq.quantize.stage import READERS
-from flatq.statistics import Gram
-from flatq.walk import Block
-from flatq.weights import HALVES, Weights, dense, load_half, load_last_norm
 
 
 class Stage(Protocol):
@@ -192,7 +192,7 @@ def slicegpt(
     Source: SliceGPT (arXiv 2401.15024), sections 3.2 to 3.4.
 
     Args:
-        calibration: int64 [n, s]. heldout: int64 [n', s'], scored as ``flatq.evaluate.perplexity`` scores.
+        calibration: int64 [n, s]. heldout: int64 [n', s'], scored as ``perplexity`` scores.
     """
     config = weights.config
     width = sliced_width(config, keep_ratio)

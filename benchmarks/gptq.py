@@ -34,20 +34,20 @@ from quality_lab import Overlay, Remembered
 from torch import Tensor
 
 from flatq.artifact import write_atomically, write_json
-from flatq.build import dense_artifact
-from flatq.calibrate import tokenise
-from flatq.compress.sensitivity import output_sensitivity
-from flatq.decoder import LINEARS, DecoderConfig
-from flatq.evaluate import perplexity
-from flatq.families import FAMILIES
+from flatq.calibration.perplexity import perplexity
+from flatq.calibration.sensitivity import output_sensitivity
+from flatq.calibration.tokens import tokenise
+from flatq.calibration.walk import walk
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.families import FAMILIES
+from flatq.model.grid import Grid, round_to_nearest
+from flatq.model.weights import tensor_shapes
+from flatq.pipeline.build import dense_artifact
+from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
-from flatq.quantize.curves import bit_errors
-from flatq.quantize.grid import Grid, round_to_nearest
 from flatq.quantize.stage import GptqStage, planned_grids
-from flatq.source import open_model
-from flatq.specs import GptqSpec
-from flatq.walk import walk
-from flatq.weights import tensor_shapes
+from flatq.recipe.blocks import GptqSpec
+from flatq.sources.source import open_model
 from flatq_safetensors import SafetensorsExporter, SafetensorsOptions
 from flatq_safetensors.runner import decoded_state
 

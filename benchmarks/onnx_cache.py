@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from flatq.artifact import Artifact
-from flatq.cache_ranges import cache_ranges
-from flatq.pipeline import recipe_of
-from flatq.planning import tokenizer_in
-from flatq.texts import tokens_of
+from flatq.calibration.cache_ranges import cache_ranges
+from flatq.pipeline.run import recipe_of
+from flatq.pipeline.texts import tokens_of
+from flatq.plan.describe import tokenizer_in
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.cache import empty_cache
 from flatq_onnx.runner import OnnxRunner

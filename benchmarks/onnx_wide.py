@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from flatq.artifact import Artifact
-from flatq.bench import Load, OpenRunner, bench_side_by_side
-from flatq.decoder import LINEARS, DecoderConfig, LayerDims, Rope
-from flatq.export import exporter_named
-from flatq.quantize.grid import Grid, QuantizedWeight
-from flatq.weights import tensor_shapes
+from flatq.export.bench import Load, OpenRunner, bench_side_by_side
+from flatq.export.protocols import exporter_named
+from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
+from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.weights import tensor_shapes
 from flatq_onnx import OnnxExporter, OnnxOptions
 
 WIDE, NARROW = LayerDims(32, 32, 128, 128, 11008), LayerDims(32, 32, 128, 80, 7040)  # 0.70 of the parameters

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from flatq.errors import RecipeError
-from flatq.specs import CalibrationSpec, Dataset, EvaluationSpec, FlatSpec, GptqSpec
+from flatq.recipe.blocks import CalibrationSpec, Dataset, EvaluationSpec, FlatSpec, GptqSpec
 
 BASELINES = ("truncation", "magnitude", "svd", "svd-llm", "slicegpt")
 GPTQ = GptqSpec(bits=4, group_size=32)

@@ -24,22 +24,22 @@ from quality_grid import BASELINES, GPTQ, Row
 from torch import Tensor
 
 import flatq
-from flatq.build import stages_of
-from flatq.calibrate import Tokens, token_batches
-from flatq.decoder import DecoderConfig, LayerDims
+from flatq.calibration.perplexity import perplexity
+from flatq.calibration.self_text import SelfText
+from flatq.calibration.states import Sweep
+from flatq.calibration.tokens import Tokens, token_batches
+from flatq.calibration.walk import Block, walk
 from flatq.errors import FlatqError, RecipeError
-from flatq.evaluate import perplexity
-from flatq.feed import Sweep
-from flatq.folder import RunFolder
-from flatq.plans import rank_plan
-from flatq.quantize.grid import QuantizedWeight
+from flatq.model.decoder import DecoderConfig, LayerDims
+from flatq.model.grid import QuantizedWeight
+from flatq.pipeline.build import stages_of
+from flatq.plan.decide import rank_plan
+from flatq.plan.objections import refuse
 from flatq.quantize.stage import planned_grids
-from flatq.recipe import Recipe
-from flatq.refusals import refuse
-from flatq.self_text import SelfText
-from flatq.source import Source, open_model
-from flatq.specs import FlatSpec, ModelSpec
-from flatq.walk import Block, walk
+from flatq.recipe.blocks import FlatSpec, ModelSpec
+from flatq.recipe.grammar import Recipe
+from flatq.run_folder import RunFolder
+from flatq.sources.source import Source, open_model
 
 
 class Remembered(Source):
@@ -245,7 +245,7 @@ class Laboratory:
 def code_digest() -> str:
     """Digest of the code that rows depend on: the core without its exports, reports and command line."""
     root = Path(flatq.__file__).parent
-    parts = [*root.glob("compress/*.py"), *root.glob("quantize/*.py"), Path(baselines.__file__)]
-    single = ("calibrate", "decoder", "evaluate", "feed", "specs", "statistics", "walk")
-    parts += [root / f"{name}.py" for name in single]
+    folders = ("calibration", "compress", "quantize")
+    parts = [*(path for folder in folders for path in root.glob(f"{folder}/*.py")), Path(baselines.__file__)]
+    parts += [root / name for name in ("linalg.py", "model/decoder.py", "model/grid.py", "recipe/blocks.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(parts))).hexdigest()[:12]

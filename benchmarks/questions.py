@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from flatq.self_text import FixedCache
-from flatq.weights import Weights, load_decoder
+from flatq.calibration.self_text import FixedCache
+from flatq.model.weights import Weights, load_decoder
 
 NEW_TOKENS = 24
 QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (

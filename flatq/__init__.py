@@ -8,22 +8,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flatq.autoload import register_with_transformers
+from flatq.hf.autoload import register_with_transformers
 
 if TYPE_CHECKING:
     from flatq.artifact import Artifact
-    from flatq.hf import load
-    from flatq.pipeline import run
-    from flatq.recipe import Recipe
+    from flatq.hf.artifact_model import load
+    from flatq.pipeline.run import run
+    from flatq.recipe.grammar import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["Artifact", "Recipe", "__version__", "load", "run"]
 
 _HOMES = {
     "Artifact": "flatq.artifact",
-    "Recipe": "flatq.recipe",
-    "load": "flatq.hf",
-    "run": "flatq.pipeline",
+    "Recipe": "flatq.recipe.grammar",
+    "load": "flatq.hf.artifact_model",
+    "run": "flatq.pipeline.run",
 }
 
 register_with_transformers()

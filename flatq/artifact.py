@@ -25,9 +25,9 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from flatq.decoder import DecoderConfig
 from flatq.errors import ArtifactError
-from flatq.quantize.grid import Grid, QuantizedWeight
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid, QuantizedWeight
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
@@ -157,7 +157,7 @@ class Artifact:
         return safetensors.torch.load_file(path)
 
     def cache_ranges(self) -> dict[str, Tensor]:
-        """Largest magnitudes of keys and values, see ``flatq.cache_ranges``.
+        """Largest magnitudes of keys and values, see ``flatq.calibration.cache_ranges``.
 
         Raises:
             ArtifactError: they were never measured.

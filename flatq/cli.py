@@ -95,25 +95,26 @@ def run(
 
     Several processes share the calibration: torchrun --nproc-per-node N -m flatq run RECIPE
     """
-    from flatq.recipe import Recipe
+    from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
-    from flatq import pipeline, ranks
+    from flatq.machine import distributed
+    from flatq.pipeline import run as pipeline
 
     room = None if memory is None else parse_size(memory)
     done = pipeline.run(checked, out, device=device, fresh=fresh, memory=room, predict=forecast)
     if done is not None:
         print(done)
-    ranks.leave()
+    distributed.leave()
 
 
 @app.command()
 def check(recipe: RecipeFile) -> None:
     """Explain a recipe, or list everything that is wrong with it; the model is not opened."""
-    from flatq.recipe import Recipe
+    from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
-    from flatq import pipeline
+    from flatq.pipeline import run as pipeline
 
     print("\n".join(pipeline.check(checked)))
 
@@ -121,10 +122,10 @@ def check(recipe: RecipeFile) -> None:
 @app.command()
 def plan(recipe: RecipeFile, device: Device = "auto") -> None:
     """Predict parameters, file sizes, memory and time; reads the model's shapes, not its weights."""
-    from flatq.recipe import Recipe
+    from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
-    from flatq import pipeline
+    from flatq.pipeline import run as pipeline
 
     print(pipeline.plan(checked, device=device))
 
@@ -140,7 +141,7 @@ def export(
 ) -> None:
     """Write one more format of a finished artifact, and verify it."""
     options = parse_options(option or [])
-    from flatq import pipeline
+    from flatq.pipeline import run as pipeline
 
     print("\n".join(str(path) for path in pipeline.export(artifact, out, format, options)))
 
@@ -159,7 +160,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")] = 0,
 ) -> None:
     """Measure tokens per second, first-token latency, load time and memory of exports."""
-    from flatq import pipeline
+    from flatq.pipeline import run as pipeline
 
     pairs = [(length, rows) for rows in batch or [1] for length in prompt or [128]]
     loads = [{"prompt": length, "new_tokens": new_tokens, "batch": rows} for length, rows in pairs]
@@ -176,7 +177,7 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
 ) -> None:
     """Measure perplexity on held-out text."""
-    from flatq import pipeline
+    from flatq.pipeline import run as pipeline
 
     print(f"{pipeline.evaluate(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len):.4f}")
 
@@ -192,7 +193,7 @@ def generate(
     provider: Provider = "auto",
 ) -> None:
     """Let a compressed model write."""
-    from flatq import pipeline
+    from flatq.pipeline import run as pipeline
 
     sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
     for piece in pipeline.generate(path, prompt, provider=provider, **sampling):
@@ -216,7 +217,7 @@ def list_recipes(
 @app.command()
 def doctor() -> None:
     """Say what this machine has: versions, devices, runtimes, exporters, memory."""
-    from flatq import pipeline
+    from flatq.pipeline import run as pipeline
 
     print("\n".join(pipeline.doctor()))
 
@@ -224,7 +225,7 @@ def doctor() -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from flatq.recipe import json_schema
+    from flatq.recipe.grammar import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 
@@ -244,7 +245,7 @@ def parse_size(text: str) -> int:
 
 def summary(file: Path) -> str:
     """A recipe in one line, or the first thing that is wrong with it."""
-    from flatq.recipe import Recipe
+    from flatq.recipe.grammar import Recipe
 
     try:
         recipe = Recipe.load(file)
@@ -262,7 +263,7 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: an entry is not ``KEY=VALUE``, or a key comes twice.
     """
-    from flatq.strict_yaml import Unreadable, read
+    from flatq.recipe.reader import Unreadable, read
 
     options: dict[str, Any] = {}
     for entry in given:

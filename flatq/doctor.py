@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from flatq.export import GROUP
-from flatq.report import Environment, size, version_of
+from flatq.export.protocols import GROUP
+from flatq.report.render import Environment, size, version_of
 
 SCARCE = 4_000_000_000  # bytes; a quickstart run takes about 3 GB of memory and less of disk
 

@@ -120,8 +120,8 @@ class Backend(backend_registration._DummyBackendModule):  # type: ignore[misc]
 
 def main(*pairs: str) -> None:
     """Runs, in a process of its own: a device's name is for the whole process."""
-    from flatq import pipeline
-    from flatq.recipe import Recipe
+    from flatq.pipeline import run as pipeline
+    from flatq.recipe.grammar import Recipe
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, Backend())
     functional.scaled_dot_product_attention = attention

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from flatq.artifact import Artifact, finish, save_shard
-from flatq.decoder import LINEARS, DecoderConfig, LayerDims, Rope
-from flatq.feed import Sweep
-from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
-from flatq.weights import HALVES, half_names, tensor_shapes
+from flatq.calibration.states import Sweep
+from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
+from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
+from flatq.model.weights import HALVES, half_names, tensor_shapes
 
 EXACT = Sweep(precision="float32")  # no bfloat16 operands
 
@@ -46,7 +46,7 @@ def tiny_config(
 
 
 class RandomWeights:
-    """Weights in memory; satisfies ``flatq.weights.Weights``."""
+    """Weights in memory; satisfies ``flatq.model.weights.Weights``."""
 
     def __init__(self, config: DecoderConfig, seed: int = 0) -> None:
         self.config = config

@@ -10,8 +10,8 @@ import torch
 
 from flatq.artifact import INDEX, MANIFEST, Artifact, save_shard, write_atomically, write_json
 from flatq.errors import ArtifactError
-from flatq.quantize.grid import Grid, QuantizedWeight
-from flatq.weights import dense, load_decoder
+from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.weights import dense, load_decoder
 from tests.models import RandomWeights, tiny_artifact, tiny_config
 
 GRID = Grid(4, 16)

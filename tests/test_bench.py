@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from flatq.bench import BenchResult, Load, OpenRunner, Spread, bench, bench_side_by_side, serve
 from flatq.errors import ExportError, RecipeError
-from flatq.memory import device_memory_bytes, peak_rss_bytes, rss_bytes
+from flatq.export.bench import BenchResult, Load, OpenRunner, Spread, bench, bench_side_by_side, serve
+from flatq.machine.memory import device_memory_bytes, peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
-    from flatq.export import FloatArray, IntArray
+    from flatq.export.protocols import FloatArray, IntArray
 
 LOAD = Load(prompt=16, new_tokens=6, batch=2, vocab=50)
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from pydantic import create_model
 from typer.testing import CliRunner, Result
 
-from flatq import pipeline
 from flatq.artifact import Artifact
-from flatq.dims import LayerDims
+from flatq.calibration.perplexity import perplexity
+from flatq.calibration.walk import walk
 from flatq.errors import ArtifactError
-from flatq.evaluate import perplexity
-from flatq.recipe import Recipe
-from flatq.specs import CalibrationSpec, EvaluationSpec, FlatSpec
-from flatq.walk import walk
+from flatq.model.dims import LayerDims
+from flatq.pipeline import run as pipeline
+from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec, FlatSpec
+from flatq.recipe.grammar import Recipe
 from tests.models import EXACT, RandomWeights, tiny_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatq.artifact import Artifact
-from flatq.decoder import LINEARS
+from flatq.model.decoder import LINEARS
+from flatq.model.grid import Grid
+from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import Unit, choose, expected, free_units, spend
-from flatq.quantize.curves import bit_errors
-from flatq.quantize.grid import Grid
 from flatq.quantize.stage import objections, planned_grids, possible_grids
-from flatq.specs import GptqSpec
+from flatq.recipe.blocks import GptqSpec
 from tests.conftest import FLAT, MakeRecipe, flatq
 from tests.models import EXACT, RandomWeights, tiny_config
 

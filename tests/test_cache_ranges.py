@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from flatq.artifact import RANGES, Artifact
-from flatq.cache_ranges import cache_ranges
-from flatq.decoder import DecoderConfig, GrowingCache
+from flatq.calibration.cache_ranges import cache_ranges
 from flatq.errors import NumericsError
-from flatq.report import read_report
-from flatq.weights import load_decoder
+from flatq.model.decoder import DecoderConfig, GrowingCache
+from flatq.model.weights import load_decoder
+from flatq.report.render import read_report
 from flatq_onnx.options import too_old_for_int8
 from tests.conftest import GPTQ, MakeRecipe, digests, flatq
 from tests.models import RandomWeights, tiny_config

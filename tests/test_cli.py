@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import flatq
 from flatq.cli import app, parse_options, summary
 from flatq.errors import RecipeError
-from flatq.recipe import Recipe, json_schema
+from flatq.recipe.grammar import Recipe, json_schema
 
 VERBS = ["run", "check", "plan", "export", "bench", "eval", "generate", "ls", "doctor", "schema"]
 GOOD = "version: 1\nmodel: a/b\nstages: [{flat: {keep_ratio: 0.7}}, {gptq: {}}]\nexports: [{onnx: {name: mine}}]\n"

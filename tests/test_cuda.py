@@ -13,14 +13,14 @@ import torch
 import yaml
 
 from flatq.artifact import Artifact
+from flatq.calibration.grams import Gram
 from flatq.compress.heads import output_basis
 from flatq.compress.mlp import drift_correction, eliminate, nystroem, ridge_leverage
 from flatq.doctor import _cuda
-from flatq.export import exporter_named
-from flatq.memory import device_memory_bytes
+from flatq.export.protocols import exporter_named
+from flatq.machine.memory import device_memory_bytes
+from flatq.model.grid import Grid
 from flatq.quantize.gptq import gptq
-from flatq.quantize.grid import Grid
-from flatq.statistics import Gram
 from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
 from tests.laws.test_gptq_laws import correlated_gram, random
 from tests.test_ranks import perplexity_of

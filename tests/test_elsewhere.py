@@ -12,7 +12,7 @@ import torch
 from torch.utils import backend_registration
 
 from flatq.artifact import Artifact
-from flatq.weights import dense
+from flatq.model.weights import dense
 from flatq_onnx.options import too_old_for_int8
 from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
 

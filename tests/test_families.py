@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flatq.decoder import Rope
 from flatq.errors import UnsupportedModel
-from flatq.families import FAMILIES, config_from_hf
-from flatq.weights import tensor_shapes
+from flatq.model.decoder import Rope
+from flatq.model.families import FAMILIES, config_from_hf
+from flatq.model.weights import tensor_shapes
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

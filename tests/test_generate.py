@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatq.decoder import GrowingCache
 from flatq.errors import FlatqError, NumericsError, RecipeError
-from flatq.export import FloatArray, IntArray
-from flatq.generate import DecoderRunner, Incremental, Stream, stream
-from flatq.weights import load_decoder
+from flatq.export.generate import DecoderRunner, Incremental, Stream, stream
+from flatq.export.protocols import FloatArray, IntArray
+from flatq.model.decoder import GrowingCache
+from flatq.model.weights import load_decoder
 from tests.models import RandomWeights, tiny_config
 
 

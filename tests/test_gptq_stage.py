@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from flatq.calibration.walk import Block, walk
 from flatq.errors import NumericsError
-from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
+from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.quantize.stage import READERS, GptqStage, corrected, planned_grids
-from flatq.specs import GptqSpec
-from flatq.walk import Block, walk
+from flatq.recipe.blocks import GptqSpec
 from tests.models import EXACT, RandomWeights, tiny_config
 
 TOKENS = torch.randint(0, 128, (6, 24), generator=torch.Generator().manual_seed(0))

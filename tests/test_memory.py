@@ -10,7 +10,7 @@ import pytest
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="/proc and malloc_trim are Linux's")
 
 FREED_PIECES = """
-from flatq.memory import give_back, rss_bytes
+from flatq.machine.memory import give_back, rss_bytes
 pieces = [bytearray(b"x") * (64 << 10) for _ in range(2048)]  # 128 MiB, too small for mappings of their own
 kept = pieces[::64]
 held = rss_bytes()
@@ -20,7 +20,7 @@ print(held - rss_bytes())
 """
 
 FORGOTTEN_PEAK = """
-from flatq.memory import forget_peak, peak_rss_bytes
+from flatq.machine.memory import forget_peak, peak_rss_bytes
 large = bytearray(b"x") * (128 << 20)
 peak = peak_rss_bytes()
 del large

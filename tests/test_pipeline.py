@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flatq as package
 from flatq.artifact import Artifact
-from flatq.decoder import LINEARS
-from flatq.quantize.grid import QuantizedWeight
-from flatq.report import BASELINE, read_report
-from flatq.source import open_model
-from flatq.weights import load_decoder
+from flatq.model.decoder import LINEARS
+from flatq.model.grid import QuantizedWeight
+from flatq.model.weights import load_decoder
+from flatq.report.render import BASELINE, read_report
+from flatq.sources.source import open_model
 from tests.conftest import FLAT, GPTQ, LAYERS, ONNX, MakeRecipe, digests, flatq, manifest_of
 
 BLOCKS = 2 * LAYERS
@@ -263,7 +263,7 @@ def test_a_run_whose_export_failed_goes_on_with_the_export(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flatq_onnx.saving.ir.save", full)
+        patch.setattr("flatq_onnx.writing.ir.save", full)
         shown = flatq("run", recipe, "--out", out)
     assert shown.exit_code == 3
     assert "No space left on device" in shown.stderr

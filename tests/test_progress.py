@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from flatq.progress import hidden, progress
+from flatq.machine.progress import hidden, progress
 
 
 class Terminal(io.StringIO):

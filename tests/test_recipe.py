@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from flatq.errors import RecipeError
-from flatq.explain import shown
-from flatq.recipe import FlatSpec, GptqSpec, Recipe, Spec, explain_options, json_schema
-from flatq.recipe_rules import MOST_TOKENS
-from flatq.specs import EvaluationSpec, rows_by_share
+from flatq.recipe.blocks import EvaluationSpec, rows_by_share
+from flatq.recipe.grammar import FlatSpec, GptqSpec, Recipe, Spec, explain_options, json_schema
+from flatq.recipe.messages import shown
+from flatq.recipe.rules import MOST_TOKENS
 
 WHOLE = """\
 version: 1

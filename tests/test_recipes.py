@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flatq.errors import RecipeError
-from flatq.export import exporter_named
-from flatq.recipe import Recipe
+from flatq.export.protocols import exporter_named
+from flatq.recipe.grammar import Recipe
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("**/*.y*ml"))

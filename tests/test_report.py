@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flatq.bench import BenchResult, Spread
-from flatq.decoder import LayerDims
-from flatq.report import (
+from flatq.export.bench import BenchResult, Spread
+from flatq.export.verify import Agreement, Verification
+from flatq.model.decoder import LayerDims
+from flatq.report.render import (
     Environment,
     ExportReport,
     HeadReport,
@@ -27,7 +28,6 @@ from flatq.report import (
     size,
     write_report,
 )
-from flatq.verify import Agreement, Verification
 
 DENSE = LayerDims(heads=9, kv_heads=3, d_qk=64, d_v=64, d_ff=1536)
 

@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import flatq.self_text as self_text
-from flatq.calibrate import self_tokens, token_batches
-from flatq.decoder import Decoder
-from flatq.errors import NumericsError, RecipeError
-from flatq.self_text import (
+import flatq.calibration.self_text as self_text
+from flatq.calibration.self_text import (
     FixedCache,
     Row,
     SelfText,
@@ -27,9 +24,12 @@ from flatq.self_text import (
     stop_ids,
     write_rows,
 )
-from flatq.source import Source, open_model
-from flatq.specs import CalibrationSpec, EvaluationSpec
-from flatq.weights import load_decoder
+from flatq.calibration.tokens import self_tokens, token_batches
+from flatq.errors import NumericsError, RecipeError
+from flatq.model.decoder import Decoder
+from flatq.model.weights import load_decoder
+from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
+from flatq.sources.source import Source, open_model
 from tests.conftest import MakeRecipe, flatq
 
 TEMPLATE = (

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from flatq.decoder import DecoderConfig, Rope
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
-from flatq.families import FAMILIES
-from flatq.gguf_file import halves_from_pairs, pairs_from_halves
-from flatq.source import Source, open_model
-from flatq.weights import load_decoder, tensor_shapes
+from flatq.model.decoder import DecoderConfig, Rope
+from flatq.model.families import FAMILIES
+from flatq.model.weights import load_decoder, tensor_shapes
+from flatq.sources.gguf_file import halves_from_pairs, pairs_from_halves
+from flatq.sources.source import Source, open_model
 from tests.models import RandomWeights, tiny_config
 
 LLAMA3 = Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)

@@ -10,10 +10,10 @@ import torch
 
 from flatq.artifact import Artifact
 from flatq.errors import ExportError, RecipeError
-from flatq.export import FloatArray, IntArray
-from flatq.generate import DecoderRunner
-from flatq.quantize.grid import Grid
-from flatq.verify import EXACT_SHARE, Limits, verify
+from flatq.export.generate import DecoderRunner
+from flatq.export.protocols import FloatArray, IntArray
+from flatq.export.verify import EXACT_SHARE, Limits, verify
+from flatq.model.grid import Grid
 from tests.models import RandomWeights, tiny_artifact, tiny_config
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import flatq.feed as flatq_feed
-import flatq.precision as flatq_precision
-import flatq.walk as flatq_walk
-from flatq.compress.importance import layer_importance
+import flatq.calibration.states as flatq_feed
+import flatq.calibration.walk as flatq_walk
+import flatq.machine.precision as flatq_precision
+from flatq.calibration.importance import layer_importance
+from flatq.calibration.states import Feed, Sweep
+from flatq.calibration.walk import Block, blocks_done, last_states, walk
 from flatq.errors import NumericsError
-from flatq.feed import Feed, Sweep
-from flatq.precision import forward_precision, resolved
-from flatq.quantize.grid import Grid, round_to_nearest
-from flatq.walk import Block, blocks_done, last_states, walk
-from flatq.weights import load_decoder
+from flatq.machine.precision import forward_precision, resolved
+from flatq.model.grid import Grid, round_to_nearest
+from flatq.model.weights import load_decoder
 from tests.models import EXACT, RandomWeights, tiny_config
 
 TOKENS = torch.arange(5 * 12).remainder(128).view(5, 12)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from flatq.artifact import Artifact
-from flatq.decoder import DecoderConfig
 from flatq.errors import ExportError
-from flatq.export import Exported, Runner
-from flatq.quantize.grid import Grid
-from flatq_gguf.contents import Contents
+from flatq.export.protocols import Exported, Runner
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid
 from flatq_gguf.layouts import objections
 from flatq_gguf.options import GgufOptions
+from flatq_gguf.tensors import Contents
 from flatq_gguf.tokenizer import objections as tokenizer_objections
 from flatq_gguf.writing import estimated_bytes, write_file
 
@@ -33,11 +33,11 @@ class GgufExporter:
     Options = GgufOptions
 
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions) -> list[str]:
-        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
+        """Objections to writing this model so; see ``flatq.export.protocols.Exporter.check``."""
         return objections(config, grids, options)
 
     def check_tokenizer(self, described: Mapping[str, Any], config: DecoderConfig, options: GgufOptions) -> list[str]:
-        """Objections to the tokenizer; see ``flatq.export.TokenizerCarrier``."""
+        """Objections to the tokenizer; see ``flatq.export.protocols.TokenizerCarrier``."""
         return [f"gguf: {problem}" for problem in tokenizer_objections(described, config.vocab, options.pre_tokenizer)]
 
     def bytes(
@@ -62,7 +62,7 @@ class GgufExporter:
         return write_file(artifact, out, Contents.of(artifact.config, artifact.grids, options))
 
     def providers(self) -> tuple[str, ...]:
-        """See ``flatq.export.Exporter.providers``."""
+        """See ``flatq.export.protocols.Exporter.providers``."""
         if find_spec("llama_cpp") is None:
             return ()
         from flatq_gguf.runner import available
@@ -72,7 +72,7 @@ class GgufExporter:
     def open(
         self, exported: Path, options: GgufOptions, *, provider: str = "auto", threads: int = 0, exact: bool = False
     ) -> Runner:
-        """Open what ``write`` wrote in llama.cpp; see ``flatq.export.Exporter.open``.
+        """Open what ``write`` wrote in llama.cpp; see ``flatq.export.protocols.Exporter.open``.
 
         Raises:
             ExportError: llama-cpp-python is not installed, or llama.cpp refuses the file.

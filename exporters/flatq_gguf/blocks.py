@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flatq.export import IntArray
-from flatq.quantize.grid import Grid, QuantizedWeight
+from flatq.export.protocols import IntArray
+from flatq.model.grid import Grid, QuantizedWeight
 from flatq_gguf.placement import ABSENT, Placement, taken
 
 BLOCK = 32

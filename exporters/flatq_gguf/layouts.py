@@ -19,9 +19,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flatq.decoder import LINEARS, DecoderConfig
-from flatq.families import FAMILIES
-from flatq.quantize.grid import Grid
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.families import FAMILIES
+from flatq.model.grid import Grid
 from flatq_gguf import k_quants
 from flatq_gguf.blocks import carrier
 from flatq_gguf.options import GgufOptions

@@ -7,9 +7,9 @@ from pathlib import PurePath
 from typing import Any
 
 from flatq.artifact import Artifact
-from flatq.decoder import DecoderConfig
-from flatq_gguf.contents import Contents, Planned
+from flatq.model.decoder import DecoderConfig
 from flatq_gguf.layouts import FULL_WINDOW
+from flatq_gguf.tensors import Contents, Planned
 from flatq_gguf.tokenizer import Vocabulary
 
 # ``general.file_type`` by the type of most weights: llama.cpp's LlamaFileType.

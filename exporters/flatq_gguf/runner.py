@@ -25,9 +25,9 @@ import llama_cpp
 import numpy as np
 
 from flatq.errors import ExportError
-from flatq.export import FloatArray, IntArray
+from flatq.export.protocols import FloatArray, IntArray
 from flatq_gguf.exact import is_float32, write_float32
-from flatq_gguf.importance import model_files
+from flatq_gguf.imatrix import model_files
 
 F32 = 0  # ggml_type
 ALL_LAYERS = 1 << 16
@@ -58,7 +58,7 @@ def available() -> tuple[str, ...]:
 
 
 class LlamaCppRunner:
-    """An open GGUF file; satisfies ``flatq.export.Runner``.
+    """An open GGUF file; satisfies ``flatq.export.protocols.Runner``.
 
     Args:
         root: folder that the exporter wrote.

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from flatq.artifact import Artifact
-from flatq.export import Exported
-from flatq_gguf.contents import ALIGNMENT, Contents, Planned
-from flatq_gguf.importance import importance, model_files, write_importance
+from flatq.export.protocols import Exported
+from flatq_gguf.imatrix import importance, model_files, write_importance
 from flatq_gguf.k_quants import (
     K_QUANTS,
     PROGRAM,
@@ -28,6 +27,7 @@ from flatq_gguf.k_quants import (
     tool,
 )
 from flatq_gguf.metadata import context_length, describe, dimension, file_name, most_common, tokenize
+from flatq_gguf.tensors import ALIGNMENT, Contents, Planned
 from flatq_gguf.tokenizer import Vocabulary, read_vocabulary
 
 METADATA_BYTES = 1500  # names, widths and the table's fixed part, as measured

@@ -14,14 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flatq.artifact import Artifact
-from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import ExportError
-from flatq.export import Exported, Runner
-from flatq.quantize.grid import Grid
+from flatq.export.protocols import Exported, Runner
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.grid import Grid
 from flatq_onnx.companions import TOKENIZER, write_companions
 from flatq_onnx.contract import CONTRACT, Contract
 from flatq_onnx.options import INT8_SINCE, OnnxOptions, objections
-from flatq_onnx.size import estimated_bytes
+from flatq_onnx.sizes import estimated_bytes
 
 __all__ = ["OnnxExporter", "OnnxOptions"]
 
@@ -35,7 +35,7 @@ class OnnxExporter:
     Options = OnnxOptions
 
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
-        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
+        """Objections to writing this model so; see ``flatq.export.protocols.Exporter.check``."""
         return objections(config, grids, options)
 
     def bytes(
@@ -50,7 +50,7 @@ class OnnxExporter:
         return options.model_copy(update={"precision": options.activations, "external_data_above": 0, **floats})
 
     def needs_cache_ranges(self, options: OnnxOptions) -> bool:
-        """See ``flatq.export.CacheQuantizer``."""
+        """See ``flatq.export.protocols.CacheQuantizer``."""
         return options.cache_type == "int8"
 
     def write(self, artifact: Artifact, out: Path, options: OnnxOptions) -> Exported:
@@ -63,7 +63,7 @@ class OnnxExporter:
         if problems:
             raise ExportError("\n".join(problems))
         _need_packages()
-        from flatq_onnx.saving import save_model
+        from flatq_onnx.writing import save_model
 
         files = [Contract.of(artifact, options).save(out), *write_companions(artifact, out, options)]
         files += save_model(artifact, out, options, metadata_of(artifact))
@@ -75,7 +75,7 @@ class OnnxExporter:
     ) -> Runner:
         """Open what ``write`` wrote, or a decoder graph of someone else's, in onnxruntime.
 
-        See ``flatq.export.Exporter.open``.
+        See ``flatq.export.protocols.Exporter.open``.
         """
         _need_packages()
         from flatq_onnx.foreign import contract_of
@@ -85,7 +85,7 @@ class OnnxExporter:
         return OnnxRunner(exported, provider=provider, threads=threads, exact=exact, contract=contract)
 
     def providers(self) -> tuple[str, ...]:
-        """See ``flatq.export.Exporter.providers``."""
+        """See ``flatq.export.protocols.Exporter.providers``."""
         if find_spec("onnxruntime") is None:
             return ()
         from flatq_onnx.session import available

@@ -33,10 +33,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flatq.decoder import DecoderConfig, LayerDims
+from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq_onnx.builder import INT8, INT32, INT64, MICROSOFT, Builder, Dims, ints
-from flatq_onnx.matmul import TOKENS, Linears, Part
-from flatq_onnx.placement import Placement, length, place, span
+from flatq_onnx.linears import TOKENS, Linears, Part
+from flatq_onnx.positions import Placement, length, place, span
 
 
 class Attention(Protocol):

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from flatq.errors import ExportError
-from flatq.export import FloatArray, IntArray
+from flatq.export.protocols import FloatArray, IntArray
 from flatq_onnx.contract import Contract
 
 STEP = 64  # positions by which room grows at least

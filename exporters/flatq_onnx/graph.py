@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from flatq.decoder import DecoderConfig
-from flatq.quantize.grid import Grid
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid
 from flatq_onnx.attention import Attention, Grouped, Reduced, ReducedByToken
 from flatq_onnx.builder import FLOAT, FLOAT16, INT64, MICROSOFT, Builder, Dims, ints
-from flatq_onnx.matmul import TOKENS, Linears, Part, Read
+from flatq_onnx.int8_cache import QuantizedGrouped
+from flatq_onnx.linears import TOKENS, Linears, Part, Read
 from flatq_onnx.options import OnnxOptions
-from flatq_onnx.quantized_cache import QuantizedGrouped
 
 
 def draw(

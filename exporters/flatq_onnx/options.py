@@ -13,9 +13,9 @@ from typing import Any, Literal
 from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flatq.decoder import DecoderConfig
-from flatq.quantize.grid import Grid
-from flatq_onnx.blocks import LEAST_BLOCK, block_of
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid
+from flatq_onnx.tensors import LEAST_BLOCK, block_of
 
 CUDA_ROWS = 64
 INT8_SINCE = Version("1.28")

@@ -23,7 +23,7 @@ import onnx
 import onnxruntime as ort
 
 from flatq.errors import ExportError
-from flatq_onnx.saving import convert
+from flatq_onnx.writing import convert
 
 logger = logging.getLogger(__name__)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

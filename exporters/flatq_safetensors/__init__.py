@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from flatq.artifact import Artifact
-from flatq.decoder import DecoderConfig
 from flatq.errors import ExportError
-from flatq.export import Exported
-from flatq.quantize.grid import Grid
-from flatq_safetensors.layout import Layout
+from flatq.export.protocols import Exported
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid
 from flatq_safetensors.options import SafetensorsOptions, objections
+from flatq_safetensors.tensors import Layout
 
 if TYPE_CHECKING:
     from flatq_safetensors.runner import TransformersRunner
@@ -33,7 +33,7 @@ class SafetensorsExporter:
     Options = SafetensorsOptions
 
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
-        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
+        """Objections to writing this model so; see ``flatq.export.protocols.Exporter.check``."""
         return objections(config, grids, options)
 
     def bytes(
@@ -61,7 +61,7 @@ class SafetensorsExporter:
         return write_folder(artifact, out, options)
 
     def providers(self) -> tuple[str, ...]:
-        """See ``flatq.export.Exporter.providers``."""
+        """See ``flatq.export.protocols.Exporter.providers``."""
         import torch
 
         return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -75,7 +75,7 @@ class SafetensorsExporter:
         threads: int = 0,
         exact: bool = False,
     ) -> TransformersRunner:
-        """Open what ``write`` wrote in transformers; see ``flatq.export.Exporter.open``.
+        """Open what ``write`` wrote in transformers; see ``flatq.export.protocols.Exporter.open``.
 
         It computes in float32, so ``exact`` changes nothing.
         """

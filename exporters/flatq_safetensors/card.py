@@ -10,9 +10,9 @@ import jinja2
 
 from flatq import __version__
 from flatq.artifact import Artifact
-from flatq.quantize.grid import Grid
+from flatq.model.grid import Grid
 from flatq_safetensors.configs import Versions
-from flatq_safetensors.layout import Layout
+from flatq_safetensors.tensors import Layout
 
 CARD = """\
 ---

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatq import __version__
-from flatq.decoder import LINEARS, DecoderConfig, Rope
 from flatq.errors import FlatqError
-from flatq.families import FAMILIES, config_from_hf
-from flatq.quantize.grid import Grid
+from flatq.model.decoder import LINEARS, DecoderConfig, Rope
+from flatq.model.families import FAMILIES, config_from_hf
+from flatq.model.grid import Grid
 
 NAMES = FAMILIES["llama"].names
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from flatq.decoder import DecoderConfig
-from flatq.quantize.grid import Grid, QuantizedWeight
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid, QuantizedWeight
 
 ENDS = ("embed", "head")
 LEAST = 8  # below, scales take more room than is gained, and no reader is known to accept it

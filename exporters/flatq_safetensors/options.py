@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flatq.decoder import DecoderConfig
-from flatq.quantize.grid import Grid
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid
 from flatq_safetensors.configs import Versions, family_settings
 from flatq_safetensors.grouping import ENDS, LEAST, written_ends, written_grids
 from flatq_safetensors.padding import padded_config

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from flatq.errors import ExportError
-from flatq.quantize.grid import Grid, QuantizedWeight
+from flatq.model.grid import Grid, QuantizedWeight
 
 WORD = 32
 

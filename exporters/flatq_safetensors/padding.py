@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flatq.decoder import DecoderConfig, LayerDims
-from flatq.quantize.grid import QuantizedWeight
+from flatq.model.decoder import DecoderConfig, LayerDims
+from flatq.model.grid import QuantizedWeight
 
 
 def padded_config(config: DecoderConfig) -> DecoderConfig:

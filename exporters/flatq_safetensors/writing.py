@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flatq.artifact import INDEX, MANIFEST, Artifact, save_shard, write_atomically, write_json
 from flatq.errors import ExportError
-from flatq.export import Exported
+from flatq.export.protocols import Exported
 from flatq_safetensors.card import model_card
 from flatq_safetensors.configs import (
     Versions,
@@ -27,11 +27,11 @@ from flatq_safetensors.configs import (
     hub_settings,
 )
 from flatq_safetensors.grouping import ENDS
-from flatq_safetensors.layout import Layout
 from flatq_safetensors.options import SafetensorsOptions
+from flatq_safetensors.tensors import Layout
 
 SINGLE = "model.safetensors"
-CODE = ("modeling_flatq", "decoder", "dims")
+CODE = {"modeling_flatq": "flatq.hf", "decoder": "flatq.model", "dims": "flatq.model"}  # what travels, and from where
 ROUNDING_KL = {torch.float16: 2e-3, torch.bfloat16: 0.02}  # nats; bfloat16 keeps 8 bits of a number
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -59,11 +59,11 @@ def write_folder(artifact: Artifact, out: Path, options: SafetensorsOptions) -> 
 
 def travelling_source(name: str) -> str:
     """Source of one of flatq's own modules, its imports turned to the files beside it."""
-    spec = importlib.util.find_spec(f"flatq.{name}")
+    module = f"{CODE[name]}.{name}"
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ExportError(f"flatq/{name}.py is not there to be copied; reinstall flatq from a wheel or a checkout")
-    source = re.sub(r"^from flatq\.", "from .", Path(spec.origin).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return source
+        raise ExportError(f"{module} is not there to be copied; reinstall flatq from a wheel or a checkout")
+    return re.sub(r"^from flatq\.\w+\.", "from .", Path(spec.origin).read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def _write(path: Path, text: str) -> Path:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flatq.compress.budget import Budget
-from flatq.dims import LayerDims
+from flatq.model.dims import LayerDims
 
 
 @dataclass(frozen=True, slots=True)

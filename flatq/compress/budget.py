@@ -16,12 +16,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from flatq import footprint
-from flatq.decoder import DecoderConfig
-from flatq.dims import LayerDims
 from flatq.errors import RecipeError
+from flatq.model import footprint
+from flatq.model.decoder import DecoderConfig
+from flatq.model.dims import LayerDims
 from flatq.quantize.stage import planned_grids
-from flatq.specs import FlatSpec, GptqSpec, bytes_of
+from flatq.recipe.blocks import FlatSpec, GptqSpec, bytes_of
 
 Price = Callable[[int, LayerDims], float]  # (layer number, its widths) -> cost; widths may be 0
 

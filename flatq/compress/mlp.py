@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatq.spd import inverse, ridged_factor, solved
+from flatq.linalg import inverse, ridged_factor, solved
 
 STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions.md)
 ROWS = 256  # of a large matrix that are copied together

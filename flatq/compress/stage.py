@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from flatq.calibration.sensitivity import Sensitivity, weighted
+from flatq.calibration.walk import Block
 from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, spend, summed, uniform, widths
 from flatq.compress.budget import budget_of, together
 from flatq.compress.heads import (
@@ -26,11 +28,9 @@ from flatq.compress.mlp import (
     ridge_leverage,
     shrunk,
 )
-from flatq.compress.sensitivity import Sensitivity, weighted
-from flatq.decoder import DecoderConfig, LayerDims
-from flatq.specs import FlatSpec, GptqSpec
-from flatq.walk import Block
-from flatq.weights import HALVES
+from flatq.model.decoder import DecoderConfig, LayerDims
+from flatq.model.weights import HALVES
+from flatq.recipe.blocks import FlatSpec, GptqSpec
 
 
 @dataclass(frozen=True, slots=True)

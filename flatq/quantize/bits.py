@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from flatq.decoder import LINEARS, DecoderConfig
-from flatq.specs import GptqSpec, OverrideSpec
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.recipe.blocks import GptqSpec, OverrideSpec
 
 UNITS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 

@@ -27,11 +27,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from flatq.calibration.grams import finite
 from flatq.errors import NumericsError
-from flatq.quantize.grid import Grid, QuantizedWeight
+from flatq.linalg import has_factor_, submatrix
+from flatq.model.grid import Grid, QuantizedWeight
 from flatq.quantize.refine import refine
-from flatq.spd import has_factor_, submatrix
-from flatq.statistics import finite
 
 WEIGHTS_AT_ONCE = 1 << 24  # weights in the working set of a solve: 64 MiB each of rest, scales, zeros, codes
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn when the solve breaks down

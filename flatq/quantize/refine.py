@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flatq.quantize.grid import Grid, as_half
+from flatq.model.grid import Grid, as_half
 
 
 @torch.inference_mode()

@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from flatq.calibration.grams import Gram, finite
+from flatq.calibration.walk import Block
 from flatq.compress.mlp import drift_correction
-from flatq.decoder import LINEARS, DecoderConfig
 from flatq.errors import NumericsError
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
+from flatq.model.weights import Weights, dense
 from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, stems_of, unmatched
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE, GptqResult, gptq
-from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
-from flatq.specs import GptqSpec
-from flatq.statistics import Gram, finite
-from flatq.walk import Block
-from flatq.weights import Weights, dense
+from flatq.recipe.blocks import GptqSpec
 
 # Linears that read the same activation are solved together, on one factor of one Gram.
 READERS = {

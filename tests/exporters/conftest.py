@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from flatq.artifact import Artifact
-from flatq.decoder import DecoderConfig
-from flatq.weights import load_decoder
+from flatq.model.decoder import DecoderConfig
+from flatq.model.weights import load_decoder
 from tests.models import tiny_artifact
 
 MakeArtifact = Callable[..., Artifact]

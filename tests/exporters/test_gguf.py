@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from flatq.artifact import ENERGIES, Artifact, save_shard
-from flatq.decoder import LINEARS, DecoderConfig, Rope
 from flatq.errors import ArtifactError, ExportError
-from flatq.export import Exported, exporter_named
-from flatq.gguf_file import GgufFile
-from flatq.quantize.grid import Grid
-from flatq.weights import dense
+from flatq.export.protocols import Exported, exporter_named
+from flatq.model.decoder import LINEARS, DecoderConfig, Rope
+from flatq.model.grid import Grid
+from flatq.model.weights import dense
+from flatq.sources.gguf_file import GgufFile
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_gguf.writing import PIECE_BYTES
 from tests.conftest import MakeRecipe, flatq

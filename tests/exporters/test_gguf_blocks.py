@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatq.quantize.grid import Grid, round_to_nearest
+from flatq.model.grid import Grid, round_to_nearest
 from flatq_gguf.blocks import carried, carrier, fits
 from flatq_gguf.placement import Placement
 from tests.models import tiny_config

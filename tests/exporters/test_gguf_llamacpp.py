@@ -16,12 +16,12 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 
 from flatq.artifact import ENERGIES, Artifact, save_shard
-from flatq.decoder import DecoderConfig, Rope
 from flatq.errors import ExportError
-from flatq.export import FloatArray
-from flatq.quantize.grid import Grid
-from flatq.verify import APPROXIMATE, verify
-from flatq.weights import dense
+from flatq.export.protocols import FloatArray
+from flatq.export.verify import APPROXIMATE, verify
+from flatq.model.decoder import DecoderConfig, Rope
+from flatq.model.grid import Grid
+from flatq.model.weights import dense
 from flatq_gguf import GgufExporter
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
 from tests.exporters.test_gguf import export, with_energies

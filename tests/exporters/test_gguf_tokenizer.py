@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from flatq.errors import ExportError, RecipeError, UnsupportedModel
-from flatq.gguf_file import GgufFile
-from flatq.gguf_tokenizer import WHOLE_WORDS
-from flatq.source import open_model
+from flatq.sources.gguf_file import GgufFile
+from flatq.sources.gguf_tokenizer import WHOLE_WORDS
+from flatq.sources.source import open_model
 from flatq_gguf.pre_tokenizers import CHECK_TEXT, by_vocabulary, name_of
 from tests.conftest import MakeRecipe, flatq
 from tests.exporters.conftest import MakeArtifact

@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from flatq.artifact import RANGES, Artifact, save_shard
-from flatq.cache_ranges import cache_ranges
-from flatq.decoder import DecoderConfig, GrowingCache, Rope
+from flatq.calibration.cache_ranges import cache_ranges
 from flatq.errors import ArtifactError, ExportError
-from flatq.export import Exported, exporter_named
-from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
-from flatq.weights import load_decoder
+from flatq.export.protocols import Exported, exporter_named
+from flatq.model.decoder import DecoderConfig, GrowingCache, Rope
+from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
+from flatq.model.weights import load_decoder
 from flatq_onnx import OnnxExporter, OnnxOptions
-from flatq_onnx.blocks import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 from flatq_onnx.cache import Cache, empty_cache
+from flatq_onnx.int8_cache import HEADROOM, LARGEST
 from flatq_onnx.options import too_old_for_int8
-from flatq_onnx.quantized_cache import HEADROOM, LARGEST
 from flatq_onnx.runner import OnnxRunner
 from flatq_onnx.session import CUDA, Session, _elsewhere
+from flatq_onnx.tensors import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
 from tests.models import tiny_config
 

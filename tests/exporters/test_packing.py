@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flatq.errors import ExportError
-from flatq.quantize.grid import Grid, QuantizedWeight, round_to_nearest
-from flatq.specs import GroupSize
+from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
+from flatq.recipe.blocks import GroupSize
 from flatq_safetensors.packing import (
     GptqLinear,
     dequantize_gptq,

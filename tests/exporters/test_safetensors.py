@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flatq.artifact import INDEX, Artifact, write_json
-from flatq.decoder import LINEARS, DecoderConfig, Rope
 from flatq.errors import ExportError
-from flatq.export import exporter_named
-from flatq.quantize.grid import Grid
-from flatq.weights import load_decoder
+from flatq.export.protocols import exporter_named
+from flatq.model.decoder import LINEARS, DecoderConfig, Rope
+from flatq.model.grid import Grid
+from flatq.model.weights import load_decoder
 from flatq_safetensors import SafetensorsExporter, SafetensorsOptions
 from tests.models import tiny_artifact, tiny_config
 
@@ -195,7 +195,7 @@ def test_the_folder_loads_by_its_own_code_where_flatq_is_not_installed(tmp_path:
 def test_the_auto_class_loads_the_folder_once_flatq_is_imported(tmp_path: Path) -> None:
     artifact = tiny_artifact(tmp_path / "a", own_widths(), grid=FOUR)
     model = AutoModelForCausalLM.from_pretrained(export(artifact, tmp_path / "out"))
-    assert type(model).__module__ == "flatq.modeling_flatq"
+    assert type(model).__module__ == "flatq.hf.modeling_flatq"
 
 
 @pytest.mark.parametrize("tied_head", [True, False])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import flatq.build as flatq_build
+import flatq.pipeline.build as flatq_build
 from tests.conftest import FLAT, GPTQ, ONNX, MakeRecipe, digests, flatq
 
 resource = pytest.importorskip("resource", reason="file size limits are POSIX")
@@ -58,7 +58,7 @@ def test_a_recipe_that_cannot_be_used(stage: dict[str, Any], words: str, make_re
 def test_a_group_that_fits_no_layer_is_refused_before_any_weight_is_read(
     make_recipe: MakeRecipe, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flatq.pipeline.token_batches", None)
+    monkeypatch.setattr("flatq.pipeline.run.token_batches", None)
     assert "choose at most 64" in fault(make_recipe(stages=[FLAT, {"gptq": {"group_size": 1024}}]), out, 2)
 
 
@@ -128,7 +128,7 @@ def test_an_output_folder_below_a_file(below: str, make_recipe: MakeRecipe, out:
 def test_an_output_folder_that_cannot_be_written(
     make_recipe: MakeRecipe, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flatq.folder.os.access", lambda _, mode: mode != os.W_OK)  # root may write
+    monkeypatch.setattr("flatq.run_folder.os.access", lambda _, mode: mode != os.W_OK)  # root may write
     assert "is not writable" in fault(make_recipe(), out, 2)
 
 
@@ -203,7 +203,7 @@ def test_a_model_that_changed_while_the_run_was_broken_off(
 ) -> None:
     recipe = make_recipe(model=str(model_copy), stages=[GPTQ])
     with monkeypatch.context() as patch:
-        patch.setattr("flatq.build.finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("flatq.pipeline.build.finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert flatq("run", recipe, "--out", out).exit_code == 130
     tensors = load_file(model_copy / WEIGHTS)
     tensors[DOWN] /= 2
@@ -217,7 +217,7 @@ def test_a_model_that_changed_while_the_run_was_broken_off(
 def test_a_disk_that_will_not_do_is_noticed_before_the_work(
     make_recipe: MakeRecipe, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flatq.folder.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("flatq.run_folder.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "0.00 GB are free" in fault(make_recipe(), out, 3)
 
 

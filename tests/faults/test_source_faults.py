@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatq.errors import ArtifactError, FlatqError, NumericsError, RecipeError, UnsupportedModel
-from flatq.source import open_model
+from flatq.sources.source import open_model
 from tests.models import RandomWeights, tiny_config
 from tests.test_source import family_config, write_folder, write_gguf
 

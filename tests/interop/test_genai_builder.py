@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flatq.artifact import Artifact
-from flatq.weights import load_decoder
+from flatq.model.weights import load_decoder
 from tests.conftest import MakeRecipe, flatq
 
 pytestmark = [

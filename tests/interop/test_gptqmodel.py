@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from flatq.artifact import Artifact
-from flatq.decoder import LINEARS, DecoderConfig
-from flatq.quantize.grid import Grid
-from flatq.weights import load_decoder
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.grid import Grid
+from flatq.model.weights import load_decoder
 from flatq_safetensors import SafetensorsExporter, SafetensorsOptions
 from tests.models import tiny_artifact, tiny_config
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from flatq.artifact import Artifact
-from flatq.cache_ranges import cache_ranges
-from flatq.export import Runner
-from flatq.generate import DecoderRunner
+from flatq.calibration.cache_ranges import cache_ranges
+from flatq.export.generate import DecoderRunner
+from flatq.export.protocols import Runner
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.runner import OnnxRunner
 

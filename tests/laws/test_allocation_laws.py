@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, uniform, widths
 from flatq.compress.budget import parameter_budget
 from flatq.compress.stage import plan_ranks
-from flatq.dims import LayerDims
 from flatq.errors import RecipeError
-from flatq.recipe import FlatSpec
+from flatq.model.dims import LayerDims
+from flatq.recipe.grammar import FlatSpec
 from tests.models import tiny_config
 
 IMPORTANCE = st.lists(st.floats(1e-3, 1), min_size=1, max_size=40)

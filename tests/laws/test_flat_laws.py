@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flatq.calibration.walk import Block, walk
 from flatq.compress.heads import HeadWeights, head_basis, project_heads, spread_over_queries
 from flatq.compress.mlp import leading_channels, nystroem, output_error, ridge_leverage
 from flatq.compress.stage import FlatStage, RankPlan
-from flatq.decoder import Decoder, DecoderConfig, LayerDims
-from flatq.recipe import FlatSpec
-from flatq.walk import Block, walk
-from flatq.weights import load_decoder
+from flatq.model.decoder import Decoder, DecoderConfig, LayerDims
+from flatq.model.weights import load_decoder
+from flatq.recipe.grammar import FlatSpec
 from tests.models import EXACT, RandomWeights, tiny_config
 
 SHAPES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 12))

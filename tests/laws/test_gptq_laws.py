@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flatq.errors import NumericsError
+from flatq.model.grid import SMALLEST_SCALE, Grid, QuantizedWeight, round_to_nearest
 from flatq.quantize.gptq import DAMPING_LADDER, gptq
-from flatq.quantize.grid import SMALLEST_SCALE, Grid, QuantizedWeight, round_to_nearest
 
 BITS = [2, 3, 4, 8]
 GRIDS = st.builds(Grid, st.sampled_from(BITS), st.sampled_from([-1, 4, 16]), st.booleans())

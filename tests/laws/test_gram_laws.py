@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flatq.statistics import PANEL, Angle, Gram
+from flatq.calibration.grams import PANEL, Angle, Gram
 
 
 def samples(tokens: int, width: int) -> Tensor:

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flatq.calibration.sensitivity import LONGEST, output_sensitivity, unsure, weighted
 from flatq.compress.allocate import Curves, Multiples, spend
 from flatq.compress.budget import parameter_budget
-from flatq.compress.curves import error_curves
+from flatq.compress.error_curves import error_curves
 from flatq.compress.heads import head_basis, output_basis, project_heads, refit_output, spread_over_queries
 from flatq.compress.mlp import closed_up, drift_correction, eliminate, nystroem, output_error, shrunk
-from flatq.compress.sensitivity import LONGEST, output_sensitivity, unsure, weighted
-from flatq.decoder import locate
-from flatq.dims import LayerDims
-from flatq.weights import load_decoder
+from flatq.model.decoder import locate
+from flatq.model.dims import LayerDims
+from flatq.model.weights import load_decoder
 from tests.models import EXACT, RandomWeights, tiny_config
 
 

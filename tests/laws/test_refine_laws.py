@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flatq.model.grid import Grid, round_to_nearest
 from flatq.quantize.gptq import gptq
-from flatq.quantize.grid import Grid, round_to_nearest
 from flatq.quantize.refine import descend, fit_scales
 from tests.laws.test_gptq_laws import GRIDS, correlated_gram, lost, random
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatq.calibrate import tokenise
-from flatq.corpora import python_docs
-from flatq.decoder import Decoder, GrowingCache
+from flatq.calibration.corpora import python_docs
+from flatq.calibration.tokens import tokenise
 from flatq.errors import RecipeError
-from flatq.source import Source, open_model
-from flatq.weights import load_decoder
+from flatq.model.decoder import Decoder, GrowingCache
+from flatq.model.weights import load_decoder
+from flatq.sources.source import Source, open_model
 
 transformers = pytest.importorskip("transformers")
 gguf_loader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")

@@ -1,0 +1,66 @@
+"""What the calibration learnt about every input column, as llama.cpp's importance matrix.
+
+llama.cpp's quantizer weighs rounding errors with the mean square of the input that a column meets. The program
+llama-imatrix measures that by running the model over a text; flatq has it already, as the diagonals of the Grams that
+GPTQ used, measured on the narrowed model. Here they are put into the order and widths of the written tensors and into
+llama.cpp's file: two tensors per matrix, ``NAME.in_sum2`` (sums of squares) and ``NAME.counts`` (of how many tokens).
+
+Embedding and head have no entry, as with llama-imatrix at its defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flatq.artifact import Artifact
+from flatq.model.families import FAMILIES
+from flatq_gguf.k_quants import Importance
+from flatq_gguf.tensors import Contents
+
+
+def importance(artifact: Artifact, contents: Contents) -> Importance:
+    """Mean squares of the input columns as written, float32 [i], by the file's name of the matrix.
+
+    Raises:
+        ArtifactError: the artifact keeps no energies.
+    """
+    names = FAMILIES[contents.config.family].names
+    found = {}
+    for stem, energy in artifact.energies().items():
+        place = contents.placement(stem)
+        assert place is not None  # energies are of linears in layers only
+        found[names.to_gguf(f"{stem}.weight")] = place.inputs(energy.numpy())
+    return found
+
+
+def write_importance(path: Path, matrix: Importance, text: Mapping[str, Any]) -> None:
+    """Write llama.cpp's file.
+
+    Args:
+        matrix: from ``importance``.
+        text: what the manifest says of the calibration: ``dataset``, ``sequences``, ``seq_len``.
+    """
+    import gguf
+
+    tokens = text["sequences"] * text["seq_len"]
+    with closing(gguf.GGUFWriter(path, "imatrix")) as writer:
+        writer.add_string("general.type", "imatrix")
+        writer.add_array("imatrix.datasets", [text["dataset"]])
+        writer.add_uint32("imatrix.chunk_count", text["sequences"])
+        writer.add_uint32("imatrix.chunk_size", text["seq_len"])
+        for name, squares in sorted(matrix.items()):
+            writer.add_tensor(f"{name}.in_sum2", (squares * np.float32(tokens))[None])
+            writer.add_tensor(f"{name}.counts", np.full((1, 1), tokens, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def model_files(root: Path) -> list[Path]:
+    """The ``.gguf`` files of a folder that are a model or its parts, in order."""
+    return sorted(path for path in root.glob("*.gguf") if not path.stem.endswith("-IMATRIX"))

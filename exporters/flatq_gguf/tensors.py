@@ -1,0 +1,165 @@
+"""Which tensors the file will hold, from shapes alone, and how each is made from the artifact.
+
+The two belong together: sizes are planned from ``planned``, the file's table is written from it before any weight is
+read, and what is made must be what was planned. One tensor of the artifact is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flatq.errors import ExportError
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.families import FAMILIES
+from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.weights import Weights, dense, tensor_shapes
+from flatq.sources.gguf_file import ROPE_DIVISORS
+from flatq_gguf.blocks import BLOCK, carried, carrier, fits, stored_bytes
+from flatq_gguf.k_quants import K_QUANTS
+from flatq_gguf.layouts import Architecture, architecture
+from flatq_gguf.options import GgufOptions
+from flatq_gguf.placement import Placement
+
+TABLES = ("embed", "head")
+ALIGNMENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor before it exists.
+
+    Attributes:
+        name: in the file.
+        source: the artifact's tensor; empty for rope factors.
+        shape: [o, i] or [o].
+        kind: ggml's name of the type.
+        carries_codes: the artifact's codes are stored as they are.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    kind: str
+    carries_codes: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Size of its data."""
+        return stored_bytes(self.kind, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Everything that decides what stands in the file."""
+
+    config: DecoderConfig
+    grids: Mapping[str, Grid]
+    options: GgufOptions
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions) -> Contents:
+        """The contents of one export."""
+        return cls(config, grids, options, architecture(config, options))
+
+    def planned(self) -> Iterator[Planned]:
+        """All tensors in the order in which they are written."""
+        names = FAMILIES[self.config.family].names
+        if self.config.rope.scaling == "llama3":
+            yield Planned(ROPE_DIVISORS, "", (self.config.layers[0].d_qk // 2,), "F32")
+        for name, shape in shapes_of(self.architecture.written).items():
+            kind, carries = ("F32", False) if len(shape) == 1 else self._type(name.removesuffix(".weight"), shape)
+            yield Planned(names.to_gguf(name), name, shape, kind, carries)
+
+    def tensor(self, planned: Planned, weights: Weights) -> NDArray[np.generic]:
+        """The data that ``planned`` announced: float32, float16, or uint8 [o, bytes of a row].
+
+        Raises:
+            ExportError: the artifact's tensor has another shape than its configuration says, or a number that
+                float16 cannot hold.
+        """
+        if not planned.source:
+            return rope_divisors(self.config)
+        stored = weights.tensor(planned.source)
+        self._expect(planned.source, tuple(stored.shape))
+        stem, _, part = planned.source.rpartition(".")
+        place = self.placement(stem)
+        if planned.carries_codes and isinstance(stored, QuantizedWeight):
+            kind = carrier(stored.grid)
+            assert kind is not None
+            return carried(stored, place or Placement.whole(*planned.shape), kind)
+        values = dense(stored).numpy()
+        if place is not None:
+            values = place.vector(values) if part == "bias" else place.matrix(values)
+        return encoded(values, planned)
+
+    def _expect(self, name: str, found: tuple[int, ...]) -> None:
+        expected = shapes_of(self.config)[name]
+        if found != expected:
+            raise ExportError(
+                f"gguf: {name} has shape {list(found)}, the artifact's config.json says {list(expected)}; run again "
+                "with --fresh"
+            )
+
+    def placement(self, stem: str) -> Placement | None:
+        """Where a linear of a layer goes; None for what stays as it is."""
+        parts = stem.split(".")
+        if parts[0] != "layers" or parts[2] not in LINEARS:
+            return None
+        index = int(parts[1])
+        source, written = self.config.layers[index], self.architecture.written.layers[index]
+        return Placement.of(parts[2], source, written, self.config.d_model, paired=self.architecture.paired)
+
+    def _type(self, stem: str, shape: tuple[int, ...]) -> tuple[str, bool]:
+        """Type of a matrix, and whether its codes are carried."""
+        wanted, grid = self.options.precision, self.grids.get(stem)
+        if wanted in K_QUANTS:
+            return "F16", False
+        if wanted == "codes":
+            if grid is not None and (kind := carrier(grid)) is not None:
+                place = self.placement(stem) or Placement.whole(*shape)
+                if fits(grid, self._inputs(stem, shape), place.columns):
+                    return kind.name, True
+            wanted = self.options.otherwise
+        elif stem in TABLES and wanted not in ("f32", "f16", "bf16"):
+            wanted = "q8_0"
+        return ("F16" if wanted[0] == "q" and shape[-1] % BLOCK else wanted.upper()), False
+
+    def _inputs(self, stem: str, shape: tuple[int, ...]) -> int:
+        """Columns of a matrix in the artifact."""
+        if stem in TABLES:
+            return shape[1]
+        _, index, linear = stem.split(".")
+        return self.config.layers[int(index)].shape(linear, self.config.d_model)[1]
+
+
+@lru_cache(maxsize=4)
+def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """``flatq.model.weights.tensor_shapes``, remembered: it builds the model on no device, once per question."""
+    return tensor_shapes(config)
+
+
+def rope_divisors(config: DecoderConfig) -> NDArray[np.float32]:
+    """What llama.cpp divides the plain frequencies by, float32 [d_qk / 2]."""
+    d_qk = config.layers[0].d_qk
+    plain = replace(config.rope, scaling=None).inverse_frequencies(d_qk)
+    divisors: NDArray[np.float32] = (plain / config.rope.inverse_frequencies(d_qk)).numpy()
+    return divisors
+
+
+def encoded(values: NDArray[np.generic], planned: Planned) -> NDArray[np.generic]:
+    """Plain numbers in the planned type, rounded to nearest by gguf's own code."""
+    import gguf
+
+    if planned.kind == "F16" and not bool((np.abs(values) <= np.finfo(np.float16).max).all()):
+        raise ExportError(
+            f"gguf: {planned.source}: its largest number {np.abs(values).max():g} is beyond float16; use precision "
+            "bf16 or f32 (with codes: otherwise: f32)"
+        )
+    values = np.ascontiguousarray(values, np.float32)
+    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[planned.kind])

@@ -1,0 +1,220 @@
+"""Linear layers: MatMulNBits where the artifact has codes, MatMul where it has plain numbers.
+
+Linears that read the same input (q, k, v; gate, up) become one node when they are on one grid, or all plain: one
+larger product keeps the processor busier than several small ones. Differs from the textbook graph of a quantized
+model, DequantizeLinear in front of MatMul: onnxruntime recognises only one of its forms and otherwise decodes the
+weight on every call, eleven times slower.
+
+Axes: b batch, s new positions, n out_features, k in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.weights import dense
+from flatq_onnx.builder import FLOAT, FLOAT16, MICROSOFT, UINT8, Builder, Dims, ints
+from flatq_onnx.tensors import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
+
+Read = Callable[[str], Tensor | QuantizedWeight]
+TOKENS: tuple[int | str, ...] = ("batch", "sequence")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One linear, alone or stacked with others.
+
+    Attributes:
+        heads: if not 0, its rows are heads of equal width, each filled up with zero rows to ``rows / heads``.
+    """
+
+    stem: str
+    rows: int
+    columns: int
+    bias: bool = False
+    heads: int = 0
+
+    @classmethod
+    def of(cls, config: DecoderConfig, index: int, linear: str) -> Part:
+        """A linear of a layer as it is."""
+        rows, columns = config.layers[index].shape(linear, config.d_model)
+        return cls(f"layers.{index}.{linear}", rows, columns, config.has_bias(linear))
+
+
+class Linears:
+    """Draws linears, embedding and head.
+
+    Args:
+        grids: the linears to be drawn as MatMulNBits; the others are decoded if need be.
+        read: reads a tensor by its name.
+    """
+
+    def __init__(self, builder: Builder, grids: Mapping[str, Grid], read: Read, accuracy_level: int) -> None:
+        self.builder, self.grids, self.accuracy_level = builder, grids, accuracy_level
+        self._read = read
+        self._latest: tuple[tuple[Part, ...], Tensor | QuantizedWeight] | None = None
+        self._widened: dict[str, Any] = {}
+
+    def can_stack(self, parts: Sequence[Part]) -> bool:
+        """Whether the parts fit into one node."""
+        return len({self.grids.get(part.stem) for part in parts}) == 1 and len({part.bias for part in parts}) == 1
+
+    def stacked(self, x: Any, parts: Sequence[Part], lead: Dims = TOKENS) -> Any:
+        """All parts in one node: [b, s, k] -> [b, s, sum of n]."""
+        parts = tuple(parts)
+        first, rows = parts[0], sum(part.rows for part in parts)
+        name = "_".join([first.stem, *(part.stem.rpartition(".")[2] for part in parts[1:])])
+        bias = self._bias(name, parts, rows) if first.bias else None
+        grid = self.grids.get(first.stem)
+        if grid is not None:
+            return self._n_bits(x, name, parts, Blocks.of(grid, rows, first.columns), bias, lead)
+
+        def transposed() -> NDArray[Any]:
+            return np.ascontiguousarray(dense(self._weight(parts)).numpy().T)
+
+        weight = self.builder.weight(f"{name}.weight", (first.columns, rows), transposed)
+        product = self.builder.op("MatMul", [x, weight], [*lead, rows])
+        return product if bias is None else self.builder.op("Add", [product, bias], [*lead, rows])
+
+    def project(self, x: Any, parts: Sequence[Part], lead: Dims = TOKENS) -> list[Any]:
+        """Each part's output, from one node if they can be stacked."""
+        if len(parts) == 1 or not self.can_stack(parts):
+            return [self.stacked(x, [part], lead) for part in parts]
+        return self.split(self.stacked(x, parts, lead), [part.rows for part in parts], lead)
+
+    def split(self, x: Any, sizes: Sequence[int], lead: Dims = TOKENS) -> list[Any]:
+        """Consecutive columns of ``x``."""
+        sections = self.builder.constant("split." + "_".join(map(str, sizes)), ints(*sizes))
+        return self.builder.ops("Split", [x, sections], [[*lead, size] for size in sizes], axis=-1)
+
+    def embed(self, tokens: Any, config: DecoderConfig) -> Any:
+        """Rows of the embedding, int64 [b, s] -> [b, s, m]."""
+        part = Part("embed", config.vocab, config.d_model)
+        grid = self.grids.get("embed")
+        if grid is None:
+            table = self._plain_table(part)
+            return self.builder.op("Gather", [table, tokens], [*TOKENS, part.columns], axis=0)
+        blocks = Blocks.of(grid, part.rows, part.columns, lookup=True)
+        codes, scales, *zeros = self._packed("embed", (part,), blocks)
+        filled, axis = blocks.count * blocks.block, 2
+        if zeros:  # their bytes go with a table of two axes
+            flat = blocks.codes_shape[1] * blocks.codes_shape[2]
+            shape = self.builder.constant("shape.table", ints(-1, flat))
+            codes, axis = self.builder.op("Reshape", [codes, shape], [part.rows, flat], dtype=UINT8), 1
+        else:  # the head's codes as they are: in another shape onnxruntime would keep a second copy of them
+            shape = self.builder.constant("shape.scales", ints(*blocks.scales_shape, 1))
+            scales = self.builder.op("Reshape", [scales, shape], [*blocks.scales_shape, 1])
+        rows = self.builder.op(
+            "GatherBlockQuantized",
+            [codes, tokens, scales, *zeros],
+            [*TOKENS, filled] if zeros else [*TOKENS, blocks.count, blocks.block],
+            domain=MICROSOFT,
+            bits=blocks.bits,
+            block_size=blocks.block,
+            gather_axis=0,
+            quantize_axis=axis,
+        )
+        if not zeros:
+            joined = self.builder.constant(f"shape.{filled}", ints(0, 0, filled))
+            rows = self.builder.op("Reshape", [rows, joined], [*TOKENS, filled])
+        if filled == part.columns:
+            return rows
+        limits = [self.builder.constant(f"const.{value}", ints(value)) for value in (0, part.columns, 2)]
+        return self.builder.op("Slice", [rows, *limits], [*TOKENS, part.columns])
+
+    def head(self, x: Any, config: DecoderConfig, lead: Dims) -> Any:
+        """Logits, [b, s, m] -> [b, s, vocab]; a tied head reads the embedding's own tensors."""
+        if not config.tied_head:
+            return self.stacked(x, [Part("head", config.vocab, config.d_model)], lead)
+        part = Part("embed", config.vocab, config.d_model)
+        grid = self.grids.get("embed")
+        if grid is not None:
+            blocks = Blocks.of(grid, part.rows, part.columns, lookup=True)
+            return self._n_bits(x, "embed", (part,), blocks, None, lead)
+        table = self.builder.op("Transpose", [self._plain_table(part)], [part.columns, part.rows], perm=[1, 0])
+        return self.builder.op("MatMul", [x, table], [*lead, part.rows])
+
+    def vector(self, name: str, width: int) -> Any:
+        """A norm's weight as an initializer, [width]."""
+        return self.builder.weight(name, (width,), lambda: dense(self._read(name)).numpy())
+
+    def _plain_table(self, part: Part) -> Any:
+        return self.builder.weight(
+            f"{part.stem}.weight", (part.rows, part.columns), lambda: dense(self._weight((part,))).numpy()
+        )
+
+    def _n_bits(self, x: Any, name: str, parts: tuple[Part, ...], blocks: Blocks, bias: Any, lead: Dims) -> Any:
+        codes, scales, *zeros = self._packed(name, parts, blocks)
+        inputs = [x, codes, scales, zeros[0] if zeros else None, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self.builder.op(
+            "MatMulNBits",
+            inputs,
+            [*lead, blocks.rows],
+            domain=MICROSOFT,
+            K=blocks.columns,
+            N=blocks.rows,
+            bits=blocks.bits,
+            block_size=blocks.block,
+            accuracy_level=self.accuracy_level,
+        )
+
+    def _packed(self, name: str, parts: tuple[Part, ...], blocks: Blocks) -> list[Any]:
+        """Initializers of a quantized matrix: codes, scales, and zeros unless they are in the middle."""
+
+        def made(pack: Callable[[QuantizedWeight, Blocks], NDArray[Any]]) -> Callable[[], NDArray[Any]]:
+            def make() -> NDArray[Any]:
+                weight = self._weight(parts)
+                assert isinstance(weight, QuantizedWeight)
+                return pack(weight, blocks)
+
+            return make
+
+        values = [
+            self.builder.weight(f"{name}.codes", blocks.codes_shape, made(pack_codes), UINT8),
+            self._scales(name, blocks.scales_shape, made(pack_scales)),
+        ]
+        if blocks.has_zeros:
+            values.append(self.builder.weight(f"{name}.zeros", blocks.zeros_shape, made(pack_zeros), UINT8))
+        return values
+
+    def _scales(self, name: str, shape: tuple[int, int], make: Callable[[], NDArray[Any]]) -> Any:
+        """They are float16 numbers and stored so; where the graph wants float32, onnxruntime widens them on loading."""
+        stored = self.builder.weight(f"{name}.scales", shape, make, FLOAT16)
+        if self.builder.float_type == FLOAT16:
+            return stored
+        if name not in self._widened:
+            self._widened[name] = self.builder.outside(lambda: self.builder.op("Cast", [stored], shape, to=FLOAT))
+        return self._widened[name]
+
+    def _bias(self, name: str, parts: tuple[Part, ...], rows: int) -> Any:
+        def make() -> NDArray[Any]:
+            vectors = [self._shaped(part, dense(self._read(f"{part.stem}.bias"))) for part in parts]
+            return dense(stack_rows(vectors)).numpy()
+
+        return self.builder.weight(f"{name}.bias", (rows,), make)
+
+    def _weight(self, parts: tuple[Part, ...]) -> Tensor | QuantizedWeight:
+        """The stacked matrix; the latest is kept, for its codes, scales and zeros are asked for one by one."""
+        if self._latest is None or self._latest[0] != parts:
+            matrices = []
+            for part in parts:
+                matrix = self._read(f"{part.stem}.weight")
+                matrices.append(self._shaped(part, matrix if part.stem in self.grids else dense(matrix)))
+            self._latest = parts, stack_rows(matrices)
+        return self._latest[1]
+
+    @staticmethod
+    def _shaped(part: Part, matrix: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
+        if part.heads:
+            matrix = widen_heads(matrix, part.heads, part.rows // part.heads)
+        return matrix

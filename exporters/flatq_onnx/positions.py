@@ -1,0 +1,94 @@
+"""Where new tokens stand: rotary angles and mask, drawn once and shared by all layers.
+
+The angles are computed, not looked up: no tables, and no limit to the positions. Both count the valid tokens of a
+row, so padding may stand on either side.
+
+Axes: b batch, s new positions, t positions that the mask speaks of, d d_qk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flatq.model.decoder import DecoderConfig
+from flatq_onnx.builder import BOOL, FLOAT, INT64, Builder, Dims, ints
+from flatq_onnx.linears import TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Values of the graph."""
+
+    cos: Any  # float [b, s, d / 2]
+    sin: Any
+    mask: Any  # float [b, 1, s, t], 0 or the least finite number: a row that sees nothing must not become NaN
+
+
+def place(
+    builder: Builder, config: DecoderConfig, valid: Any, slots: Any, room: str, *, scale: float = 1.0
+) -> Placement:
+    """Draw angles and mask.
+
+    Args:
+        valid: int64 [b, t], 1 for a token, 0 for padding.
+        slots: place of each new token along t, int64 [b, s].
+        room: name of the axis t.
+        scale: factor of the angles' cosines and sines.
+    """
+    axis = builder.constant("const.1", ints(1))
+    count = builder.op("CumSum", [valid, axis], ["batch", room], dtype=INT64)
+    index = builder.op("GatherElements", [count, slots], TOKENS, dtype=INT64, axis=1)
+    index = builder.op("Sub", [index, axis], TOKENS, dtype=INT64)
+    index = builder.op("Max", [index, builder.constant("const.0", ints(0))], TOKENS, dtype=INT64)
+    index = builder.op("Cast", [index], TOKENS, dtype=FLOAT, to=FLOAT)
+    index = builder.op("Unsqueeze", [index, builder.constant("const.2", ints(2))], [*TOKENS, 1], dtype=FLOAT)
+    half: Dims = [*TOKENS, config.layers[0].d_qk // 2]
+    inverse = config.rope.inverse_frequencies(config.layers[0].d_qk).numpy()
+    angles = builder.op("Mul", [index, builder.constant("rope.inverse_frequencies", inverse)], half, dtype=FLOAT)
+    waves = [builder.op(kind, [angles], half, dtype=FLOAT) for kind in ("Cos", "Sin")]
+    if scale != 1:
+        factor = builder.constant("rope.scale", np.array(scale, np.float32))
+        waves = [builder.op("Mul", [wave, factor], half, dtype=FLOAT) for wave in waves]
+    if builder.float_type != FLOAT:
+        waves = [builder.op("Cast", [wave], half, to=builder.float_type) for wave in waves]
+    cos, sin = waves
+    return Placement(cos, sin, _mask(builder, config, valid, slots, room))
+
+
+def _mask(builder: Builder, config: DecoderConfig, valid: Any, slots: Any, room: str) -> Any:
+    """A token sees valid places up to its own, and always itself, so that a padded row stays finite."""
+    one, two = builder.constant("const.1", ints(1)), builder.constant("const.2", ints(2))
+    query = builder.op("Unsqueeze", [slots, two], [*TOKENS, 1], dtype=INT64)
+    end = builder.op("Squeeze", [length(builder, valid, 1), builder.constant("const.0", ints(0))], [], dtype=INT64)
+    key = span(builder, end, room)
+    full: Dims = [*TOKENS, room]
+    seen = builder.op("LessOrEqual", [key, query], full, dtype=BOOL)
+    if config.sliding_window is not None:
+        window = builder.constant("sliding_window", ints(config.sliding_window))
+        oldest = builder.op("Sub", [query, window], [*TOKENS, 1], dtype=INT64)
+        near = builder.op("Greater", [key, oldest], full, dtype=BOOL)
+        seen = builder.op("And", [seen, near], full, dtype=BOOL)
+    real = builder.op("Cast", [valid], ["batch", room], dtype=BOOL, to=BOOL)
+    real = builder.op("Unsqueeze", [real, one], ["batch", 1, room], dtype=BOOL)
+    seen = builder.op("And", [seen, real], full, dtype=BOOL)
+    itself = builder.op("Equal", [key, query], full, dtype=BOOL)
+    seen = builder.op("Or", [seen, itself], full, dtype=BOOL)
+    number = builder.float_type.numpy()
+    look = builder.constant("mask.seen", np.array(0, number))
+    blocked = builder.constant("mask.blocked", np.array(np.finfo(number).min, number))
+    mask = builder.op("Where", [seen, look, blocked], full)
+    return builder.op("Unsqueeze", [mask, one], ["batch", 1, "sequence", room])
+
+
+def length(builder: Builder, value: Any, axis: int) -> Any:
+    """Size of an axis, int64 [1]."""
+    return builder.op("Shape", [value], [1], dtype=INT64, start=axis, end=axis + 1)
+
+
+def span(builder: Builder, end: Any, axis: str, start: Any = None) -> Any:
+    """``start`` (0) up to ``end``, int64 [end - start]."""
+    zero, one = (builder.constant(f"scalar.{value}", np.array(value, np.int64)) for value in (0, 1))
+    return builder.op("Range", [zero if start is None else start, end, one], [axis], dtype=INT64)

@@ -1,0 +1,64 @@
+"""Size of an export from shapes alone, so that a plan can name it before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.grid import Grid
+from flatq_onnx.options import OnnxOptions
+from flatq_onnx.tensors import Blocks
+
+LAYER_GRAPH_BYTES = {False: 5300, True: 25_000}  # nodes, names, shapes of a layer, as measured; True: in an .ort file
+BRANCH_GRAPH_BYTES = 2200  # what the two branches of a layer with an int8 cache have more
+ENDS_GRAPH_BYTES = 8000
+
+
+def estimated_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
+    """Bytes of all files that an export with these options has."""
+    used = grids if options.precision == "int4" else {}
+    layers = sum(_layer_bytes(config, index, used, options) for index in range(len(config.layers)))
+    return layers + _ends_bytes(config, used, options) + ENDS_GRAPH_BYTES
+
+
+def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
+    dims, number, scale = config.layers[index], _number_bytes(options), _scale_bytes(options)
+    total = LAYER_GRAPH_BYTES[options.target == "mobile"] + 2 * config.d_model * number
+    total += 2 * dims.d_qk * number if config.qk_norm else 0
+    if options.cache_type == "int8":
+        total += BRANCH_GRAPH_BYTES + 2 * dims.kv_heads * dims.d_qk * 4
+    for linear in LINEARS:
+        rows, columns = dims.shape(linear, config.d_model)
+        if linear == "v" and options.attention == "gqa":
+            rows = dims.kv_heads * dims.d_qk
+        total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"), number, scale)
+        total += rows * number if config.has_bias(linear) else 0
+    return total
+
+
+def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
+    """Embedding, head, final norm and rotary tables."""
+    table, number, scale = (config.vocab, config.d_model), _number_bytes(options), _scale_bytes(options)
+    total = config.d_model * number + matrix_bytes(*table, grids.get("embed"), number, scale, lookup=True)
+    if not config.tied_head:
+        total += matrix_bytes(*table, grids.get("head"), number, scale)
+    if options.fused_rope:
+        total += (options.context_length or config.max_positions) * config.layers[0].d_qk * number
+    return total
+
+
+def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, scale: int, *, lookup: bool = False) -> int:
+    """Bytes of one matrix in the file; a plain weight has ``number`` bytes, a scale ``scale``."""
+    if grid is None:
+        return prod((rows, columns, number))
+    return Blocks.of(grid, rows, columns, lookup=lookup).nbytes(scale)
+
+
+def _scale_bytes(options: OnnxOptions) -> int:
+    """An .ort file is written after loading, which widens them."""
+    return _number_bytes(options) if options.target == "mobile" else 2
+
+
+def _number_bytes(options: OnnxOptions) -> int:
+    return 2 if options.activations == "fp16" else 4

@@ -1,0 +1,150 @@
+"""Which tensors a folder will hold, from shapes alone, and how each is made from the artifact.
+
+The two belong together: sizes and shards are planned from ``planned``, the file is written from ``made``, and what
+was made must be what was planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from flatq.errors import ExportError
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.weights import dense, tensor_shapes
+from flatq_safetensors.configs import NAMES, family_settings
+from flatq_safetensors.grouping import ENDS, split_groups
+from flatq_safetensors.options import SafetensorsOptions
+from flatq_safetensors.packing import pack_compressed, pack_gptq, words
+from flatq_safetensors.padding import pad_dense, pad_quantized, padded_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor before it exists."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Everything that decides what a folder looks like.
+
+    Attributes:
+        source: the artifact's widths.
+        config: the widths as written, after padding.
+        grids: by stem, what stays quantized, in groups that divide a row; -1 is one group per row.
+        dtype: of the tensors that are not quantized, and of the decoded ones.
+    """
+
+    source: DecoderConfig
+    config: DecoderConfig
+    grids: Mapping[str, Grid]
+    options: SafetensorsOptions
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions, stored: torch.dtype
+    ) -> Layout:
+        """The layout of one export; ``stored`` is the artifact's own dtype."""
+        written = padded_config(config) if options.pad_values else config
+        kept = options.written_grids(config, grids) if options.keeps_codes else {}
+        wanted = options.dtype if options.keeps_codes else options.format
+        return cls(config, written, kept, options, stored if wanted is None else DTYPES[wanted])
+
+    @property
+    def plain(self) -> bool:
+        """Whether the folder is a plain checkpoint of the model's family."""
+        return family_settings(self.config) is not None
+
+    def names(self) -> list[str]:
+        """The artifact's tensors in the order in which they are written."""
+        return list(shapes_of(self.source))
+
+    def planned(self, name: str) -> dict[str, Planned]:
+        """What one of the artifact's tensors becomes, by name in the files."""
+        hub, stem = NAMES.to_hf(name), name.removesuffix(".weight")
+        shape = shapes_of(self.config)[name]
+        if stem not in self.grids or not name.endswith(".weight"):
+            return {hub: Planned(shape, self.dtype)}
+        (rows, columns), grid = shape, self.grids[stem]
+        groups, bits = grid.groups(columns), grid.bits
+        if self.options.gptq_version is not None:
+            parts = {
+                "qweight": Planned((words(columns, bits), rows), torch.int32),
+                "qzeros": Planned((groups, words(rows, bits)), torch.int32),
+                "scales": Planned((groups, rows), torch.float16),
+                "g_idx": Planned((columns,), torch.int32),
+            }
+        else:
+            parts = {
+                "weight_packed": Planned((rows, words(columns, bits)), torch.int32),
+                "weight_scale": Planned((rows, groups), torch.float16),
+                "weight_shape": Planned((2,), torch.int64),
+            }
+            if not grid.symmetric:
+                parts["weight_zero_point"] = Planned((words(rows, bits), groups), torch.int32)
+        module = hub.removesuffix(".weight")
+        return {f"{module}.{part}": plan for part, plan in parts.items()}
+
+    def made(self, name: str, stored: Tensor | QuantizedWeight) -> dict[str, Tensor]:
+        """The tensors that ``planned`` announced.
+
+        Raises:
+            ExportError: a zero that format gptq (v1) cannot store; a number too large for float16; the artifact's
+                tensor has another shape than its configuration says.
+        """
+        tensors = self._packed(name, stored) if self._keeps(name, stored) else self._decoded(name, stored)
+        found = {key: Planned(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        if found != self.planned(name):
+            raise ExportError(f"{name}: the artifact gives {found}, config.json asks for {self.planned(name)}")
+        return tensors
+
+    def _keeps(self, name: str, stored: Tensor | QuantizedWeight) -> bool:
+        return isinstance(stored, QuantizedWeight) and name.removesuffix(".weight") in self.grids
+
+    def _packed(self, name: str, stored: Tensor | QuantizedWeight) -> dict[str, Tensor]:
+        assert isinstance(stored, QuantizedWeight)
+        stem = name.removesuffix(".weight")
+        weight = split_groups(stored, self.grids[stem])
+        if self.options.pad_values and stem not in ENDS:
+            _, index, linear = stem.split(".")
+            weight = pad_quantized(weight, linear, self.source.layers[int(index)])
+        if self.options.gptq_version is None:
+            parts = pack_compressed(weight)
+        else:
+            parts = pack_gptq(weight, version=self.options.gptq_version, name=stem).tensors
+        module = NAMES.to_hf(name).removesuffix(".weight")
+        return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+    def _decoded(self, name: str, stored: Tensor | QuantizedWeight) -> dict[str, Tensor]:
+        tensor = dense(stored)
+        if self.options.pad_values and name.startswith("layers."):
+            tensor = pad_dense(tensor, name, self.source.layers[int(name.split(".")[1])])
+        cast = tensor.to(self.dtype)
+        if not bool(cast.isfinite().all()):
+            raise ExportError(
+                f"{name}: its largest number {float(tensor.abs().max()):g} is beyond {self.dtype}; write bf16 or fp32"
+            )
+        return {NAMES.to_hf(name): cast.contiguous()}
+
+
+@lru_cache(maxsize=4)
+def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """``flatq.model.weights.tensor_shapes``, remembered: it builds the model on no device, once per question."""
+    return tensor_shapes(config)

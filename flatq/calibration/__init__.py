@@ -1,0 +1,1 @@
+"""Text through the model, and what is measured on the way: Grams, sensitivity, importance, perplexity."""

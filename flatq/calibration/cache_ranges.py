@@ -1,0 +1,90 @@
+"""How large keys and values become, so that a runtime can keep them in 8 bits.
+
+A cache of int8 has one scale for each channel of each head, fixed before the first token. A key's channel cannot be
+taken as it is found: the rotary embedding turns it together with its partner by an angle that grows with the position,
+so that what calibration saw at one position comes out elsewhere at another. The pair's length never changes, and is
+what neither of the two can exceed at any position; that is the range of both. Values are not turned.
+
+The model is the finished one, half a layer in memory at a time, on a part of the calibration text.
+
+Axes: n rows, s positions, m d_model, kv kv_heads, d d_qk, r d_v.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flatq.artifact import RANGES, Artifact, save_shard
+from flatq.calibration.states import embedded
+from flatq.calibration.tokens import Tokens
+from flatq.calibration.walk import REMEDY
+from flatq.errors import NumericsError
+from flatq.machine.precision import blocks_in, forward_precision
+from flatq.machine.progress import progress
+from flatq.model.decoder import DecoderLayer, locate
+from flatq.model.weights import HALVES, Weights, load_half
+
+TOKENS = 8192  # with half as many single tokens suffer, twice as many are no better (docs/decisions.md)
+ROWS = 4  # that go through a block together
+
+
+def note_cache_ranges(artifact: Artifact, tokens: Tokens, *, precision: str = "auto", device: str = "cpu") -> None:
+    """Measure on the first rows of the calibration text and keep it with the artifact."""
+    found = cache_ranges(artifact, ranged(tokens.calibration), precision=precision, device=device)
+    save_shard(artifact.root / RANGES, found)
+
+
+def ranged(calibration: Tensor) -> Tensor:
+    """The rows [n, s] that ranges are measured on, of all calibration tokens."""
+    return calibration[: max(1, TOKENS // calibration.shape[1])]
+
+
+def cache_ranges(
+    weights: Weights, tokens: Tensor, *, precision: str = "auto", device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Largest magnitudes of keys and values, wherever a token stands.
+
+    Args:
+        weights: the model that will be deployed.
+        tokens: int64 [n, s].
+        precision: of the products, see ``precision.forward_precision``.
+        device: where half a layer and a few rows are computed.
+
+    Returns:
+        ``layers.N.key`` float32 [kv, d], for both channels of a pair the length of the longest pair;
+        ``layers.N.value`` float32 [kv, r].
+
+    Raises:
+        NumericsError: a key or value is not finite.
+    """
+    config, found = weights.config, dict[str, Tensor]()
+    rows = torch.split(embedded(tokens.cpu(), weights.tensor("embed.weight")), ROWS)  # views, written in place
+    shown = progress("cache ranges", len(config.layers) * len(HALVES))
+    with shown as advance, forward_precision(precision, device), blocks_in(precision, device):
+        for index in range(len(config.layers)):
+            for half in HALVES:
+                layer = load_half(weights, index, half, device=device)
+                for row in rows:
+                    x = row.to(device)
+                    if half == "attention":
+                        for part, largest in _largest(layer, x).items():
+                            name = f"layers.{index}.{part}"
+                            found[name] = torch.maximum(found[name], largest) if name in found else largest
+                    row.copy_(layer.run(half, x, locate(config, x.shape[0], x.shape[1], device=x.device)))
+                advance()
+    for name, largest in found.items():
+        if not bool(largest.isfinite().all()):
+            raise NumericsError(f"{name}: is not finite on the calibration text; {REMEDY}")
+    return found
+
+
+def _largest(layer: DecoderLayer, x: Tensor) -> dict[str, Tensor]:
+    """Ranges of one layer's keys and values for residual streams [n, s, m]."""
+    dims, normed = layer.config.layers[layer.index], layer.attention_norm(x)
+    key = layer.k(normed).view(-1, dims.kv_heads, dims.d_qk)
+    if layer.config.qk_norm:
+        key = layer.k_norm(key)
+    pair = torch.hypot(*key.float().chunk(2, -1)).amax(0)
+    value = layer.v(normed).view(-1, dims.kv_heads, dims.d_v).float().abs().amax(0)
+    return {"key": torch.cat([pair, pair], -1).cpu(), "value": value.cpu()}

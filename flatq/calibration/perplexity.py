@@ -1,0 +1,147 @@
+"""Perplexity of anything that can be read tensor by tensor, with half a layer in memory at a time.
+
+The baseline of a large model does not fit beside its compressed self, and often not at all. So the loop is turned
+inside out: not "for each text, all layers" but "for each half layer, all texts". Memory is one half layer and the
+residual stream of all tokens (``4 * n * s * m`` bytes); each weight is read once. The same walk gives the reference
+logits that exports are verified against.
+
+Everything runs in float32 whatever the weights are stored in: dense source and quantized artifact go through the
+same arithmetic, so that their difference is the compression's and nothing else's.
+
+Left out: sliding evaluation windows with overlap (each row is scored by itself, as the papers' tables are) and
+benchmark tasks, which are lm-eval's business.
+
+Axes: n rows, s positions, m d_model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flatq.calibration.states import embedded
+from flatq.errors import NumericsError, RecipeError
+from flatq.machine import distributed
+from flatq.machine.device import exact
+from flatq.model.decoder import locate
+from flatq.model.weights import HALVES, Weights, load_half, load_head, load_last_norm
+
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32: large enough for an efficient product, small beside half a layer
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """``value = exp(nll_sum / tokens)``; ``nll_sum`` in nats over the ``tokens`` predicted positions."""
+
+    value: float
+    nll_sum: float
+    tokens: int
+
+
+@torch.inference_mode()
+def perplexity(
+    weights: Weights,
+    tokens: Tensor,
+    *,
+    device: str = "cpu",
+    batch: int = 4,
+    on_half: Callable[[], object] | None = None,
+) -> Perplexity:
+    """How well the model predicts each token from those before it in its row.
+
+    Args:
+        weights: a source or an artifact.
+        tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are scored.
+        device: where half a layer and ``batch`` rows are computed.
+        batch: rows that go through a half layer together; changes speed and memory, not the result.
+        on_half: called after each half layer, ``2 * layers`` times, for a progress bar.
+
+    Raises:
+        RecipeError: there is nothing to predict, or a token is not in the vocabulary.
+        NumericsError: a log-likelihood is not finite.
+    """
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise RecipeError(
+            f"evaluation tokens have shape {list(tokens.shape)}: at least one row of two positions is needed; "
+            "give more held-out text or a shorter seq_len"
+        )
+    mine, targets = distributed.share(len(tokens)), tokens[:, 1:]
+    total = torch.zeros((), dtype=torch.float64)
+    if mine:
+        hidden = final_hidden(weights, tokens[mine.start : mine.stop], device=device, batch=batch, on_half=on_half)
+        own = targets[mine.start : mine.stop].flatten()
+        for rows, logits in head_logits(weights, hidden[:, :-1].flatten(0, 1), device=device):
+            nll = F.cross_entropy(logits, own[rows].to(logits.device), reduction="none")
+            total += exact(nll).sum().cpu()
+    mean = distributed.all_reduce(total).item() / targets.numel()
+    if not math.isfinite(mean) or mean > math.log(torch.finfo(torch.float64).max):
+        raise NumericsError(
+            f"evaluation: the mean negative log-likelihood is {mean}, which is no perplexity; the weights are damaged "
+            "or overflow float32: check the source checkpoint with `flatq check`"
+        )
+    return Perplexity(math.exp(mean), total.item(), targets.numel())
+
+
+@torch.inference_mode()
+def final_hidden(
+    weights: Weights,
+    tokens: Tensor,
+    *,
+    device: str = "cpu",
+    batch: int = 4,
+    on_half: Callable[[], object] | None = None,
+) -> Tensor:
+    """What the head reads: normed residual stream after the last layer, int64 [n, s] -> float32 [n, s, m].
+
+    The result stays in main memory; ``device`` holds half a layer and ``batch`` rows.
+
+    Raises:
+        RecipeError: a token is not in the vocabulary.
+    """
+    config = weights.config
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab:
+        raise RecipeError(
+            f"tokens: ids run from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to "
+            f"{config.vocab - 1}; the tokenizer belongs to another model"
+        )
+    hidden = embedded(tokens.cpu(), weights.tensor("embed.weight"))
+    chunks = torch.split(hidden, batch)  # views: written in place
+    for index in range(len(config.layers)):
+        for half in HALVES:
+            layer = load_half(weights, index, half, device=device)
+            for chunk in chunks:
+                x = chunk.to(device)
+                if half == "attention":
+                    positions = locate(config, x.shape[0], x.shape[1], device=x.device)
+                    chunk.copy_(layer.attend(x, positions))
+                else:
+                    chunk.copy_(layer.transform(x))
+            if on_half is not None:
+                on_half()
+    norm = load_last_norm(weights)
+    for chunk in chunks:
+        chunk.copy_(norm(chunk))
+    return hidden
+
+
+def head_logits(weights: Weights, hidden: Tensor, *, device: str = "cpu") -> Iterator[tuple[slice, Tensor]]:
+    """Logits a few rows at a time, so that ``[rows, vocab]`` never exists at once for a large vocabulary.
+
+    Args:
+        weights: of the model.
+        hidden: float32 [rows, m], as ``final_hidden`` gives it.
+        device: where the head is computed.
+
+    Yields:
+        The slice of rows and their logits, float32 [some, vocab], on ``device``.
+    """
+    head = load_head(weights, device=device)
+    step = max(1, LOGITS_AT_ONCE // weights.config.vocab)
+    for start in range(0, hidden.shape[0], step):
+        rows = slice(start, min(start + step, hidden.shape[0]))
+        yield rows, F.linear(hidden[rows].to(device), head)

@@ -1,0 +1,197 @@
+"""How much the model's loss minds an error at each point of the residual stream.
+
+A block's output error e changes the loss, to second order, by ``e F e^T / 2`` with F the Fisher information at that
+point. Measured once on a few thousand calibration tokens, it gives errors of different layers, and of attention and
+MLP, one unit, so that one budget can be shared out between all of them.
+
+F asks what the model expects, not what the text says: at the logits it is ``diag(p) - p p^T`` of the model's own
+probabilities p. Normal noise of that covariance, sent back through the model, has F as its second moment at every
+point on the way. The gradient of the text's own log-likelihood is ruled by the few tokens that surprised the model, and
+chooses worse from as many tokens (Kunstner et al., arXiv 1905.12558; numbers in docs/decisions.md).
+
+The gradient comes from one forward and one backward sweep, block by block: the hidden states between blocks are kept in
+a memory-mapped file, and each block is differentiated alone, so memory is one block and its activations.
+
+Gradients of single tokens are heavy-tailed (the first token of a sequence carries hundreds of times the median), so
+each is shortened to three times the median length before it enters the sum.
+
+Axes: n rows, s positions, m d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flatq.calibration.states import AUTO, Feed, Sweep, batch_tokens, embedded, pieces, stored_as
+from flatq.linalg import factor_
+from flatq.machine import distributed
+from flatq.machine.precision import blocks_in, forward_precision
+from flatq.machine.progress import progress
+from flatq.model.decoder import DecoderConfig, DecoderLayer, locate
+from flatq.model.weights import HALVES, Weights, load_half, load_head, load_last_norm
+
+FILE = "sensitivity.f32"
+TOKENS, LENGTH = 2048, 256  # of the calibration tokens, in rows of
+LOGITS = 512  # tokens whose logits are in memory together (at least one row)
+LONGEST = 3.0  # of a token's gradient, in median lengths
+
+
+class Sensitivity:
+    """Fisher information of the residual stream after every block, [2 * layers, m, m], on disk; read one at a time."""
+
+    def __init__(self, config: DecoderConfig, work: Path) -> None:
+        self._feed = Feed(work / FILE, (len(HALVES) * len(config.layers), config.d_model, config.d_model))
+
+    def __len__(self) -> int:
+        return len(self._feed.states)
+
+    def __getitem__(self, block: int) -> Tensor:
+        found = self._feed.states[block].clone()
+        self._feed.forget()
+        return found
+
+    def __setitem__(self, block: int, moment: Tensor) -> None:
+        self._feed.states[block] = moment
+        self._feed.forget()
+
+
+def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Sensitivity:
+    """Fisher information of the residual stream after every block, per token.
+
+    The result lives in a memory-mapped file of ``work``; ``Sensitivity`` opens it again.
+
+    Args:
+        tokens: calibration tokens, int64 [n, s]; ``TOKENS`` of them are used.
+        work: folder for the hidden states.
+    """
+    config = weights.config
+    tokens = pieces(tokens, LENGTH, TOKENS)
+    work.mkdir(parents=True, exist_ok=True)
+    order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
+    dtype = stored_as(sweep.states, len(order) * tokens.numel(), config.d_model)
+    states = _States(weights, tokens, work / "gradients", dtype, sweep)
+    found = Sensitivity(config, work)
+    with (
+        progress("sensitivity", 2 * len(order)) as advance,
+        forward_precision(sweep.precision, sweep.device, gradients=True),
+    ):
+        for done, (index, half) in enumerate(order):
+            states.forward(done, load_half(weights, index, half, device=sweep.device), half)
+            advance()
+        gradient = states.drawn_gradient(weights)
+        for done, (index, half) in reversed(list(enumerate(order))):
+            found[done] = _second_moment(gradient, states.mine, len(tokens))
+            gradient = states.backward(done, load_half(weights, index, half, device=sweep.device), half, gradient)
+            advance()
+    states.close()
+    return found
+
+
+class _States:
+    """The states between all blocks, [2 * layers + 1, n, s, m] on disk, and the two ways through a block."""
+
+    def __init__(self, weights: Weights, tokens: Tensor, path: Path, dtype: torch.dtype, sweep: Sweep) -> None:
+        config = weights.config
+        (rows, length), points = tokens.shape, len(HALVES) * len(config.layers) + 1
+        self.feed = Feed(path, (points * rows, length, config.d_model), dtype)
+        self.states = self.feed.states.view(points, rows, length, config.d_model)
+        self.length, self.mine, self.sweep, self.device = length, distributed.share(rows), sweep, sweep.device
+        self.room = batch_tokens(config, sweep.working_set) // 2  # gradients take as much again as activations
+        self.positions = locate(config, 1, length, device=torch.device(self.device))
+        for rows_at_once in self.batches(self.room):
+            self.states[0, rows_at_once] = embedded(tokens[rows_at_once], weights.tensor("embed.weight"))
+
+    def batches(self, tokens: int) -> Iterator[slice]:
+        """Slices of this process's rows, so many tokens each (at least one row)."""
+        step = max(1, tokens // self.length)
+        for start in range(self.mine.start, self.mine.stop, step):
+            yield slice(start, min(start + step, self.mine.stop))
+            self.feed.forget()
+
+    def forward(self, done: int, layer: DecoderLayer, half: str) -> None:
+        with torch.no_grad():
+            for rows in self.batches(self.room):
+                x = self.states[done, rows].to(self.device, torch.float32)
+                self.states[done + 1, rows] = self._run(layer, half, x).cpu()
+
+    def _run(self, layer: DecoderLayer, half: str, x: Tensor) -> Tensor:
+        with blocks_in(self.sweep.precision, self.device):
+            return layer.run(half, x, self.positions)
+
+    def backward(self, done: int, layer: DecoderLayer, half: str, gradient: Tensor) -> Tensor:
+        """Gradient before the block from the one after it, for the rows of this process, [n, s, m]."""
+        for rows in self.batches(self.room):
+            mine = self._of_mine(rows)
+            x = self.states[done, rows].to(self.device, torch.float32).requires_grad_()
+            (gradient[mine],) = torch.autograd.grad(self._run(layer, half, x), x, gradient[mine])
+        return gradient
+
+    def drawn_gradient(self, weights: Weights) -> Tensor:
+        """Noise that is as wide as the model is unsure, sent back to the stream that the final norm reads."""
+        device = self.device
+        norm, head = load_last_norm(weights, device=device), load_head(weights, device=device)
+        found = torch.zeros(len(self.mine), *self.states.shape[2:], device=device)
+        for rows in self.batches(LOGITS):
+            x = self.states[-1, rows].to(device, torch.float32).requires_grad_()
+            normed = norm(x)
+            chances = F.linear(normed.detach(), head).softmax(-1)
+            pull = unsure(chances, _noise(rows, chances)) @ head
+            (found[self._of_mine(rows)],) = torch.autograd.grad(normed, x, pull)
+        return found
+
+    def _of_mine(self, rows: slice) -> slice:
+        """The same rows, counted from the first of this process."""
+        return slice(rows.start - self.mine.start, rows.stop - self.mine.start)
+
+    def close(self) -> None:
+        """Remove the states."""
+        distributed.barrier()
+        self.feed.path.unlink(missing_ok=True)
+
+
+def unsure(chances: Tensor, noise: Tensor) -> Tensor:
+    """Noise of covariance ``diag(p) - p p^T``, [..., vocab]: the Fisher information of a choice between tokens.
+
+    Args:
+        chances: p, [..., vocab]; used up.
+        noise: of covariance 1, the same shape; used up.
+    """
+    root = chances.sqrt_()
+    noise.mul_(root)
+    return noise.sub_(root.square_().mul_(noise.sum(-1, keepdim=True)))
+
+
+def _noise(rows: slice, like: Tensor) -> Tensor:
+    """Standard normal, for a row of tokens the same whatever rows it is computed with, and wherever."""
+    noise = torch.empty(like.shape)
+    for row, part in zip(range(rows.start, rows.stop), noise, strict=True):
+        part.normal_(generator=torch.Generator().manual_seed(row))
+    return noise.to(like.device)
+
+
+def _second_moment(gradient: Tensor, mine: range, rows: int) -> Tensor:
+    """Over all tokens of all processes, each gradient cut to ``LONGEST`` median lengths, [m, m]."""
+    lengths = gradient.new_zeros(rows, gradient.shape[1])
+    lengths[mine.start : mine.stop] = gradient.norm(dim=-1)
+    longest = LONGEST * distributed.all_reduce(lengths).median()
+    cut = gradient * (longest / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+    flat = cut.flatten(0, 1)
+    return distributed.all_reduce(flat.T @ flat).cpu() / lengths.numel()
+
+
+def weighted(w: Tensor, fisher: Tensor | None) -> Tensor:
+    """``R^T W`` with ``R R^T = F``, for a projection into the residual stream, [m, i].
+
+    Squared errors become changes of the loss. Any root R does, and the Cholesky factor is much cheaper than the
+    symmetric one. A millionth of the norm on the diagonal stands for the directions that no gradient took.
+    """
+    if fisher is None:
+        return w
+    root = fisher.to(w.device, torch.float64, copy=True).mT
+    root.diagonal().add_(1e-6 * float(fisher.norm()) or 1.0)
+    return factor_(root).to(w.dtype).T @ w

@@ -1,0 +1,76 @@
+"""What narrowing each layer would cost, in closed form: one walk over the dense model.
+
+The cost of a value rank is the output energy of the directions that it drops, that of an MLP width the running cost of
+channel elimination; both weighted with the loss's sensitivity at that point of the residual stream, so that the numbers
+of all layers and both halves can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flatq.calibration.sensitivity import LENGTH, Sensitivity, weighted
+from flatq.calibration.states import AUTO, Sweep, pieces
+from flatq.calibration.walk import Block, dense_blocks
+from flatq.compress.allocate import Curves
+from flatq.compress.heads import output_basis
+from flatq.compress.mlp import eliminate
+from flatq.model.weights import Weights
+
+TOKENS = 8192  # of the calibration tokens, in the sensitivity's short rows: a curve needs fewer than a solve
+MOMENTS = frozenset(("inner",))  # all that a curve is read from
+DEEPEST = 0.9  # share of a layer's channels that may go
+
+
+def error_curves(
+    weights: Weights,
+    tokens: Tensor,
+    fisher: Sensitivity | Tensor | None,
+    work: Path,
+    *,
+    ridge: float,
+    sweep: Sweep = AUTO,
+) -> list[Curves]:
+    """Cost of every rank and width of every layer.
+
+    Args:
+        tokens: calibration tokens, int64 [n, s]; ``TOKENS`` of them are used.
+        fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
+        ridge: relative to the mean diagonal of the MLP's Gram.
+    """
+    blocks = observed_blocks(weights, tokens, work, sweep=sweep)
+    found = [block_curve(block, None if fisher is None else fisher[n], ridge) for n, block in enumerate(blocks)]
+    return [Curves(value, mlp) for value, mlp in zip(found[::2], found[1::2], strict=True)]
+
+
+def observed_blocks(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Iterator[Block]:
+    """The blocks of the dense model, each observed as far as its curve needs."""
+    some = pieces(tokens, LENGTH, TOKENS)
+    for block in dense_blocks(weights, some, work, name="curves", sweep=sweep, moments=MOMENTS):
+        block.observe()
+        yield block
+
+
+def block_curve(block: Block, fisher: Tensor | None, ridge: float) -> tuple[float, ...]:
+    """Cost of every value rank, or of every MLP width, of one block; see ``error_curves``."""
+    return _value_curve(block, fisher) if block.half == "attention" else _mlp_curve(block, fisher, ridge)
+
+
+def _value_curve(block: Block, fisher: Tensor | None) -> tuple[float, ...]:
+    gram = block.observe()["inner"].mean()
+    _, carried = output_basis(gram, weighted(block.layer.o.weight, fisher), block.dims.kv_heads, block.dims.group)
+    return _from_zero(carried.sum(0).flip(0).cumsum(0))
+
+
+def _mlp_curve(block: Block, fisher: Tensor | None, ridge: float) -> tuple[float, ...]:
+    gram = block.observe()["inner"].mean()
+    least = int((1 - DEEPEST) * block.dims.d_ff)
+    return _from_zero(eliminate(weighted(block.layer.down.weight, fisher), gram, least, ridge).cost)
+
+
+def _from_zero(cost: Tensor) -> tuple[float, ...]:
+    return (0.0, *torch.cummax(cost, 0).values.tolist())

@@ -1,0 +1,1 @@
+"""The door for formats, and what is done with every export."""

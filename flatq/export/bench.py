@@ -1,0 +1,268 @@
+"""Speed and memory of an export, each model alone in a process of its own, several of them in turn.
+
+A fresh process is the only honest way to measure memory: the peak of a process that built, verified or ran something
+else before says nothing. Its peak still holds Python and the libraries that flatq imports, so the result gives the
+resident size before the model was opened as well.
+
+Machines drift: clocks throttle, neighbours wake up. Measuring all of A and then all of B charges the drift to one of
+them, so the processes stay alive and take turns, A B, then B A, and so on; medians and the whole range are reported.
+All models are in memory at the same time for that; bench them one by one where they do not fit together.
+
+The prompt is random tokens (speed does not depend on the text), new tokens are chosen greedily.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+import numpy as np
+
+from flatq.errors import ExportError, FlatqError, RecipeError
+from flatq.machine.memory import device_memory_bytes, peak_rss_bytes, rss_bytes
+
+if TYPE_CHECKING:  # a measured process must not load torch for the sake of a type
+    from flatq.export.protocols import Runner
+
+OpenRunner: TypeAlias = "Callable[[], Runner | None]"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and range over the repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Summarise at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """One runner, measured.
+
+    Attributes:
+        name: what was measured.
+        provider: what really ran the nodes.
+        threads: as asked for; 0 is the runtime's choice.
+        batch, prompt, new_tokens, repeats: what a repeat did, and how often.
+        load_seconds: from nothing to a runner that takes tokens, the runtime's import included.
+        first_token_seconds: from a prompt to the first new token.
+        prefill_tokens_per_second: prompt tokens of all rows per second.
+        decode_tokens_per_second: new tokens of all rows per second, the first one not counted.
+        rss_before_bytes: resident memory of the process before the model was opened.
+        peak_rss_bytes: largest resident memory of the process.
+        device_memory_bytes: memory of the process on the accelerator; None where none is used or none can be asked.
+    """
+
+    name: str
+    provider: str
+    threads: int
+    batch: int
+    prompt: int
+    new_tokens: int
+    repeats: int
+    load_seconds: float
+    first_token_seconds: Spread
+    prefill_tokens_per_second: Spread
+    decode_tokens_per_second: Spread
+    rss_before_bytes: int
+    peak_rss_bytes: int
+    device_memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one repeat does; ``vocab`` bounds the random prompt."""
+
+    prompt: int
+    new_tokens: int
+    batch: int
+    vocab: int
+
+    def problems(self) -> list[str]:
+        """What cannot be measured, in words."""
+        least = {"prompt": 1, "new_tokens": 2, "batch": 1, "vocab": 1}
+        return [
+            f"bench.{name}: {getattr(self, name)} is too small; at least {low} is needed"
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
+
+
+def bench(
+    open_runner: OpenRunner,
+    *,
+    prompt: int,
+    new_tokens: int,
+    batch: int = 1,
+    repeats: int = 5,
+    threads: int = 0,
+    vocab: int,
+    name: str = "model",
+) -> BenchResult:
+    """Measure one runner; see ``bench_side_by_side``."""
+    load = Load(prompt, new_tokens, batch, vocab)
+    return bench_side_by_side({name: open_runner}, load, repeats=repeats, threads=threads)[0]
+
+
+def bench_side_by_side(
+    open_runners: Mapping[str, OpenRunner],
+    load: Load,
+    *,
+    repeats: int = 5,
+    threads: int = 0,
+    on_repeat: Callable[[], object] | None = None,
+) -> list[BenchResult]:
+    """Measure several runners in turns, each in a fresh process; one warm-up each is not counted.
+
+    Args:
+        open_runners: by name; each is pickled into its process, so it is a module-level function or a
+            ``functools.partial`` of one (an exporter's bound ``open`` will do).
+        load: what one repeat does.
+        repeats: at least 1.
+        threads: recorded in the result; ``open_runners`` set it.
+        on_repeat: called ``(repeats + 1) * len(open_runners)`` times, for a progress bar.
+
+    Raises:
+        RecipeError: a number of ``load`` or ``repeats`` is too small.
+        ExportError: a runner failed or its process died; the message says which and how.
+    """
+    problems = load.problems() + ([] if repeats >= 1 else [f"bench.repeats: {repeats} is too small; at least 1"])
+    if problems:
+        raise RecipeError(problems)
+    with ExitStack() as stack:
+        children = [stack.enter_context(_Child(name, opener, load)) for name, opener in open_runners.items()]
+        for child in children:  # one after another, so that loads do not share the disk
+            child.ask("open")
+        for turn in range(repeats + 1):
+            for child in children if turn % 2 == 0 else reversed(children):
+                times = child.ask("repeat")
+                if turn > 0:
+                    child.times.append(times)
+                if on_repeat is not None:
+                    on_repeat()
+        return [child.result(threads) for child in children]
+
+
+class _Child:
+    """A process that holds one runner and takes orders over a pipe."""
+
+    def __init__(self, name: str, open_runner: OpenRunner, load: Load) -> None:
+        self.name, self.load = name, load
+        self.times: list[tuple[float, float]] = []  # (first token, the other tokens), seconds
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the parent's memory and locks
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, open_runner, load), daemon=True)
+        self._process.start()
+        theirs.close()  # so that a dead child is an end of file here
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()  # the child ends on end of file
+        self._process.join(timeout=5 if error is None else 0.2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+
+    def ask(self, order: str) -> Any:
+        """One order and its answer.
+
+        Raises:
+            ExportError: the order failed, or the process is gone.
+        """
+        try:
+            self._pipe.send(order)
+            failed, answer = self._pipe.recv()
+        except (EOFError, ConnectionError) as gone:
+            self._process.join(timeout=5)
+            code = self._process.exitcode
+            why = "it was killed, most often for memory" if code is not None and code < 0 else "see its output above"
+            raise ExportError(
+                f"bench of {self.name}: the process ended with exit code {code} during {order!r} ({why}); "
+                "bench one model at a time, or on a machine with more memory"
+            ) from gone
+        if failed:
+            raise ExportError(f"bench of {self.name}: {order!r} failed in its process: {answer}")
+        return answer
+
+    def result(self, threads: int) -> BenchResult:
+        """Everything measured so far."""
+        load, facts = self.load, self.ask("facts")
+        decoded = load.batch * (load.new_tokens - 1)
+        return BenchResult(
+            name=self.name,
+            threads=threads,
+            batch=load.batch,
+            prompt=load.prompt,
+            new_tokens=load.new_tokens,
+            repeats=len(self.times),
+            first_token_seconds=Spread.of([first for first, _ in self.times]),
+            prefill_tokens_per_second=Spread.of([load.batch * load.prompt / first for first, _ in self.times]),
+            decode_tokens_per_second=Spread.of([decoded / rest for _, rest in self.times]),
+            **facts,
+        )
+
+
+def serve(pipe: Connection, open_runner: OpenRunner, load: Load) -> None:
+    """The child's side: ``open``, ``repeat``, ``facts``, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted parent closes the pipe; one traceback is enough
+    runner: Runner | None = None
+    facts: dict[str, Any] = {"rss_before_bytes": rss_bytes()}
+    while True:
+        try:
+            order = pipe.recv()
+        except EOFError:
+            break
+        try:
+            answer: Any = None
+            if order == "open":
+                began = time.perf_counter()
+                runner = open_runner()
+                facts["load_seconds"] = time.perf_counter() - began
+                if runner is None:
+                    raise ExportError("this format has no runtime of its own, so there is nothing to measure")
+                facts["provider"] = runner.provider
+            elif order == "repeat":
+                assert runner is not None
+                answer = _repeat(runner, load)
+            elif order == "facts":
+                memory = device_memory_bytes(os.getpid()) if "cpu" not in facts["provider"].lower() else None
+                answer = {**facts, "peak_rss_bytes": peak_rss_bytes(), "device_memory_bytes": memory}
+            pipe.send((False, answer))
+        except FlatqError as error:
+            pipe.send((True, str(error)))
+        except Exception:  # every other failure of a runtime goes to the parent, which raises it
+            pipe.send((True, traceback.format_exc(limit=-3)))
+    if runner is not None:
+        runner.close()
+
+
+def _repeat(runner: Runner, load: Load) -> tuple[float, float]:
+    """One prompt and its continuation: seconds to the first token, seconds for all others."""
+    tokens = np.random.default_rng(0).integers(load.vocab, size=(load.batch, load.prompt), dtype=np.int64)
+    began = time.perf_counter()
+    token = runner.start(tokens, load.prompt + load.new_tokens).argmax(-1)
+    first = time.perf_counter()
+    for _ in range(load.new_tokens - 1):
+        token = runner.step(token).argmax(-1)
+    return first - began, time.perf_counter() - first

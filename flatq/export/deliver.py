@@ -1,0 +1,229 @@
+"""From an artifact to files that a runtime has opened and agreed with.
+
+Beside what the exporter wrote, every export folder holds ``export.json`` (which exporter, which options, which
+artifact), so that ``flatq bench`` and ``flatq generate`` can open it later.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from flatq.artifact import Artifact, file_digest, write_json
+from flatq.errors import ArtifactError, ExportError, RecipeError
+from flatq.export.bench import BenchResult, Load, bench_side_by_side
+from flatq.export.protocols import CacheQuantizer, Exported, Exporter, Runner, exporter_named
+from flatq.export.verify import EXACT, Limits, verify
+from flatq.machine.progress import progress
+from flatq.pipeline.build import dense_artifact
+from flatq.recipe.blocks import BenchSpec
+from flatq.recipe.grammar import Recipe, explain_options
+from flatq.report.render import BASELINE
+from flatq.run_folder import RunFolder
+from flatq.sources.source import Source
+
+log = logging.getLogger(__name__)
+DESCRIPTION = "export.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedExport:
+    """One entry of the recipe's ``exports`` with its exporter and validated options."""
+
+    name: str
+    format: str
+    exporter: Exporter
+    options: BaseModel
+
+
+def planned_exports(recipe: Recipe) -> list[PlannedExport]:
+    """Find every exporter that the recipe names and validate its options.
+
+    Raises:
+        RecipeError: all unknown exporters and wrong options at once.
+    """
+    planned, problems = [], list[str]()
+    for index, spec in enumerate(recipe.exports):
+        try:
+            exporter = exporter_named(spec.format)
+            planned.append(PlannedExport(spec.name, spec.format, exporter, exporter.Options(**spec.options)))
+        except RecipeError as error:
+            problems += error.problems
+        except ValidationError as error:
+            problems += explain_options(recipe, index, exporter.Options, error)
+    problems += absent_providers(recipe, planned)
+    if problems:
+        raise RecipeError(problems)
+    return planned
+
+
+def absent_providers(recipe: Recipe, planned: Sequence[PlannedExport]) -> list[str]:
+    """What ``bench.provider`` asks for and the runtimes that are installed here do not have."""
+    wanted = recipe.bench.provider if recipe.bench else "auto"
+    lacking = {
+        item.format for item in planned if (found := item.exporter.providers()) and wanted not in (*found, "auto")
+    }
+    return [
+        recipe.problem(
+            ("bench", "provider"),
+            f"{wanted} was asked for, but the runtime of {form} that is installed here does not have it; use auto, or "
+            "check the recipe where it will run",
+        )
+        for form in sorted(lacking)
+    ]
+
+
+def needs_cache_ranges(items: Sequence[PlannedExport]) -> bool:
+    """Whether one of them keeps keys and values in few bits."""
+    return any(
+        isinstance(item.exporter, CacheQuantizer) and item.exporter.needs_cache_ranges(item.options) for item in items
+    )
+
+
+def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor | None) -> dict[str, Any]:
+    """Write an export, open it in its runtime, compare it with the artifact; the folder appears when all is well.
+
+    Args:
+        out: folder to make; its parent is made, too.
+        heldout: real text for the comparison, int64 [n, s]; None takes random tokens only.
+
+    Returns:
+        JSON-ready ``ExportReport``.
+
+    Raises:
+        ExportError: it cannot be written, or its runtime disagrees.
+    """
+    growing = out.with_name(out.name + ".partial")
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
+    try:
+        exported, verification = _written(item, artifact, growing, os.path.relpath(artifact.root, out), heldout)
+    except BaseException:
+        shutil.rmtree(growing, ignore_errors=True)
+        raise
+    files = sorted(path.relative_to(exported.root) for path in exported.files)
+    shutil.rmtree(out, ignore_errors=True)
+    growing.rename(out)
+    return {
+        "name": item.name,
+        "files": [str(file) for file in files],
+        "bytes": sum((out / file).stat().st_size for file in files),
+        "sha256": {str(file): file_digest(out / file) for file in files},
+        "verify": verification,
+        "notes": list(exported.notes),
+    }
+
+
+def _written(
+    item: PlannedExport, artifact: Artifact, root: Path, origin: str, heldout: Tensor | None
+) -> tuple[Exported, dict[str, Any] | None]:
+    exported = item.exporter.write(artifact, root, item.options)
+    description = {"format": item.format, "options": item.options.model_dump(mode="json"), "artifact": origin}
+    write_json(root / DESCRIPTION, description)
+    return exported, _verified(item, artifact, exported, heldout)
+
+
+def _verified(
+    item: PlannedExport, artifact: Artifact, exported: Exported, heldout: Tensor | None
+) -> dict[str, Any] | None:
+    limits = Limits(None, exported.rounding_kl) if exported.rounding_kl else EXACT
+    opener = partial(item.exporter.open, exported.root, item.options)  # where a user of this machine would run it
+    exact = partial(opener, provider="cpu", exact=True)
+    found = verify(artifact, opener, open_exact=exact, tokens=heldout, name=item.name, limits=limits)
+    return None if found is None else asdict(found)
+
+
+def measured(recipe: Recipe, source: Source, folder: RunFolder, exports: list[PlannedExport]) -> list[dict[str, Any]]:
+    """Speed and memory of every export that has a runtime, the dense model beside them; JSON-ready."""
+    spec = recipe.bench
+    if spec is None:
+        return []
+    entries = {item.name: (item, folder.exports / item.name) for item in exports}
+    if spec.baseline:
+        dense = next((d for item in exports if (d := _dense_twin(item, source, folder.work)) is not None), None)
+        if dense is not None:
+            entries = {BASELINE: dense, **entries}
+    return [asdict(result) for result in side_by_side(entries, spec, source.config.vocab)]
+
+
+def side_by_side(entries: Mapping[str, tuple[PlannedExport, Path]], spec: BenchSpec, vocab: int) -> list[BenchResult]:
+    """Measure export folders in turns, each in a process of its own; formats without a runtime are left out."""
+    openers = {
+        name: partial(item.exporter.open, root, item.options, provider=spec.provider, threads=spec.threads)
+        for name, (item, root) in entries.items()
+    }
+    if not openers:
+        return []
+    with progress("bench", (spec.repeats + 1) * len(openers)) as advance:
+        return bench_side_by_side(
+            openers,
+            Load(spec.prompt, spec.new_tokens, spec.batch, vocab),
+            repeats=spec.repeats,
+            threads=spec.threads,
+            on_repeat=advance,
+        )
+
+
+def _dense_twin(item: PlannedExport, source: Source, work: Path) -> tuple[PlannedExport, Path] | None:
+    """The model before compression, written by the same exporter; None if the format has no such form."""
+    options = item.exporter.dense(item.options)
+    if options is None:
+        return None
+    root = work / BASELINE
+    shutil.rmtree(root, ignore_errors=True)
+    (root / "export").mkdir(parents=True)
+    twin = PlannedExport(BASELINE, item.format, item.exporter, options)
+    item.exporter.write(dense_artifact(source, root / "artifact"), root / "export", options)
+    return twin, root / "export"
+
+
+def reopened(root: Path) -> tuple[PlannedExport, Path]:
+    """An export folder that ``deliver`` made, and the folder of its artifact.
+
+    Raises:
+        ArtifactError: it is no such folder.
+    """
+    try:
+        described = json.loads((root / DESCRIPTION).read_text())
+        exporter = exporter_named(described["format"])
+        options = exporter.Options(**described["options"])
+    except (OSError, ValueError, KeyError, TypeError) as wrong:
+        raise ArtifactError(
+            f"{root}: is no export folder of flatq ({wrong}); give a folder below exports/ of a run"
+        ) from wrong
+    return PlannedExport(root.name, described["format"], exporter, options), (root / described["artifact"]).resolve()
+
+
+def foreign(root: Path) -> PlannedExport:
+    """A folder with a decoder graph that another program made, to be run beside flatq's exports.
+
+    Raises:
+        ArtifactError: there is no such graph.
+    """
+    if not list(root.glob("*.onnx")):
+        raise ArtifactError(f"{root}: holds no .onnx file; give a folder that onnxruntime-genai or optimum wrote")
+    exporter = exporter_named("onnx")
+    return PlannedExport(str(root), "onnx", exporter, exporter.Options())
+
+
+def opened(root: Path, provider: str) -> Runner:
+    """A runner of an export folder.
+
+    Raises:
+        ExportError: the format has no runtime here.
+    """
+    item, _ = reopened(root)
+    runner = item.exporter.open(root, item.options, provider=provider)
+    if runner is None:
+        raise ExportError(f"{root}: the format {item.format!r} has no runtime of its own here; open it in its program")
+    return runner

@@ -1,0 +1,243 @@
+"""Text out of a runner, piece by piece, and a runner for models that were not exported.
+
+A token is not a piece of text: a byte-level tokenizer may need three tokens for one character, and many drop a
+leading space at the start of a sequence. So each piece is the difference of two decodings that start at the same
+earlier token, and it is held back while it ends in the replacement character of an unfinished one.
+
+Sampling is plain temperature: top-k, top-p and penalties are a chat program's business; this is a look at the model.
+
+Axes: b batch, s prompt positions.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatq.errors import FlatqError, NumericsError, RecipeError
+from flatq.export.protocols import FloatArray, IntArray, Runner
+from flatq.model.decoder import Decoder, GrowingCache
+from flatq.model.weights import Weights, load_decoder
+
+log = logging.getLogger(__name__)
+Choose = Callable[[FloatArray], int]
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+CONTEXT = 8  # ids of the prompt that the first piece is decoded after
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a finished stream was.
+
+    Attributes:
+        text: all pieces.
+        tokens: generated ids, the end token included if one came.
+        prompt_tokens: length of the prompt.
+        first_token_seconds: from the start of the prompt to the first id.
+        tokens_per_second: speed of the ids after the first; None when there is at most one.
+        stopped_by: ``end`` (an end token) or ``length``.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float | None
+    stopped_by: str
+
+
+class Stream(Iterator[str]):
+    """Pieces of text as they come; ``result`` is there once the last piece was taken."""
+
+    def __init__(
+        self, runner: Runner, tokenizer: Any, prompt: list[int], new_tokens: int, choose: Choose, eos: set[int]
+    ) -> None:
+        self._runner, self._prompt, self._new_tokens = runner, prompt, new_tokens
+        self._choose, self._eos = choose, eos
+        self._decoder = Incremental(tokenizer, prompt)
+        self._pieces = self._run()
+        self._result: Generation | None = None
+
+    def __next__(self) -> str:
+        """The next piece."""
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Generation:
+        """The whole generation.
+
+        Raises:
+            FlatqError: the stream is not finished.
+        """
+        if self._result is None:
+            raise FlatqError("the stream's result exists only after its last piece was taken; exhaust the stream first")
+        return self._result
+
+    def _run(self) -> Iterator[str]:
+        text, generated, stopped_by = "", list[int](), "length"
+        first = last = began = time.perf_counter()
+        while len(generated) < self._new_tokens:
+            token = self._choose(self._logits(generated)[0])
+            generated.append(token)
+            last = time.perf_counter()
+            first = last if len(generated) == 1 else first
+            if token in self._eos:
+                stopped_by = "end"
+                break
+            if piece := self._decoder.push(token):
+                text += piece
+                yield piece
+        if piece := self._decoder.flush():
+            text += piece
+            yield piece
+        speed = (len(generated) - 1) / (last - first) if len(generated) > 1 else None
+        self._result = Generation(text, tuple(generated), len(self._prompt), first - began, speed, stopped_by)
+        log.info("generated %d tokens%s", len(generated), f", {speed:.1f} tokens/s" if speed else "")
+
+    def _logits(self, generated: list[int]) -> FloatArray:
+        if generated:
+            return self._runner.step(np.array(generated[-1:], dtype=np.int64))
+        return self._runner.start(np.array([self._prompt], dtype=np.int64), len(self._prompt) + self._new_tokens)
+
+
+def stream(
+    runner: Runner,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    eos: set[int],
+    chat: bool = False,
+) -> Stream:
+    """Continue a prompt; the first piece is computed when it is asked for.
+
+    Args:
+        runner: the model, opened.
+        tokenizer: a transformers tokenizer.
+        prompt: text to continue, or to answer with ``chat``.
+        new_tokens: most ids to generate, 0 or more.
+        temperature: 0 takes the likeliest id; above, ids are drawn from ``softmax(logits / temperature)``.
+        seed: of the draws; the same seed gives the same text.
+        eos: ids that end the text; they are not part of it.
+        chat: put the prompt into the tokenizer's chat template as a user's message.
+
+    Raises:
+        RecipeError: the prompt has no tokens, the tokenizer has no chat template, or a number is out of range.
+    """
+    if new_tokens < 0 or temperature < 0:
+        raise RecipeError(
+            f"generate: new_tokens is {new_tokens} and temperature {temperature}; neither may be negative"
+        )
+    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    choose = _chooser(temperature, np.random.default_rng(seed))
+
+    return Stream(runner, tokenizer, ids, new_tokens, choose, eos)
+
+
+def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+    """Ids of a prompt, with whatever the tokenizer puts before a text.
+
+    Raises:
+        RecipeError: there are no ids, or no chat template.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise RecipeError("--chat: this model's tokenizer has no chat template; leave --chat out to continue text")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    ids: list[int] = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
+    if not ids:
+        raise RecipeError("the prompt is empty and this tokenizer puts no token before a text; give at least one word")
+    return ids
+
+
+class Incremental:
+    """Decodes ids one by one without breaking a character; the pieces joined are the text after the prompt."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-CONTEXT:])  # with the prompt's end in view, the first word keeps its leading space
+        self._context = 0  # decoding starts here, ...
+        self._shown = len(self._ids)  # ... and what lies before this id was given out already
+
+    def push(self, token: int) -> str:
+        """One more id: the text that is now certain, often empty."""
+        self._ids.append(token)
+        return self._advance(final=False)
+
+    def flush(self) -> str:
+        """What was held back, an unfinished character as the replacement character."""
+        return self._advance(final=True)
+
+    def _advance(self, *, final: bool) -> str:
+        before: str = self._tokenizer.decode(self._ids[self._context : self._shown], skip_special_tokens=True)
+        after: str = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
+        if len(after) <= len(before) or (after.endswith(UNFINISHED) and not final):
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+
+def _chooser(temperature: float, random: np.random.Generator) -> Choose:
+    def choose(logits: FloatArray) -> int:
+        if not np.isfinite(logits).all():
+            raise NumericsError("generate: the runtime returned logits that are not finite; verify the export first")
+        if temperature == 0:
+            return int(logits.argmax())
+        # Gumbel's trick: the argmax of log-weights plus Gumbel noise is a draw from their softmax.
+        return int((logits.astype(np.float64) / temperature + random.gumbel(size=logits.shape)).argmax())
+
+    return choose
+
+
+class DecoderRunner:
+    """flatq's own decoder as a ``Runner``: lets an artifact speak before anything was exported."""
+
+    def __init__(self, weights: Weights, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self._decoder: Decoder = load_decoder(weights, dtype=dtype, device=device)
+        self._device = device
+        self._cache = GrowingCache()
+
+    @property
+    def provider(self) -> str:
+        """The device, as ``torch:cpu``."""
+        return f"torch:{self._device}"
+
+    @torch.inference_mode()
+    def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
+        """See ``Runner.logits``."""
+        seen = None if valid is None else torch.from_numpy(valid).to(self._device)
+        return self._host(self._decoder(torch.from_numpy(tokens).to(self._device), valid=seen))
+
+    @torch.inference_mode()
+    def start(self, tokens: IntArray, capacity: int) -> FloatArray:
+        """See ``Runner.start``; the cache grows, so ``capacity`` needs no room of its own."""
+        self._cache = GrowingCache()
+        return self._extend(torch.from_numpy(tokens))
+
+    @torch.inference_mode()
+    def step(self, tokens: IntArray) -> FloatArray:
+        """See ``Runner.step``."""
+        return self._extend(torch.from_numpy(tokens)[:, None])
+
+    def close(self) -> None:
+        """Forget the cache."""
+        self._cache = GrowingCache()
+
+    def _extend(self, tokens: torch.Tensor) -> FloatArray:
+        hidden = self._decoder.hidden(tokens.to(self._device), cache=self._cache, past=self._cache.length())
+        return self._host(self._decoder.logits(hidden[:, -1]))
+
+    @staticmethod
+    def _host(logits: torch.Tensor) -> FloatArray:
+        array: FloatArray = logits.float().cpu().numpy()
+        return array

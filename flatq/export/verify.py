@@ -1,0 +1,282 @@
+"""Every export is run in its runtime and compared with the artifact before anyone else runs it.
+
+A graph that loads is not a graph that is right: a wrong rope convention, a swapped nibble or a cache that is off by
+one gives fluent nonsense. One forward pass of flatq's own decoder, half a layer at a time and in float32, gives the
+reference for everything, because logits do not depend on later tokens: the runtime reads a prompt at once (prefill),
+then the same prompt into its cache and the remaining tokens one by one (decode), and both must land on that pass.
+
+What counts as equal. On SmolLM2-135M, float32 sums in another order move a logit by 2e-5 of the logits' spread
+(standard deviation over the vocabulary, averaged over positions), and real faults by about the spread itself. So the
+limit is relative, ``5e-3`` of the spread: scale-free, and far from both sides. Where the reference's two best tokens
+are closer than that limit, either is right (a tie). A runtime that approximates on purpose is held to the
+Kullback-Leibler divergence instead (int8 activations: 0.006 to 0.009 nats on the same model), and its exact setting,
+if it has one, to the limits above.
+
+Axes: b rows, s positions of the prompt, t positions in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flatq.calibration.perplexity import final_hidden, head_logits
+from flatq.errors import ExportError, RecipeError
+from flatq.export.protocols import FloatArray, IntArray, Runner
+from flatq.model.weights import Weights
+
+PROMPT, NEW_TOKENS, ROWS = 24, 8, 2
+EXACT_SHARE = 5e-3
+Open = Callable[[], Runner | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an export may differ by; None is not checked.
+
+    Attributes:
+        max_abs: largest logit difference, as a share of the spread of the reference's logits.
+        kl: mean Kullback-Leibler divergence in nats.
+    """
+
+    max_abs: float | None
+    kl: float
+
+
+EXACT = Limits(max_abs=EXACT_SHARE, kl=1e-3)
+APPROXIMATE = Limits(max_abs=None, kl=0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How one runtime compares with the artifact.
+
+    Attributes:
+        provider: what ran the nodes.
+        positions: positions compared, prefill and decode.
+        max_abs, mean_abs: logit differences in prefill.
+        decode_max_abs: largest logit difference of the token-by-token steps.
+        top1: share of positions with the same likeliest token, ties counted as the same.
+        ties: positions where another token was likeliest, but closer to the reference's than the limit.
+        kl: mean of KL(artifact || runtime), nats.
+    """
+
+    provider: str
+    positions: int
+    max_abs: float
+    mean_abs: float
+    decode_max_abs: float
+    top1: float
+    ties: int
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A passed comparison.
+
+    Attributes:
+        spread: standard deviation of the reference's logits over the vocabulary.
+        limit: largest logit difference that passes as exact, ``5e-3 * spread``.
+        exact: the runtime without approximations.
+        deployed: the runtime as users run it, when that approximates; None when it is ``exact``.
+    """
+
+    spread: float
+    limit: float
+    exact: Agreement
+    deployed: Agreement | None
+
+
+def verify(
+    artifact: Weights,
+    open_runner: Open,
+    *,
+    open_exact: Open | None = None,
+    tokens: Tensor | None = None,
+    seed: int = 0,
+    name: str = "export",
+    limits: Limits = EXACT,
+) -> Verification | None:
+    """Compare an export in its runtime with the artifact it was written from.
+
+    Two rows of random tokens, which reach the whole vocabulary, and up to two rows of real text. The reference, the
+    exact runner and the deployed one follow each other, and each is gone before the next is made: a runtime's session
+    holds the model about twice.
+
+    Args:
+        artifact: what the export was written from.
+        open_runner: opens the export as users run it.
+        open_exact: opens the same export without the runtime's approximations. With it, the other is held to
+            ``APPROXIMATE`` only (and what ``limits`` allow beyond it); without it, that is held to ``limits``.
+        tokens: real held-out text, int64 [rows, at least 32].
+        seed: of the random tokens.
+        name: of the export, for messages.
+        limits: wider than ``EXACT`` only for an export whose weights were rounded once more (float16).
+
+    Returns:
+        None if there is no runtime to ask, that is, if an opener gives None.
+
+    Raises:
+        ExportError: a quantity is over its limit; names it, its place, value and limit, and what to do.
+        RecipeError: ``tokens`` is too short.
+    """
+    case = Case.draw(artifact, tokens, seed)
+    share = limits.max_abs or EXACT_SHARE
+    found = []
+    turns = [(open_runner, limits, name)]
+    if open_exact is not None:
+        rounding = 0.0 if limits == EXACT else limits.kl
+        allowed = Limits(None, APPROXIMATE.kl + rounding)
+        turns = [(open_exact, limits, f"{name} (exact)"), (open_runner, allowed, name)]
+    for opener, held_to, called in turns:
+        runner = opener()
+        if runner is None:
+            return None
+        with closing(runner):
+            found.append(compare(case, runner, held_to, called))
+    return Verification(case.spread, share * case.spread, found[0], found[1] if open_exact is not None else None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """Tokens, and what the artifact says to them: int64 [b, t], float32 [b, t, vocab]."""
+
+    tokens: IntArray
+    logits: FloatArray
+    spread: float
+
+    @classmethod
+    def draw(cls, artifact: Weights, tokens: Tensor | None, seed: int) -> Case:
+        """The reference pass."""
+        length = PROMPT + NEW_TOKENS
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(artifact.config.vocab, (ROWS, length), generator=generator)
+        if tokens is not None:
+            if tokens.ndim != 2 or tokens.shape[1] < length:
+                raise RecipeError(f"verify: tokens of shape {list(tokens.shape)}: rows of {length} or more are needed")
+            drawn = torch.cat([drawn, tokens[:ROWS, :length].cpu()])
+        hidden = final_hidden(artifact, drawn)
+        with torch.inference_mode():
+            logits = torch.cat([part for _, part in head_logits(artifact, hidden.flatten(0, 1))])
+            spread = logits.std(-1).mean().item()
+        return cls(drawn.numpy(), logits.view(*drawn.shape, -1).numpy(), spread)
+
+
+def compare(case: Case, runner: Runner, limits: Limits, name: str) -> Agreement:
+    """Run prompt and decode, measure, judge; errors as ``verify``."""
+    tokens, length = case.tokens, case.tokens.shape[1]
+    prefill = _shaped(runner.logits(tokens[:, :PROMPT]), case.logits[:, :PROMPT], f"{name}, prefill")
+    steps = [runner.start(tokens[:, :PROMPT], length)]
+    steps += [runner.step(tokens[:, position]) for position in range(PROMPT, length)]
+    decode = _shaped(np.stack(steps, 1), case.logits[:, PROMPT - 1 :], f"{name}, decode")
+
+    tie = (limits.max_abs or EXACT_SHARE) * case.spread
+    read = _Difference.between(prefill, case.logits[:, :PROMPT], tie)
+    written = _Difference.between(decode, case.logits[:, PROMPT - 1 :], tie)
+    positions = read.kl.size + written.kl.size
+    misses = int(read.missed.sum() + written.missed.sum())
+    found = Agreement(
+        provider=runner.provider,
+        positions=positions,
+        max_abs=float(read.largest.max()),
+        mean_abs=float(read.mean.mean()),
+        decode_max_abs=float(written.largest.max()),
+        top1=1 - misses / positions,
+        ties=int(read.tied.sum() + written.tied.sum()),
+        kl=float((read.kl.sum() + written.kl.sum()) / positions),
+    )
+    for where, difference, first in (("prefill", read, 0), ("decode", written, PROMPT - 1)):
+        _judge(difference, limits, case, f"{name}, {where}", first)
+    if not found.kl <= limits.kl:
+        raise ExportError(
+            f"{name}: the runtime ({runner.provider}) gives a KL divergence of {found.kl:.3g} nats from the artifact, "
+            f"mean of {positions} positions; at most {limits.kl:g} is allowed. {_way_out(limits)}"
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Difference:
+    """Per position, each [b, n]: the largest logit difference and its token, the mean one, KL, what became of top-1."""
+
+    largest: FloatArray
+    token: IntArray
+    mean: FloatArray
+    kl: NDArray[np.float64]
+    missed: NDArray[np.bool_]
+    tied: NDArray[np.bool_]
+
+    @classmethod
+    def between(cls, got: FloatArray, reference: FloatArray, tie: float) -> _Difference:
+        """Compare [b, n, vocab] with [b, n, vocab]; what is not a number counts as infinitely far."""
+        rows = [cls._of_row(*pair, tie) for pair in zip(got, reference, strict=True)]  # float64 of one row at a time
+        return cls(**{field.name: np.stack([getattr(row, field.name) for row in rows]) for field in fields(cls)})
+
+    @classmethod
+    def _of_row(cls, got: FloatArray, reference: FloatArray, tie: float) -> _Difference:
+        distance = np.nan_to_num(np.abs(got - reference), nan=np.inf, posinf=np.inf)
+        here, there = torch.from_numpy(reference).double(), torch.from_numpy(got).double()
+        log_p, log_q = here.log_softmax(-1), there.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
+        other = got.argmax(-1)
+        behind = reference.max(-1) - np.take_along_axis(reference, other[..., None], -1)[..., 0]
+        differs = other != reference.argmax(-1)
+        return cls(
+            largest=distance.max(-1),
+            token=distance.argmax(-1),
+            mean=distance.mean(-1),
+            kl=kl,
+            missed=differs & (behind >= tie),
+            tied=differs & (behind < tie),
+        )
+
+
+def _judge(difference: _Difference, limits: Limits, case: Case, name: str, first: int) -> None:
+    """Raise for the worst position over the limit; ``first`` is the text position of column 0."""
+    if limits.max_abs is None:
+        return
+    limit = limits.max_abs * case.spread
+    row, column = np.unravel_index(difference.largest.argmax(), difference.largest.shape)
+    worst, token = difference.largest[row, column], difference.token[row, column]
+    if not worst <= limit:
+        wrong = int((difference.largest > limit).sum())
+        raise ExportError(
+            f"{name}: the logit of token {token} at row {row}, position {first + column} differs from the artifact's "
+            f"by {worst:.3g}; at most {limit:.3g} is allowed ({limits.max_abs:g} of the logits' spread, "
+            f"{case.spread:.3g}), and {wrong} of {difference.largest.size} positions are over it. {_way_out(limits)}"
+        )
+    if difference.missed.any():
+        row, column = np.argwhere(difference.missed)[0]
+        raise ExportError(
+            f"{name}: the likeliest token at row {row}, position {first + column} is not the artifact's, and "
+            f"{int(difference.missed.sum())} of {difference.missed.size} positions disagree beyond a tie (logits "
+            f"closer than {limit:.3g}); none may. {_way_out(limits)}"
+        )
+
+
+def _way_out(limits: Limits) -> str:
+    if limits.max_abs is None:
+        return (
+            "The runtime's approximation costs too much on this model: set the exporter's option that computes in "
+            "float (for ONNX `accuracy_level: 0`), or use a smaller group_size."
+        )
+    return (
+        "The export is wrong or its runtime has a fault, so it must not be used: try the exporter's other layout, or "
+        "another version of the runtime, and report it with this message."
+    )
+
+
+def _shaped(got: FloatArray, reference: FloatArray, name: str) -> FloatArray:
+    if got.shape != reference.shape:
+        raise ExportError(
+            f"{name}: the runtime returned logits of shape {list(got.shape)} instead of {list(reference.shape)}; "
+            "the export does not follow the Runner protocol"
+        )
+    return got.astype(np.float32, copy=False)

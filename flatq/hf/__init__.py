@@ -1,0 +1,1 @@
+"""The transformers face of flatq: ``AutoModelForCausalLM`` loads artifacts and exported folders."""

@@ -1,0 +1,105 @@
+"""Modules that hold codes instead of a weight: what a quantized decoder is made of in torch.
+
+The codes are decoded to a plain matrix on first use and that matrix is kept, so a forward pass costs what a dense
+one costs, and the memory is that of the dense model plus the codes. This is the reference that every export is
+compared with; running on packed codes, small and fast, is the business of the runtimes behind the exporters.
+
+The stored scale stays float16 whatever the module is cast to: casting it to bfloat16 would move every weight of
+its group. A cast changes only the dtype that is computed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flatq.model.grid import Grid, QuantizedWeight
+
+
+class QuantizedModule(nn.Module):
+    """Codes, scales and zeros as buffers, and the weight that they stand for.
+
+    Buffers, named as in an artifact: ``codes`` uint8 [o, i], ``scale`` float16 [o, G], ``zero`` uint8 [o, G].
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, in_features: int, out_features: int, grid: Grid) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        groups = grid.groups(in_features)
+        self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(out_features, groups, dtype=torch.float16))
+        self.register_buffer("zero", torch.zeros(out_features, groups, dtype=torch.uint8))
+        self.compute_dtype = torch.get_default_dtype()
+        self._decoded: Tensor | None = None
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The buffers as one value."""
+        return QuantizedWeight(self.codes, self.scale, self.zero, self.grid)
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded matrix, ``compute_dtype`` [o, i]; computed on first use, then kept."""
+        if self._decoded is None:
+            with torch.no_grad():
+                self._decoded = self.quantized.dequantize(self.compute_dtype)
+        return self._decoded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        """Move the buffers; a cast is remembered in ``compute_dtype`` and leaves the stored scale alone."""
+        kept, probe = self.scale, torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.compute_dtype = fn(probe).dtype
+        if self.scale.dtype != kept.dtype:
+            self.scale = kept.to(self.scale.device)
+        self._decoded = None
+        return self
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._decoded = None
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        kind = "symmetric" if self.grid.symmetric else "asymmetric"
+        return f"{self.in_features}, {self.out_features}, bits={self.grid.bits}, group={self.grid.group_size}, {kind}"
+
+
+class QuantizedLinear(QuantizedModule):
+    """``nn.Linear`` on codes, [..., i] -> [..., o]; the bias, if any, stays dense."""
+
+    def __init__(self, in_features: int, out_features: int, grid: Grid, *, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, grid)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., i] -> [..., o]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class QuantizedEmbedding(QuantizedModule):
+    """``nn.Embedding`` on codes: one row per token; a tied head multiplies with ``weight``."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., i]."""
+        return F.embedding(tokens, self.weight)
+
+
+def quantized_like(module: nn.Module, grid: Grid) -> QuantizedModule:
+    """An empty quantized twin of a dense linear or embedding, ready to receive an artifact's tensors.
+
+    Raises:
+        TypeError: the module is neither.
+    """
+    if isinstance(module, nn.Linear):
+        return QuantizedLinear(module.in_features, module.out_features, grid, bias=module.bias is not None)
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(module.embedding_dim, module.num_embeddings, grid)
+    raise TypeError(f"only nn.Linear and nn.Embedding can be quantized, not {type(module).__name__}")

@@ -1,0 +1,1 @@
+"""This computer: processes, devices, memory, precision, progress."""

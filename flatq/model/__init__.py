@@ -1,0 +1,1 @@
+"""What a decoder is: widths, modules, tensors, grids, families. Knows neither calibration nor recipe."""

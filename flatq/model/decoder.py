@@ -1,0 +1,341 @@
+"""One decoder for every supported family, with its own widths in every layer.
+
+Reduced value heads break the stock forward pass of each model library (they view q, k and v with one head
+size), and copying a model file per family is how such projects rot. The families differ by a handful of
+switches, so there is one configuration-driven decoder; parity tests against transformers keep it honest.
+
+Multi-head attention is grouped-query attention with one query head per group: there is a single code path.
+
+Axes: b batch, s new positions, t all positions (past and new), h query heads, kv key/value heads,
+d d_qk, r d_v, m d_model, f d_ff.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flatq.model.dims import ATTENTION_LINEARS, LINEARS, MLP_LINEARS, LayerDims
+
+__all__ = [
+    "ATTENTION_LINEARS",
+    "LINEARS",
+    "MLP_LINEARS",
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderLayer",
+    "GrowingCache",
+    "LayerDims",
+    "Positions",
+    "RMSNorm",
+    "Rope",
+    "locate",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding; ``scaling`` is none, ``linear`` or ``llama3``."""
+
+    theta: float = 10000.0
+    scaling: str | None = None
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def inverse_frequencies(self, d_qk: int) -> Tensor:
+        """Angles per position, float32 [d_qk / 2].
+
+        Source: Llama 3.1 model card (the ``llama3`` rule interpolates long wavelengths by ``factor``).
+        """
+        inv = 1.0 / self.theta ** (torch.arange(0, d_qk, 2, dtype=torch.float32) / d_qk)
+        if self.scaling is None:
+            return inv
+        if self.scaling == "linear":
+            return inv / self.factor
+        wavelength = 2 * math.pi / inv
+        turns = self.original_max_positions / wavelength
+        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        blended = (1 - smooth) * inv / self.factor + smooth * inv
+        scaled = torch.where(turns < self.low_freq_factor, inv / self.factor, blended)
+        return torch.where(turns > self.high_freq_factor, inv, scaled)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Everything about a decoder but its weights.
+
+    ``sliding_window`` is the number of positions a query sees (itself included) in every layer, or None.
+    """
+
+    family: str
+    d_model: int
+    vocab: int
+    layers: tuple[LayerDims, ...]
+    rope: Rope
+    norm_eps: float
+    tied_head: bool
+    max_positions: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+
+    def with_layers(self, layers: Sequence[LayerDims]) -> DecoderConfig:
+        """The same decoder with other widths."""
+        return replace(self, layers=tuple(layers))
+
+    def has_bias(self, linear: str) -> bool:
+        """Whether one of the seven linears carries a bias."""
+        if linear in ("q", "k", "v"):
+            return self.qkv_bias
+        return self.o_bias if linear == "o" else self.mlp_bias
+
+    def decoder_parameters(self) -> int:
+        """Weights of all decoder linears: what ``keep_ratio`` is a share of."""
+        return sum(dims.parameters(self.d_model) for dims in self.layers)
+
+    def parameters(self) -> int:
+        """All weights, a tied head counted once."""
+        norms = self.d_model * (2 * len(self.layers) + 1)
+        qk_norms = sum(2 * dims.d_qk for dims in self.layers) if self.qk_norm else 0
+        biases = sum(
+            dims.shape(name, self.d_model)[0] for dims in self.layers for name in LINEARS if self.has_bias(name)
+        )
+        tables = self.vocab * self.d_model * (1 if self.tied_head else 2)
+        return self.decoder_parameters() + norms + qk_norms + biases + tables
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; ``from_dict`` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DecoderConfig:
+        """Inverse of ``to_dict``."""
+        known = dict(data)
+        known["layers"] = tuple(LayerDims(**dims) for dims in data["layers"])
+        known["rope"] = Rope(**data["rope"])
+        return cls(**known)
+
+
+class Cache(Protocol):
+    """Key/value memory; transformers' ``DynamicCache`` has this very method."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append [b, kv, s, ·] to a layer's past and return all of it, [b, kv, t, ·]."""
+        ...
+
+
+class GrowingCache:
+    """The simplest cache: concatenates."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """See ``Cache.update``."""
+        if layer_idx in self.layers:
+            past_keys, past_values = self.layers[layer_idx]
+            keys, values = torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2)
+        self.layers[layer_idx] = (keys, values)
+        return keys, values
+
+    def length(self) -> int:
+        """Positions held."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        scaled = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """What attention needs to know of where its tokens stand; made once, shared by all layers."""
+
+    cos: Tensor  # [b or 1, 1, s, d]
+    sin: Tensor  # [b or 1, 1, s, d]
+    mask: Tensor | None  # bool [b or 1, 1, s, t], True = may look; None = plain causal from position 0
+
+
+def rotate(x: Tensor, positions: Positions) -> Tensor:
+    """Apply the rotary embedding to [b, heads, s, d] (halves convention of Hugging Face checkpoints)."""
+    x = x.to(positions.cos.dtype)  # products of two dtypes take three times as long
+    turned, half = x * positions.cos, x.shape[-1] // 2
+    sine = positions.sin[..., :half]  # both halves turn by the same angles
+    turned[..., :half].addcmul_(x[..., half:], sine, value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sine)
+    return turned
+
+
+def locate(
+    config: DecoderConfig,
+    batch: int,
+    length: int,
+    *,
+    past: int = 0,
+    valid: Tensor | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Positions:
+    """Positions for ``length`` new tokens after ``past`` cached ones.
+
+    Args:
+        valid: [b, t] with 0 where a token is padding (left or right); None when there is none. Positions count
+            valid tokens only, so a left-padded row equals the same row alone.
+    """
+    total = past + length
+    if valid is None:
+        where = torch.arange(past, total, device=device)[None]
+    else:
+        where = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, past:total]
+    d_qk = config.layers[0].d_qk
+    angles = where[..., None].float() * config.rope.inverse_frequencies(d_qk).to(where.device)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # [b, 1, s, d]
+    windowed = config.sliding_window is not None and total > config.sliding_window
+    mask = None
+    if valid is not None or (past > 0 and length > 1) or windowed:  # a single new token sees all that is there
+        query = torch.arange(past, total, device=device)[:, None]
+        key = torch.arange(total, device=device)[None]
+        mask = key <= query
+        if config.sliding_window is not None:
+            mask = mask & (key > query - config.sliding_window)
+        mask = mask[None, None]
+        if valid is not None:
+            mask = mask & valid.bool()[:, None, None, :total]
+            mask = mask | (key == query)[None, None]  # a padded row looks at itself: no empty softmax
+        mask = mask.expand(batch, 1, length, total)
+    return Positions(angles.cos().to(dtype), angles.sin().to(dtype), mask)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP of one layer, or only one of them, when ``halves`` says so."""
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    attention_norm: RMSNorm
+    q_norm: RMSNorm
+    k_norm: RMSNorm
+    mlp_norm: RMSNorm
+
+    def __init__(self, config: DecoderConfig, index: int, halves: Sequence[str] = ("attention", "mlp")) -> None:
+        super().__init__()
+        self.config, self.index = config, index
+        dims = config.layers[index]
+        names: tuple[str, ...] = ()
+        if "attention" in halves:
+            names += ATTENTION_LINEARS
+            self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+            if config.qk_norm:
+                self.q_norm = RMSNorm(dims.d_qk, config.norm_eps)
+                self.k_norm = RMSNorm(dims.d_qk, config.norm_eps)
+        if "mlp" in halves:
+            names += MLP_LINEARS
+            self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        for name in names:
+            rows, columns = dims.shape(name, config.d_model)
+            setattr(self, name, nn.Linear(columns, rows, bias=config.has_bias(name)))
+
+    def mix(self, normed: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
+        """What the heads bring together, before the output projection: [b, s, m] -> [b, s, h * r]."""
+        b, s, _ = normed.shape
+        dims = self.config.layers[self.index]
+        query = self.q(normed).view(b, s, dims.heads, dims.d_qk)
+        key = self.k(normed).view(b, s, dims.kv_heads, dims.d_qk)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        value = self.v(normed).view(b, s, dims.kv_heads, -1).transpose(1, 2)  # [b, kv, s, r]
+        query, key = rotate(query.transpose(1, 2), positions), rotate(key.transpose(1, 2), positions)
+        if cache is not None:
+            key, value = cache.update(key, value, self.index)
+        rank = value.shape[-1]
+        if s == 1 and positions.mask is None:
+            # A token's query heads of one group stand in for positions: keys and values are not repeated for them.
+            query = query.view(b, dims.kv_heads, dims.group, dims.d_qk)
+            return F.scaled_dot_product_attention(query, key, value).reshape(b, 1, dims.heads * rank)
+        # The fused kernels want one head size, so narrower values are padded with zeros for the call.
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            F.pad(value, (0, dims.d_qk - rank)),
+            attn_mask=positions.mask,
+            is_causal=positions.mask is None and s > 1,
+            enable_gqa=dims.group > 1,
+        )
+        return mixed[..., :rank].transpose(1, 2).reshape(b, s, dims.heads * rank)
+
+    def widen(self, normed: Tensor) -> Tensor:
+        """The MLP's inner activation, [b, s, m] -> [b, s, f]."""
+        return F.silu(self.gate(normed)) * self.up(normed)
+
+    def attend(self, x: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
+        """The attention half on the residual stream, [b, s, m] -> [b, s, m]."""
+        return x + self.o(self.mix(self.attention_norm(x), positions, cache))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The MLP half on the residual stream, [b, s, m] -> [b, s, m]."""
+        return x + self.down(self.widen(self.mlp_norm(x)))
+
+    def run(self, half: str, x: Tensor, positions: Positions) -> Tensor:
+        """One half (``attention`` or ``mlp``) on the residual stream, [b, s, m] -> [b, s, m]."""
+        return self.attend(x, positions) if half == "attention" else self.transform(x)
+
+    def forward(self, x: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
+        """Both halves."""
+        return self.transform(self.attend(x, positions, cache))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm, head (None when tied to the embedding)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.d_model)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(len(config.layers)))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab, bias=False)
+
+    def hidden(
+        self, tokens: Tensor, *, valid: Tensor | None = None, cache: Cache | None = None, past: int = 0
+    ) -> Tensor:
+        """Normed residual stream after the last layer, int64 [b, s] -> [b, s, m]."""
+        x = self.embed(tokens)
+        positions = locate(self.config, *tokens.shape, past=past, valid=valid, device=tokens.device, dtype=x.dtype)
+        for layer in self.layers:
+            x = layer(x, positions, cache)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[b, s, m] -> [b, s, vocab]."""
+        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+
+    def forward(
+        self, tokens: Tensor, *, valid: Tensor | None = None, cache: Cache | None = None, past: int = 0
+    ) -> Tensor:
+        """Logits of every position, int64 [b, s] -> [b, s, vocab]."""
+        return self.logits(self.hidden(tokens, valid=valid, cache=cache, past=past))

@@ -1,0 +1,83 @@
+"""What a model weighs: bytes stored, and bytes that memory must deliver for each decoded token.
+
+Decoding one token for one user reads every weight once and the whole cache of keys and values once; that traffic, and
+not arithmetic, is what the token costs on every machine of today. So a byte of cache at a context length and a byte of
+weights are worth the same, and a narrower value head pays twice.
+
+Counted: the artifact's tensors as they are deployed (codes at their bits, float16 scales, packed zeros). Not counted:
+activations, and of an embedding that is not the head as well, the one row that is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.dims import LayerDims
+from flatq.model.grid import Grid
+
+CACHE_ITEM = 2  # bytes of a cached number: float16, which llama.cpp and all GPU servers keep
+Grids = Mapping[str, Grid]
+
+
+def matrix_bytes(shape: tuple[int, int], grid: Grid | None, itemsize: int) -> int:
+    """Bytes of an [out, in] matrix: of its codes if it is quantized, else of its numbers."""
+    return grid.stored_bytes(*shape) if grid else math.prod(shape) * itemsize
+
+
+def layer_bytes(config: DecoderConfig, grids: Grids, itemsize: int, index: int, dims: LayerDims) -> int:
+    """Bytes of the linears of layer ``index`` at the widths ``dims``, biases included."""
+    shapes = {name: dims.shape(name, config.d_model) for name in LINEARS}
+    biases = sum(shapes[name][0] for name in LINEARS if config.has_bias(name))
+    return biases * itemsize + sum(
+        matrix_bytes(shape, grids.get(f"layers.{index}.{name}"), itemsize) for name, shape in shapes.items()
+    )
+
+
+def table_bytes(config: DecoderConfig, grids: Grids, itemsize: int, name: str) -> int:
+    """Bytes of ``embed`` or ``head``; a tied head is the embedding."""
+    return matrix_bytes((config.vocab, config.d_model), grids.get("embed" if config.tied_head else name), itemsize)
+
+
+def norm_bytes(config: DecoderConfig, itemsize: int) -> int:
+    """Bytes of all norms."""
+    qk_norms = sum(2 * dims.d_qk for dims in config.layers) if config.qk_norm else 0
+    return itemsize * (config.d_model * (2 * len(config.layers) + 1) + qk_norms)
+
+
+def ends_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
+    """Bytes of what no layer's widths change: embedding, head and norms."""
+    tables = ("embed",) if config.tied_head else ("embed", "head")
+    return norm_bytes(config, itemsize) + sum(table_bytes(config, grids, itemsize, name) for name in tables)
+
+
+def weight_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
+    """Bytes of all tensors: what ``Artifact.bytes`` measures once they exist.
+
+    Args:
+        grids: of quantized weights, by stem (``layers.0.q``, ``embed``).
+        itemsize: bytes of a number that is not quantized.
+    """
+    layers = sum(layer_bytes(config, grids, itemsize, i, dims) for i, dims in enumerate(config.layers))
+    return layers + ends_bytes(config, grids, itemsize)
+
+
+def cache_bytes(config: DecoderConfig, dims: LayerDims, context: int) -> int:
+    """Bytes of one layer's keys and values of ``context`` tokens, or of as many as its window sees."""
+    seen = context if config.sliding_window is None else min(context, config.sliding_window)
+    return seen * dims.kv_heads * (dims.d_qk + dims.d_v) * CACHE_ITEM
+
+
+def decode_ends_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
+    """Bytes read for a token outside the layers: head and norms."""
+    return norm_bytes(config, itemsize) + table_bytes(config, grids, itemsize, "head")
+
+
+def decode_bytes(config: DecoderConfig, grids: Grids, itemsize: int, context: int) -> int:
+    """Bytes read to decode one token with ``context`` tokens in the cache."""
+    layers = sum(
+        layer_bytes(config, grids, itemsize, i, dims) + cache_bytes(config, dims, context)
+        for i, dims in enumerate(config.layers)
+    )
+    return layers + decode_ends_bytes(config, grids, itemsize)

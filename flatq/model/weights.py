@@ -1,0 +1,93 @@
+"""Weights by name, one at a time: what a checkpoint, a GGUF file and a finished artifact have in common.
+
+Names are those of ``Decoder.state_dict()``: ``embed.weight``, ``layers.3.q.weight``, ``layers.3.q.bias``,
+``layers.3.attention_norm.weight``, ``norm.weight``, ``head.weight`` (absent when tied).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flatq.model.decoder import Decoder, DecoderConfig, DecoderLayer, RMSNorm
+from flatq.model.grid import QuantizedWeight
+
+HALVES = ("attention", "mlp")
+
+
+class Weights(Protocol):
+    """A model that is read tensor by tensor."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Widths and switches."""
+        ...
+
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+        """One tensor, read now; quantized linears come with their codes."""
+        ...
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a decoder of this configuration has, by name, with its shape."""
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in Decoder(config).state_dict().items()}
+
+
+def half_names(config: DecoderConfig, index: int, half: str) -> list[str]:
+    """Names of the tensors of one half (``attention`` or ``mlp``) of a layer."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config, index, halves=(half,))
+    return [f"layers.{index}.{name}" for name in layer.state_dict()]
+
+
+def dense(tensor: Tensor | QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor as plain numbers."""
+    return tensor.dequantize(dtype) if isinstance(tensor, QuantizedWeight) else tensor.to(dtype)
+
+
+def head_stem(config: DecoderConfig) -> str:
+    """The table that makes logits, without ``.weight``."""
+    return "embed" if config.tied_head else "head"
+
+
+def load_head(weights: Weights, *, device: str = "cpu") -> Tensor:
+    """It as plain numbers, float32 [vocab, m]."""
+    return dense(weights.tensor(f"{head_stem(weights.config)}.weight")).to(device)
+
+
+def load_last_norm(weights: Weights, *, device: str = "cpu") -> RMSNorm:
+    """The norm in front of the head."""
+    norm = RMSNorm(weights.config.d_model, weights.config.norm_eps)
+    norm.weight = nn.Parameter(dense(weights.tensor("norm.weight")), requires_grad=False)
+    return norm.to(device)
+
+
+def load_half(
+    weights: Weights, index: int, half: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> DecoderLayer:
+    """One half of a layer, ready to run."""
+    with torch.device("meta"):
+        layer = DecoderLayer(weights.config, index, halves=(half,))
+    _fill(layer, weights, f"layers.{index}.", dtype, device)
+    return layer
+
+
+def load_decoder(weights: Weights, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
+    """The whole decoder in memory, quantized weights decoded."""
+    with torch.device("meta"):
+        decoder = Decoder(weights.config)
+    _fill(decoder, weights, "", dtype, device)
+    return decoder
+
+
+def _fill(module: nn.Module, weights: Weights, prefix: str, dtype: torch.dtype, device: str) -> None:
+    state: Mapping[str, Tensor] = {
+        name: dense(weights.tensor(prefix + name), dtype).to(device) for name in module.state_dict()
+    }
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+    module.eval()

@@ -1,0 +1,217 @@
+"""From a dense model and a plan to an artifact: one walk, every finished block on disk at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from flatq.artifact import ENERGIES, Artifact, finish, save_shard, write_json
+from flatq.calibration.sensitivity import Sensitivity
+from flatq.calibration.states import WORKING_SET, Sweep
+from flatq.calibration.walk import Block, blocks_done, last_states, walk
+from flatq.compress.stage import FlatStage, RankPlan
+from flatq.machine import distributed
+from flatq.machine.progress import progress
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.weights import HALVES, half_names, head_stem
+from flatq.quantize.embedding_and_head import EMBEDDING, ENDS, head_moment, save_first, save_last, saved_first
+from flatq.quantize.stage import READERS, GptqStage
+from flatq.recipe.grammar import Recipe
+from flatq.sources.source import Source
+
+log = logging.getLogger(__name__)
+
+
+def shard_name(index: int, half: str) -> str:
+    """File of one block."""
+    return f"layer-{index:05d}-{half}.safetensors"
+
+
+def build(
+    source: Source,
+    tokens: Tensor,
+    plan: RankPlan,
+    recipe: Recipe,
+    grids: Mapping[str, Grid],
+    *,
+    partial: Path,
+    root: Path,
+    work: Path,
+    provenance: Mapping[str, Any],
+    device: str = "cpu",
+    working_set: int = WORKING_SET,
+) -> Artifact:
+    """Compress and quantize block by block; resumes where a killed run of the same folders stopped.
+
+    Args:
+        tokens: calibration tokens, int64 [samples, seq].
+        grids: of every weight that is to be quantized, by stem.
+        partial: folder in which the artifact grows; renamed to ``root`` at the end.
+        work: hidden states and the per-block reports.
+        provenance: goes into the manifest; must not hold anything that differs between two runs.
+        working_set: bytes for the activations of a batch.
+    """
+    config = source.config.with_layers(plan.layers)
+    stages = stages_of(recipe, plan, grids, source.config, work)
+
+    if distributed.first():
+        partial.mkdir(parents=True, exist_ok=True)
+        save_first(source, grids, partial)
+    distributed.barrier()
+
+    def save(block: Block) -> None:
+        _save_block(block, source.dtype, partial, work)
+
+    sweep, total = Sweep.of(recipe.calibration, device, working_set), len(config.layers) * len(HALVES)
+    reference, lag = walked_along(recipe)
+    with progress("compress", total) as advance:
+        advance(blocks_done(work))
+        for block in walk(
+            source,
+            tokens,
+            work,
+            save,
+            embed=saved_first(source, grids, partial),
+            sweep=sweep,
+            reference=reference,
+            lag=lag,
+        ):
+            for stage in stages:
+                stage.apply(block)
+            block.observe()  # without a stage that did; the energies are kept
+            advance()
+
+    solves = head_stem(config) in grids
+    moment = head_moment(source, last_states(source, tokens, work, sweep), sweep) if solves else None
+    if distributed.first():
+        head = save_last(source, grids, moment, recipe.gptq, partial)
+        save_shard(partial / ENERGIES, energies(work))
+        manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work), "head": head}
+        _finish(source, config, grids, manifest, partial, root)
+    distributed.barrier()
+    return Artifact.open(root)
+
+
+def _finish(
+    source: Source,
+    config: DecoderConfig,
+    grids: Mapping[str, Grid],
+    manifest: Mapping[str, Any],
+    partial: Path,
+    root: Path,
+) -> None:
+    """Tokenizer, index, configuration and manifest."""
+    first = [EMBEDDING] if (partial / EMBEDDING).exists() else []
+    files = [*first, *(shard_name(index, half) for index, half in _halves(config)), ENDS]
+    for stray in partial.glob("*.partial"):
+        stray.unlink()
+    source.tokenizer().save_pretrained(str(partial))
+    settings = {**source.settings(), "dtype": str(source.dtype).removeprefix("torch.")}
+    finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
+
+
+def stages_of(
+    recipe: Recipe, plan: RankPlan, grids: Mapping[str, Grid], config: DecoderConfig, work: Path
+) -> list[FlatStage | GptqStage]:
+    """What is done to each block, in order.
+
+    Args:
+        grids: of every weight that is to be quantized, by stem.
+        config: the dense model's.
+        work: holds the sensitivity, if the FLAT stage asks for one.
+    """
+    stages: list[FlatStage | GptqStage] = []
+    if recipe.flat is not None:
+        narrows = plan.layers != config.layers
+        fisher = Sensitivity(config, work) if recipe.flat.sensitive and narrows else None
+        stages.append(FlatStage(recipe.flat, plan, fisher))
+    if recipe.gptq is not None:
+        stages.append(GptqStage(recipe.gptq, grids))
+    return stages
+
+
+def walked_along(recipe: Recipe) -> tuple[bool, bool]:
+    """What the stages want to know of the dense model on the way: ``reference`` and ``lag`` of ``walk``."""
+    flat, gptq = recipe.flat, recipe.gptq
+    return flat is not None and flat.corrects, gptq is not None and gptq.corrects
+
+
+def dense_artifact(source: Source, root: Path) -> Artifact:
+    """The model as it was, in the form that exporters read: what a compressed one is compared with."""
+    config = source.config
+    partial = root.with_name(root.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    shards = {shard_name(index, half): half_names(config, index, half) for index, half in _halves(config)}
+    inside = {name for names in shards.values() for name in names}
+    shards[ENDS] = [name for name in source.names() if name not in inside]
+    for file, names in shards.items():
+        save_shard(partial / file, {name: source.tensor(name) for name in names})
+    return finish(
+        partial,
+        root,
+        config=config,
+        grids={},
+        settings=source.settings(),
+        manifest={"recipe": ""},
+        weight_files=list(shards),
+    )
+
+
+def _halves(config: DecoderConfig) -> list[tuple[int, str]]:
+    return [(index, half) for index in range(len(config.layers)) for half in HALVES]
+
+
+def block_reports(work: Path) -> list[dict[str, Any]]:
+    """What each finished block reported, in order: place, widths, errors, notes."""
+    return [json.loads(path.read_text()) for path in sorted((work / "blocks").glob("*.json"))]
+
+
+def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> None:
+    """Write a block's tensors and its report; what is not quantized runs on with the precision it is stored in."""
+    tensors: dict[str, Tensor | QuantizedWeight] = {}
+    for name, parameter in block.layer.named_parameters():
+        linear = name.removesuffix(".weight")
+        full = f"layers.{block.index}.{name}"
+        if name.endswith(".weight") and linear in block.quantized:
+            tensors[full] = block.quantized[linear]
+            continue
+        stored = parameter.detach().to(dtype)
+        parameter.data = stored.float()
+        tensors[full] = stored
+    save_shard(partial / shard_name(block.index, block.half), tensors)
+    (work / "blocks").mkdir(exist_ok=True)
+    report = {
+        "layer": block.index,
+        "half": block.half,
+        "shapes": {name: list(module.weight.shape) for name, module in _linears(block)},
+        "errors": block.errors,
+        "notes": block.notes,
+    }
+    save_shard(work / "blocks" / f"{block.index:05d}-{HALVES.index(block.half)}.safetensors", _energies(block))
+    write_json(work / "blocks" / f"{block.index:05d}-{HALVES.index(block.half)}.json", report)
+
+
+def energies(work: Path) -> dict[str, Tensor]:
+    """Mean square of every input of every linear, float32, by stem (``layers.3.down``), from the blocks' files."""
+    found: dict[str, Tensor] = {}
+    for path in sorted((work / "blocks").glob("*.safetensors")):
+        found |= safetensors.torch.load_file(path)
+    return found
+
+
+def _energies(block: Block) -> dict[str, Tensor]:
+    readers = {name: gram for gram, names in READERS[block.half] for name in names}
+    return {f"layers.{block.index}.{name}": block.grams[gram].energy().clone() for name, gram in readers.items()}
+
+
+def _linears(block: Block) -> list[tuple[str, nn.Linear]]:
+    return [(name, module) for name, module in block.layer.named_children() if isinstance(module, nn.Linear)]

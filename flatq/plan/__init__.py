@@ -1,0 +1,1 @@
+"""Everything that is decided before the walk: widths, bits, sizes, objections, forecasts."""

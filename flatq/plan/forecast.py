@@ -1,0 +1,197 @@
+"""What each phase of a run will take, from a few seconds of the same work on this machine.
+
+Time: every phase is played on one layer with a few tokens (see ``rehearsal``), and the rest is arithmetic. Layers that
+are too wide for a short measurement are measured narrower, by a whole factor k: what grows with tokens is taken times
+k^2, solves times k^3.
+
+Memory: what a phase holds at its largest block is added up from shapes; the process itself is measured. Hidden states
+do not count, they are on disk.
+
+Left out: exports, their verification and the bench; those belong to exporters and runtimes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from flatq.calibration import cache_ranges, sensitivity, states
+from flatq.calibration.perplexity import LOGITS_AT_ONCE
+from flatq.calibration.self_text import SIDE_BY_SIDE, writing_bytes
+from flatq.calibration.states import WORKING_SET, activation_bytes
+from flatq.calibration.tokens import self_tokens
+from flatq.compress import error_curves
+from flatq.errors import RecipeError
+from flatq.machine.memory import give_back, rss_bytes
+from flatq.model.decoder import DecoderConfig, LayerDims
+from flatq.model.weights import Weights
+from flatq.plan.decide import measurements
+from flatq.plan.rehearsal import TOGETHER, FirstLayers, Rehearsal
+from flatq.quantize import bit_errors
+from flatq.quantize.embedding_and_head import HEAD_AT_ONCE
+from flatq.quantize.gptq import WEIGHTS_AT_ONCE
+from flatq.recipe.grammar import Recipe
+
+WIDEST = 2048  # MLP channels that are still measured as they are
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One phase: seconds, and the largest resident memory while it runs.
+
+    With a GPU, ``peak_device_bytes`` is what it will hold; the main memory of the same phase is then an upper bound,
+    as if the work were done there.
+    """
+
+    seconds: float
+    peak_rss_bytes: int
+    peak_device_bytes: int = 0
+
+
+def forecasts(
+    recipe: Recipe,
+    config: DecoderConfig,
+    plan: Sequence[LayerDims],
+    weights: Weights | None,
+    *,
+    device: str = "cpu",
+    room: int = WORKING_SET,
+    ranges: bool = False,
+) -> dict[str, Forecast]:
+    """By phase, in the order of a run.
+
+    Args:
+        config: the dense model.
+        plan: widths that it will have, layer by layer, or with equal shares.
+        weights: the model itself if it can be read: reading is then part of what is measured.
+        room: bytes for the activations of a batch.
+        ranges: whether an export asks for the ranges of keys and values.
+    """
+    times, needs = (
+        _times(recipe, config, plan, weights, device, room, ranges),
+        working_bytes(config, recipe, room, ranges),
+    )
+    give_back()
+    held = rss_bytes()  # with all that the phases have loaded and keep
+    return {
+        phase: Forecast(seconds, held + needs[phase], 0 if device == "cpu" else needs[phase])
+        for phase, seconds in times.items()
+    }
+
+
+def _times(
+    recipe: Recipe,
+    config: DecoderConfig,
+    plan: Sequence[LayerDims],
+    weights: Weights | None,
+    device: str,
+    room: int,
+    ranges: bool,
+) -> dict[str, float]:
+    factor = max(1, -(-max(dims.d_ff for dims in config.layers) // WIDEST))
+    small, planned = _narrowed(config, factor), _narrowed(config.with_layers(plan), factor)
+    first = FirstLayers(small.with_layers(small.layers[:1]), weights if factor == 1 else None)
+    tokens = _tokens(recipe)
+    return {
+        phase: spent.grown(len(config.layers), tokens[phase], factor)
+        for phase, spent in Rehearsal(recipe, first, planned.layers[:1], device, room, ranges).played().items()
+    }
+
+
+def _narrowed(config: DecoderConfig, factor: int) -> DecoderConfig:
+    """The same proportions at a fraction of the widths; head sizes stay."""
+
+    def fewer(count: int) -> int:
+        return max(1, round(count / factor))
+
+    def narrow(dims: LayerDims) -> LayerDims:
+        kv_heads = fewer(dims.kv_heads)
+        return replace(dims, heads=kv_heads * dims.group, kv_heads=kv_heads, d_ff=fewer(dims.d_ff) // 32 * 32 or 32)
+
+    if factor == 1:
+        return config
+    layers = [narrow(dims) for dims in config.layers]
+    return replace(config.with_layers(layers), d_model=fewer(config.d_model) // 64 * 64 or 64)
+
+
+def _tokens(recipe: Recipe) -> dict[str, int]:
+    """How many tokens each phase looks at."""
+    calibration = recipe.calibration.samples * recipe.calibration.seq_len
+    scored = recipe.evaluation[0].tokens
+    return {
+        "self-text": self_tokens(recipe.calibration, recipe.evaluation),
+        "baseline": scored,
+        "sensitivity": min(calibration, sensitivity.TOKENS),
+        "curves": min(calibration, error_curves.TOKENS),
+        "importance": calibration,
+        "bits": min(calibration, bit_errors.TOKENS),
+        "compress": calibration,
+        "evaluate": scored,
+        "cache-ranges": min(calibration, max(recipe.calibration.seq_len, cache_ranges.TOKENS)),
+    }
+
+
+def working_bytes(
+    config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET, ranges: bool = False
+) -> dict[str, int]:
+    """What each phase holds at its largest, besides the process itself."""
+    m, f, tables = config.d_model, max(dims.d_ff for dims in config.layers), config.vocab * config.d_model
+    heads = max(dims.heads * dims.d_v for dims in config.layers)
+    layer = max(dims.parameters(m) for dims in config.layers)
+    half = 4 * max(3 * f * m, layer - 3 * f * m)
+    text, scored = recipe.calibration, recipe.evaluation[0]
+    one = activation_bytes(config) * text.seq_len
+    batch = min(max(room, one), activation_bytes(config) * min(states.BATCH_TOKENS, text.samples * text.seq_len))
+    rows = min(TOGETHER, scored.tokens // scored.seq_len)  # that go through an evaluation together
+    evaluated = 4 * scored.tokens * m + max(
+        half + activation_bytes(config) * rows * scored.seq_len, 6 * tables + 8 * LOGITS_AT_ONCE
+    )
+    embedding = 5.5 * tables  # as it is stored and as float32
+    left = f * (recipe.flat.keep_ratio or 1.0 if recipe.flat is not None else 1.0)
+    grams, fisher = 4 * (f**2 + m**2), 12 * m**2
+    # Gram, its mean and what becomes of it in the elimination; then, of what is left, in the least squares.
+    eliminating = grams + 8 * f**2 + 12 * f * m + fisher
+    fitting = grams + 4 * f**2 + 4 * f * m + 8 * left * m + max(12 * left**2, 8 * left**2 + 16 * left * m)
+    narrowing = max(eliminating, fitting) if recipe.flat is not None else 0
+    solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
+    rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
+    judged = 6 * min(bit_errors.TOKENS, text.samples * text.seq_len) * m  # three versions of the outputs
+    quantizes_head = recipe.gptq is not None and recipe.gptq.embedding is not None
+    heading = 8 * tables + 16 * m**2 + 20 * min(tables, HEAD_AT_ONCE) if quantizes_head else embedding
+    ranging = 4 * _tokens(recipe)["cache-ranges"] * m + max(half + cache_ranges.ROWS * one, embedding)
+    gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
+    length = min(sensitivity.LENGTH, text.seq_len)
+    found = {
+        "self-text": writing_bytes(config, min(SIDE_BY_SIDE, text.samples), max(text.seq_len, scored.seq_len)),
+        "baseline": evaluated,
+        "sensitivity": gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab),
+        "curves": max(half + max(batch + grams, eliminating, 28 * heads**2), embedding),
+        "importance": max(2 * half + batch, embedding),
+        "bits": max(half + 4 * m**2 + judged + max(batch + 2 * grams, grams + 16 * f**2 + solved), embedding),
+        "compress": max(half + max(batch + grams, narrowing, rounding), heading),
+        "evaluate": evaluated,
+        "cache-ranges": ranging,
+    }
+    phases = ["self-text"] if self_tokens(text, recipe.evaluation) else []
+    phases += ["baseline", *measurements(recipe), "compress", "evaluate", *(["cache-ranges"] if ranges else [])]
+    return {phase: int(found[phase]) for phase in phases}
+
+
+def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None, ranges: bool = False) -> int:
+    """Bytes for the activations of a batch, so that the whole stays below ``memory``.
+
+    Raises:
+        RecipeError: a single sample does not fit.
+    """
+    if memory is None:
+        return WORKING_SET
+    least = rss_bytes() + max(working_bytes(config, recipe, 1, ranges).values())
+    if least > memory:
+        raise RecipeError(
+            f"--memory: {memory / 1e9:.2f} GB is too little; with one sample of {recipe.calibration.seq_len} tokens at "
+            f"a time this model needs about {least / 1e9:.2f} GB: give that much, or lower calibration.seq_len"
+        )
+    room = WORKING_SET
+    while room > 1 and rss_bytes() + max(working_bytes(config, recipe, room, ranges).values()) > memory:
+        room //= 2
+    return room

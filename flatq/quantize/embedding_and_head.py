@@ -1,0 +1,105 @@
+"""What lies before the first and after the last block: embedding, last norm and head.
+
+The head is a linear like any other, so it is solved like one (``quantize.gptq``): on the second moment of what it
+really reads, the residual stream at the end of the walk, normed. Rounded to nearest instead, 4 bits of it do several
+times the damage of all other linears together (docs/decisions.md).
+
+A table that is embedding and head at once is solved as the head, for that is where its errors count; the walk then
+begins with the table as it was. An embedding of its own is rounded to nearest before the walk, which begins with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from flatq.artifact import PARTS, save_shard
+from flatq.calibration.grams import Gram
+from flatq.calibration.states import Feed, Sweep
+from flatq.machine.device import solver_of
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.weights import Weights, head_stem, load_head, load_last_norm
+from flatq.quantize.gptq import GptqResult
+from flatq.quantize.stage import notes_on, quantize_table, quantized_together
+from flatq.recipe.blocks import GptqSpec
+
+EMBEDDING, ENDS = "embedding.safetensors", "ends.safetensors"
+HEAD_AT_ONCE = 1 << 22  # weights in the working set of its solve: little beside a table; fewer take longer
+
+
+def first_table(weights: Weights, grids: Mapping[str, Grid]) -> Tensor | QuantizedWeight:
+    """The embedding that the walk begins with, [vocab, m]."""
+    if "embed" in grids and not _solved_last(weights.config, grids):
+        return quantize_table(weights, "embed.weight", grids["embed"])
+    return weights.tensor("embed.weight")
+
+
+def head_moment(weights: Weights, states: Feed, sweep: Sweep) -> Gram:
+    """Second moment of what the head reads, over the samples of all processes, [m, m].
+
+    Args:
+        states: of the residual stream after the last block.
+    """
+    norm, moment = load_last_norm(weights, device=sweep.device), Gram(weights.config.d_model, device=sweep.device)
+    with torch.inference_mode():
+        for batch in states.batches():
+            moment.update(norm(states.states[batch].to(sweep.device, torch.float32)))
+    moment.gather()
+    moment.move(solver_of(sweep.device))
+    return moment
+
+
+def quantized_head(weights: Weights, grid: Grid, moment: Gram, spec: GptqSpec) -> GptqResult:
+    """The table that makes logits, in codes [vocab, m]."""
+    table = load_head(weights, device=str(moment.total.device))
+    return quantized_together([table], moment.mean(), grid, spec, at_once=HEAD_AT_ONCE)
+
+
+def _solved_last(config: DecoderConfig, grids: Mapping[str, Grid]) -> bool:
+    """Whether the embedding is the head, too, and in codes."""
+    return config.tied_head and "embed" in grids
+
+
+def save_first(weights: Weights, grids: Mapping[str, Grid], folder: Path) -> None:
+    """Write what the walk begins with, unless it is solved after it."""
+    if not _solved_last(weights.config, grids):
+        save_shard(folder / EMBEDDING, {"embed.weight": first_table(weights, grids)})
+
+
+def saved_first(weights: Weights, grids: Mapping[str, Grid], folder: Path) -> Tensor | QuantizedWeight:
+    """What ``save_first`` has written; mapped, not read."""
+    if not (folder / EMBEDDING).exists():
+        return first_table(weights, grids)
+    shard: Any = safetensors.safe_open(folder / EMBEDDING, framework="pt")
+    if "embed" not in grids:
+        found: Tensor = shard.get_tensor("embed.weight")
+        return found
+    codes, scale, zero = (shard.get_tensor(f"embed.{part}") for part in PARTS)
+    return QuantizedWeight(codes, scale, zero, grids["embed"])
+
+
+def save_last(
+    weights: Weights, grids: Mapping[str, Grid], moment: Gram | None, spec: GptqSpec | None, folder: Path
+) -> dict[str, Any]:
+    """Write last norm and head; returns what there is to report of the head, JSON-ready.
+
+    Args:
+        moment: ``head_moment``; None leaves the head as it is.
+        spec: how to quantize it.
+    """
+    stem, said = head_stem(weights.config), dict[str, Any]()
+    ends: dict[str, Tensor | QuantizedWeight] = {"norm.weight": weights.tensor("norm.weight")}
+    if moment is not None and spec is not None:
+        result = quantized_head(weights, grids[stem], moment, spec)
+        ends[f"{stem}.weight"] = result.weight
+        said = {"error": result.error_of(), "notes": notes_on("head", result, spec.damping)}
+    elif stem == "head":
+        ends["head.weight"] = weights.tensor("head.weight")
+    save_shard(folder / ENDS, ends)
+    return said

@@ -1,0 +1,1 @@
+"""What a run leaves to read: report.json, report.md and report.html."""

@@ -1,0 +1,164 @@
+"""The report's figures, as SVG that follows the page's light or dark colours.
+
+matplotlib draws with marker colours that no figure would use; afterwards each is replaced by a CSS variable of the
+page. Text stays text, in the page's font. Nothing here touches pyplot, so there is no global state and no display.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    from flatq.report.render import Report
+
+COLOURS = {  # drawn with -> shown as
+    "#0a0b01": "var(--ink)",
+    "#0a0b02": "var(--quiet)",
+    "#0a0b03": "var(--line)",
+    "#0a0b04": "var(--result)",
+    "#0a0b05": "var(--baseline)",
+    "#0a0b06": "var(--s1)",
+    "#0a0b07": "var(--s2)",
+    "#0a0b08": "var(--s3)",
+    "#0a0b09": "var(--s4)",
+    "#0a0b0a": "var(--s5)",
+    "#0a0b0b": "var(--s6)",
+    "#0a0b0c": "var(--s7)",
+}
+INK, QUIET, LINE, RESULT, DENSE, *SERIES = COLOURS
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flatq",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": QUIET,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+}
+
+
+def rank_profile(report: Report) -> str:
+    """What each layer kept of its value heads and of its MLP."""
+    with matplotlib.rc_context(STYLE):
+        figure, (heads, mlp) = _panels(1, 2, height=2.7)
+        for axes, width, title in ((heads, "d_v", "Value head width d_v"), (mlp, "d_ff", "MLP width d_ff")):
+            where = [layer.index for layer in report.layers]
+            axes.bar(where, [getattr(layer.dense, width) for layer in report.layers], 0.82, color=DENSE, alpha=0.35)
+            axes.bar(where, [getattr(layer.dims, width) for layer in report.layers], 0.82, color=RESULT)
+            axes.set_title(title)
+            _by_layer(axes)
+        heads.legend(["dense", "kept"], loc="upper left", ncols=2, bbox_to_anchor=(0.48, 1.18))
+        return _svg(figure)
+
+
+def layer_errors(report: Report) -> str:
+    """Relative errors by layer: what FLAT removed, and what rounding changed in each linear."""
+    with matplotlib.rc_context(STYLE):
+        narrowing = [name for name in ("value", "mlp") if any(name in layer.errors for layer in report.layers)]
+        others = {name for layer in report.layers for name in layer.errors} - {"value", "mlp"}
+        order = ("q", "k", "v", "o", "gate", "up", "down")
+        rounding = [name for name in order if name in others] + sorted(others - set(order))
+        groups = [(names, title) for names, title in ((narrowing, "Narrowing"), (rounding, "Rounding")) if names]
+        if not groups:
+            return ""
+        figure, panels = _panels(1, len(groups), height=2.9)
+        for axes, (names, title) in zip(panels, groups, strict=True):
+            for place, name in enumerate(names):
+                points = [(layer.index, layer.errors[name]) for layer in report.layers if name in layer.errors]
+                x, y = zip(*points, strict=True)
+                colour, late = SERIES[place % len(SERIES)], place >= 4
+                axes.plot(x, y, color=colour, lw=1.6, marker="o", ms=2.6, ls="--" if late else "-", label=name)
+            axes.set_title(f"{title}: relative error")
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            axes.set_ylim(bottom=0)
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=7, handlelength=1.4, columnspacing=0.9)
+            _by_layer(axes)
+        return _svg(figure)
+
+
+def size_and_speed(report: Report) -> str:
+    """Bars of the baseline and of each export: bytes, tokens per second, memory."""
+    weights = [("dense weights", report.baseline.bytes / 1e6, None)] if report.baseline else []
+    weights += [(export.name, export.bytes / 1e6, None) for export in report.exports]
+    if not report.exports:
+        weights += [("artifact", report.result.bytes / 1e6, None)]
+    panels: list[tuple[str, list[Any]]] = [("Size on disk, MB", weights)]
+    if report.bench:
+        decode = [(e.name, e.decode_tokens_per_second) for e in report.bench]
+        prefill = [(e.name, e.prefill_tokens_per_second) for e in report.bench]
+        panels += [
+            ("Decode, tokens/s", [(name, s.median, (s.low, s.high)) for name, s in decode]),
+            ("Prefill, tokens/s", [(name, s.median, (s.low, s.high)) for name, s in prefill]),
+            ("Peak memory, MB", [(e.name, e.peak_rss_bytes / 1e6, None) for e in report.bench]),
+        ]
+    with matplotlib.rc_context(STYLE):
+        rows, columns = (len(panels) + 1) // 2, min(2, len(panels))
+        tallest = max(len(bars) for _, bars in panels)
+        figure, grid = _panels(rows, columns, height=rows * (0.62 + 0.3 * tallest))
+        for axes, (title, bars) in zip(grid, panels, strict=True):
+            _bars(axes, title, bars)
+        return _svg(figure)
+
+
+def _bars(axes: Any, title: str, bars: list[Any]) -> None:
+    """Horizontal bars with their value written at the end and the range as a thin line."""
+    widest = max(max(value, *(span or ())) if span else value for _, value, span in bars)
+    for row, (name, value, span) in enumerate(bars):
+        dense = name in ("baseline", "dense weights")
+        axes.barh(row, value, 0.6, color=DENSE if dense else RESULT)
+        if span:
+            axes.plot(span, [row, row], color=INK, lw=1.1, solid_capstyle="butt", marker="|", ms=5)
+        end = max(value, span[1]) if span else value
+        axes.text(end + 0.015 * widest, row, f"{value:,.0f}" if value >= 100 else f"{value:.3g}", va="center")
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set_xlim(0, widest * 1.17)
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_title(title)
+    axes.grid(visible=False)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+
+
+def _by_layer(axes: Any) -> None:
+    axes.set_xlabel("layer", loc="right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    axes.grid(visible=False, axis="x")
+    axes.spines["left"].set_visible(False)
+
+
+def _panels(rows: int, columns: int, *, height: float) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(10, height), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.08))
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _svg(figure: Figure) -> str:
+    """The drawing as an element to put into a page, colours replaced by the page's."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    for drawn, shown in COLOURS.items():
+        text = text.replace(drawn, shown)
+    opening, rest = text.split(">", 1)
+    view = opening[opening.index("viewBox") :].split('"')[1]
+    return f'<svg viewBox="{view}" xmlns:xlink="http://www.w3.org/1999/xlink" role="img">{rest}'

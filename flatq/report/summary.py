@@ -1,0 +1,135 @@
+"""What a run leaves to read: provenance for the manifest, and the report put together from the phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flatq.artifact import Artifact
+from flatq.calibration.tokens import Tokens
+from flatq.model.decoder import DecoderConfig
+from flatq.model.footprint import decode_bytes
+from flatq.model.grid import Grid
+from flatq.plan.describe import cautions
+from flatq.recipe.blocks import CONTEXT
+from flatq.recipe.grammar import Recipe
+from flatq.report.render import Environment, LayerReport, Measure, ModelInfo, Report, version_of
+from flatq.sources.source import Source
+
+SCHEMA_VERSION = 1
+
+
+def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]:
+    """Where an artifact comes from: nothing in it differs between two runs of one recipe on one machine."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": recipe.text,
+        "recipe_digest": recipe.digest(),
+        "source": {"origin": source.origin, "files": source.digests(), "license": source.license},
+        "tokens": tokens.description,
+        "versions": {name: version_of(name) for name in ("flatq", "torch", "transformers", "numpy")},
+        "seed": recipe.calibration.seed,
+    }
+
+
+def quality(tokens: Tokens, *, baseline: float, result: float) -> dict[str, Any]:
+    """What a model card says about how good the model is."""
+    rows, length = tokens.heldout.shape
+    return {
+        "perplexity": round(result, 4),
+        "perplexity of the original": round(baseline, 4),
+        "measured on": f"{rows} x {length} tokens of {tokens.judged[0].name}",
+    }
+
+
+def summarize(
+    recipe: Recipe,
+    source: Source,
+    tokens: Tokens,
+    artifact: Artifact,
+    *,
+    baseline: float,
+    result: float,
+    exports: Sequence[Mapping[str, Any]],
+    bench: Sequence[Mapping[str, Any]],
+    timing: Mapping[str, float],
+    peak_rss_bytes: int,
+    memory: Mapping[str, int] | None = None,
+    device_memory: Mapping[str, int] | None = None,
+    forecast: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Report:
+    """The report of a finished run.
+
+    Args:
+        recipe: what was asked for.
+        source: the model before.
+        tokens: what perplexities were measured on.
+        artifact: the model after.
+        baseline: perplexity before.
+        result: perplexity after.
+        exports: JSON-ready ``ExportReport`` of each export.
+        bench: JSON-ready ``BenchResult`` of each runner.
+        timing: seconds per phase.
+        peak_rss_bytes: of this process.
+        memory: the same for each phase.
+        device_memory: what each phase held on GPUs.
+        forecast: what the phases were expected to take, JSON-ready.
+    """
+    scored = tokens.heldout.shape[0] * (tokens.heldout.shape[1] - 1)
+    config, itemsize = source.config, source.dtype.itemsize
+    return Report.model_validate(
+        {
+            "model": ModelInfo(
+                name=source.origin,
+                family=config.family,
+                d_model=config.d_model,
+                vocab=config.vocab,
+                layers=len(config.layers),
+            ),
+            "recipe": recipe.model_dump(mode="json"),
+            "environment": Environment.collect(),
+            "baseline": _measure(config, config.parameters() * itemsize, baseline, scored, {}, recipe, itemsize),
+            "result": _measure(artifact.config, artifact.bytes(), result, scored, artifact.grids, recipe, itemsize),
+            "layers": _layers(config, artifact),
+            "head": artifact.manifest["head"] or None,
+            "exports": list(exports),
+            "bench": list(bench),
+            "timing": dict(timing),
+            "notes": cautions(recipe, config),
+            "memory": dict(memory or {}),
+            "device_memory": dict(device_memory or {}),
+            "forecast": dict(forecast or {}),
+            "peak_rss_bytes": peak_rss_bytes,
+        }
+    )
+
+
+def _measure(
+    config: DecoderConfig,
+    size: int,
+    perplexity: float,
+    tokens: int,
+    grids: Mapping[str, Grid],
+    recipe: Recipe,
+    itemsize: int,
+) -> Measure:
+    context = recipe.flat.cache_context if recipe.flat else CONTEXT
+    return Measure(
+        parameters=config.parameters(),
+        decoder_parameters=config.decoder_parameters(),
+        bytes=size,
+        decode_bytes=decode_bytes(config, grids, itemsize, context),
+        decode_context=context,
+        perplexity=perplexity,
+        perplexity_tokens=tokens,
+    )
+
+
+def _layers(dense: DecoderConfig, artifact: Artifact) -> list[LayerReport]:
+    rows = []
+    for index, (before, after) in enumerate(zip(dense.layers, artifact.config.layers, strict=True)):
+        blocks = [block for block in artifact.manifest["blocks"] if block["layer"] == index]
+        errors = {name: error for block in blocks for name, error in block["errors"].items()}
+        notes = [note for block in blocks for note in block["notes"]]
+        rows.append(LayerReport(index=index, dims=after, dense=before, errors=errors, notes=notes))
+    return rows

@@ -1,0 +1,1 @@
+"""Pretrained models, read lazily: Hugging Face folders and GGUF files."""

@@ -1,0 +1,255 @@
+"""A GGUF file as a source: metadata into a configuration, blocks into numbers, row orders back.
+
+The metadata is rewritten as the keys of a Hugging Face ``config.json`` and goes through the same door
+(``families.config_from_hf``), so that there is one place where a model is accepted or refused. gguf's own code
+reads the file and decodes its blocks; a decoded quantized tensor is float32, exactly what llama.cpp's weights mean.
+
+Two things are undone. For architecture ``llama`` the converter writes the rows of q and k with the two partners of a
+rotary pair side by side; flatq's decoder wants halves. And Llama 3's rope scaling arrives as a tensor of divisors,
+from which the rule's parameters are recovered; divisors that no known parameters explain are refused.
+
+Left out: files split in parts (join them with llama-gguf-split --merge), and arrays of widths per layer.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
+from flatq.model.decoder import DecoderConfig, Rope
+from flatq.model.families import FAMILIES, Family, config_from_hf
+from flatq.sources.gguf_tokenizer import read_tokenizer
+
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NUMBERS_AT_ONCE = 1 << 20  # that are decoded together: what gguf holds meanwhile is a few times as large
+ROPE_DIVISORS = "rope_freqs.weight"
+# GGUF key (below the architecture's name) -> key of config.json
+KEYS = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "context_length": "max_position_embeddings",
+    "rope.freq_base": "rope_theta",
+}
+TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlocks:
+    """One entry of the file's tensor table."""
+
+    file: Path
+    shape: tuple[int, ...]
+    tensor: Any  # gguf.ReaderTensor, memory-mapped
+
+
+class GgufFile:
+    """A GGUF file, read lazily; satisfies ``flatq.sources.source.Storage``."""
+
+    has_weights = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = [path]
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise ArtifactError(f"{path}: truncated or damaged GGUF file ({error}); download it again") from error
+        self._blocks = {
+            entry.name: StoredBlocks(path, tuple(int(n) for n in reversed(entry.shape)), entry)
+            for entry in self._reader.tensors
+        }
+        self.family = self._family()
+        self.config = self._configuration()
+
+    def _value(self, key: str) -> Any:
+        field = self._reader.get_field(key)
+        if field is None:
+            return None
+        value = field.contents()
+        if field.types[-1] == gguf.GGUFValueType.FLOAT32 and isinstance(value, float):
+            return float(str(np.float32(value)))  # 1e-05 was written, not 9.999999747378752e-06
+        return value
+
+    def _family(self) -> Family:
+        architecture = self._value("general.architecture")
+        known: dict[str, Family] = {}
+        for family in FAMILIES.values():
+            known.setdefault(family.gguf, family)
+        if architecture not in known:
+            raise UnsupportedModel(
+                f"{self.path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(known)}"
+            )
+        if (self._value("split.count") or 1) > 1:
+            raise UnsupportedModel(f"{self.path}: one part of a split file; join them: llama-gguf-split --merge")
+        return known[architecture]
+
+    def _configuration(self) -> DecoderConfig:
+        values: dict[str, Any] = {"model_type": self.family.model_type, "sliding_window": None}
+        for key, name in KEYS.items():
+            value = self._value(f"{self.family.gguf}.{key}")
+            if value is not None:
+                values[name] = value
+        heads, width = values.get("num_attention_heads"), values.get("hidden_size")
+        values.setdefault("num_key_value_heads", heads)
+        if isinstance(heads, int) and isinstance(width, int) and heads > 0:
+            values.setdefault("head_dim", width // heads)
+        embedding = self._blocks.get("token_embd.weight")
+        if embedding is None:
+            raise ArtifactError(f"{self.path}: tensor token_embd.weight is missing; download the file again")
+        values["vocab_size"] = embedding.shape[0]
+        values["tie_word_embeddings"] = "output.weight" not in self._blocks
+        values["attention_bias"] = "blk.0.attn_q.bias" in self._blocks
+        values["mlp_bias"] = "blk.0.ffn_gate.bias" in self._blocks
+        values["rope_scaling"] = self._rope_scaling()
+        self._refuse_extras(values)
+        config = config_from_hf(values, where=str(self.path))
+        return replace(config, rope=self._with_divisors(config.rope, config.layers[0].d_qk))
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        prefix = f"{self.family.gguf}.rope"
+        kind = self._value(f"{prefix}.scaling.type")
+        factor = self._value(f"{prefix}.scaling.factor") or self._value(f"{prefix}.scale_linear")
+        if kind is None:
+            kind = "linear" if factor not in (None, 1.0) else "none"
+        return None if kind == "none" else {"rope_type": kind, "factor": factor}
+
+    def _refuse_extras(self, values: Mapping[str, Any]) -> None:
+        """Metadata that changes the computation and has no counterpart in a config.json of these families."""
+        prefix = self.family.gguf
+        head_dim, context = values.get("head_dim"), values.get("max_position_embeddings") or 0
+        window = self._value(f"{prefix}.attention.sliding_window")
+        problems = []
+        for key, allowed in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
+            found = self._value(f"{prefix}.{key}")
+            if found not in (None, allowed):
+                problems.append(f"{self.path}: {prefix}.{key} is {found}; only the head size {allowed} is supported")
+        if self._value(f"{prefix}.expert_count"):
+            problems.append(f"{self.path}: {prefix}.expert_count: mixtures of experts are not supported")
+        if window and window < context:
+            problems.append(f"{self.path}: {prefix}.attention.sliding_window {window}: use the Hugging Face folder")
+        if problems:
+            raise UnsupportedModel("\n".join(problems))
+
+    def _with_divisors(self, rope: Rope, d_qk: int) -> Rope:
+        entry = self._blocks.get(ROPE_DIVISORS)
+        if entry is None:
+            return rope
+        divisors = torch.from_numpy(np.array(entry.tensor.data, dtype=np.float32))
+        plain = rope.inverse_frequencies(d_qk)
+        if rope.scaling is None and divisors.shape == plain.shape:
+            # All Llama 3.x releases; their factors (8, 32) show as the largest divisor.
+            guess = replace(
+                rope,
+                scaling="llama3",
+                factor=float(divisors.max()),
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_positions=8192,
+            )
+            if torch.allclose(plain / divisors, guess.inverse_frequencies(d_qk), rtol=1e-5, atol=0.0):
+                return guess
+        raise UnsupportedModel(
+            f"{self.path}: {ROPE_DIVISORS} does not follow the rule of Llama 3 (low 1, high 4, 8192 positions); "
+            "use the Hugging Face folder of this model"
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredBlocks]:
+        """See ``flatq.sources.source.Storage``."""
+        named = {self.family.names.from_gguf(name): entry for name, entry in self._blocks.items()}
+        return {name: entry for name, entry in named.items() if name is not None}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the linears; float32 if any of them is quantized."""
+        kinds = {entry.tensor.tensor_type.name for entry in self._blocks.values() if len(entry.shape) > 1}
+        return PLAIN_DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+    def damage(self) -> list[str]:
+        """None: a truncated file is refused when it is opened."""
+        return []
+
+    def objections(self) -> list[str]:
+        """Tensors without a place in the decoder."""
+        return [
+            f"{self.path}: tensor {name} has no place in a {self.family.model_type} decoder"
+            for name in self._blocks
+            if self.family.names.from_gguf(name) is None and name != ROPE_DIVISORS
+        ]
+
+    def read(self, name: str) -> Tensor:
+        """See ``flatq.sources.source.Storage``."""
+        stored = self.tensors[name]
+        entry = stored.tensor
+        tensor = torch.empty(stored.shape, dtype=PLAIN_DTYPES.get(entry.tensor_type.name, torch.float32))
+        rows = max(1, NUMBERS_AT_ONCE // stored.shape[-1])
+        try:
+            for part, data in zip(
+                tensor.split(rows), np.split(entry.data, range(rows, len(tensor), rows)), strict=True
+            ):
+                part.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type))))
+        except NotImplementedError as unknown:
+            raise UnsupportedModel(
+                f"{self.path}: tensor {entry.name} is stored as {entry.tensor_type.name}, which gguf cannot decode; "
+                "use an F16, Q8_0 or K-quant file of this model"
+            ) from unknown
+        self._forget()
+        dims = self.config.layers[0]
+        if self.family.gguf_permuted and name.startswith("layers."):
+            linear = name.split(".")[2]
+            if linear in ("q", "k"):
+                return halves_from_pairs(tensor, dims.heads if linear == "q" else dims.kv_heads)
+        return tensor
+
+    def _forget(self) -> None:
+        """Give back the pages of the mapped file, or in the end the whole model would be in memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """See ``flatq.sources.source.Storage``."""
+        return self._reader.get_field("tokenizer.ggml.tokens") is not None
+
+    def tokenizer(self) -> Any:
+        """See ``flatq.sources.source.Source``."""
+        if not self.has_tokenizer:
+            raise RecipeError(f"model: {self.path} holds no tokenizer; get a complete GGUF file, or use the HF folder")
+        return read_tokenizer(self.path, self._value("tokenizer.ggml.model"), self._value("tokenizer.ggml.pre"))
+
+    def settings(self) -> dict[str, Any]:
+        """See ``flatq.sources.source.Source``."""
+        found = {name: self._value(f"tokenizer.ggml.{kind}_token_id") for kind, name in TOKEN_IDS.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def license(self) -> str | None:
+        """``general.license``."""
+        stated = self._value("general.license")
+        return str(stated) if stated else None
+
+
+def halves_from_pairs(rows: Tensor, heads: int) -> Tensor:
+    """Rotary partners side by side -> first partners, then second partners: [heads * d, ...] -> the same shape."""
+    paired = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [heads, d / 2, 2, ...]
+    return paired.transpose(1, 2).reshape(rows.shape)
+
+
+def pairs_from_halves(rows: Tensor, heads: int) -> Tensor:
+    """Inverse of ``halves_from_pairs``."""
+    halved = rows.reshape(heads, 2, -1, *rows.shape[1:])  # [heads, 2, d / 2, ...]
+    return halved.transpose(1, 2).reshape(rows.shape)

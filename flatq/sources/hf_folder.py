@@ -1,0 +1,222 @@
+"""A Hugging Face model folder: ``config.json``, safetensors (one file or shards with an index), tokenizer.
+
+The header of a safetensors file lists every tensor with its shape, and the library checks that the file is as
+long as its header says: a truncated download is found without reading a single weight.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import yaml
+from torch import Tensor
+
+from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
+from flatq.model.families import FAMILIES, config_from_hf
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# One of these sets is what a fast tokenizer can be made from.
+TOKENIZER_SETS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One entry of a safetensors header."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class HfFolder:
+    """A model folder, read lazily; satisfies ``flatq.sources.source.Storage``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        config_file = root / "config.json"
+        if not config_file.is_file():
+            raise RecipeError(f"model: {root} has no config.json; give a Hugging Face model folder or a .gguf file")
+        self._hf = _read_json(config_file)
+        if self._hf.get("model_type") == "flatq":
+            raise UnsupportedModel(f"{root}: this is a model that flatq has already compressed; give the original one")
+        self.config = config_from_hf(self._hf, where=str(config_file))
+        self._names = FAMILIES[self.config.family].names
+        self._weight_map, self._shards = self._list_shards()
+        self.has_weights = bool(self._shards)
+        pickled = sorted(path.name for pattern in PICKLED for path in root.glob(pattern))
+        if pickled and not self.has_weights:
+            raise UnsupportedModel(
+                f"{root}: only pickled weights ({pickled[0]}), which run code when opened; flatq reads safetensors and "
+                "GGUF. Convert: transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            )
+        beside = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+        self.files = [path for name in beside if (path := root / name).is_file()]
+        self.files += [root / shard for shard in self._shards if (root / shard).is_file()]
+
+    def _list_shards(self) -> tuple[dict[str, str] | None, list[str]]:
+        index = self.root / INDEX
+        if not index.is_file():
+            single = (self.root / SINGLE).is_file()
+            others = sorted(path.name for path in self.root.glob("*.safetensors"))
+            if others and not single:
+                raise ArtifactError(f"{self.root}: {others[0]} has no {INDEX} beside it; download the index too")
+            return None, [SINGLE] if single else []
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ArtifactError(f"{index}: no weight_map of names to files; download it again")
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            # A name with a path in it could read any file of this machine into the result.
+            if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+                raise ArtifactError(
+                    f"{index}: {shard!r} is not a plain .safetensors file name; do not trust this folder"
+                )
+        return weight_map, shards
+
+    @cached_property
+    def _headers(self) -> tuple[dict[str, StoredTensor], list[str]]:
+        stored: dict[str, StoredTensor] = {}
+        damaged: list[str] = []
+        for shard in self._shards:
+            file = self.root / shard
+            try:
+                handle = self._handle(file)
+            except ArtifactError as error:
+                damaged.append(str(error))
+                continue
+            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                if self._weight_map is None or self._weight_map.get(name) == shard:
+                    header = handle.get_slice(name)
+                    stored[name] = StoredTensor(name, file, tuple(header.get_shape()), header.get_dtype())
+        return stored, damaged
+
+    def _handle(self, file: Path) -> Any:
+        # Opened anew each time: pages of a mapping that is kept stay in memory, in the end the whole model.
+        if not file.is_file():
+            raise ArtifactError(f"{file}: missing, though {INDEX} names it; the download is incomplete")
+        try:
+            return safetensors.safe_open(file, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ArtifactError(f"{file}: truncated or damaged ({error}); download it again") from error
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """See ``flatq.sources.source.Storage``."""
+        named = {self._names.from_hf(name): entry for name, entry in self._headers[0].items()}
+        return {name: entry for name, entry in named.items() if name is not None}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Stored type of the embedding; without weights, what config.json says."""
+        entry = self.tensors.get("embed.weight")
+        if entry is not None:
+            return STORED_DTYPES.get(entry.dtype, torch.float32)
+        stated = f"torch.{self._hf.get('dtype') or self._hf.get('torch_dtype')}"
+        return next((dtype for dtype in STORED_DTYPES.values() if str(dtype) == stated), torch.float32)
+
+    def damage(self) -> list[str]:
+        """See ``flatq.sources.source.Storage``."""
+        return list(self._headers[1])
+
+    def objections(self) -> list[str]:
+        """Tensors without a place, types that are no plain floats, a tied head that is not the embedding."""
+        found = []
+        for name, entry in self._headers[0].items():
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # a table that old checkpoints carry; it follows from the configuration
+            if self._names.from_hf(name) is None:
+                found.append(f"{entry.file}: tensor {name} has no place in a {self.config.family} decoder")
+            elif entry.dtype not in STORED_DTYPES:
+                found.append(f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}")
+        if not found and self._head_is_loose():
+            found.append(
+                f"{self.root / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the "
+                "embedding; set it to false, or remove lm_head.weight"
+            )
+        return found
+
+    def _head_is_loose(self) -> bool:
+        both = self.config.tied_head and {"head.weight", "embed.weight"} <= set(self.tensors)
+        return both and not torch.equal(self.read("head.weight"), self.read("embed.weight"))
+
+    def read(self, name: str) -> Tensor:
+        """See ``flatq.sources.source.Storage``."""
+        entry = self.tensors[name]
+        if entry.dtype not in STORED_DTYPES:
+            raise UnsupportedModel(
+                f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}"
+            )
+        tensor: Tensor = self._handle(entry.file).get_tensor(entry.name)
+        return tensor
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """See ``flatq.sources.source.Storage``."""
+        return any(all((self.root / name).is_file() for name in names) for names in TOKENIZER_SETS)
+
+    def tokenizer(self) -> Any:
+        """See ``flatq.sources.source.Source``."""
+        if not self.has_tokenizer:
+            raise RecipeError(
+                f"model: {self.root} has no tokenizer; add tokenizer.json and tokenizer_config.json "
+                "(or tokenizer.model, or vocab.json with merges.txt) from where the model came from"
+            )
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.root, local_files_only=True, trust_remote_code=False)
+
+    def settings(self) -> dict[str, Any]:
+        """See ``flatq.sources.source.Source``."""
+        generation = self.root / "generation_config.json"
+        known = {**(_read_json(generation) if generation.is_file() else {}), **_stated(self._hf)}
+        return {key: known[key] for key in TOKEN_IDS if known.get(key) is not None}
+
+    def license(self) -> str | None:
+        """``license`` in the front matter of the model card."""
+        card = self.root / "README.md"
+        if not card.is_file():
+            return None
+        parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+        if len(parts) < 3 or parts[0].strip():
+            return None
+        try:
+            front = yaml.safe_load(parts[1])
+        except yaml.YAMLError:
+            return None  # the card is prose for people; a flaw in it says nothing about the model
+        stated = front.get("license") if isinstance(front, dict) else None
+        return str(stated) if stated else None
+
+
+def _stated(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as damaged:
+        raise ArtifactError(f"{path}: not valid JSON ({damaged}); download it again") from damaged
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: a JSON object was expected, found {type(data).__name__}; download it again")
+    return data

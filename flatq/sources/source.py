@@ -1,0 +1,308 @@
+"""Open a pretrained model and read it tensor by tensor, never all of it at once.
+
+A model comes from a Hugging Face folder, a hub id, a ``.gguf`` file, or ``package:DIST/FILE`` (a file that an
+installed Python package ships: real weights without a download site). Two storages know the formats
+(``hf_folder``, ``gguf_file``); what is the same for both lives here in ``Source``: finite checks, shapes checked
+against the configuration before hours of work, digests for the manifest.
+
+Only safetensors and GGUF are read. Pickled checkpoints (``.bin``, ``.pt``) run code when opened, and are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flatq.artifact import file_digest
+from flatq.calibration.grams import finite
+from flatq.errors import ArtifactError, NumericsError, RecipeError, UnsupportedModel
+from flatq.model.decoder import DecoderConfig
+from flatq.model.weights import tensor_shapes
+from flatq.sources.gguf_file import GgufFile
+from flatq.sources.hf_folder import HfFolder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "README.md"]
+
+
+class Stored(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Axes in torch's order."""
+        ...
+
+    @property
+    def file(self) -> Path:
+        """Where its bytes are."""
+        ...
+
+
+class Storage(Protocol):
+    """A file format: headers at once, tensors on demand, under flatq's names."""
+
+    config: DecoderConfig
+    files: list[Path]
+    has_weights: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Stored type of the weights; float32 if they are quantized blocks."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor that has a place in the decoder, by flatq's name."""
+        ...
+
+    def damage(self) -> list[str]:
+        """Files that cannot be read, in words."""
+        ...
+
+    def objections(self) -> list[str]:
+        """Readable contents that flatq has no place for, in words."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored (quantized blocks: decoded to float32)."""
+        ...
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the files of a tokenizer are there."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """A ``PreTrainedTokenizerFast``."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Token ids for a ``config.json``."""
+        ...
+
+    def license(self) -> str | None:
+        """As the publisher names it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pretrained model, opened; satisfies ``flatq.model.weights.Weights``.
+
+    Attributes:
+        storage: the format behind it.
+        origin: what to print: the path, hub id with its commit, or package file.
+        wanted: dtype that ``tensor`` converts to; None leaves each tensor as stored.
+    """
+
+    storage: Storage
+    origin: str
+    wanted: torch.dtype | None = None
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Widths and switches."""
+        return self.storage.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in, or were asked to be converted to; float32 for quantized GGUF."""
+        return self.wanted or self.storage.dtype
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that the model is read from."""
+        return self.storage.files
+
+    @property
+    def has_weights(self) -> bool:
+        """False for a folder that holds only a ``config.json``, which is enough for a plan."""
+        return self.storage.has_weights
+
+    @property
+    def license(self) -> str | None:
+        """The license as the publisher names it, if the files say."""
+        return self.storage.license()
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return tensor_shapes(self.config)
+
+    def names(self) -> list[str]:
+        """Names of all tensors that the configuration asks for."""
+        return sorted(self._shapes)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read now, with the shape that the configuration gives it.
+
+        Raises:
+            ArtifactError: it is missing, misshapen or cannot be read.
+            NumericsError: it holds NaN or infinity.
+        """
+        wrong = self._wrong(name)
+        if wrong is not None:
+            raise ArtifactError(wrong)
+        tensor = self.storage.read(name)
+        if self.wanted is not None:
+            tensor = tensor.to(self.wanted)
+        if not finite(tensor):
+            count = int((~torch.isfinite(tensor)).sum())
+            as_what = f" as {self.wanted}" if self.wanted else ""
+            raise NumericsError(
+                f"{self.storage.tensors[name].file}: tensor {name} holds {count} values that are NaN or infinite"
+                f"{as_what}; nothing computed from it could be trusted. Get the file again, or another dtype"
+            )
+        return tensor
+
+    def _wrong(self, name: str) -> str | None:
+        stored, shape = self.storage.tensors.get(name), self._shapes.get(name)
+        if stored is None:
+            return f"{self.origin}: tensor {name} is missing; the download may be incomplete"
+        if shape != stored.shape:
+            return f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the configuration says {shape}"
+        return None
+
+    def validate(self) -> None:
+        """Check names and shapes of all tensors from the headers, before any compute.
+
+        Raises:
+            ArtifactError: missing or misshapen tensors, damaged files; all of them at once.
+            UnsupportedModel: the weights are whole, but hold something that flatq has no place for.
+        """
+        damage = self.storage.damage()
+        damage += [wrong for name in self.names() if (wrong := self._wrong(name)) is not None]
+        if damage:
+            raise ArtifactError("\n".join(_shortened(damage)))
+        strangers = sorted(set(self.storage.tensors) - set(self._shapes) - {"head.weight"})
+        objections = self.storage.objections() + [
+            f"{self.storage.tensors[name].file}: tensor {name} has no place in this {self.config.family} configuration"
+            for name in strangers
+        ]
+        if objections:
+            raise UnsupportedModel("\n".join(_shortened(objections)))
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {path.name: file_digest(path) for path in self.files}
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file, by file name; computed once."""
+        return self._digests
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the files of a tokenizer are there; a plan is made without."""
+        return self.storage.has_tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self.storage.tokenizer()
+
+    def tokenizer(self) -> Any:
+        """The model's ``PreTrainedTokenizerFast``; made once.
+
+        Raises:
+            RecipeError: its files are missing; the message says which to add.
+        """
+        return self._tokenizer
+
+    def settings(self) -> dict[str, Any]:
+        """``bos_token_id``, ``eos_token_id``, ``pad_token_id`` as far as the model states them."""
+        return self.storage.settings()
+
+
+def _shortened(problems: list[str], most: int = 20) -> list[str]:
+    rest = len(problems) - most
+    return problems if rest <= 0 else [*problems[:most], f"... and {rest} more"]
+
+
+def open_model(path: str, *, revision: str | None = None, dtype: str = "auto", need_weights: bool = True) -> Source:
+    """Open a pretrained model lazily.
+
+    Args:
+        path: Hugging Face folder, hub id ``owner/name``, ``.gguf`` file, or ``package:DIST/FILE``.
+        revision: branch, tag or commit of a hub id.
+        dtype: ``auto`` = as stored; or ``float32``, ``bfloat16``, ``float16``.
+        need_weights: False accepts a folder that holds only ``config.json``.
+
+    Raises:
+        RecipeError: there is no such model, or it holds no weights.
+        UnsupportedModel: its family or a switch is not supported.
+        ArtifactError: a file is damaged.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise RecipeError(f"dtype: {dtype!r} is not known; allowed: auto, {', '.join(DTYPES)}")
+    place, origin = _locate(path, revision, need_weights)
+    storage: Storage = GgufFile(place) if place.is_file() else HfFolder(place)
+    if need_weights and not storage.has_weights:
+        raise RecipeError(f"model: {place} holds no weights (*.safetensors); download them, or give another folder")
+    return Source(storage, origin, DTYPES.get(dtype))
+
+
+def _locate(path: str, revision: str | None, need_weights: bool) -> tuple[Path, str]:
+    place = Path(path).expanduser()
+    if path.startswith("package:"):
+        found = _packaged(path.removeprefix("package:"))
+    elif place.exists():
+        found = place
+    elif place.suffix != ".gguf" and HUB_ID.fullmatch(path):
+        return _downloaded(path, revision, need_weights)
+    else:
+        raise RecipeError(
+            f"model: {path} does not exist; allowed: a Hugging Face folder, a .gguf file, a hub id owner/name, "
+            "or package:DIST/FILE"
+        )
+    if revision is not None:
+        raise RecipeError(f"revision: {revision!r} is only for hub ids; {path} is a local file or folder")
+    if found.is_file() and found.suffix != ".gguf":
+        raise RecipeError(f"model: {path} is neither a folder nor a .gguf file")
+    return found, path
+
+
+def _packaged(spec: str) -> Path:
+    distribution, _, wanted = spec.partition("/")
+    try:
+        files = metadata.distribution(distribution).files or []
+    except (metadata.PackageNotFoundError, ValueError) as missing:
+        raise RecipeError(
+            f"model: package {distribution!r} is not installed; run: pip install {distribution}"
+        ) from missing
+    for file in files:
+        if wanted and (str(file) == wanted or file.name == wanted):
+            place = Path(str(file.locate()))
+            if place.is_file():
+                return place
+    shipped = [str(file) for file in files if file.suffix == ".gguf"]
+    raise RecipeError(
+        f"model: package {distribution!r} ships no file {wanted!r}; its .gguf files: {', '.join(shipped) or 'none'}"
+    )
+
+
+def _downloaded(hub_id: str, revision: str | None, need_weights: bool) -> tuple[Path, str]:
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # httpx or httpx2
+
+    patterns = HUB_FILES + (["*.safetensors"] if need_weights else [])
+    try:
+        folder = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]
+        )
+    except (OSError, HTTPError, HFValidationError) as failed:
+        reason = str(failed).strip().splitlines()[0] if str(failed).strip() else type(failed).__name__
+        raise RecipeError(
+            f"model: there is no folder {hub_id}, and the hub did not give it ({type(failed).__name__}: {reason}). "
+            "Check the name and your access (`hf auth login` for gated models); offline, give a local folder, "
+            "a .gguf file or package:DIST/FILE"
+        ) from failed
+    place = Path(folder)
+    return place, f"{hub_id}@{place.name}"

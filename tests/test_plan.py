@@ -1,0 +1,254 @@
+"""What is said before anything is computed: sizes are exact, memory and time are at least plausible."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatq.artifact import Artifact
+from flatq.compress.stage import RankPlan
+from flatq.errors import ArtifactError, RecipeError
+from flatq.export.bench import BenchResult, Spread
+from flatq.export.protocols import exporter_named
+from flatq.pipeline import run as pipeline
+from flatq.plan import describe as planning
+from flatq.plan import forecast
+from flatq.plan.describe import (
+    artifact_bytes,
+    bench_table,
+    checked_options,
+    disk_bytes,
+    explanation,
+    tokenizer_in,
+)
+from flatq.plan.forecast import forecasts, working_bytes
+from flatq.plan.rehearsal import Clock, FirstLayers, Rehearsal, Spent, Watched
+from flatq.recipe.grammar import Recipe
+from flatq.report.render import read_report
+from flatq.sources.source import open_model
+from tests.conftest import FLAT, GPTQ, ONNX, MakeRecipe, flatq, usual_recipe
+from tests.models import tiny_config
+
+HEAD = "version: 1\nmodel: some/model\n"
+BOTH = Recipe.parse(HEAD + "stages: [{flat: {keep_ratio: 0.7}}, {gptq: {group_size: 32, embedding: {bits: 8}}}]")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("stages: [{flat: {keep_ratio: 0.7}}]", ["keeps 70% of the decoder's parameters, curves allocation"]),
+        ("stages: [{gptq: {bits: 3, group_size: -1}}]", ["3 bit symmetric, one group per row"]),
+        ("stages: [{gptq: {symmetric: false, embedding: {}}}]", ["4 bit asymmetric, groups of 128, embedding 8 bit"]),
+        ("exports: [{onnx: {name: mine, precision: fp32}}]", ["export       mine: onnx precision=fp32"]),
+        ("exports: [{onnx: {}}]\nbench: {prompt: 7, new_tokens: 9}", ["prompt 7, 9 new tokens"]),
+    ],
+)
+def test_a_recipe_in_words(recipe: str, words: list[str]) -> None:
+    lines = "\n".join(explanation(Recipe.parse(HEAD + recipe)))
+    assert "some/model" in lines
+    assert all(word in lines for word in words)
+
+
+def test_a_plan_needs_only_the_configuration(make_recipe: MakeRecipe, model_copy: Path) -> None:
+    for file in model_copy.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    shown = flatq("plan", make_recipe(model=str(model_copy), exports=ONNX))
+    assert shown.exit_code == 0, shown.stderr
+    dense = open_model(str(model_copy), need_weights=False).config
+    assert f"{dense.parameters():,}" in shown.stdout
+    assert f"{dense.decoder_parameters():,}" in shown.stdout
+    for words in (
+        "export reduced",
+        "export gqa",
+        "export fp32",
+        "disk of the run",
+        "compress",
+        "all but exports",
+        "equal shares",
+    ):
+        assert words in shown.stdout
+
+
+@pytest.mark.parametrize("stages", [[FLAT], [GPTQ], [FLAT, GPTQ]], ids=["flat", "gptq", "both"])
+def test_every_choice_of_stages_has_a_plan(stages: list[object], make_recipe: MakeRecipe) -> None:
+    assert flatq("plan", make_recipe(stages=stages)).exit_code == 0
+
+
+def test_a_plan_hears_the_exporter_s_objections(make_recipe: MakeRecipe) -> None:
+    shown = flatq("plan", make_recipe(stages=[FLAT], exports=ONNX[:1]))
+    assert shown.exit_code == 2
+    assert "exports.reduced: onnx: precision: int4 writes the codes" in shown.stderr
+
+
+def test_a_run_leaves_nothing_that_a_plan_did_not_foresee(exported_run: tuple[Path, Path]) -> None:
+    recipe, out = Recipe.load(exported_run[0]), exported_run[1]
+    artifact = Artifact.open(out)
+    shards = sum(path.stat().st_size for path in artifact.root.glob("*.safetensors"))
+    assert 0.5 * shards < artifact_bytes(artifact.config, recipe, 4) < 2 * shards
+    assert disk_bytes(artifact.config, recipe, 4) > shards
+
+
+def test_memory_and_disk_grow_with_model_and_text(tiny_model: Path) -> None:
+    dense = open_model(str(tiny_model)).config
+    wider = dense.with_layers([type(d)(d.heads, d.kv_heads, d.d_qk, d.d_v, 4096) for d in dense.layers])
+    longer = BOTH.model_copy(update={"calibration": BOTH.calibration.model_copy(update={"samples": 1024})})
+    assert working_bytes(dense, BOTH)["compress"] < working_bytes(wider, BOTH)["compress"]
+    assert working_bytes(dense, BOTH) == working_bytes(dense, longer), "hidden states are on disk"
+    assert working_bytes(dense, BOTH) == working_bytes(dense.with_layers(dense.layers * 9), BOTH)
+    assert disk_bytes(dense, BOTH, 4) < disk_bytes(dense, longer, 4)
+
+
+def test_too_little_text_for_the_width_is_said_beforehand_and_in_the_report(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path, text_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibration = usual_recipe(tiny_model, text_file)["calibration"]
+    little = make_recipe("little", calibration={**calibration, "samples": 1})
+    for words in (flatq("plan", little).stdout, reported(little, tmp_path / "little"), caplog.text):
+        assert "fewer than the" in " ".join(words.split())
+    assert "fewer than the" not in reported(make_recipe(), tmp_path / "enough")
+
+
+def reported(recipe: Path, out: Path) -> str:
+    """The report of a run, as Markdown."""
+    assert flatq("run", recipe, "--out", out).exit_code == 0
+    return (out / "report.md").read_text()
+
+
+CHOOSING = [{"gptq": {"average_bits": 3.5, "group_size": 16}}]
+
+
+@pytest.mark.parametrize(
+    ("stages", "planned"), [([FLAT, GPTQ], ["sensitivity", "curves"]), (CHOOSING, ["sensitivity", "bits"])]
+)
+def test_a_forecast_names_the_phases_of_the_run_in_their_order(
+    stages: list[Any], planned: list[str], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(stages=stages)
+    assert flatq("run", recipe, "--out", tmp_path / "out", "--forecast").exit_code == 0
+    report = read_report(tmp_path / "out" / "report.json")
+    assert list(report.forecast) == ["baseline", *planned, "compress", "evaluate"]
+    assert list(report.timing)[1:6] == list(report.forecast), "after the forecast itself"
+    assert all(said.seconds > 0 for said in report.forecast.values())
+    for phase, said in report.forecast.items():
+        assert said.peak_rss_bytes == pytest.approx(report.memory[phase], rel=0.5)
+    shown = (tmp_path / "out" / "report.md").read_text()
+    assert "| compress |" in shown
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_a_wide_model_is_forecast_from_a_narrow_one(factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(heads=8, kv_heads=4, d_ff=(256, 256), d_model=256)
+    monkeypatch.setattr(forecast, "WIDEST", 256 // factor)
+
+    def played(rehearsal: Rehearsal) -> dict[str, Spent]:
+        (layer,) = rehearsal.weights.config.layers
+        assert layer.d_ff == 256 // factor
+        ends = {"ends": 0.064 / factor, "tables": 5.0 / factor, "head": 0.5 / factor**2}
+        return {"compress": Spent(layers=0.064 / factor**2, solves=1.0 / factor**3, tokens=64, **ends)}
+
+    monkeypatch.setattr(Rehearsal, "played", played)
+    found = forecasts(BOTH, config, config.layers, None)["compress"].seconds
+    tokens = BOTH.calibration.samples * BOTH.calibration.seq_len
+    assert found == pytest.approx(5.5 + 2 * (1 + 1e-3 * tokens) + 1e-3 * tokens)
+
+
+def test_the_clock_goes_by_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0])  # each part takes twice as long as the one before
+    monkeypatch.setattr("flatq.plan.rehearsal.time.perf_counter", lambda: next(times))
+    clock = Clock()
+    watched = Watched(FirstLayers(tiny_config(), None), clock)
+    watched.tensor("layers.0.q.weight")
+    with clock.during("solves"):
+        pass
+    watched.tensor("norm.weight")
+    clock.turn("ends")
+    assert clock.spent == Spent(ends=1 + 64, solves=2 + 8, layers=4 + 16, tables=32)
+
+
+def test_the_quicker_of_two_rounds_counts_part_by_part() -> None:
+    assert Spent(1, 5, 3, 7, 9, 64).quicker(Spent(2, 4, 6, 1, 8, 64)) == Spent(1, 4, 3, 1, 8, 64)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 64])
+def test_a_rehearsal_takes_two_batches_or_what_there_is(samples: int) -> None:
+    text = BOTH.calibration.model_copy(update={"samples": samples, "seq_len": 256})
+    config = tiny_config()
+    first = FirstLayers(config.with_layers(config.layers[:1]), None)
+    narrow = (replace(config.layers[0], d_ff=32),)
+    found = Rehearsal(BOTH.model_copy(update={"calibration": text}), first, narrow).played()
+    assert list(found) == ["baseline", "sensitivity", "curves", "compress", "evaluate"]
+    assert found["compress"].tokens == min(samples * 256, 4096)
+    assert min(found["compress"].layers, found["compress"].solves, found["compress"].tables) > 0
+    assert found["baseline"].solves < found["compress"].solves, "only reading"
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(1, 256), (64, 4096)])
+def test_ranges_of_keys_and_values_are_rehearsed_if_an_export_wants_them(samples: int, tokens: int) -> None:
+    text = BOTH.calibration.model_copy(update={"samples": samples, "seq_len": 256})
+    recipe, config = BOTH.model_copy(update={"calibration": text}), tiny_config()
+    first = FirstLayers(config.with_layers(config.layers[:1]), None)
+    found = Rehearsal(recipe, first, first.config.layers, ranges=True).played()
+    assert found["cache-ranges"].tokens == tokens
+    assert found["cache-ranges"].layers > 0
+    narrow = [replace(dims, d_ff=32) for dims in config.layers]
+    without = list(forecasts(recipe, config, narrow, None))
+    assert list(forecasts(recipe, config, narrow, None, ranges=True)) == [*without, "cache-ranges"]
+    assert list(working_bytes(config, recipe, ranges=True)) == [*without, "cache-ranges"]
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
+def test_what_a_phase_holds_is_held_by_the_gpu_if_there_is_one(
+    device: str, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    monkeypatch.setattr(Rehearsal, "played", lambda _: {"compress": Spent(tokens=1)})
+    found = forecasts(BOTH, config, config.layers, None, device=device)["compress"]
+    assert found.peak_device_bytes == share * working_bytes(config, BOTH)["compress"]
+    shown = planning.forecast(BOTH, config, RankPlan(config.layers, 1.0, 1.0), [], 4, {"compress": found})
+    assert ("memory of the GPU" in shown) == bool(share)
+
+
+def test_options_that_an_exporter_refuses_are_named() -> None:
+    onnx = exporter_named("onnx")
+    assert checked_options(onnx, {"precision": "fp32"}).model_dump()["precision"] == "fp32"
+    with pytest.raises(RecipeError) as raised:
+        checked_options(onnx, {"precision": "int5", "wings": 2})
+    assert sorted(problem.split(":")[0] for problem in raised.value.problems) == [
+        "--option precision",
+        "--option wings",
+    ]
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no usable tokenizer"):
+        tokenizer_in(tmp_path)
+
+
+def test_a_bench_table_has_a_row_for_each_runner() -> None:
+    spread = Spread(2.0, 1.0, 3.0)
+    results = [
+        BenchResult(name, "CPUExecutionProvider", 1, 1, 4, 2, 1, 0.5, spread, spread, spread, 10**8, 10**9, None)
+        for name in ("dense", "mine")
+    ]
+    table = bench_table(results)
+    assert "dense" in table
+    assert "mine" in table
+    assert "2.0 (1.0-3.0)" in table
+
+
+def test_a_bench_table_says_what_a_device_holds() -> None:
+    spread = Spread(10.0, 9.0, 11.0)
+    result = BenchResult(
+        "a", "CUDAExecutionProvider", 1, 1, 4, 2, 1, 0.5, spread, spread, spread, 10**8, 10**9, 3 * 10**9
+    )
+    assert "+ 3" in (table := bench_table([result]))
+    assert "device" in table
+
+
+def test_check_opens_no_model(make_recipe: MakeRecipe) -> None:
+    recipe = Recipe.load(make_recipe(model="/nowhere/at/all", exports=ONNX))
+    assert any("/nowhere/at/all" in line for line in pipeline.check(recipe))
