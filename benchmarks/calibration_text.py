@@ -222,7 +222,7 @@ Written by `benchmarks/calibration_text.py`.
     before = [f"{dense['perplexity'][name]:.2f}" for name in names]
     rows = [["dense (perplexity)", "", "", *before, "", "", str(dense["right"]), ""]]
     for line in sorted(rest, key=lambda line: (line["keep_ratio"], line["mean"])):
-        damage = [f"{line['damage'][name]:.3f}" for name in names]
+        damage = [f"{line['damage'][name]:.3f}" if name in line["damage"] else "–" for name in names]  # noqa: RUF001
         rows.append(
             [
                 line["name"].split(", keep")[0] + "".join(f", {o}" for o in line["name"].split(", ")[2:]),
