@@ -5,11 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from flatq.artifact import Artifact
+from flatq.artifact import Artifact, tokenizer_in
 from flatq.calibration.self_text import SelfText
 from flatq.calibration.tokens import Tokens, self_tokens, token_batches
 from flatq.machine import distributed
-from flatq.plan.describe import tokenizer_in
 from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder
 from flatq.sources.source import Source, open_model
