@@ -26,6 +26,7 @@ from torch import Tensor
 import flatq
 from flatq.calibration.block import Block
 from flatq.calibration.perplexity import perplexity
+from flatq.calibration.self_text import SelfText
 from flatq.calibration.states import WORKING_SET, Execution
 from flatq.calibration.tokens import Tokens, token_batches
 from flatq.calibration.walk import walk
@@ -120,7 +121,8 @@ class Laboratory:
         """Calibration and held-out tokens; only the last ones are kept."""
         key = row.calibration.model_dump_json() + row.evaluation.model_dump_json()
         if key not in self._tokens:
-            self._tokens = {key: token_batches(row.calibration, row.evaluation, self.source.tokenizer())}
+            writer = SelfText(self.source, Path(tempfile.gettempdir()) / "flatq-self-text", self.device)
+            self._tokens = {key: token_batches(row.calibration, [row.evaluation], self.source.tokenizer(), writer)}
         return self._tokens[key]
 
     def dense(self, heldout: Tensor) -> float:
@@ -186,7 +188,7 @@ class Laboratory:
             version=1,
             model=ModelSpec(path=self.model),
             calibration=row.calibration,
-            evaluation=row.evaluation,
+            evaluation=(row.evaluation,),
             stages=(*([flat] if flat else []), *([GPTQ] if row.gptq else [])),
         )
         with tempfile.TemporaryDirectory() as place:

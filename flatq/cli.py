@@ -70,7 +70,7 @@ def settings(
 ) -> None:
     """Make a large language model small and fast without training it.
 
-    Start with: flatq check recipes/smollm2-135m-flat20-int4.yaml
+    Start with: flatq check recipes/smollm2-135m-flat10-int4.yaml
     """
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=verbose > 0, markup=False)

@@ -18,7 +18,7 @@ from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.states import Execution
-from flatq.calibration.tokens import Tokens, token_batches
+from flatq.calibration.tokens import Tokens
 from flatq.compress.plan import RankPlan
 from flatq.export.deliver import deliver, measured
 from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
@@ -29,6 +29,7 @@ from flatq.machine.progress import progress
 from flatq.model.grid import Grid
 from flatq.model.weights import HALVES, Weights
 from flatq.pipeline.build import build
+from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
 from flatq.plan.forecast import forecasts, working_set
@@ -93,7 +94,7 @@ def _run(
     for caution in sizes.cautions(recipe, source.config):
         log.warning(caution)
     with folder.working():
-        tokens = distributed.on_first(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
+        tokens = run_tokens(recipe, source, folder, device)
         origins = distributed.on_first(lambda: provenance(recipe, source, tokens))
         fixed = {name: origins[name] for name in ("source", "tokens", "versions")}
         distributed.on_first(lambda: folder.depend_on(fixed))
@@ -109,7 +110,7 @@ def _run(
         result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"), float)
         if not distributed.part():
             return None
-        artifact.note_quality(quality(recipe, tokens, baseline=baseline, result=result))
+        artifact.note_quality(quality(tokens, baseline=baseline, result=result))
         if needs_cache_ranges(exports):
             measure_cache_ranges(job, artifact)
         written = [exported(item, artifact, tokens, folder) for item in exports]
