@@ -1,4 +1,6 @@
-"""What every installed exporter must keep, third-party ones included (``pytest tests/exporters/test_contract.py -k NAME``).
+"""What every installed exporter must keep, third-party ones included.
+
+For one of them: ``pytest tests/exporters/test_contract.py -k NAME``.
 
 The two exporters of the page "Writing an exporter" stand for third-party ones. An exporter may object to a model here
 (the case is then skipped with its words), but flatq's own may not, and its runtime may be missing.
