@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +70,7 @@ def settings(
 ) -> None:
     """Make a large language model small and fast without training it.
 
-    Start with: flatq check recipes/smollm2-135m-flat20-int4.yaml
+    Start with: flatq check recipes/smollm2-135m-flat10-int4.yaml
     """
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=verbose > 0, markup=False)
@@ -103,7 +102,7 @@ def run(
     from flatq.machine import distributed
     from flatq.pipeline.run import run as run_recipe
 
-    room = None if memory is None else parse_size(memory)
+    room = memory_of(memory)
     done = run_recipe(checked, out, device=device, fresh=fresh, memory=room, predict=forecast, verify=not no_verify)
     if done is not None:
         print(done)
@@ -233,17 +232,18 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-def parse_size(text: str) -> int:
-    """``6GB`` (a power of ten), ``6GiB`` (a power of two) or plain bytes, as bytes.
+def memory_of(text: str | None) -> int | None:
+    """The value of ``--memory`` in bytes.
 
     Raises:
-        RecipeError: it is none of these.
+        RecipeError: it is not a size.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise RecipeError(f"--memory {text}: not a size; write it as 6GB, 512MiB or 6000000000")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    from flatq.units import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise RecipeError(f"--memory: {error}") from error
 
 
 def summary(file: Path) -> str:

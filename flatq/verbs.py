@@ -20,6 +20,7 @@ from flatq.export.planned import PlannedExport, absent_packages_of, needs_cache_
 from flatq.export.protocols import Exporter, Runner, exporter_named
 from flatq.machine.device import resolve_device
 from flatq.pipeline.run import open_source, score
+from flatq.pipeline.texts import tokens_of
 from flatq.plan.decide import draft
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
@@ -108,7 +109,7 @@ def export(artifact: Path, out: Path, format: str, options: dict[str, Any], *, v
     raise_absent_packages([item])
     if needs_cache_ranges([item]) and not (model.root / RANGES).exists():
         text = recipe_of(model)
-        tokens = token_batches(text.calibration, text.evaluation, tokenizer_in(model.root))
+        tokens = tokens_of(text, model)
         note_cache_ranges(model, tokens, precision=text.calibration.precision)
     return [out / file for file in deliver(item, model, out, None)["files"]]
 
@@ -141,7 +142,7 @@ def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_le
     calibration = CalibrationSpec.model_validate(
         {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
     )
-    evaluation = EvaluationSpec(tokens=tokens, seq_len=seq_len)
+    evaluation = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=seq_len)
     weights: Artifact | Source
     try:
         artifact = Artifact.open(model)
@@ -150,7 +151,7 @@ def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_le
         source = open_model(model)
         source.validate()
         weights, tokenizer = source, source.tokenizer()
-    return score(weights, token_batches(calibration, evaluation, tokenizer), "cpu", "evaluate")
+    return score(weights, token_batches(calibration, [evaluation], tokenizer), "cpu", "evaluate")
 
 
 def generate(

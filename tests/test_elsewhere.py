@@ -23,7 +23,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "default": [FLAT, GPTQ],
     "paper": [
         {"flat": FLAT["flat"] | {"method": "paper"}},
-        {"gptq": GPTQ["gptq"] | {"late_scales": True, "refinements": 1, "symmetric": False}},
+        {"gptq": GPTQ["gptq"] | {"symmetric": False}},
     ],
     "budget": [{"gptq": {"average_bits": 3.5, "group_size": 16}}],
 }

@@ -15,11 +15,12 @@ EXPORTERS = sorted(folder.name for folder in (ROOT / "exporters").iterdir() if (
 PLUG_INS = sorted((ROOT / "exporters").rglob("*.py"))
 SOURCES = [*CORE, *PLUG_INS]
 NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gptq", "model/grid"]
-WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors"]
+WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.units"]
 # From top to bottom: a folder (or file) imports only what stands below it, or itself.
 FLOORS = [
-    "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "compress", "export", "quantize", "sources", "hf",
-    "calibration", "artifact", "run_folder", "model", "recipe", "machine", "units", "linalg", "files", "errors",
+    "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "job", "compress", "export", "quantize",
+    "sources", "hf", "calibration", "artifact", "run_folder", "model", "recipe", "machine", "units", "linalg", "files",
+    "errors",
 ]  # fmt: skip
 ENTRIES = ("__init__", "__main__")  # the package itself, which names things of every floor
 MOST_LINES, MOST_FUNCTION_LINES = 350, 60

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 def explanation(recipe: Recipe) -> list[str]:
     """The recipe in words, one line per step."""
     calibration, lines = recipe.calibration, [f"model        {recipe.model.path}"]
-    text = calibration.path or calibration.dataset
-    lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {text}")
+    lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {calibration.label}")
     if (flat := recipe.flat) is not None:
         kind = ", the same widths in all layers" if flat.uniform else ""
         lines.append(f"flat         {flat.budget}, {flat.parts.allocation} allocation{kind}")
