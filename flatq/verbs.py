@@ -57,9 +57,8 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     raise_early_objections(recipe, source, exports)
     config, planned = source.config, draft(recipe, source)
     raise_objections(recipe, config.with_layers(planned.layers), exports)
-    weights = source if source.has_weights else None
     ranges = needs_cache_ranges(exports)
-    phases = forecasts(recipe, config, planned.layers, weights, device=resolve_device(device), ranges=ranges)
+    phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
     return forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
 
 

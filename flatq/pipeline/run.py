@@ -136,7 +136,7 @@ def expectations(
 ) -> dict[str, Any]:
     """Forecast of every phase, JSON-ready."""
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
-    found = forecasts(recipe, source.config, layers, source, device=device, room=room, ranges=ranges)
+    found = forecasts(recipe, source.config, layers, device=device, room=room, ranges=ranges)
     return {phase: asdict(said) for phase, said in found.items()}
 
 
