@@ -48,6 +48,7 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_show_locals
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:N or mps.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Write exports unverified; the report says so.")]
 Provider = Annotated[str, typer.Option(help="Where the runtime computes: auto, cpu or cuda.")]
 
 
@@ -69,7 +70,7 @@ def settings(
 ) -> None:
     """Make a large language model small and fast without training it.
 
-    Start with: flatq check recipes/smollm2-135m-flat20-int4.yaml
+    Start with: flatq check recipes/smollm2-135m-flat10-int4.yaml
     """
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=verbose > 0, markup=False)
@@ -90,6 +91,7 @@ def run(
         typer.Option("--forecast", help="Estimate time and memory first, and report them beside what was measured."),
     ] = False,
     memory: Annotated[str | None, typer.Option(help="RAM to stay below, as in 6GB; batches are made to fit.")] = None,
+    no_verify: NoVerify = False,
 ) -> None:
     """Compress, export, verify and measure a model; resumes where an earlier run stopped.
 
@@ -102,7 +104,7 @@ def run(
     from flatq.pipeline.run import run as run_recipe
 
     room = memory_of(memory)
-    done = run_recipe(checked, out, device=device, fresh=fresh, memory=room, predict=forecast)
+    done = run_recipe(checked, out, device=device, fresh=fresh, memory=room, predict=forecast, verify=not no_verify)
     if done is not None:
         print(done)
     distributed.leave()
@@ -110,7 +112,7 @@ def run(
 
 @app.command()
 def check(recipe: RecipeFile) -> None:
-    """Explain a recipe, or list everything that is wrong with it; the model is not opened."""
+    """Explain a recipe, or list everything that is wrong with it; of a local model its config.json is read."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
@@ -138,12 +140,13 @@ def export(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE for the exporter; repeatable.")
     ] = None,
+    no_verify: NoVerify = False,
 ) -> None:
     """Write one more format of a finished artifact, and verify it."""
     options = parse_options(option or [])
     from flatq import verbs
 
-    print("\n".join(str(path) for path in verbs.export(artifact, out, format, options)))
+    print("\n".join(str(path) for path in verbs.export(artifact, out, format, options, verify=not no_verify)))
 
 
 @app.command()

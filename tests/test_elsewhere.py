@@ -13,7 +13,7 @@ from torch.utils import backend_registration
 
 from flatq.artifact import Artifact
 from flatq.model.weights import dense
-from flatq_onnx.options import too_old_for_int8
+from flatq_onnx.check import too_old_for_int8
 from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
 
 pytestmark = pytest.mark.skipif(

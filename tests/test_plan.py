@@ -159,7 +159,7 @@ def test_time_grows_with_layers_tokens_and_widths(monkeypatch: pytest.MonkeyPatc
 def test_the_products_of_a_phase_are_those_of_its_shapes() -> None:
     """Of a model without attention scores to speak of: two operations for each weight and token."""
     config = tiny_config(heads=1, kv_heads=1, d_qk=2, d_v=(2,), d_ff=(4096,), d_model=64)
-    tokens = dict.fromkeys(("baseline", "sensitivity", "curves", "compress", "evaluate"), 1000)
+    tokens = {"self-text": 0} | dict.fromkeys(("baseline", "sensitivity", "curves", "compress", "evaluate"), 1000)
     plan = [replace(dims, d_ff=2048) for dims in config.layers]
     found = operations(BOTH, config, plan, tokens, ranges=False)
     assert found["baseline"].solve == pytest.approx(2 * 1000 * config.parameters(), rel=0.01)

@@ -58,7 +58,7 @@ def measured_speed(device: str = "cpu", precision: str = "auto") -> Speed:
 def _fastest(work: Callable[[], object], device: str) -> float:
     """Seconds of the fastest of several calls; the first one, which starts threads, is not among them."""
     work()
-    found, until = [], time.perf_counter() + SECONDS
+    found, until = list[float](), time.perf_counter() + SECONDS
     while not found or time.perf_counter() < until:
         began = time.perf_counter()
         work()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+from flatq.calibration.self_text import SIDE_BY_SIDE
 from flatq.machine.speed import Speed
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.model.grid import CLIPS
@@ -52,18 +53,20 @@ def operations(
         ranges: whether an export asks for the ranges of keys and values.
     """
     planned = config.with_layers(plan)
-    length, scored = recipe.calibration.seq_len, recipe.evaluation.seq_len
+    length, scored = recipe.calibration.seq_len, recipe.evaluation[0].seq_len
     phases = {
+        "self-text": lambda t: _written(config, t, length, min(SIDE_BY_SIDE, recipe.calibration.samples)),
         "baseline": lambda t: _evaluated(config, t, scored),
         "sensitivity": lambda t: _sensitivity(config, t, length),
         "curves": lambda t: _curves(config, t, length),
-        "importance": lambda t: Operations(_forward(config, t, length), moved=READING * config.parameters()),
+        "importance": lambda t: _passed(config, t, length),
         "bits": lambda t: _bits(recipe, config, t, length),
         "compress": lambda t: _compressed(recipe, config, planned, t),
         "evaluate": lambda t: _evaluated(planned, t, scored),
-        "cache-ranges": lambda t: Operations(_forward(planned, t, length), moved=READING * planned.parameters()),
+        "cache-ranges": lambda t: _passed(planned, t, length),
     }
-    wanted = ["baseline", *measurements(recipe, narrows=planned.layers != config.layers)]
+    wanted = ["self-text"] if tokens["self-text"] else []
+    wanted += ["baseline", *measurements(recipe, narrows=planned.layers != config.layers)]
     wanted += ["compress", "evaluate", *(["cache-ranges"] if ranges else [])]
     return {phase: phases[phase](tokens[phase]) for phase in wanted}
 
@@ -78,6 +81,19 @@ def _forward(config: DecoderConfig, t: int, s: int) -> float:
     return t * sum(sum(_halves(dims, config.d_model, s)) for dims in config.layers)
 
 
+def _passed(config: DecoderConfig, t: int, s: int, times: float = 1) -> Operations:
+    """Tokens through all layers, and what their activations move besides: about 40 [m], 10 [f] and 2 [heads, s]."""
+    m = config.d_model
+    activations = sum(40 * m + 10 * dims.d_ff + 2 * dims.heads * s for dims in config.layers)
+    return Operations(times * _forward(config, t, s), moved=4 * times * t * activations + READING * config.parameters())
+
+
+def _written(config: DecoderConfig, t: int, s: int, rows: int) -> Operations:
+    """Text that the model writes, in float32, so many rows side by side: each step reads all weights."""
+    products = _forward(config, t, s) + 2 * t * config.d_model * config.vocab
+    return Operations(solve=products, moved=4 * config.parameters() * t / rows)
+
+
 def _grams(dims: LayerDims, m: int) -> float:
     """Second moments of all inputs of a layer, of one token; half of a symmetric matrix is computed."""
     return 2 * m**2 + (dims.heads * dims.d_v) ** 2 + 2 * dims.kv_heads * dims.d_v**2 + dims.d_ff**2
@@ -86,21 +102,22 @@ def _grams(dims: LayerDims, m: int) -> float:
 def _evaluated(config: DecoderConfig, t: int, s: int) -> Operations:
     """In float32, whatever calibration multiplies in."""
     head = 2 * t * config.d_model * config.vocab
-    return Operations(solve=_forward(config, t, s) + head, moved=READING * config.parameters() + 16 * t * config.vocab)
+    passed = _passed(config, t, s)
+    return Operations(solve=passed.forward + head, moved=passed.moved + 16 * t * config.vocab)
 
 
 def _sensitivity(config: DecoderConfig, t: int, s: int) -> Operations:
     """Forward, then forward again and backward; logits, and noise in their place."""
     m, v = config.d_model, config.vocab
     moments = 2 * len(config.layers) * 2 * t * m**2
-    return Operations(3 * _forward(config, t, s) + moments + 4 * t * m * v, moved=READING * v * m + 100 * t * v)
+    return _passed(config, t, s, 3) + Operations(moments + 4 * t * m * v, moved=100 * t * v)
 
 
 def _curves(config: DecoderConfig, t: int, s: int) -> Operations:
     m = config.d_model
     grams = sum((dims.heads * dims.d_v) ** 2 + dims.d_ff**2 for dims in config.layers)
     solves = sum(_eliminated(dims.d_ff, dims.d_ff // 10, m) + _value_basis(dims, m) for dims in config.layers)
-    return Operations(_forward(config, t, s) + t * grams, solves, READING * config.parameters())
+    return _passed(config, t, s) + Operations(t * grams, solves)
 
 
 def _eliminated(f: int, width: int, m: int) -> float:
@@ -166,10 +183,7 @@ def _compressed(recipe: Recipe, config: DecoderConfig, planned: DecoderConfig, t
     m, s = config.d_model, recipe.calibration.seq_len
     reference, lag = walked_along(recipe)
     along = reference or lag
-    found = Operations(
-        (2 if along else 1) * _forward(config, t, s) + _forward(planned, t, s),
-        moved=READING * config.parameters() + 16 * t * m * len(config.layers) * (2 if along else 1),
-    )
+    found = _passed(config, t, s, 2 if along else 1) + _passed(planned, t, s)
     for before, after in zip(config.layers, planned.layers, strict=True):
         drift = along * 2 * before.d_ff * m + lag * (4 * m**2 + 2 * before.heads * before.d_v * m)
         found += Operations(t * (_grams(before, m) + drift), _narrowed(recipe, before, after, m))

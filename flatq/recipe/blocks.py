@@ -6,7 +6,7 @@ A class is a block of the file, a field is a key, and the text below a field is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from flatq.units import parse_size
 
-Dataset = Literal["wikitext2", "c4", "alpaca", "python-docs", "text"]
+Dataset = Literal["self", "wikitext2", "c4", "alpaca", "python-docs", "text"]
+EvaluationDataset = Literal["self", "wikitext2", "c4", "alpaca", "python-docs", "text", "held-out", "other"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 16, 32, 64, 128, 256, 512, 1024]
 MOST_TOKENS = 2**24  # at d_model 4096 and bfloat16 their hidden states already take 137 GB of disk
@@ -39,36 +40,84 @@ class ModelSpec(Spec):
     """Type of the tensors that stay unquantized; auto keeps the checkpoint's own."""
 
 
-class CalibrationSpec(Spec):
-    """The text whose activations decide what is kept."""
+class TextSpec(Spec):
+    """A text: a data set by name, or a file."""
 
-    dataset: Dataset
-    """Where the text comes from; python-docs ships with Python and needs no download, text is a file of yours."""
     path: str | None = None
     """The .txt or .jsonl file of dataset text; relative to the working directory."""
-    field: str = "text"
-    """Key that holds the text in each line of a .jsonl file."""
+    field: str | None = None
+    """Key that holds the text in each line of a .jsonl file; null is text, with chat_template messages."""
+    chat_template: bool = False
+    """Each line of the .jsonl file holds messages, which are written out by the model's own chat template."""
+
+
+class MixedSpec(TextSpec):
+    """A part of a mixture."""
+
+    dataset: Dataset
+    """As calibration.dataset."""
+    share: Annotated[float, Field(gt=0)]
+    """How many of the sequences, relative to the other parts; shares need not add up to 1."""
+
+
+class CalibrationSpec(TextSpec):
+    """The text whose activations decide what is kept."""
+
+    dataset: Dataset | None = None
+    """Where the text comes from: self is written by the model, python-docs ships with Python (neither needs a
+    download), text is a file of yours."""
+    mix: Annotated[tuple[MixedSpec, ...], Field(strict=False)] = ()
+    """Several texts in place of dataset, each with its share of the sequences."""
     samples: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Number of sequences."""
     seq_len: Annotated[int, Field(ge=2, le=131_072)] = 2048
     """Tokens in a sequence."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of the choice of sequences."""
+    """Seed of the choice of sequences, and of what the model writes."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What blocks compute in; auto: bfloat16 where the device has it. The stream and all sums are float32 or better."""
     states: Literal["auto", "float32", "bfloat16"] = "auto"
     """Hidden states between blocks, on disk; auto takes bfloat16 where float32 would need more than 2 GiB."""
 
+    @property
+    def parts(self) -> tuple[MixedSpec, ...]:
+        """The texts; a single one is a mixture of itself."""
+        if self.mix or self.dataset is None:
+            return self.mix
+        return (
+            MixedSpec(
+                dataset=self.dataset, path=self.path, field=self.field, chat_template=self.chat_template, share=1.0
+            ),
+        )
 
-class EvaluationSpec(Spec):
-    """The text on which perplexity is measured, before and after; never the calibration's own part."""
+    @property
+    def label(self) -> str:
+        """The texts in words."""
+        return " + ".join(part.path or part.dataset for part in self.parts)
 
-    dataset: Dataset | None = None
-    """As calibration.dataset; null takes the held-out part of the calibration text."""
-    path: str | None = None
-    """The .txt or .jsonl file of dataset text; relative to the working directory."""
-    field: str = "text"
-    """Key that holds the text in each line of a .jsonl file."""
+    def counts(self) -> tuple[int, ...]:
+        """Sequences of each part: in proportion to the shares, what is left over to the largest remainders."""
+        return rows_by_share([part.share for part in self.parts], self.samples)
+
+
+def rows_by_share(shares: Sequence[float], rows: int) -> tuple[int, ...]:
+    """Whole numbers in proportion to ``shares`` that add up to ``rows``, by largest remainder; ties go to the first."""
+    exact = [rows * share / sum(shares) for share in shares]
+    counts = [int(wanted) for wanted in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: rows - sum(counts)]:
+        counts[i] += 1
+    return tuple(counts)
+
+
+class EvaluationSpec(TextSpec):
+    """A text on which the model is judged, before and after; never the calibration's own part."""
+
+    name: Annotated[str, Field(min_length=1, max_length=60)] | None = None
+    """What the text is called in the report; null is the dataset or the file's name without its ending."""
+    dataset: EvaluationDataset | None = None
+    """As calibration.dataset; or held-out, the part of the calibration text that is kept apart; or other, a text of
+    another kind than the calibration's. null is held-out and other."""
     tokens: Annotated[int, Field(ge=2, le=MOST_TOKENS)] = 8192
     """Tokens in all."""
     seq_len: Annotated[int, Field(ge=2, le=131_072)] = 512
@@ -248,6 +297,8 @@ class ExportSpec(Spec):
     """Keys for the exporter."""
     name: str = ""
     """Folder below exports/; the format if not given."""
+    verify: bool = True
+    """Open the export in its runtime and compare it with the model; false writes it only, and the report says so."""
 
     @model_validator(mode="before")
     @classmethod
