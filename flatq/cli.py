@@ -87,7 +87,8 @@ def run(
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     forecast: Annotated[
-        bool, typer.Option("--forecast", help="Predict time and memory, and report how it came.")
+        bool,
+        typer.Option("--forecast", help="Estimate time and memory first, and report them beside what was measured."),
     ] = False,
     memory: Annotated[str | None, typer.Option(help="RAM to stay below, as in 6GB; batches are made to fit.")] = None,
     no_verify: NoVerify = False,
@@ -122,7 +123,7 @@ def check(recipe: RecipeFile) -> None:
 
 @app.command()
 def plan(recipe: RecipeFile, device: Device = "auto") -> None:
-    """Predict parameters, file sizes, memory and time; reads the model's shapes, not its weights."""
+    """Predict parameters, file sizes, memory and a rough time; reads the model's shapes, not its weights."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)

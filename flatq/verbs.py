@@ -72,9 +72,8 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     exports = planned_exports(recipe)
     source, planned = _from_shapes(recipe, exports)
     config = source.config
-    weights = source if source.has_weights else None
     ranges = needs_cache_ranges(exports)
-    phases = forecasts(recipe, config, planned.layers, weights, device=resolve_device(device), ranges=ranges)
+    phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
     text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
     return text + "".join(f"{warning}\n" for warning in _warnings(exports))
 

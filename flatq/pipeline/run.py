@@ -140,7 +140,7 @@ def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
     recipe, source, execution = job.recipe, job.source, job.execution
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
     device, room = execution.device, execution.working_set
-    found = forecasts(recipe, source.config, layers, source, device=device, room=room, ranges=ranges)
+    found = forecasts(recipe, source.config, layers, device=device, room=room, ranges=ranges)
     return {phase: asdict(said) for phase, said in found.items()}
 
 

@@ -16,7 +16,6 @@ import yaml
 
 from flatq.export.baseline import BASELINE
 from flatq.files import write_atomically, write_json
-from flatq.report import figures
 from flatq.report.findings import findings
 from flatq.report.schema import Report
 from flatq.units import number, seconds, size, speed, times
@@ -36,6 +35,8 @@ def read_report(path: Path) -> Report:
 
 def render(report: Report, template: str) -> str:
     """Fill one of the templates beside this file."""
+    from flatq.report import figures  # brings matplotlib, which only a finished run needs
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",)),
