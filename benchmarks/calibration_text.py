@@ -32,7 +32,9 @@ from torch import Tensor
 
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.self_text import SelfText, stop_ids
+from flatq.calibration.states import WORKING_SET, Execution
 from flatq.calibration.tokens import ANOTHER_SEED, Tokens, token_batches, tokenise
+from flatq.job import Job
 from flatq.model.weights import Weights
 from flatq.pipeline.run import compressed
 from flatq.plan.decide import bit_plan, rank_plan
@@ -156,9 +158,9 @@ class Laboratory:
         }
 
     def _artifact(self, recipe: Recipe, tokens: Tokens, folder: RunFolder) -> Weights:
-        plan = rank_plan(recipe, self.source, tokens, folder, "cpu")
-        grids = bit_plan(recipe, self.source, tokens, plan, folder, "cpu")
-        return compressed(recipe, self.source, tokens, plan, grids, folder, {"recipe": "", "schema_version": 1}, "cpu")
+        job = Job(recipe, self.source, tokens, folder, Execution.of(recipe.calibration, "cpu", WORKING_SET))
+        plan = rank_plan(job)
+        return compressed(job, plan, bit_plan(job, plan), {"recipe": "", "schema_version": 1})
 
 
 def middle(texts: Sequence[str], tokenizer: Any) -> Tensor:

@@ -27,10 +27,11 @@ import flatq
 from flatq.calibration.block import Block
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.self_text import SelfText
-from flatq.calibration.states import Execution
+from flatq.calibration.states import WORKING_SET, Execution
 from flatq.calibration.tokens import Tokens, token_batches
 from flatq.calibration.walk import walk
 from flatq.errors import FlatqError, RecipeError
+from flatq.job import Job
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.model.grid import QuantizedWeight
 from flatq.plan.decide import rank_plan
@@ -193,7 +194,7 @@ class Laboratory:
         with tempfile.TemporaryDirectory() as place:
             folder = RunFolder(Path(place) / "run", recipe)
             with folder.working():
-                plan = rank_plan(recipe, self.source, tokens, folder, self.device)
+                plan = rank_plan(Job(recipe, self.source, tokens, folder, self._execution(recipe)))
                 raise_objections(recipe, self.source.config.with_layers(plan.layers), [])
                 grids = planned_grids(self.source.config.with_layers(plan.layers), recipe.gptq)
                 stages = stages_of(recipe, plan, grids, self.source.config, folder.work)
@@ -218,7 +219,10 @@ class Laboratory:
         with tempfile.TemporaryDirectory() as place:
             folder = RunFolder(Path(place) / "run", recipe)
             with folder.working():
-                return rank_plan(recipe, self.source, tokens, folder, self.device).layers
+                return rank_plan(Job(recipe, self.source, tokens, folder, self._execution(recipe))).layers
+
+    def _execution(self, recipe: Recipe) -> Execution:
+        return Execution.of(recipe.calibration, self.device, WORKING_SET)
 
     def _spooled(self, row: Row, tokens: Tokens, stage: baselines.Stage, layers: tuple[LayerDims, ...]) -> Overlay:
         with tempfile.TemporaryDirectory() as place:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from flatq.artifact import Artifact, tokenizer_in
 from flatq.calibration.self_text import SelfText
@@ -28,7 +29,7 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -
         )
 
     if self_tokens(recipe.calibration, recipe.evaluation):
-        folder.phase("self-text", lambda: drawn().description)
+        folder.phase("self-text", lambda: drawn().description, dict[str, Any])
     return drawn()
 
 

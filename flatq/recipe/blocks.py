@@ -6,13 +6,13 @@ A class is a block of the file, a field is a key, and the text below a field is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from flatq.units import parse_size
 
 Dataset = Literal["self", "wikitext2", "c4", "alpaca", "python-docs", "text"]
 EvaluationDataset = Literal["self", "wikitext2", "c4", "alpaca", "python-docs", "text", "held-out", "other"]
@@ -124,19 +124,16 @@ class EvaluationSpec(TextSpec):
     """Tokens in a sequence."""
 
 
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 CONTEXT = 4096
 
 
 def _size(value: Any) -> Any:
-    if not isinstance(value, str) or not re.fullmatch(r"\d{1,9}(\.\d{1,9})?(kB|MB|GB)", value) or bytes_of(value) == 0:
-        raise ValueError(f"{str(value)!r:.60} is not allowed; a size above 0 such as 90MB or 1.5GB (kB, MB, GB)")
-    return value
-
-
-def bytes_of(size: str) -> int:
-    """``90MB`` as a number of bytes."""
-    return int(Decimal(size[:-2]) * UNITS[size[-2:]])
+    try:
+        if isinstance(value, str) and not value.strip().isdecimal() and parse_size(value):
+            return value
+    except ValueError:
+        pass  # one message for all mistakes
+    raise ValueError(f"{str(value)!r:.60} is not allowed; a size above 0 with its unit, such as 90MB, 1.5GB or 6GiB")
 
 
 Size = Annotated[str, BeforeValidator(_size)]
@@ -273,16 +270,12 @@ class GptqSpec(Spec):
     """Quantize the columns with the largest activations first; the stored order stays as it was."""
     clip_search: bool = True
     """Search the scale of each group for the least weighted error instead of covering its largest weight."""
-    late_scales: bool = False
-    """Fit the scale of a group when its turn comes, on weights that make up for the groups rounded before it."""
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, relative to its mean."""
     block_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Columns per lazy update; changes speed, not the result beyond rounding."""
     correction: Annotated[float, Field(ge=0, le=1)] = 0
     """Share of the drift from the dense model that weights take back before they are rounded."""
-    refinements: Annotated[int, Field(ge=0, le=16)] = 0
-    """How often scales and codes are fitted to each other once more; 2 multiply the time of the solves by about 3."""
     overrides: Mapping[str, OverrideSpec] = Field(default_factory=dict)
     """Other settings for linears by name, as in {"*.down": {bits: 8}, "layers.0.*": {quantize: false}}; the longer
     pattern wins. The linears of a layer are q, k, v, o, gate, up and down."""
@@ -304,6 +297,8 @@ class ExportSpec(Spec):
     """Keys for the exporter."""
     name: str = ""
     """Folder below exports/; the format if not given."""
+    verify: bool = True
+    """Open the export in its runtime and compare it with the model; false writes it only, and the report says so."""
 
     @model_validator(mode="before")
     @classmethod

@@ -70,8 +70,15 @@ def _export(entry: Any) -> Any:
     return {
         "format": form,
         "name": options.get("name", form),
-        "options": {k: options[k] for k in options if k != "name"},
+        "verify": options.get("verify", True),
+        "options": {k: options[k] for k in options if k not in ("name", "verify")},
     }
+
+
+def _as_written(export: ExportSpec) -> dict[str, Any]:
+    """Inverse of ``_export``; a default is left out, so that the digests of older recipes stay as they were."""
+    unverified = {} if export.verify else {"verify": False}
+    return {export.format: {"name": export.name, **unverified, **export.options}}
 
 
 ModelEntry = Annotated[
@@ -98,7 +105,7 @@ OneFormat = Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=
 Export = Annotated[
     ExportSpec,
     BeforeValidator(_export, json_schema_input_type=OneFormat),
-    PlainSerializer(lambda export: {export.format: {"name": export.name, **export.options}}),
+    PlainSerializer(_as_written),
 ]
 
 
@@ -217,7 +224,8 @@ def _validated(value: Any) -> tuple[Recipe | None, list[tuple[Place, str]]]:
         ):  # a single block is the list of it, and stands in the file alone
             wrong = [(at[:1] + at[2:] if at[:2] == ("evaluation", 0) else at, sentence) for at, sentence in wrong]
         # Rules ran only if all else was right: judge them anew. They also judge the names of exports, in their place.
-        wrong = [fault for fault in wrong if fault[0] and (fault[0][0], *fault[0][2:]) != ("exports", "name")]
+        ruled = [("exports", "name"), ("exports", "verify")]
+        wrong = [fault for fault in wrong if fault[0] and (fault[0][0], *fault[0][2:]) not in ruled]
         wrong += broken_rules(value)
     return None, wrong
 

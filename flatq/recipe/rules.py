@@ -88,6 +88,8 @@ def _exports(entries: list[tuple[int, str, Any]]) -> Broken:
         given = isinstance(options, Mapping) and "name" in options
         place: Place = ("exports", index, form, "name") if given else ("exports", index)
         name = options["name"] if given else form
+        if isinstance(options, Mapping) and not isinstance(options.get("verify", True), bool):
+            yield ("exports", index, form, "verify"), f"{options['verify']!r:.60} is not allowed; true or false"
         if not isinstance(name, str) or not _PLAIN.fullmatch(name):
             yield (
                 place,
