@@ -7,6 +7,8 @@
 #                      (5 to 10 minutes to install, 1.7 GB)
 #   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
 #                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
+# make docs    write the generated pages again (results, command line)
+# make package  build sdist and wheel, install the wheel into a bare environment and run it outside of this folder
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
 #              PyPI), in an environment of their own
 # make clean   remove what make made, except runs/
@@ -18,6 +20,7 @@ VENV ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
 PIP_FLAGS ?=
 LOWEST_VENV ?= .venv-lowest
+PACKAGE_VENV ?= .venv-package
 GPTQ_VENV ?= .venv-gptq
 
 bin := $(VENV)/bin
@@ -34,7 +37,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check lint types lowest llamacpp interop interop-gptq interop-optimum clean
+.PHONY: demo test check lint types docs package lowest llamacpp interop interop-gptq interop-optimum clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -53,6 +56,19 @@ lint: $(installed)
 types: $(installed)
 	$(bin)/mypy
 	$(bin)/mypy benchmarks
+
+docs: $(installed)
+	$(bin)/python benchmarks/results_page.py
+	$(bin)/python docs/generate_cli.py
+
+# Without extras: recipes are checked on machines that only have the core.
+package:
+	rm -rf dist $(PACKAGE_VENV)
+	$(PYTHON) -m venv $(PACKAGE_VENV)
+	$(PACKAGE_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) build
+	$(PACKAGE_VENV)/bin/python -m build --outdir dist .
+	$(PACKAGE_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt dist/*.whl
+	cd $(PACKAGE_VENV) && bin/flatq --version && bin/flatq check $(CURDIR)/$(demo_recipe)
 
 # Old versions of other packages warn where new ones do not.
 lowest:
@@ -100,5 +116,5 @@ $(OPTIMUM_VENV)/.installed: tests/interop/optimum.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

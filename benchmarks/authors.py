@@ -32,23 +32,24 @@ import torch
 from quality_lab import Overlay
 from torch import Tensor, nn
 
+from flatq.calibration.block import Block
 from flatq.calibration.importance import layer_importance
 from flatq.calibration.perplexity import perplexity
-from flatq.calibration.states import Sweep
+from flatq.calibration.states import Execution
 from flatq.calibration.tokens import token_batches
-from flatq.calibration.walk import Block, walk
+from flatq.calibration.walk import walk
 from flatq.compress.heads import head_basis, project_heads
 from flatq.compress.mlp import leading_channels
-from flatq.compress.stage import RankPlan, plan_ranks
+from flatq.compress.plan import RankPlan, plan_ranks
 from flatq.model.decoder import LINEARS, DecoderConfig, DecoderLayer, locate
 from flatq.model.grid import Grid
 from flatq.model.weights import HALVES, dense, load_half
-from flatq.pipeline.build import stages_of
 from flatq.quantize.gptq import gptq
-from flatq.quantize.stage import planned_grids
+from flatq.quantize.grids import planned_grids
 from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source, open_model
+from flatq.stages import stages_of
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _frozen(weight: Tensor) -> nn.Parameter:
 def our_way(source: Source, tokens: Tensor, recipe: Recipe, precision: str, work: Path) -> Overlay:
     """One walk with both stages, after one for the importance."""
     assert recipe.flat is not None
-    importance = layer_importance(source, tokens, work, sweep=Sweep(precision))
+    importance = layer_importance(source, tokens, work, execution=Execution(precision))
     plan = plan_ranks(source.config, recipe.flat, importance)
     config = source.config.with_layers(plan.layers)
     grids = planned_grids(config, recipe.gptq)
@@ -215,7 +216,7 @@ def our_way(source: Source, tokens: Tensor, recipe: Recipe, precision: str, work
     def save(block: Block) -> None:
         model.tensors |= {f"layers.{block.index}.{n}": p.data for n, p in block.layer.named_parameters()}
 
-    for block in walk(source, tokens, work, save, sweep=Sweep(precision)):
+    for block in walk(source, tokens, work, save, execution=Execution(precision)):
         for stage in stages:
             stage.apply(block)
     return model

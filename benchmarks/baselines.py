@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flatq.calibration.block import Block
 from flatq.calibration.grams import Gram
 from flatq.calibration.perplexity import head_logits
 from flatq.calibration.states import BATCH_TOKENS
-from flatq.calibration.walk import Block
 from flatq.compress.mlp import leading_channels
 from flatq.errors import NumericsError, RecipeError
 from flatq.machine.precision import forward_precision

@@ -7,7 +7,7 @@
 The models are noise with true shapes (``synthetic.py``); each measurement is ``flatq run`` in a process of its own,
 with stopwatches around the functions that do the work. Seconds by part are those of the processors, all threads
 together; with ``--device cuda`` they are the clock's, and ``--gpu-memory 24`` allows torch no more gigabytes than that.
-The text is python-docs. Numbers are in docs/decisions.md.
+The text is python-docs. Numbers are in docs/decisions/0021.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EVALUATED = 1024  # tokens, at most
 RECIPE_TOKENS = 128 * 2048  # of recipes/llama2-7b-flat30-int4.yaml
 # What is timed: part -> functions as (module, attribute). A part's time excludes that of parts that it calls.
 PARTS = {
-    "forward and Grams": ["flatq.calibration.walk:Block.observe", "flatq.calibration.walk:Block.advance"],
+    "forward and Grams": ["flatq.calibration.block:Block.observe", "flatq.calibration.block:Block.advance"],
     "read weights": ["flatq.calibration.walk:load_half"],
     "elimination": ["flatq.compress.error_curves:eliminate", "flatq.compress.stage:eliminate"],
     "leverage": ["flatq.compress.stage:ridge_leverage"],

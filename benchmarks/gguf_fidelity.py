@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatq.artifact import Artifact
+from flatq.artifact import Artifact, tokenizer_in
 from flatq.calibration.tokens import token_batches
 from flatq.export.generate import DecoderRunner
 from flatq.export.protocols import FloatArray, IntArray, Runner
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import QuantizedWeight
-from flatq.plan.describe import tokenizer_in
 from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_gguf.runner import LOG, LlamaCppRunner

@@ -22,7 +22,7 @@ import numpy as np
 
 from flatq.artifact import Artifact
 from flatq.export.bench import BenchResult, Load, bench_side_by_side
-from flatq.pipeline.build import dense_artifact
+from flatq.export.dense import dense_artifact
 from flatq.sources.source import open_model
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_gguf.imatrix import model_files

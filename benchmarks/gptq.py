@@ -33,19 +33,20 @@ import torch
 from quality_lab import Overlay, Remembered
 from torch import Tensor
 
-from flatq.artifact import write_atomically, write_json
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.sensitivity import output_sensitivity
 from flatq.calibration.tokens import tokenise
 from flatq.calibration.walk import walk
+from flatq.export.dense import dense_artifact
+from flatq.files import write_atomically, write_json
 from flatq.model.decoder import LINEARS, DecoderConfig
 from flatq.model.families import FAMILIES
 from flatq.model.grid import Grid, round_to_nearest
 from flatq.model.weights import tensor_shapes
-from flatq.pipeline.build import dense_artifact
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
-from flatq.quantize.stage import GptqStage, planned_grids
+from flatq.quantize.grids import planned_grids
+from flatq.quantize.stage import GptqStage
 from flatq.recipe.blocks import GptqSpec
 from flatq.sources.source import open_model
 from flatq_safetensors import SafetensorsExporter, SafetensorsOptions

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flatq.artifact import Artifact
+from flatq.artifact import Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import cache_ranges
 from flatq.calibration.tokens import token_batches
-from flatq.pipeline.run import recipe_of
-from flatq.plan.describe import tokenizer_in
+from flatq.verbs import recipe_of
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.cache import empty_cache
 from flatq_onnx.runner import OnnxRunner

@@ -35,10 +35,10 @@ from typing import Any
 
 import numpy as np
 
-from flatq.artifact import write_json
 from flatq.export.bench import BenchResult, Load, OpenRunner, Spread, bench_side_by_side
 from flatq.export.protocols import Runner
-from flatq.pipeline.run import export
+from flatq.files import write_json
+from flatq.verbs import export
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_onnx import OnnxExporter, OnnxOptions
 

@@ -21,15 +21,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import quality_readme
 import quality_tables as tables
 import typer
 import yaml
 from quality_grid import Row, Variant, key_of, refusal, rows, variants
 from quality_lab import Laboratory, code_digest
 
-from flatq.artifact import write_json
 from flatq.errors import ArtifactError, FlatqError, RecipeError
+from flatq.files import write_json
 
 log = logging.getLogger("quality")
 HERE = Path(__file__).parent
@@ -132,16 +131,12 @@ def main(
     score_seq_len: Annotated[int, typer.Option(help="Held-out tokens in a row.")] = 512,
     redo_stale: Annotated[bool, typer.Option("--redo-stale", help="Measure rows of older code again.")] = False,
     list_rows: Annotated[bool, typer.Option("--list", help="Only print the rows.")] = False,
-    readme: Annotated[bool, typer.Option("--readme", help="Only redraw README.md's tables from --out.")] = False,
     device: Annotated[str, typer.Option(help="Where flatq computes; baselines need cpu.")] = "cpu",
 ) -> None:
     """Measure the damage of every method at every budget."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("flatq").setLevel(logging.WARNING)
     try:
-        if readme:
-            quality_readme.update(read_results(out), HERE.parent / "README.md")
-            return
         if grid not in GRIDS:
             raise RecipeError(f"--grid {grid}: not known; allowed: {', '.join(GRIDS)}")
         size = dict(GRIDS[grid])

@@ -24,21 +24,22 @@ from quality_grid import BASELINES, GPTQ, Row
 from torch import Tensor
 
 import flatq
+from flatq.calibration.block import Block
 from flatq.calibration.perplexity import perplexity
-from flatq.calibration.states import Sweep
+from flatq.calibration.states import Execution
 from flatq.calibration.tokens import Tokens, token_batches
-from flatq.calibration.walk import Block, walk
+from flatq.calibration.walk import walk
 from flatq.errors import FlatqError, RecipeError
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.model.grid import QuantizedWeight
-from flatq.pipeline.build import stages_of
 from flatq.plan.decide import rank_plan
-from flatq.plan.objections import refuse
-from flatq.quantize.stage import planned_grids
+from flatq.plan.objections import raise_objections
+from flatq.quantize.grids import planned_grids
 from flatq.recipe.blocks import FlatSpec, ModelSpec
 from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder
 from flatq.sources.source import Source, open_model
+from flatq.stages import stages_of
 
 
 class Remembered(Source):
@@ -191,7 +192,7 @@ class Laboratory:
             folder = RunFolder(Path(place) / "run", recipe)
             with folder.working():
                 plan = rank_plan(recipe, self.source, tokens, folder, self.device)
-                refuse(recipe, self.source.config.with_layers(plan.layers), [])
+                raise_objections(recipe, self.source.config.with_layers(plan.layers), [])
                 grids = planned_grids(self.source.config.with_layers(plan.layers), recipe.gptq)
                 stages = stages_of(recipe, plan, grids, self.source.config, folder.work)
                 reference = flat is not None and flat.corrects
@@ -233,8 +234,10 @@ class Laboratory:
     ) -> Overlay:
         overlay = Overlay(self.source, self.source.config.with_layers(layers))
         precision = row.calibration.precision
-        sweep = Sweep(precision, device=self.device)
-        for block in walk(self.source, tokens.calibration, work, overlay.save, sweep=sweep, reference=reference):
+        execution = Execution(precision, device=self.device)
+        for block in walk(
+            self.source, tokens.calibration, work, overlay.save, execution=execution, reference=reference
+        ):
             for stage in stages:
                 stage.apply(block)
         return overlay

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from quality_grid import BASELINES, REFERENCE
 
-from flatq.artifact import write_atomically
+from flatq.files import write_atomically
 
 SCHEMA_VERSION = 1
 Result = Mapping[str, Any]

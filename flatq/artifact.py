@@ -13,7 +13,6 @@ the clock or the machine's name: the same recipe gives the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ import safetensors.torch
 from torch import Tensor
 
 from flatq.errors import ArtifactError
+from flatq.files import file_digest, write_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
 
@@ -34,31 +34,6 @@ MANIFEST = "manifest.json"
 ENERGIES = "energies.safetensors"
 RANGES = "cache_ranges.safetensors"
 PARTS = ("codes", "scale", "zero")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Make ``path`` appear whole or not at all, also if the machine loses power."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline, atomically; refuses NaN, which is no JSON."""
-    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor | QuantizedWeight]) -> None:
@@ -243,3 +218,22 @@ def finish(
     write_json(partial / MANIFEST, {**manifest, "files": files})
     partial.replace(root)
     return Artifact.open(root)
+
+
+def shard_name(index: int, half: str) -> str:
+    """File of one block."""
+    return f"layer-{index:05d}-{half}.safetensors"
+
+
+def tokenizer_in(root: Path) -> Any:
+    """The tokenizer that an artifact carries.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(root))
+    except (OSError, ValueError) as wrong:
+        raise ArtifactError(f"{root}: no usable tokenizer ({wrong}); run the recipe again with --fresh") from wrong

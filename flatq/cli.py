@@ -99,10 +99,10 @@ def run(
 
     checked = Recipe.load(recipe)
     from flatq.machine import distributed
-    from flatq.pipeline import run as pipeline
+    from flatq.pipeline.run import run as run_recipe
 
     room = None if memory is None else parse_size(memory)
-    done = pipeline.run(checked, out, device=device, fresh=fresh, memory=room, predict=forecast)
+    done = run_recipe(checked, out, device=device, fresh=fresh, memory=room, predict=forecast)
     if done is not None:
         print(done)
     distributed.leave()
@@ -114,9 +114,9 @@ def check(recipe: RecipeFile) -> None:
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
-    from flatq.pipeline import run as pipeline
+    from flatq import verbs
 
-    print("\n".join(pipeline.check(checked)))
+    print("\n".join(verbs.check(checked)))
 
 
 @app.command()
@@ -125,9 +125,9 @@ def plan(recipe: RecipeFile, device: Device = "auto") -> None:
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
-    from flatq.pipeline import run as pipeline
+    from flatq import verbs
 
-    print(pipeline.plan(checked, device=device))
+    print(verbs.plan(checked, device=device))
 
 
 @app.command()
@@ -141,9 +141,9 @@ def export(
 ) -> None:
     """Write one more format of a finished artifact, and verify it."""
     options = parse_options(option or [])
-    from flatq.pipeline import run as pipeline
+    from flatq import verbs
 
-    print("\n".join(str(path) for path in pipeline.export(artifact, out, format, options)))
+    print("\n".join(str(path) for path in verbs.export(artifact, out, format, options)))
 
 
 @app.command()
@@ -160,12 +160,12 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")] = 0,
 ) -> None:
     """Measure tokens per second, first-token latency, load time and memory of exports."""
-    from flatq.pipeline import run as pipeline
+    from flatq import verbs
 
     pairs = [(length, rows) for rows in batch or [1] for length in prompt or [128]]
     loads = [{"prompt": length, "new_tokens": new_tokens, "batch": rows} for length, rows in pairs]
     settings: dict[str, Any] = {"provider": provider, "repeats": repeats, "threads": threads}
-    print(pipeline.bench_exports(paths, against or [], loads, **settings))
+    print(verbs.bench_exports(paths, against or [], loads, **settings))
 
 
 @app.command(name="eval")
@@ -177,9 +177,9 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
 ) -> None:
     """Measure perplexity on held-out text."""
-    from flatq.pipeline import run as pipeline
+    from flatq import verbs
 
-    print(f"{pipeline.evaluate(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len):.4f}")
+    print(f"{verbs.evaluate(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len):.4f}")
 
 
 @app.command()
@@ -193,10 +193,10 @@ def generate(
     provider: Provider = "auto",
 ) -> None:
     """Let a compressed model write."""
-    from flatq.pipeline import run as pipeline
+    from flatq import verbs
 
     sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
-    for piece in pipeline.generate(path, prompt, provider=provider, **sampling):
+    for piece in verbs.generate(path, prompt, provider=provider, **sampling):
         print(piece, end="", flush=True)
     print()
 
@@ -217,9 +217,9 @@ def list_recipes(
 @app.command()
 def doctor() -> None:
     """Say what this machine has: versions, devices, runtimes, exporters, memory."""
-    from flatq.pipeline import run as pipeline
+    from flatq.doctor import doctor as lines
 
-    print("\n".join(pipeline.doctor()))
+    print("\n".join(lines()))
 
 
 @app.command()

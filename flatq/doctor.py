@@ -16,7 +16,9 @@ import psutil
 import torch
 
 from flatq.export.protocols import GROUP
-from flatq.report.render import Environment, size, version_of
+from flatq.machine.environment import version_of
+from flatq.report.schema import Environment
+from flatq.units import size
 
 SCARCE = 4_000_000_000  # bytes; a quickstart run takes about 3 GB of memory and less of disk
 

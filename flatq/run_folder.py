@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flatq.artifact import write_atomically, write_json
 from flatq.errors import ArtifactError, FlatqError, RecipeError
+from flatq.files import write_atomically, write_json
 from flatq.machine import distributed
 from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
 from flatq.recipe.grammar import Recipe

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from flatq.artifact import Artifact, finish, save_shard
-from flatq.calibration.states import Sweep
+from flatq.calibration.states import Execution
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
 from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.model.weights import HALVES, half_names, tensor_shapes
 
-EXACT = Sweep(precision="float32")  # no bfloat16 operands
+EXACT = Execution(precision="float32")  # no bfloat16 operands
 
 
 def tiny_config(

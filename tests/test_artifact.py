@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatq.artifact import INDEX, MANIFEST, Artifact, save_shard, write_atomically, write_json
+from flatq.artifact import INDEX, MANIFEST, Artifact, save_shard
 from flatq.errors import ArtifactError
+from flatq.files import write_atomically, write_json
 from flatq.model.grid import Grid, QuantizedWeight
 from flatq.model.weights import dense, load_decoder
 from tests.models import RandomWeights, tiny_artifact, tiny_config

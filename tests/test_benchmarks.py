@@ -11,13 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import create_model
+from pydantic import ValidationError, create_model
 from typer.testing import CliRunner, Result
 
 from flatq.artifact import Artifact
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.walk import walk
-from flatq.errors import ArtifactError
 from flatq.model.dims import LayerDims
 from flatq.pipeline import run as pipeline
 from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec, FlatSpec
@@ -30,8 +29,9 @@ import baselines
 import quality
 import quality_grid as grid
 import quality_lab
-import quality_readme
+import quality_summary
 import quality_tables as tables
+import results_page
 
 TOKENS = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
 HELDOUT = torch.randint(128, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def compressed(weights: RandomWeights, stage: baselines.Stage, layers: tuple[Lay
     def save(block: Any) -> None:
         made.tensors |= {f"layers.{block.index}.{name}": p.detach() for name, p in block.layer.named_parameters()}
 
-    for block in walk(weights, TOKENS, work, save, sweep=EXACT):
+    for block in walk(weights, TOKENS, work, save, execution=EXACT):
         stage.apply(block)
     return made
 
@@ -382,7 +382,7 @@ def test_the_table_takes_means_over_seeds_and_compares_with_the_paper(tmp_path: 
     assert "| better | 80% | 0.3000 | 0.1000 | 0.4000 | 0.3500 | -0.0500 |" in table
 
 
-def test_the_readme_s_tables_are_drawn_between_their_markers(tmp_path: Path) -> None:
+def test_the_results_page_has_one_quality_table_per_calibration_setting() -> None:
     better = {"label": "better", "method": "better"}
     rows = [
         result(damage=0.5),
@@ -392,26 +392,17 @@ def test_the_readme_s_tables_are_drawn_between_their_markers(tmp_path: Path) -> 
         result(**better, gptq={"bits": 4}, damage=0.35),
         result(label="better refit=False", method="better", options={"refit": False}, damage=0.4),
     ]
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
-    for _ in range(2):
-        quality_readme.update({str(number): row for number, row in enumerate(rows)}, readme)
-        text = readme.read_text()
-        assert text.startswith("before\n<!-- quality: begin -->\n")
-        assert text.endswith("<!-- quality: end -->\nafter\n")
-        assert "| damage | 20% removed | 50% removed |" in text
-        assert "| better | 0.300 (0.50) |  |\n| paper iprs | 0.600 ± 0.141 (1.00) | 2.000 (1.00) |" in text
-        assert "old" not in text
-        assert "refit" not in text
-    readme.write_text("no markers")
-    with pytest.raises(ArtifactError, match="put both where the tables belong"):
-        quality_readme.update({}, readme)
+    text = quality_summary.markdown({str(number): row for number, row in enumerate(rows)})
+    assert "| damage | 20% removed | 50% removed |" in text
+    assert "| better | 0.300 (0.50) |  |\n| paper iprs | 0.600 ± 0.141 (1.00) | 2.000 (1.00) |" in text
+    assert "refit" not in text
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    root = Path(__file__).parents[1]
-    results = quality.read_results(root / "benchmarks/results/quality.json")
-    assert (
-        f"{quality_readme.BEGIN}\n{quality_readme.markdown(results)}{quality_readme.END}"
-        in (root / "README.md").read_text()
-    )
+def test_a_results_table_that_is_not_rectangular_is_refused() -> None:
+    origin = {"machine": "m", "date": "2026-11-22", "commit": "abc", "command": "c", "note": ""}
+    table = results_page.Table(section="s", title="t", columns=["", "a"], rows=[["x", 1000]], **origin)
+    assert "| x | 1,000 |" in table.markdown()
+    with pytest.raises(ValidationError, match="row 'x' has 3 cells for 2 columns"):
+        results_page.Table(section="s", title="t", columns=["", "a"], rows=[["x", 1, 2]], **origin)
+    with pytest.raises(ValidationError, match="date"):
+        results_page.Table(section="s", title="t", columns=[""], rows=[], **{**origin, "date": "yesterday"})

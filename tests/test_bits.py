@@ -16,7 +16,7 @@ from flatq.model.decoder import LINEARS
 from flatq.model.grid import Grid
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import Unit, choose, expected, free_units, spend
-from flatq.quantize.stage import objections, planned_grids, possible_grids
+from flatq.quantize.grids import objections, planned_grids, possible_grids
 from flatq.recipe.blocks import GptqSpec
 from tests.conftest import FLAT, MakeRecipe, flatq
 from tests.models import EXACT, RandomWeights, tiny_config
@@ -137,8 +137,8 @@ def test_few_tokens_do_not_make_an_error_look_small(tmp_path: Path) -> None:
     """GPTQ loses next to nothing on tokens that are fewer than the channels it can move; on others it does."""
     weights, rule = RandomWeights(tiny_config(d_ff=(160, 160))), spec(average_bits=4)
     tokens = torch.randint(0, 128, (60, 48), generator=torch.Generator().manual_seed(0))
-    many = bit_errors(weights, tokens, rule, None, tmp_path / "many", sweep=EXACT)
-    few = bit_errors(weights, tokens[:2], rule, None, tmp_path / "few", sweep=EXACT)
+    many = bit_errors(weights, tokens, rule, None, tmp_path / "many", execution=EXACT)
+    few = bit_errors(weights, tokens[:2], rule, None, tmp_path / "few", execution=EXACT)
     assert {bits for costs in many.values() for bits in costs} == {"3", "4", "8"}
     for stem, costs in many.items():
         for bits, cost in costs.items():

@@ -15,15 +15,16 @@ import yaml
 from flatq.artifact import Artifact
 from flatq.calibration.grams import Gram
 from flatq.compress.heads import output_basis
-from flatq.compress.mlp import drift_correction, eliminate, nystroem, ridge_leverage
+from flatq.compress.mlp import eliminate, nystroem, ridge_leverage
 from flatq.doctor import _cuda
 from flatq.export.protocols import exporter_named
+from flatq.linalg import drift_correction
 from flatq.machine.memory import device_memory_bytes
 from flatq.model.grid import Grid
 from flatq.quantize.gptq import gptq
 from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
 from tests.laws.test_gptq_laws import correlated_gram, random
-from tests.test_ranks import perplexity_of
+from tests.test_distributed import perplexity_of
 
 pytestmark = [
     pytest.mark.gpu,

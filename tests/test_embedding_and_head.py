@@ -34,7 +34,7 @@ SPEC = GptqSpec(group_size=16)
 
 
 def walked_to_the_end(weights: RandomWeights, work: Path) -> Gram:
-    for _ in walk(weights, TOKENS, work, lambda _: None, sweep=EXACT):
+    for _ in walk(weights, TOKENS, work, lambda _: None, execution=EXACT):
         pass
     return head_moment(weights, last_states(weights, TOKENS, work, EXACT), EXACT)
 

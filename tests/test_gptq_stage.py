@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flatq.calibration.walk import Block, walk
+from flatq.calibration.block import Block
+from flatq.calibration.walk import walk
 from flatq.errors import NumericsError
 from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
-from flatq.quantize.stage import READERS, GptqStage, corrected, planned_grids
+from flatq.quantize.grids import planned_grids
+from flatq.quantize.stage import READERS, GptqStage, corrected
 from flatq.recipe.blocks import GptqSpec
 from tests.models import EXACT, RandomWeights, tiny_config
 
@@ -36,14 +38,14 @@ def quantized(work: Path, weights: RandomWeights, **settings: Any) -> dict[str, 
     def save(block: Block) -> None:
         found.update({f"{block.index}.{name}": weight for name, weight in block.quantized.items()})
 
-    for block in walk(weights, TOKENS, work, save, sweep=EXACT, lag=spec.corrects):
+    for block in walk(weights, TOKENS, work, save, execution=EXACT, lag=spec.corrects):
         stage.apply(block)
     return found
 
 
 def disturbed(work: Path, weights: RandomWeights) -> Iterator[Block]:
     """Observed blocks whose inputs have come through blocks of half the strength."""
-    for block in walk(weights, TOKENS, work, lambda _: None, sweep=EXACT, lag=True):
+    for block in walk(weights, TOKENS, work, lambda _: None, execution=EXACT, lag=True):
         block.observe()
         yield block
         name = "o" if block.half == "attention" else "down"
@@ -82,7 +84,7 @@ def test_a_correction_changes_the_codes_behind_the_first_block_only(tmp_path: Pa
 
 def test_a_correction_needs_a_walk_that_measures_what_to_correct(tmp_path: Path) -> None:
     weights, spec = RandomWeights(tiny_config()), GptqSpec(group_size=16, correction=0.5)
-    block = next(walk(weights, TOKENS, tmp_path, lambda _: None, sweep=EXACT, reference=True))
+    block = next(walk(weights, TOKENS, tmp_path, lambda _: None, execution=EXACT, reference=True))
     with pytest.raises(ValueError, match="not measured what to correct"):
         GptqStage(spec, planned_grids(weights.config, spec)).apply(block)
 
@@ -127,7 +129,7 @@ def test_a_solve_that_breaks_down_is_told_and_only_this_linear_is_rounded_to_nea
     tmp_path: Path, correlation: float, words: list[str]
 ) -> None:
     weights, spec = RandomWeights(tiny_config()), GptqSpec(group_size=16, clip_search=False)
-    block = next(walk(weights, TOKENS, tmp_path, lambda _: None, sweep=EXACT))
+    block = next(walk(weights, TOKENS, tmp_path, lambda _: None, execution=EXACT))
     gram = block.observe()["inner"]
     with torch.inference_mode():
         gram.total[0] = gram.count * torch.eye(64)
@@ -144,7 +146,7 @@ def test_input_channels_that_never_carried_anything_are_counted_in_the_notes(tmp
     spec = GptqSpec(group_size=16)
     stage = GptqStage(spec, planned_grids(weights.config, spec))
     notes = []
-    for block in walk(weights, TOKENS, tmp_path, lambda _: None, sweep=EXACT):
+    for block in walk(weights, TOKENS, tmp_path, lambda _: None, execution=EXACT):
         stage.apply(block)
         notes += block.notes
     assert notes == ["down: 2 input columns never carried anything"]

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flatq as package
 from flatq.artifact import Artifact
+from flatq.export.dense import BASELINE
 from flatq.model.decoder import LINEARS
 from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import load_decoder
-from flatq.report.render import BASELINE, read_report
+from flatq.report.render import read_report
 from flatq.sources.source import open_model
 from tests.conftest import FLAT, GPTQ, LAYERS, ONNX, MakeRecipe, digests, flatq, manifest_of
 

@@ -8,27 +8,22 @@ from typing import Any
 
 import pytest
 
-from flatq.artifact import Artifact
-from flatq.compress.stage import RankPlan
+from flatq import verbs
+from flatq.artifact import Artifact, tokenizer_in
+from flatq.compress.plan import RankPlan
 from flatq.errors import ArtifactError, RecipeError
-from flatq.export.bench import BenchResult, Spread
+from flatq.export.bench import BenchResult, Spread, bench_table
 from flatq.export.protocols import exporter_named
-from flatq.pipeline import run as pipeline
 from flatq.plan import describe as planning
 from flatq.plan import forecast
-from flatq.plan.describe import (
-    artifact_bytes,
-    bench_table,
-    checked_options,
-    disk_bytes,
-    explanation,
-    tokenizer_in,
-)
+from flatq.plan.describe import explanation
 from flatq.plan.forecast import forecasts, working_bytes
 from flatq.plan.rehearsal import Clock, FirstLayers, Rehearsal, Spent, Watched
+from flatq.plan.sizes import artifact_bytes, disk_bytes
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import read_report
 from flatq.sources.source import open_model
+from flatq.verbs import checked_options
 from tests.conftest import FLAT, GPTQ, ONNX, MakeRecipe, flatq, usual_recipe
 from tests.models import tiny_config
 
@@ -251,4 +246,4 @@ def test_a_bench_table_says_what_a_device_holds() -> None:
 
 def test_check_opens_no_model(make_recipe: MakeRecipe) -> None:
     recipe = Recipe.load(make_recipe(model="/nowhere/at/all", exports=ONNX))
-    assert any("/nowhere/at/all" in line for line in pipeline.check(recipe))
+    assert any("/nowhere/at/all" in line for line in verbs.check(recipe))

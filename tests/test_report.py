@@ -14,20 +14,10 @@ from pydantic import ValidationError
 from flatq.export.bench import BenchResult, Spread
 from flatq.export.verify import Agreement, Verification
 from flatq.model.decoder import LayerDims
-from flatq.report.render import (
-    Environment,
-    ExportReport,
-    HeadReport,
-    LayerReport,
-    Measure,
-    ModelInfo,
-    Report,
-    findings,
-    read_report,
-    seconds,
-    size,
-    write_report,
-)
+from flatq.report.findings import findings
+from flatq.report.render import read_report, write_report
+from flatq.report.schema import Environment, ExportReport, HeadReport, LayerReport, Measure, ModelInfo, Report
+from flatq.units import seconds, size
 
 DENSE = LayerDims(heads=9, kv_heads=3, d_qk=64, d_v=64, d_ff=1536)
 

@@ -11,7 +11,7 @@ import torch
 from flatq.calibration.states import (
     BATCH_TOKENS,
     LARGE,
-    Feed,
+    HiddenStates,
     activation_bytes,
     batch_tokens,
     embedded,
@@ -28,7 +28,7 @@ from tests.models import tiny_config
 
 
 def test_pages_that_were_given_back_are_no_resident_memory_and_hold_what_they_held(tmp_path: Path) -> None:
-    feed = Feed(tmp_path / "feed", (64, 256, 1024))  # 64 MiB
+    feed = HiddenStates(tmp_path / "feed", (64, 256, 1024))  # 64 MiB
     before = psutil.Process().memory_info().rss
     for batch in feed.batches():
         feed.states[batch] = 3
@@ -38,7 +38,7 @@ def test_pages_that_were_given_back_are_no_resident_memory_and_hold_what_they_he
 
 
 def test_bfloat16_states_take_half_the_disk_and_keep_eight_bits(tmp_path: Path) -> None:
-    feed = Feed(tmp_path / "feed", (4, 8, 32), torch.bfloat16)
+    feed = HiddenStates(tmp_path / "feed", (4, 8, 32), torch.bfloat16)
     x = torch.randn(4, 8, 32)
     feed.states[:] = x
     assert (tmp_path / "feed").stat().st_size == 2 * x.numel()

@@ -15,6 +15,12 @@ EXPORTERS = sorted(folder.name for folder in (ROOT / "exporters").iterdir() if (
 SOURCES = [*CORE, *sorted((ROOT / "exporters").rglob("*.py"))]
 NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gptq", "model/grid"]
 WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors"]
+# From top to bottom: a folder (or file) imports only what stands below it, or itself.
+FLOORS = [
+    "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "compress", "export", "quantize", "sources", "hf",
+    "calibration", "artifact", "run_folder", "model", "recipe", "machine", "units", "linalg", "files", "errors",
+]  # fmt: skip
+ENTRIES = ("__init__", "__main__")  # the package itself, which names things of every floor
 MOST_LINES, MOST_FUNCTION_LINES = 350, 60
 
 
@@ -38,6 +44,38 @@ def within(imported: set[str], package: str) -> set[str]:
     return {name for name in imported if f"{name}.".startswith(f"{package}.")}
 
 
+def floor_of(module: str) -> str:
+    """``flatq.model.grid`` stands on the floor ``model``."""
+    return module.split(".")[1]
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The modules of flatq that a file imports; of ``from flatq import X`` the module X."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "flatq":
+            found |= {f"flatq.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name for name in found if name.startswith("flatq.") and not floor_of(name).startswith("__")}
+
+
+def test_every_file_of_the_core_stands_on_a_floor() -> None:
+    there = {path.relative_to(ROOT / "flatq").parts[0].removesuffix(".py") for path in CORE} - set(ENTRIES)
+    assert there == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", CORE, ids=named)
+def test_a_folder_imports_only_what_stands_below_it(path: Path) -> None:
+    here = path.relative_to(ROOT / "flatq").parts[0].removesuffix(".py")
+    if here in ENTRIES:
+        return
+    upwards = {name for name in modules_imported(path) if FLOORS.index(floor_of(name)) < FLOORS.index(here)}
+    assert not upwards, f"{named(path)} stands on the floor {here!r} and imports from above: {sorted(upwards)}"
+
+
 @pytest.mark.parametrize("path", CORE, ids=named)
 def test_the_core_never_imports_an_exporter_or_its_runtime(path: Path) -> None:
     for package in (*EXPORTERS, "onnx", "onnx_ir", "onnxruntime"):
@@ -47,7 +85,7 @@ def test_the_core_never_imports_an_exporter_or_its_runtime(path: Path) -> None:
 @pytest.mark.parametrize("module", NUMERICS)
 def test_numerics_know_neither_model_nor_recipe(module: str) -> None:
     imported = imports(ROOT / "flatq" / f"{module}.py")
-    for package in ("flatq.decoder", "flatq.recipe", "flatq.pipeline.run", "flatq.model.weights", "transformers"):
+    for package in ("flatq.model.decoder", "flatq.recipe", "flatq.pipeline", "flatq.model.weights", "transformers"):
         assert not within(imported, package)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 import flatq.calibration.states as flatq_feed
 import flatq.calibration.walk as flatq_walk
 import flatq.machine.precision as flatq_precision
+from flatq.calibration.block import Block
 from flatq.calibration.importance import layer_importance
-from flatq.calibration.states import Feed, Sweep
-from flatq.calibration.walk import Block, blocks_done, last_states, walk
+from flatq.calibration.states import Execution, HiddenStates
+from flatq.calibration.walk import blocks_done, last_states, walk
 from flatq.errors import NumericsError
 from flatq.machine.precision import forward_precision, resolved
 from flatq.model.grid import Grid, round_to_nearest
@@ -51,7 +52,7 @@ def test_blocks_come_in_the_order_of_the_forward_pass(tmp_path: Path) -> None:
 
 
 def test_an_untouched_model_walks_to_its_own_hidden_states(tmp_path: Path) -> None:
-    for _ in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT):
+    for _ in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, execution=EXACT):
         pass
     decoder = load_decoder(WEIGHTS)
     torch.testing.assert_close(decoder.norm(ended(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
@@ -62,7 +63,7 @@ def test_later_blocks_see_the_changed_model(tmp_path: Path) -> None:
     for index in range(2):
         for linear in ("o", "down"):
             changed.tensors[f"layers.{index}.{linear}.weight"] /= 2
-    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT):
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, execution=EXACT):
         halve(block)
     decoder = load_decoder(changed)
     torch.testing.assert_close(decoder.norm(ended(tmp_path)), decoder.hidden(TOKENS), rtol=1e-5, atol=1e-5)
@@ -74,7 +75,7 @@ def test_codes_run_as_what_they_decode_to(tmp_path: Path) -> None:
     changed.tensors["layers.0.up.weight"] = codes.dequantize()
     embedding = round_to_nearest(WEIGHTS.tensor("embed.weight"), Grid(8, 32))
     changed.tensors["embed.weight"] = embedding.dequantize()
-    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, embed=embedding, sweep=EXACT):
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, embed=embedding, execution=EXACT):
         if (block.index, block.half) == ORDER[1]:
             block.quantize("up", codes)
     decoder = load_decoder(changed)
@@ -85,7 +86,7 @@ class Killed(Exception):
     """Stands for a process that ends here."""
 
 
-def half_written(block: Block, out: Feed) -> None:
+def half_written(block: Block, out: HiddenStates) -> None:
     """In place of ``Block.advance``: some outputs are on disk when the process ends."""
     out.states[:3] = 7
     raise Killed
@@ -95,7 +96,7 @@ def interrupt(patch: pytest.MonkeyPatch, moment: str, at: int) -> None:
     """Let the walk end at a moment of block ``at``."""
     advance, write = Block.advance, flatq_walk.write_json
 
-    def advance_or_end(block: Block, out: Feed) -> None:
+    def advance_or_end(block: Block, out: HiddenStates) -> None:
         (half_written if (block.index, block.half) == ORDER[at] else advance)(block, out)
 
     def write_or_end(path: Path, value: dict[str, int]) -> None:
@@ -120,7 +121,7 @@ def test_a_walk_broken_anywhere_ends_with_the_same_bytes(
                 raise Killed
 
         seen = []
-        for block in walk(WEIGHTS, TOKENS, work, save, sweep=EXACT):
+        for block in walk(WEIGHTS, TOKENS, work, save, execution=EXACT):
             seen.append((block.index, block.half))
             if ends == "in the body" and seen[-1] == ORDER[at]:
                 raise Killed
@@ -157,12 +158,12 @@ def test_batches_cover_every_sample_once_and_change_no_sum(
     most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def grams(work: Path) -> list[Tensor]:
-        blocks = walk(WEIGHTS, TOKENS, work, lambda _: None, sweep=EXACT)
+        blocks = walk(WEIGHTS, TOKENS, work, lambda _: None, execution=EXACT)
         return [gram.mean() for block in blocks for gram in block.observe().values()]
 
     expected = grams(tmp_path / "expected")
     monkeypatch.setattr(flatq_feed, "BATCH_TOKENS", most)
-    feed = Feed(tmp_path / "feed", (5, 12, 64))
+    feed = HiddenStates(tmp_path / "feed", (5, 12, 64))
     covered = torch.cat([torch.arange(5)[batch] for batch in feed.batches()])
     assert covered.tolist() == list(range(5))
     assert all(len(feed.states[batch]) * 12 <= max(most, 12) for batch in feed.batches())
@@ -171,10 +172,10 @@ def test_batches_cover_every_sample_once_and_change_no_sum(
 
 
 def test_a_feed_keeps_what_its_file_holds(tmp_path: Path) -> None:
-    feed = Feed(tmp_path / "feed", (2, 3, 4))
+    feed = HiddenStates(tmp_path / "feed", (2, 3, 4))
     feed.states[:] = torch.arange(24.0).view(2, 3, 4)
     feed.flush()
-    assert torch.equal(Feed(tmp_path / "feed", (2, 3, 4)).states, torch.arange(24.0).view(2, 3, 4))
+    assert torch.equal(HiddenStates(tmp_path / "feed", (2, 3, 4)).states, torch.arange(24.0).view(2, 3, 4))
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["posix_fallocate", "zeros"])
@@ -182,14 +183,14 @@ def test_a_feed_takes_its_place_on_disk_at_once(native: bool, tmp_path: Path, mo
     if not native:
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
     shape = (4, 64, 256)
-    Feed(tmp_path / "feed", shape)
+    HiddenStates(tmp_path / "feed", shape)
     assert (tmp_path / "feed").stat().st_size == 4 * 64 * 256 * 4
     assert (tmp_path / "feed").stat().st_blocks * 512 >= 4 * 64 * 256 * 4, "no sparse file: SIGBUS on a full disk"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            Feed(tmp_path / "other", shape)
+            HiddenStates(tmp_path / "other", shape)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -235,10 +236,10 @@ def test_a_second_moment_too_large_for_its_type_is_noticed(tmp_path: Path) -> No
 
 
 def test_the_stream_and_the_sums_stay_in_float32_where_blocks_run_in_bfloat16(tmp_path: Path) -> None:
-    low = Sweep("bfloat16")
+    low = Execution("bfloat16")
     for exact, block in zip(
-        walk(WEIGHTS, TOKENS, tmp_path / "a", lambda _: None, sweep=EXACT),
-        walk(WEIGHTS, TOKENS, tmp_path / "b", lambda _: None, sweep=low, lag=True),
+        walk(WEIGHTS, TOKENS, tmp_path / "a", lambda _: None, execution=EXACT),
+        walk(WEIGHTS, TOKENS, tmp_path / "b", lambda _: None, execution=low, lag=True),
         strict=True,
     ):
         for name, gram in block.observe().items():
@@ -291,7 +292,7 @@ def test_importance_is_the_angle_between_what_enters_and_what_leaves_a_layer(tmp
     decoder(TOKENS)
     cosines = [torch.nn.functional.cosine_similarity(b, a, dim=-1) for b, a in zip(before, after, strict=True)]
     expected = [float(torch.arccos(cosine).mean()) / torch.pi for cosine in cosines]
-    found = layer_importance(WEIGHTS, TOKENS, tmp_path, sweep=EXACT)
+    found = layer_importance(WEIGHTS, TOKENS, tmp_path, execution=EXACT)
     assert found == pytest.approx(expected, rel=1e-4)
     assert not list(tmp_path.iterdir()), "its hidden states are gone"
 
@@ -300,13 +301,13 @@ def test_a_layer_that_does_nothing_has_no_importance(tmp_path: Path) -> None:
     idle = RandomWeights(WEIGHTS.config)
     for linear in ("o", "down"):
         idle.tensors[f"layers.1.{linear}.weight"].zero_()
-    first, second = layer_importance(idle, TOKENS, tmp_path, sweep=EXACT)
+    first, second = layer_importance(idle, TOKENS, tmp_path, execution=EXACT)
     assert first > 0.01
     assert second == pytest.approx(0, abs=1e-3)
 
 
 def test_a_reference_walks_the_dense_model_whatever_becomes_of_the_blocks(tmp_path: Path) -> None:
-    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT, reference=True):
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, execution=EXACT, reference=True):
         block.observe()
         halve(block)
     last = torch.from_file(str(tmp_path / "dense-0"), size=5 * 12 * 64, dtype=torch.float32).view(5, 12, 64)
@@ -317,7 +318,7 @@ def test_a_reference_walks_the_dense_model_whatever_becomes_of_the_blocks(tmp_pa
 @pytest.mark.parametrize("lag", [False, True])
 def test_drift_is_what_the_stream_lacks_seen_through_the_inner_activation(tmp_path: Path, lag: bool) -> None:
     drifts = []
-    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, sweep=EXACT, reference=True, lag=lag):
+    for block in walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, execution=EXACT, reference=True, lag=lag):
         gram = block.observe()["inner"]
         if not lag and block.half == "attention":
             assert block.drift is None

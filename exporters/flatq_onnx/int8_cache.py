@@ -26,7 +26,7 @@ from flatq_onnx.builder import BOOL, INT8, INT64, Dims, ints
 from flatq_onnx.positions import length
 
 LARGEST = 127
-HEADROOM = 1.1  # over what calibration saw: costs nothing on average, and other texts go further (docs/decisions.md)
+HEADROOM = 1.1  # over what calibration saw: costs nothing on average, and other texts go further (docs/decisions/0023)
 
 
 class QuantizedGrouped(Grouped):

@@ -27,7 +27,7 @@ from flatq_onnx.writing import convert
 
 logger = logging.getLogger(__name__)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-SPIN_MICROSECONDS = "100"  # as quick as without a limit, measured (docs/decisions.md)
+SPIN_MICROSECONDS = "100"  # as quick as without a limit, measured (docs/log/)
 WORK = frozenset(  # the operators that take the time; a few shape computations may sit on the CPU by right
     {
         "Attention",

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from flatq.artifact import RANGES, Artifact, save_shard
+from flatq.calibration.block import REMEDY
 from flatq.calibration.states import embedded
 from flatq.calibration.tokens import Tokens
-from flatq.calibration.walk import REMEDY
 from flatq.errors import NumericsError
 from flatq.machine.precision import blocks_in, forward_precision
 from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderLayer, locate
 from flatq.model.weights import HALVES, Weights, load_half
 
-TOKENS = 8192  # with half as many single tokens suffer, twice as many are no better (docs/decisions.md)
+TOKENS = 8192  # with half as many single tokens suffer, twice as many are no better (docs/decisions/0023)
 ROWS = 4  # that go through a block together
 
 

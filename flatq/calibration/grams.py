@@ -2,7 +2,7 @@
 
 Both statistics are additive over tokens, so the result does not depend on how the tokens were split over batches
 or processes. Grams are kept as float32 sums of float32 matrix products: measured on SmolLM2 the error against
-float64 is 2e-7 relative, four orders below the damping that every solve adds (docs/decisions.md).
+float64 is 2e-7 relative, four orders below the damping that every solve adds (docs/decisions/0005).
 """
 
 from __future__ import annotations

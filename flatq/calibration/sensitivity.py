@@ -7,10 +7,10 @@ MLP, one unit, so that one budget can be shared out between all of them.
 F asks what the model expects, not what the text says: at the logits it is ``diag(p) - p p^T`` of the model's own
 probabilities p. Normal noise of that covariance, sent back through the model, has F as its second moment at every
 point on the way. The gradient of the text's own log-likelihood is ruled by the few tokens that surprised the model, and
-chooses worse from as many tokens (Kunstner et al., arXiv 1905.12558; numbers in docs/decisions.md).
+chooses worse from as many tokens (Kunstner et al., arXiv 1905.12558; numbers in docs/decisions/0016).
 
-The gradient comes from one forward and one backward sweep, block by block: the hidden states between blocks are kept in
-a memory-mapped file, and each block is differentiated alone, so memory is one block and its activations.
+The gradient comes from one forward and one backward pass, block by block: the hidden states between blocks are kept
+in a memory-mapped file, and each block is differentiated alone, so memory is one block and its activations.
 
 Gradients of single tokens are heavy-tailed (the first token of a sequence carries hundreds of times the median), so
 each is shortened to three times the median length before it enters the sum.
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flatq.calibration.states import AUTO, Feed, Sweep, batch_tokens, embedded, pieces, stored_as
+from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, embedded, pieces, stored_as
 from flatq.linalg import factor_
 from flatq.machine import distributed
 from flatq.machine.precision import blocks_in, forward_precision
 from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderConfig, DecoderLayer, locate
-from flatq.model.weights import HALVES, Weights, load_half, load_head, load_last_norm
+from flatq.model.weights import HALVES, Weights, halves, load_half, load_head, load_last_norm
 
 FILE = "sensitivity.f32"
 TOKENS, LENGTH = 2048, 256  # of the calibration tokens, in rows of
@@ -45,7 +45,7 @@ class Sensitivity:
     """Fisher information of the residual stream after every block, [2 * layers, m, m], on disk; read one at a time."""
 
     def __init__(self, config: DecoderConfig, work: Path) -> None:
-        self._feed = Feed(work / FILE, (len(HALVES) * len(config.layers), config.d_model, config.d_model))
+        self._feed = HiddenStates(work / FILE, (len(HALVES) * len(config.layers), config.d_model, config.d_model))
 
     def __len__(self) -> int:
         return len(self._feed.states)
@@ -60,7 +60,7 @@ class Sensitivity:
         self._feed.forget()
 
 
-def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Sensitivity:
+def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, execution: Execution = AUTO) -> Sensitivity:
     """Fisher information of the residual stream after every block, per token.
 
     The result lives in a memory-mapped file of ``work``; ``Sensitivity`` opens it again.
@@ -72,21 +72,21 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: S
     config = weights.config
     tokens = pieces(tokens, LENGTH, TOKENS)
     work.mkdir(parents=True, exist_ok=True)
-    order = [(index, half) for index in range(len(config.layers)) for half in HALVES]
-    dtype = stored_as(sweep.states, len(order) * tokens.numel(), config.d_model)
-    states = _States(weights, tokens, work / "gradients", dtype, sweep)
+    order = halves(config)
+    dtype = stored_as(execution.states, len(order) * tokens.numel(), config.d_model)
+    states = _States(weights, tokens, work / "gradients", dtype, execution)
     found = Sensitivity(config, work)
     with (
         progress("sensitivity", 2 * len(order)) as advance,
-        forward_precision(sweep.precision, sweep.device, gradients=True),
+        forward_precision(execution.precision, execution.device, gradients=True),
     ):
         for done, (index, half) in enumerate(order):
-            states.forward(done, load_half(weights, index, half, device=sweep.device), half)
+            states.forward(done, load_half(weights, index, half, device=execution.device), half)
             advance()
         gradient = states.drawn_gradient(weights)
         for done, (index, half) in reversed(list(enumerate(order))):
             found[done] = _second_moment(gradient, states.mine, len(tokens))
-            gradient = states.backward(done, load_half(weights, index, half, device=sweep.device), half, gradient)
+            gradient = states.backward(done, load_half(weights, index, half, device=execution.device), half, gradient)
             advance()
     states.close()
     return found
@@ -95,13 +95,18 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, sweep: S
 class _States:
     """The states between all blocks, [2 * layers + 1, n, s, m] on disk, and the two ways through a block."""
 
-    def __init__(self, weights: Weights, tokens: Tensor, path: Path, dtype: torch.dtype, sweep: Sweep) -> None:
+    def __init__(self, weights: Weights, tokens: Tensor, path: Path, dtype: torch.dtype, execution: Execution) -> None:
         config = weights.config
         (rows, length), points = tokens.shape, len(HALVES) * len(config.layers) + 1
-        self.feed = Feed(path, (points * rows, length, config.d_model), dtype)
+        self.feed = HiddenStates(path, (points * rows, length, config.d_model), dtype)
         self.states = self.feed.states.view(points, rows, length, config.d_model)
-        self.length, self.mine, self.sweep, self.device = length, distributed.share(rows), sweep, sweep.device
-        self.room = batch_tokens(config, sweep.working_set) // 2  # gradients take as much again as activations
+        self.length, self.mine, self.execution, self.device = (
+            length,
+            distributed.share(rows),
+            execution,
+            execution.device,
+        )
+        self.room = batch_tokens(config, execution.working_set) // 2  # gradients take as much again as activations
         self.positions = locate(config, 1, length, device=torch.device(self.device))
         for rows_at_once in self.batches(self.room):
             self.states[0, rows_at_once] = embedded(tokens[rows_at_once], weights.tensor("embed.weight"))
@@ -120,7 +125,7 @@ class _States:
                 self.states[done + 1, rows] = self._run(layer, half, x).cpu()
 
     def _run(self, layer: DecoderLayer, half: str, x: Tensor) -> Tensor:
-        with blocks_in(self.sweep.precision, self.device):
+        with blocks_in(self.execution.precision, self.device):
             return layer.run(half, x, self.positions)
 
     def backward(self, done: int, layer: DecoderLayer, half: str, gradient: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A 7B model at 128 x 2048 tokens has 4 GB of hidden states, a 70B model 8 GB: mor
 live in a memory-mapped file. Pages that were touched count as resident memory until they are given back, so a feed
 gives them back after every batch; the system keeps them cached for as long as nobody needs the memory.
 
-Stored as float32, or as bfloat16, which halves the disk and the traffic. What that costs is in docs/decisions.md.
+Stored as float32, or as bfloat16, which halves the disk and the traffic. What that costs is in docs/decisions/0021.
 
 Several processes (see ``machine.distributed``) map the same file and each uses its own samples, so that another number
 of processes can go on where these stopped.
@@ -33,7 +33,7 @@ LARGE = 2 << 30  # bytes of float32 states from which on bfloat16 is the better 
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class Execution:
     """How tokens are sent through a model.
 
     Attributes:
@@ -49,15 +49,15 @@ class Sweep:
     working_set: int = WORKING_SET
 
     @classmethod
-    def of(cls, text: CalibrationSpec, device: str, working_set: int) -> Sweep:
+    def of(cls, text: CalibrationSpec, device: str, working_set: int) -> Execution:
         """As the recipe's calibration block says."""
         return cls(text.precision, text.states, device, working_set)
 
 
-AUTO = Sweep()
+AUTO = Execution()
 
 
-class Feed:
+class HiddenStates:
     """Hidden states [samples, seq, d_model] in a memory-mapped file.
 
     Its blocks are allocated before it is mapped: a full disk is then an ``OSError`` now. Written through the map,

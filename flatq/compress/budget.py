@@ -20,7 +20,7 @@ from flatq.errors import RecipeError
 from flatq.model import footprint
 from flatq.model.decoder import DecoderConfig
 from flatq.model.dims import LayerDims
-from flatq.quantize.stage import planned_grids
+from flatq.quantize.grids import planned_grids
 from flatq.recipe.blocks import FlatSpec, GptqSpec, bytes_of
 
 Price = Callable[[int, LayerDims], float]  # (layer number, its widths) -> cost; widths may be 0

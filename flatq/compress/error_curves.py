@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flatq.calibration.block import Block
 from flatq.calibration.sensitivity import LENGTH, Sensitivity, weighted
-from flatq.calibration.states import AUTO, Sweep, pieces
-from flatq.calibration.walk import Block, dense_blocks
+from flatq.calibration.states import AUTO, Execution, pieces
+from flatq.calibration.walk import dense_blocks
 from flatq.compress.allocate import Curves
 from flatq.compress.heads import output_basis
 from flatq.compress.mlp import eliminate
@@ -33,7 +34,7 @@ def error_curves(
     work: Path,
     *,
     ridge: float,
-    sweep: Sweep = AUTO,
+    execution: Execution = AUTO,
 ) -> list[Curves]:
     """Cost of every rank and width of every layer.
 
@@ -42,15 +43,15 @@ def error_curves(
         fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
-    blocks = observed_blocks(weights, tokens, work, sweep=sweep)
+    blocks = observed_blocks(weights, tokens, work, execution=execution)
     found = [block_curve(block, None if fisher is None else fisher[n], ridge) for n, block in enumerate(blocks)]
     return [Curves(value, mlp) for value, mlp in zip(found[::2], found[1::2], strict=True)]
 
 
-def observed_blocks(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Iterator[Block]:
+def observed_blocks(weights: Weights, tokens: Tensor, work: Path, *, execution: Execution = AUTO) -> Iterator[Block]:
     """The blocks of the dense model, each observed as far as its curve needs."""
     some = pieces(tokens, LENGTH, TOKENS)
-    for block in dense_blocks(weights, some, work, name="curves", sweep=sweep, moments=MOMENTS):
+    for block in dense_blocks(weights, some, work, name="curves", execution=execution, moments=MOMENTS):
         block.observe()
         yield block
 

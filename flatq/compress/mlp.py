@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatq.linalg import inverse, ridged_factor, solved
+from flatq.linalg import inverse, relative_energy, ridged_factor, solved
 
-STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions.md)
+STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions/0012)
 ROWS = 256  # of a large matrix that are copied together
-DRIFT_SHRINKAGE = 0.3  # the drift is mostly noise: measured to be better than 0.03 and 0.1
 
 
 def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
@@ -50,46 +49,11 @@ def nystroem(w_down: Tensor, gram: Tensor, keep: Tensor, ridge: float = 1e-6) ->
     return solved(lower, right).T.to(w_down.dtype)
 
 
-def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
-    """The Gram as if every feature also carried noise of its own, ``shrinkage`` of its energy, [i, i].
-
-    A fit on few tokens believes in every coincidence between them. Noise that no feature shares with another makes it
-    prefer what it was told before (plain selection) wherever the tokens give no clear answer.
-    """
-    if shrinkage == 0:
-        return gram
-    noisy = gram.clone()
-    noisy.diagonal().mul_(1 + shrinkage)
-    return noisy
-
-
-def drift_correction(gram: Tensor, drift: Tensor, shrinkage: float = DRIFT_SHRINKAGE) -> Tensor:
-    """What to add to a projection to undo what its input can foresee of its output's drift, [m, i].
-
-    Noise on every feature bounds the condition, up to the features' own scales, by ``i / shrinkage`` (Cholesky does not
-    mind scales), so that the precision of the Gram does.
-
-    Args:
-        gram: second moment of the input, [i, i].
-        drift: ``E[input^T (y_dense - y)]``, [i, m].
-        shrinkage: see ``shrunk``.
-    """
-    dtype = gram.dtype if shrinkage else torch.float64
-    lower, _ = ridged_factor(shrunk(gram, shrinkage), 1e-8, dtype)
-    return solved(lower, drift.to(dtype)).T
-
-
 def output_error(w: Tensor, gram: Tensor, w_new: Tensor, keep: Tensor) -> float:
     """Share of the output's energy that is lost by reading only ``keep`` with ``w_new``; 0 is perfect."""
     difference = w.to(gram.dtype, copy=True)
     difference[:, keep] -= w_new.to(gram.dtype)
     return relative_energy(difference, w, gram)
-
-
-def relative_energy(difference: Tensor, w: Tensor, gram: Tensor) -> float:
-    """``E||x D^T||^2 / E||x W^T||^2`` on a Gram of x."""
-    total, lost = (float(((d @ gram) * d).sum(dtype=torch.float64)) for d in (w.to(gram.dtype), difference))
-    return max(lost, 0.0) / total if total > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
 from torch import Tensor, nn
 
+from flatq.calibration.block import Block
 from flatq.calibration.sensitivity import Sensitivity, weighted
-from flatq.calibration.walk import Block
-from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, spend, summed, uniform, widths
-from flatq.compress.budget import budget_of, together
 from flatq.compress.heads import (
     head_basis,
     orthonormal,
@@ -19,86 +14,11 @@ from flatq.compress.heads import (
     refit_output,
     spread_over_queries,
 )
-from flatq.compress.mlp import (
-    drift_correction,
-    eliminate,
-    leading_channels,
-    nystroem,
-    output_error,
-    ridge_leverage,
-    shrunk,
-)
-from flatq.model.decoder import DecoderConfig, LayerDims
+from flatq.compress.mlp import eliminate, leading_channels, nystroem, output_error, ridge_leverage
+from flatq.compress.plan import RankPlan
+from flatq.linalg import drift_correction, shrunk
 from flatq.model.weights import HALVES
-from flatq.recipe.blocks import FlatSpec, GptqSpec
-
-
-@dataclass(frozen=True, slots=True)
-class RankPlan:
-    """The widths that the model will have.
-
-    ``requested`` and ``achieved`` are what ``budget`` says: a share of the decoder's parameters (``keep_ratio``), or
-    bytes (``size``, ``decode_bytes``).
-    """
-
-    layers: tuple[LayerDims, ...]
-    requested: float
-    achieved: float
-    budget: str = "keep_ratio"
-    importance: tuple[float, ...] = ()
-
-
-def plan_ranks(
-    config: DecoderConfig,
-    spec: FlatSpec,
-    importance: Sequence[float] = (),
-    curves: Sequence[Curves] = (),
-    *,
-    gptq: GptqSpec | None = None,
-    itemsize: int = 4,
-) -> RankPlan:
-    """Widths of every layer for a wanted budget.
-
-    Args:
-        importance: one number per layer, for ``allocation: iprs``.
-        curves: one per layer, for ``allocation: curves``. Without what its allocation needs, a plan has equal shares.
-        gptq: the stage that follows, for budgets in bytes.
-        itemsize: bytes of a number that is not quantized.
-
-    Raises:
-        RecipeError: the budget cannot be reached.
-    """
-    layers, allocation = config.layers, spec.parts.allocation
-    wanted = budget = budget_of(config, spec, gptq, itemsize)
-    whole = max(dims.d_v for dims in layers)
-    multiples = Multiples(whole if spec.parts.values == "whole" else spec.rank_multiple, spec.width_multiple)
-    if spec.uniform:
-        layers, budget = together(layers, budget)
-        curves = [summed(curves)] if curves else ()
-    share = share_of_the_rest(layers, budget, multiples)
-    if share == 1:
-        planned = layers
-    elif allocation == "curves" and curves:
-        planned = spend(layers, budget, curves, multiples)
-    else:
-        shares = iprs(importance, share) if allocation == "iprs" and importance else uniform(len(layers), share)
-        planned = widths(layers, budget, shares, multiples)
-    layers = planned * len(config.layers) if spec.uniform else planned
-    requested, achieved = wanted.limit / wanted.unit, wanted.total(layers) / wanted.unit
-    return RankPlan(layers, requested, achieved, wanted.key, tuple(importance))
-
-
-def uneven(config: DecoderConfig, spec: FlatSpec) -> DecoderConfig:
-    """The model with value heads that differ, as an allocation layer by layer leaves them; unchanged if none will.
-
-    Which layer keeps how much follows from the weights, but that they will not keep the same is known before.
-    """
-    same = spec.uniform or spec.parts.allocation == "uniform" or spec.parts.values == "whole" or spec.keep_ratio == 1
-    first, *others = config.layers
-    if same or first.d_v <= spec.rank_multiple:
-        return config
-    lower = (first.d_v - 1) // spec.rank_multiple * spec.rank_multiple
-    return config.with_layers([replace(first, d_v=lower), *others])
+from flatq.recipe.blocks import FlatSpec
 
 
 class FlatStage:

@@ -13,13 +13,14 @@ The prompt is random tokens (speed does not depend on the text), new tokens are 
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,9 +28,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from flatq.errors import ExportError, FlatqError, RecipeError
 from flatq.machine.memory import device_memory_bytes, peak_rss_bytes, rss_bytes
+from flatq.units import size
 
 if TYPE_CHECKING:  # a measured process must not load torch for the sake of a type
     from flatq.export.protocols import Runner
@@ -266,3 +270,32 @@ def _repeat(runner: Runner, load: Load) -> tuple[float, float]:
     for _ in range(load.new_tokens - 1):
         token = runner.step(token).argmax(-1)
     return first - began, time.perf_counter() - first
+
+
+def rendered(table: Table) -> str:
+    """A rich table as plain text."""
+    console = Console(file=io.StringIO(), width=110)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def bench_table(results: Sequence[BenchResult]) -> str:
+    """Measured runners side by side."""
+    table = Table(show_header=True)
+    for column in ("", "prefill tok/s", "decode tok/s", "first token", "load", "peak RSS", "provider"):
+        table.add_column(column, justify="left" if column in ("", "provider") else "right")
+    for result in results:
+        prefill, decode = result.prefill_tokens_per_second, result.decode_tokens_per_second
+        held = result.device_memory_bytes
+        device = [] if held is None else [f"{size(held)} on the device"]
+        table.add_row(
+            result.name,
+            f"{prefill.median:.1f} ({prefill.low:.1f}-{prefill.high:.1f})",
+            f"{decode.median:.1f} ({decode.low:.1f}-{decode.high:.1f})",
+            f"{result.first_token_seconds.median:.3f} s",
+            f"{result.load_seconds:.2f} s",
+            " + ".join([size(result.peak_rss_bytes), *device]),
+            result.provider,
+        )
+    return rendered(table)

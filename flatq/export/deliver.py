@@ -19,16 +19,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from flatq.artifact import Artifact, file_digest, write_json
+from flatq.artifact import Artifact
 from flatq.errors import ArtifactError, ExportError, RecipeError
 from flatq.export.bench import BenchResult, Load, bench_side_by_side
+from flatq.export.dense import BASELINE, dense_artifact
 from flatq.export.protocols import CacheQuantizer, Exported, Exporter, Runner, exporter_named
 from flatq.export.verify import EXACT, Limits, verify
+from flatq.files import file_digest, write_json
 from flatq.machine.progress import progress
-from flatq.pipeline.build import dense_artifact
 from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe, explain_options
-from flatq.report.render import BASELINE
 from flatq.run_folder import RunFolder
 from flatq.sources.source import Source
 

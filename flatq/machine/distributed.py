@@ -11,7 +11,7 @@ code is a run of one process. All processes must see the run folder (a shared fi
 A process that dies, or does not answer for ``PATIENCE``, ends the run of all with ``LostProcess``. What was finished
 stays, and any other number of processes goes on from there.
 
-Left out: splitting the solves. They are a small part of the time at realistic numbers of tokens (docs/decisions.md).
+Left out: splitting the solves. They are a small part of the time at realistic numbers of tokens (docs/decisions/0020).
 """
 
 from __future__ import annotations

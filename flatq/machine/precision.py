@@ -3,7 +3,7 @@
 Weights, the residual stream and all sums over tokens are float32. Where the processor multiplies bfloat16 matrices in
 hardware, what happens inside a block (its projections, attention, the gate) is done in bfloat16, as autocast does it:
 1.5 times as fast as float32 activations whose products are rounded on the way in, and as close to float32
-(docs/decisions.md).
+(docs/decisions/0005).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def forward_precision(precision: str = "auto", device: str = "cpu", *, gradients
     """Products of float32 matrices (Grams, say) in float32, or in what the CPU's kernels put in its place.
 
     With AMX those are products of bfloat16 roundings summed in float32, with AVX512-BF16 alone twice as fast and as
-    exact as float32 (docs/decisions.md). Solves belong outside.
+    exact as float32 (docs/decisions/0005). Solves belong outside.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if resolved(precision, device) == "bfloat16" else "highest")

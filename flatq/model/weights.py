@@ -91,3 +91,8 @@ def _fill(module: nn.Module, weights: Weights, prefix: str, dtype: torch.dtype, 
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
     module.eval()
+
+
+def halves(config: DecoderConfig) -> list[tuple[int, str]]:
+    """Every half layer in the order of a forward pass: (index of the layer, ``attention`` or ``mlp``)."""
+    return [(index, half) for index in range(len(config.layers)) for half in HALVES]

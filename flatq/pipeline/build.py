@@ -13,27 +13,24 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from flatq.artifact import ENERGIES, Artifact, finish, save_shard, write_json
-from flatq.calibration.sensitivity import Sensitivity
-from flatq.calibration.states import WORKING_SET, Sweep
-from flatq.calibration.walk import Block, blocks_done, last_states, walk
-from flatq.compress.stage import FlatStage, RankPlan
+from flatq.artifact import ENERGIES, Artifact, finish, save_shard, shard_name
+from flatq.calibration.block import Block
+from flatq.calibration.states import WORKING_SET, Execution
+from flatq.calibration.walk import blocks_done, last_states, walk
+from flatq.compress.plan import RankPlan
+from flatq.files import write_json
 from flatq.machine import distributed
 from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
-from flatq.model.weights import HALVES, half_names, head_stem
+from flatq.model.weights import HALVES, halves, head_stem
 from flatq.quantize.embedding_and_head import EMBEDDING, ENDS, head_moment, save_first, save_last, saved_first
-from flatq.quantize.stage import READERS, GptqStage
+from flatq.quantize.stage import READERS
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
+from flatq.stages import stages_of, walked_along
 
 log = logging.getLogger(__name__)
-
-
-def shard_name(index: int, half: str) -> str:
-    """File of one block."""
-    return f"layer-{index:05d}-{half}.safetensors"
 
 
 def build(
@@ -71,7 +68,7 @@ def build(
     def save(block: Block) -> None:
         _save_block(block, source.dtype, partial, work)
 
-    sweep, total = Sweep.of(recipe.calibration, device, working_set), len(config.layers) * len(HALVES)
+    execution, total = Execution.of(recipe.calibration, device, working_set), len(config.layers) * len(HALVES)
     reference, lag = walked_along(recipe)
     with progress("compress", total) as advance:
         advance(blocks_done(work))
@@ -81,7 +78,7 @@ def build(
             work,
             save,
             embed=saved_first(source, grids, partial),
-            sweep=sweep,
+            execution=execution,
             reference=reference,
             lag=lag,
         ):
@@ -91,7 +88,7 @@ def build(
             advance()
 
     solves = head_stem(config) in grids
-    moment = head_moment(source, last_states(source, tokens, work, sweep), sweep) if solves else None
+    moment = head_moment(source, last_states(source, tokens, work, execution), execution) if solves else None
     if distributed.first():
         head = save_last(source, grids, moment, recipe.gptq, partial)
         save_shard(partial / ENERGIES, energies(work))
@@ -111,63 +108,12 @@ def _finish(
 ) -> None:
     """Tokenizer, index, configuration and manifest."""
     first = [EMBEDDING] if (partial / EMBEDDING).exists() else []
-    files = [*first, *(shard_name(index, half) for index, half in _halves(config)), ENDS]
+    files = [*first, *(shard_name(index, half) for index, half in halves(config)), ENDS]
     for stray in partial.glob("*.partial"):
         stray.unlink()
     source.tokenizer().save_pretrained(str(partial))
     settings = {**source.settings(), "dtype": str(source.dtype).removeprefix("torch.")}
     finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
-
-
-def stages_of(
-    recipe: Recipe, plan: RankPlan, grids: Mapping[str, Grid], config: DecoderConfig, work: Path
-) -> list[FlatStage | GptqStage]:
-    """What is done to each block, in order.
-
-    Args:
-        grids: of every weight that is to be quantized, by stem.
-        config: the dense model's.
-        work: holds the sensitivity, if the FLAT stage asks for one.
-    """
-    stages: list[FlatStage | GptqStage] = []
-    if recipe.flat is not None:
-        narrows = plan.layers != config.layers
-        fisher = Sensitivity(config, work) if recipe.flat.sensitive and narrows else None
-        stages.append(FlatStage(recipe.flat, plan, fisher))
-    if recipe.gptq is not None:
-        stages.append(GptqStage(recipe.gptq, grids))
-    return stages
-
-
-def walked_along(recipe: Recipe) -> tuple[bool, bool]:
-    """What the stages want to know of the dense model on the way: ``reference`` and ``lag`` of ``walk``."""
-    flat, gptq = recipe.flat, recipe.gptq
-    return flat is not None and flat.corrects, gptq is not None and gptq.corrects
-
-
-def dense_artifact(source: Source, root: Path) -> Artifact:
-    """The model as it was, in the form that exporters read: what a compressed one is compared with."""
-    config = source.config
-    partial = root.with_name(root.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    shards = {shard_name(index, half): half_names(config, index, half) for index, half in _halves(config)}
-    inside = {name for names in shards.values() for name in names}
-    shards[ENDS] = [name for name in source.names() if name not in inside]
-    for file, names in shards.items():
-        save_shard(partial / file, {name: source.tensor(name) for name in names})
-    return finish(
-        partial,
-        root,
-        config=config,
-        grids={},
-        settings=source.settings(),
-        manifest={"recipe": ""},
-        weight_files=list(shards),
-    )
-
-
-def _halves(config: DecoderConfig) -> list[tuple[int, str]]:
-    return [(index, half) for index in range(len(config.layers)) for half in HALVES]
 
 
 def block_reports(work: Path) -> list[dict[str, Any]]:

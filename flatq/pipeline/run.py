@@ -8,43 +8,34 @@ Each step is one call below; each is a phase of the run folder, so that a killed
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import flatq.doctor
-from flatq.artifact import MANIFEST, RANGES, Artifact
+from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.states import WORKING_SET
 from flatq.calibration.tokens import Tokens, token_batches
-from flatq.compress.stage import RankPlan
-from flatq.errors import ArtifactError, RecipeError
+from flatq.compress.plan import RankPlan
 from flatq.export.deliver import (
     PlannedExport,
     deliver,
-    foreign,
     measured,
     needs_cache_ranges,
-    opened,
     planned_exports,
-    reopened,
-    side_by_side,
 )
-from flatq.export.generate import DecoderRunner, stream
-from flatq.export.protocols import Runner, exporter_named
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
 from flatq.machine.progress import progress
 from flatq.model.grid import Grid
 from flatq.model.weights import HALVES, Weights
 from flatq.pipeline.build import build
-from flatq.plan import describe as planning
+from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
 from flatq.plan.forecast import forecasts, working_set
-from flatq.plan.objections import refuse, refuse_early
-from flatq.recipe.blocks import BenchSpec, CalibrationSpec, EvaluationSpec
+from flatq.plan.objections import raise_early_objections, raise_objections
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import write_report
 from flatq.report.summary import provenance, quality, summarize
@@ -89,10 +80,12 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         return folder.root if distributed.part() else None
     source = open_source(recipe)
     room = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
-    refuse(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one either
-    refuse_early(recipe, source, exports)
-    draft(recipe, source)  # a budget that no plan can meet is heard before anything is measured
-    for caution in planning.cautions(recipe, source.config):
+    raise_objections(
+        recipe, source.config, []
+    )  # groups wider than the dense model's weights fit no narrower one either
+    raise_early_objections(recipe, source, exports)
+    draft(recipe, source)  # refuses a budget that no plan can meet, before anything is measured
+    for caution in sizes.cautions(recipe, source.config):
         log.warning(caution)
     with folder.working():
         tokens = distributed.on_first(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
@@ -105,7 +98,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
         plan = rank_plan(recipe, source, tokens, folder, device, room)
         grids = bit_plan(recipe, source, tokens, plan, folder, device, room)
-        refuse(recipe, source.config.with_layers(plan.layers), exports, grids)
+        raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)
         artifact = compressed(recipe, source, tokens, plan, grids, folder, origins, device, room)
         result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"))
         if not distributed.part():
@@ -132,6 +125,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
             memory=folder.memory(),
             device_memory=folder.device_memory(),
             forecast=expected,
+            notes=sizes.cautions(recipe, source.config),
         )
         write_report(report, folder.root)
     return folder.root
@@ -177,7 +171,7 @@ def compressed(
     def make() -> None:
         if distributed.broadcast(folder.artifact.exists()):
             return
-        needed = planning.disk_bytes(source.config.with_layers(plan.layers), recipe, source.dtype.itemsize)
+        needed = sizes.disk_bytes(source.config.with_layers(plan.layers), recipe, source.dtype.itemsize)
         if distributed.first():
             require_space(folder.root, needed, "the artifact and the hidden states")
         build(
@@ -206,131 +200,3 @@ def exported(item: PlannedExport, artifact: Artifact, tokens: Tokens, folder: Ru
     return folder.phase(
         f"export-{item.name}", lambda: deliver(item, artifact, folder.exports / item.name, tokens.heldout)
     )
-
-
-# The other verbs of the command line.
-
-
-def check(recipe: Recipe) -> list[str]:
-    """The recipe in words; the model is not opened.
-
-    Raises:
-        RecipeError: an exporter is missing or refuses its options.
-    """
-    planned_exports(recipe)
-    return planning.explanation(recipe)
-
-
-def plan(recipe: Recipe, *, device: str = "auto") -> str:
-    """Parameters, sizes, memory and time to expect, from the model's shapes alone.
-
-    Raises:
-        RecipeError: an exporter objects to the planned model.
-    """
-    exports = planned_exports(recipe)
-    source = open_source(recipe, need_weights=False)
-    refuse_early(recipe, source, exports)
-    config, planned = source.config, draft(recipe, source)
-    refuse(recipe, config.with_layers(planned.layers), exports)
-    weights = source if source.has_weights else None
-    ranges = needs_cache_ranges(exports)
-    phases = forecasts(recipe, config, planned.layers, weights, device=resolve_device(device), ranges=ranges)
-    return planning.forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
-
-
-def recipe_of(artifact: Artifact) -> Recipe:
-    """The recipe that made an artifact.
-
-    Raises:
-        RecipeError: it was made without a recipe file.
-    """
-    text = artifact.manifest["recipe"]
-    if not text:
-        raise RecipeError(f"{artifact.root}: keeps no recipe, so its calibration text is unknown; run a recipe again")
-    return Recipe.parse(text, str(artifact.root / MANIFEST))
-
-
-def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> list[Path]:
-    """Write one more format of a finished artifact and verify it; returns its files.
-
-    Raises:
-        RecipeError: unknown exporter or options, or ``out`` exists.
-        ExportError: it cannot be written, or its runtime disagrees.
-    """
-    if out.exists():
-        raise RecipeError(f"--out {out}: exists; choose another place")
-    model = Artifact.open(artifact)
-    exporter = exporter_named(format)
-    item = PlannedExport(out.name, format, exporter, planning.checked_options(exporter, options))
-    problems = exporter.check(model.config, model.grids, item.options)
-    if problems:
-        raise RecipeError(problems)
-    if needs_cache_ranges([item]) and not (model.root / RANGES).exists():
-        text = recipe_of(model)
-        tokens = token_batches(text.calibration, text.evaluation, planning.tokenizer_in(model.root))
-        note_cache_ranges(model, tokens, precision=text.calibration.precision)
-    return [out / file for file in deliver(item, model, out, None)["files"]]
-
-
-def bench_exports(paths: list[Path], against: list[Path], loads: list[dict[str, int]], **settings: Any) -> str:
-    """Measure export folders in turns, and graphs of other programs beside them; a table for each load.
-
-    Args:
-        paths: folders that flatq wrote.
-        against: folders with someone else's decoder graph.
-        loads: ``prompt``, ``new_tokens`` and ``batch`` of each table.
-        settings: the other keys of a recipe's ``bench``.
-    """
-    entries = {}
-    for path in paths:
-        item, artifact = reopened(path)
-        entries[str(path)] = (item, path)
-    entries |= {str(path): (foreign(path), path) for path in against}
-    vocab = Artifact.open(artifact).config.vocab
-    tables = []
-    for load in loads:
-        spec = BenchSpec.model_validate({**settings, **load})
-        title = ", ".join(f"{name} {value}" for name, value in load.items())
-        tables.append(f"{title}\n{planning.bench_table(side_by_side(entries, spec, vocab))}")
-    return "\n".join(tables)
-
-
-def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_len: int) -> float:
-    """Perplexity of an artifact or of a pretrained model on held-out text."""
-    calibration = CalibrationSpec.model_validate(
-        {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
-    )
-    evaluation = EvaluationSpec(tokens=tokens, seq_len=seq_len)
-    weights: Artifact | Source
-    try:
-        artifact = Artifact.open(model)
-        weights, tokenizer = artifact, planning.tokenizer_in(artifact.root)
-    except ArtifactError:
-        source = open_model(model)
-        source.validate()
-        weights, tokenizer = source, source.tokenizer()
-    return score(weights, token_batches(calibration, evaluation, tokenizer), "cpu", "evaluate")
-
-
-def generate(
-    path: Path, prompt: str, *, new_tokens: int, temperature: float, seed: int, chat: bool, provider: str
-) -> Iterator[str]:
-    """Text from an export in its runtime, or from an artifact in torch."""
-    runner: Runner
-    if (path / "export.json").exists():
-        runner = opened(path, provider)
-        artifact = Artifact.open(reopened(path)[1])
-    else:
-        artifact = Artifact.open(path)
-        runner = DecoderRunner(artifact)
-    ends = artifact.settings.get("eos_token_id")
-    eos = set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set[int]()
-    tokenizer = planning.tokenizer_in(artifact.root)
-    return stream(
-        runner, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed, eos=eos, chat=chat
-    )
-
-
-def doctor() -> list[str]:
-    """What this machine has."""
-    return flatq.doctor.doctor()

@@ -11,15 +11,15 @@ from typing import Any
 
 from flatq.calibration.importance import layer_importance
 from flatq.calibration.sensitivity import Sensitivity, output_sensitivity
-from flatq.calibration.states import WORKING_SET, Sweep
+from flatq.calibration.states import WORKING_SET, Execution
 from flatq.calibration.tokens import Tokens
 from flatq.compress.allocate import Curves
 from flatq.compress.error_curves import error_curves
-from flatq.compress.stage import RankPlan, plan_ranks
+from flatq.compress.plan import RankPlan, plan_ranks
 from flatq.model.grid import Grid
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
-from flatq.quantize.stage import planned_grids
+from flatq.quantize.grids import planned_grids
 from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder
 from flatq.sources.source import Source
@@ -61,18 +61,18 @@ def rank_plan(
     spec, config, first = recipe.flat, source.config, draft(recipe, source)
     if spec is None or first.layers == config.layers:
         return first
-    sweep = Sweep.of(recipe.calibration, device, room)
+    execution = Execution.of(recipe.calibration, device, room)
 
     def importance() -> list[float]:
-        return layer_importance(source, tokens.calibration, folder.work, sweep=sweep)
+        return layer_importance(source, tokens.calibration, folder.work, execution=execution)
 
     def curves() -> list[dict[str, Any]]:
         fisher = Sensitivity(config, folder.work)
-        found = error_curves(source, tokens.calibration, fisher, folder.work, ridge=spec.ridge, sweep=sweep)
+        found = error_curves(source, tokens.calibration, fisher, folder.work, ridge=spec.ridge, execution=execution)
         return [asdict(curve) for curve in found]
 
     if spec.sensitive:
-        _sense(source, tokens, folder, sweep)
+        _sense(source, tokens, folder, execution)
     measured: dict[str, Any] = {}
     if spec.parts.allocation == "curves":
         measured["curves"] = [Curves(**curve) for curve in folder.phase("curves", curves)]
@@ -94,20 +94,20 @@ def bit_plan(
     spec, config = recipe.gptq, source.config.with_layers(plan.layers)
     if spec is None or spec.average_bits is None:
         return planned_grids(config, spec)
-    sweep = Sweep.of(recipe.calibration, device, room)
+    execution = Execution.of(recipe.calibration, device, room)
 
     def errors() -> dict[str, dict[str, float]]:
         fisher = Sensitivity(source.config, folder.work)
-        return bit_errors(source, tokens.calibration, spec, fisher, folder.work, sweep=sweep)
+        return bit_errors(source, tokens.calibration, spec, fisher, folder.work, execution=execution)
 
-    _sense(source, tokens, folder, sweep)
+    _sense(source, tokens, folder, execution)
     return planned_grids(config, spec, choose(config, spec, folder.phase("bits", errors)))
 
 
-def _sense(source: Source, tokens: Tokens, folder: RunFolder, sweep: Sweep) -> None:
+def _sense(source: Source, tokens: Tokens, folder: RunFolder, execution: Execution) -> None:
     """Measure how much the loss minds errors, unless an earlier plan or run did."""
 
     def measure() -> None:
-        output_sensitivity(source, tokens.calibration, folder.work, sweep=sweep)
+        output_sensitivity(source, tokens.calibration, folder.work, execution=execution)
 
     folder.phase("sensitivity", measure)

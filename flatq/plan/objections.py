@@ -1,8 +1,7 @@
-"""What the exporters and the quantizer would object to, asked for before hours of work.
+"""Pre-flight checks: every reason why an exporter or GPTQ cannot handle the planned model, before hours of work.
 
-The widths of a plan follow from the weights, so some objections can only be heard once they are measured. Others hold
-whatever the widths will be, and are heard first: that the tokenizer cannot be carried, and that layers will differ
-where a format wants them alike.
+The widths of a plan follow from the weights, so some objections are known only when they are measured. Others hold for
+any widths and come first: a tokenizer that cannot be carried, and layers that differ where a format wants them alike.
 """
 
 from __future__ import annotations
@@ -10,33 +9,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from flatq.compress.stage import uneven
+from flatq.compress.plan import uneven
 from flatq.errors import RecipeError
 from flatq.export.deliver import PlannedExport
 from flatq.export.protocols import TokenizerCarrier
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
-from flatq.quantize.stage import objections, possible_grids
+from flatq.quantize.grids import objections, possible_grids
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
 
 
-def refuse(
+def raise_objections(
     recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport], grids: Mapping[str, Grid] | None = None
 ) -> None:
-    """Hear every objection to the planned model now, before hours of work.
+    """Raise every objection to the planned model at once, before hours of work.
 
     Args:
-        grids: as ``plans.bit_plan`` decided; None takes what is known without measuring, and all that could be chosen.
+        grids: as ``plan.decide.bit_plan`` decided; None takes every choice that the recipe leaves open.
 
     Raises:
         RecipeError: all objections at once.
     """
-    if problems := objections(config, recipe.gptq) + heard(recipe, config, exports, grids):
+    if problems := objections(config, recipe.gptq) + exporter_objections(recipe, config, exports, grids):
         raise RecipeError(problems)
 
 
-def heard(
+def exporter_objections(
     recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport], grids: Mapping[str, Grid] | None = None
 ) -> list[str]:
     """What the exporters object to, each objection once."""
@@ -50,8 +49,8 @@ def heard(
     return list(dict.fromkeys(words))
 
 
-def refuse_early(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
-    """Hear what the exporters object to whatever the ranks will be: the tokenizer, and layers that differ.
+def raise_early_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
+    """Raise what the exporters object to for any ranks: the tokenizer, and layers that differ.
 
     Without a flat stage the ranks are known, and so is every objection.
 
@@ -67,10 +66,10 @@ def refuse_early(recipe: Recipe, source: Source, exports: list[PlannedExport]) -
             found = item.exporter.check_tokenizer(described, source.config, item.options)
             problems += [f"exports.{item.name}: {words}" for words in found]
     if recipe.flat is None:
-        problems += heard(recipe, source.config, exports)
+        problems += exporter_objections(recipe, source.config, exports)
     else:
-        even = heard(recipe, source.config, exports)
-        differing = heard(recipe, uneven(source.config, recipe.flat), exports)
+        even = exporter_objections(recipe, source.config, exports)
+        differing = exporter_objections(recipe, uneven(source.config, recipe.flat), exports)
         problems += [words for words in differing if words not in even]
     if problems:
         raise RecipeError(problems)

@@ -24,26 +24,27 @@ from torch import Tensor
 
 from flatq.artifact import PARTS
 from flatq.calibration import sensitivity, states
+from flatq.calibration.block import Block
 from flatq.calibration.cache_ranges import cache_ranges, ranged
 from flatq.calibration.importance import layer_importance
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.sensitivity import Sensitivity, output_sensitivity
-from flatq.calibration.states import Sweep
-from flatq.calibration.walk import Block, last_states, walk
+from flatq.calibration.states import Execution
+from flatq.calibration.walk import last_states, walk
 from flatq.compress import error_curves
 from flatq.compress.error_curves import block_curve, observed_blocks
-from flatq.compress.stage import RankPlan
+from flatq.compress.plan import RankPlan
 from flatq.machine.progress import hidden, progress
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import Weights, head_stem, tensor_shapes
-from flatq.pipeline.build import stages_of, walked_along
 from flatq.plan.decide import measurements
 from flatq.quantize.bit_errors import block_errors, judged_blocks
 from flatq.quantize.bits import free_units
 from flatq.quantize.embedding_and_head import first_table, head_moment, quantized_head
-from flatq.quantize.stage import planned_grids
+from flatq.quantize.grids import planned_grids
 from flatq.recipe.grammar import Recipe
+from flatq.stages import stages_of, walked_along
 
 BATCHES = 2  # of calibration tokens
 TOGETHER = 4  # rows that an evaluation sends through a layer together
@@ -220,8 +221,8 @@ class Rehearsal:
         return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(0))
 
     @property
-    def _sweep(self) -> Sweep:
-        return Sweep.of(self.recipe.calibration, self.device, self.room)
+    def _sweep(self) -> Execution:
+        return Execution.of(self.recipe.calibration, self.device, self.room)
 
     @property
     def _watched(self) -> Watched:
@@ -231,15 +232,15 @@ class Rehearsal:
         perplexity(Watched(weights, self.clock), tokens, device=self.device)
 
     def _sense(self, tokens: Tensor, work: Path) -> None:
-        output_sensitivity(self._watched, tokens, work, sweep=self._sweep)
+        output_sensitivity(self._watched, tokens, work, execution=self._sweep)
 
     def _importance(self, tokens: Tensor, work: Path) -> None:
-        layer_importance(self._watched, tokens, work, sweep=self._sweep)
+        layer_importance(self._watched, tokens, work, execution=self._sweep)
 
     def _curves(self, tokens: Tensor, work: Path) -> None:
         assert self.recipe.flat is not None
         fisher = Sensitivity(self.weights.config, work)
-        for number, block in enumerate(observed_blocks(self._watched, tokens, work, sweep=self._sweep)):
+        for number, block in enumerate(observed_blocks(self._watched, tokens, work, execution=self._sweep)):
             with self.clock.during("solves"):
                 block_curve(block, fisher[number], self.recipe.flat.ridge)
 
@@ -248,7 +249,7 @@ class Rehearsal:
         assert spec is not None
         (_, units), grids = free_units(config, spec), planned_grids(config, spec)
         fisher, solving = Sensitivity(config, work), partial(self.clock.during, "solves")
-        for number, block in enumerate(judged_blocks(self._watched, tokens, work, sweep=self._sweep)):
+        for number, block in enumerate(judged_blocks(self._watched, tokens, work, execution=self._sweep)):
             block_errors(block, units, grids, spec, fisher[number], solving=solving)
 
     def _compress(self, tokens: Tensor, work: Path) -> None:
@@ -267,7 +268,7 @@ class Rehearsal:
             embed=self.made["embed.weight"],
             reference=reference,
             lag=lag,
-            sweep=self._sweep,
+            execution=self._sweep,
         ):
             block.observe()
             with self.clock.during("solves"):

@@ -6,7 +6,7 @@ late are all changes of the loss and can share one budget. Errors are measured o
 they add up is an assumption.
 
 GPTQ is fitted to the first half of every sample and judged by the second. The tokens that it was fitted to flatter what
-reads many channels: ``down`` would get the fewest bits and is what needs them most (docs/decisions.md).
+reads many channels: ``down`` would get the fewest bits and is what needs them most (docs/decisions/0019).
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flatq.calibration.block import Block
 from flatq.calibration.grams import Gram
 from flatq.calibration.sensitivity import Sensitivity
-from flatq.calibration.states import AUTO, Sweep, pieces
-from flatq.calibration.walk import Block, dense_blocks
+from flatq.calibration.states import AUTO, Execution, pieces
+from flatq.calibration.walk import dense_blocks
 from flatq.machine.precision import forward_precision
 from flatq.model.grid import Grid
 from flatq.model.weights import Weights
 from flatq.quantize.bits import Unit, free_units
-from flatq.quantize.stage import READERS, planned_grids, quantized_together
+from flatq.quantize.grids import planned_grids
+from flatq.quantize.stage import READERS, quantized_together
 from flatq.recipe.blocks import GptqSpec
 
 TOKENS = 4096  # of the calibration tokens
@@ -41,7 +43,7 @@ def bit_errors(
     fisher: Sensitivity | Tensor | None,
     work: Path,
     *,
-    sweep: Sweep = AUTO,
+    execution: Execution = AUTO,
 ) -> dict[str, dict[str, float]]:
     """Cost of each of ``bit_choices`` for each unit, as ``bits.choose`` wants it.
 
@@ -56,15 +58,15 @@ def bit_errors(
     """
     (_, units), grids = free_units(weights.config, spec), planned_grids(weights.config, spec)
     found: dict[str, dict[str, float]] = {}
-    for number, block in enumerate(judged_blocks(weights, tokens, work, sweep=sweep)):
+    for number, block in enumerate(judged_blocks(weights, tokens, work, execution=execution)):
         found |= block_errors(block, units, grids, spec, None if fisher is None else fisher[number])
     return found
 
 
-def judged_blocks(weights: Weights, tokens: Tensor, work: Path, *, sweep: Sweep = AUTO) -> Iterator[Block]:
+def judged_blocks(weights: Weights, tokens: Tensor, work: Path, *, execution: Execution = AUTO) -> Iterator[Block]:
     """The blocks of the dense model with the inputs that their linears are judged on."""
     some = pieces(tokens, tokens.shape[1], TOKENS)
-    for block in dense_blocks(weights, some, work, name="bits", sweep=sweep, moments=frozenset()):
+    for block in dense_blocks(weights, some, work, name="bits", execution=execution, moments=frozenset()):
         block.observe()
         yield block
 

@@ -2,7 +2,7 @@
 
 The head is a linear like any other, so it is solved like one (``quantize.gptq``): on the second moment of what it
 really reads, the residual stream at the end of the walk, normed. Rounded to nearest instead, 4 bits of it do several
-times the damage of all other linears together (docs/decisions.md).
+times the damage of all other linears together (docs/decisions/0010).
 
 A table that is embedding and head at once is solved as the head, for that is where its errors count; the walk then
 begins with the table as it was. An embedding of its own is rounded to nearest before the walk, which begins with it.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flatq.artifact import PARTS, save_shard
 from flatq.calibration.grams import Gram
-from flatq.calibration.states import Feed, Sweep
+from flatq.calibration.states import Execution, HiddenStates
 from flatq.machine.device import solver_of
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
@@ -40,18 +40,21 @@ def first_table(weights: Weights, grids: Mapping[str, Grid]) -> Tensor | Quantiz
     return weights.tensor("embed.weight")
 
 
-def head_moment(weights: Weights, states: Feed, sweep: Sweep) -> Gram:
+def head_moment(weights: Weights, states: HiddenStates, execution: Execution) -> Gram:
     """Second moment of what the head reads, over the samples of all processes, [m, m].
 
     Args:
         states: of the residual stream after the last block.
     """
-    norm, moment = load_last_norm(weights, device=sweep.device), Gram(weights.config.d_model, device=sweep.device)
+    norm, moment = (
+        load_last_norm(weights, device=execution.device),
+        Gram(weights.config.d_model, device=execution.device),
+    )
     with torch.inference_mode():
         for batch in states.batches():
-            moment.update(norm(states.states[batch].to(sweep.device, torch.float32)))
+            moment.update(norm(states.states[batch].to(execution.device, torch.float32)))
     moment.gather()
-    moment.move(solver_of(sweep.device))
+    moment.move(solver_of(execution.device))
     return moment
 
 

@@ -1,6 +1,6 @@
 """GPTQ: round one input column after another, and let the columns still to come make up for each rounding.
 
-Choices, with their numbers in docs/decisions.md:
+Choices, with their numbers in docs/decisions/0008 and 0009:
 
 - The scale of a group matters more than the order of its columns, so the clip factor of every group is searched by
   squared error weighted with the column's activation energy.

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 if TYPE_CHECKING:
-    from flatq.report.render import Report
+    from flatq.report.schema import Report
 
 COLOURS = {  # drawn with -> shown as
     "#0a0b01": "var(--ink)",

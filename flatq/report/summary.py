@@ -8,13 +8,13 @@ from typing import Any
 
 from flatq.artifact import Artifact
 from flatq.calibration.tokens import Tokens
+from flatq.machine.environment import version_of
 from flatq.model.decoder import DecoderConfig
 from flatq.model.footprint import decode_bytes
 from flatq.model.grid import Grid
-from flatq.plan.describe import cautions
 from flatq.recipe.blocks import CONTEXT
 from flatq.recipe.grammar import Recipe
-from flatq.report.render import Environment, LayerReport, Measure, ModelInfo, Report, version_of
+from flatq.report.schema import Environment, LayerReport, Measure, ModelInfo, Report
 from flatq.sources.source import Source
 
 SCHEMA_VERSION = 1
@@ -60,6 +60,7 @@ def summarize(
     memory: Mapping[str, int] | None = None,
     device_memory: Mapping[str, int] | None = None,
     forecast: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
 ) -> Report:
     """The report of a finished run.
 
@@ -77,6 +78,7 @@ def summarize(
         memory: the same for each phase.
         device_memory: what each phase held on GPUs.
         forecast: what the phases were expected to take, JSON-ready.
+        notes: what to know of the run as a whole.
     """
     scored = tokens.heldout.shape[0] * (tokens.heldout.shape[1] - 1)
     config, itemsize = source.config, source.dtype.itemsize
@@ -98,7 +100,7 @@ def summarize(
             "exports": list(exports),
             "bench": list(bench),
             "timing": dict(timing),
-            "notes": cautions(recipe, config),
+            "notes": list(notes),
             "memory": dict(memory or {}),
             "device_memory": dict(device_memory or {}),
             "forecast": dict(forecast or {}),

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flatq.artifact import file_digest
 from flatq.calibration.grams import finite
 from flatq.errors import ArtifactError, NumericsError, RecipeError, UnsupportedModel
+from flatq.files import file_digest
 from flatq.model.decoder import DecoderConfig
 from flatq.model.weights import tensor_shapes
 from flatq.sources.gguf_file import GgufFile

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, uniform, widths
 from flatq.compress.budget import parameter_budget
-from flatq.compress.stage import plan_ranks
+from flatq.compress.plan import plan_ranks
 from flatq.errors import RecipeError
 from flatq.model.dims import LayerDims
 from flatq.recipe.grammar import FlatSpec

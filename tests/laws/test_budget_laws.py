@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from flatq.artifact import Artifact
 from flatq.compress.allocate import Curves
 from flatq.compress.budget import budget_of
-from flatq.compress.stage import plan_ranks
+from flatq.compress.plan import plan_ranks
 from flatq.errors import RecipeError
 from flatq.model.decoder import DecoderConfig
 from flatq.model.footprint import CACHE_ITEM, cache_bytes, decode_bytes, layer_bytes, weight_bytes
 from flatq.model.grid import Grid
-from flatq.quantize.stage import planned_grids
+from flatq.quantize.grids import planned_grids
 from flatq.recipe.blocks import FlatSpec, GptqSpec
 from flatq.recipe.grammar import Recipe
 from tests.conftest import MakeRecipe, flatq

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flatq.calibration.walk import Block, walk
+from flatq.calibration.block import Block
+from flatq.calibration.walk import walk
 from flatq.compress.heads import HeadWeights, head_basis, project_heads, spread_over_queries
 from flatq.compress.mlp import leading_channels, nystroem, output_error, ridge_leverage
-from flatq.compress.stage import FlatStage, RankPlan
+from flatq.compress.plan import RankPlan
+from flatq.compress.stage import FlatStage
 from flatq.model.decoder import Decoder, DecoderConfig, LayerDims
 from flatq.model.weights import load_decoder
 from flatq.recipe.grammar import FlatSpec
@@ -104,7 +106,7 @@ def narrowed_by_walk(weights: RandomWeights, layers: tuple[LayerDims, ...], work
         state.update({f"layers.{block.index}.{name}": t for name, t in block.layer.state_dict().items()})
 
     tokens = torch.arange(6 * 20).remainder(weights.config.vocab).view(6, 20)
-    for block in walk(weights, tokens, work, save, sweep=EXACT):
+    for block in walk(weights, tokens, work, save, execution=EXACT):
         stage.apply(block)
         blocks.append(block)
     decoder = Decoder(weights.config.with_layers(layers))
@@ -184,7 +186,7 @@ def test_narrowed_grams_equal_grams_of_the_narrowed_block(
     weights = RandomWeights(tiny_config(kv_heads=kv_heads, heads=heads))
     stage = FlatStage(FlatSpec(keep_ratio=0.5, method=method), RankPlan(plan(weights.config, d_v, d_ff), 0.5, 0.5))
     tokens = torch.arange(6 * 20).view(6, 20).remainder(128)
-    for block in walk(weights, tokens, tmp_path, lambda _: None, sweep=EXACT, reference=stage.corrects):
+    for block in walk(weights, tokens, tmp_path, lambda _: None, execution=EXACT, reference=stage.corrects):
         stage.apply(block)
         carried = {name: gram.mean() for name, gram in block.grams.items()}
         block.grams.clear()

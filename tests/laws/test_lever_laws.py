@@ -16,7 +16,8 @@ from flatq.compress.allocate import Curves, Multiples, spend
 from flatq.compress.budget import parameter_budget
 from flatq.compress.error_curves import error_curves
 from flatq.compress.heads import head_basis, output_basis, project_heads, refit_output, spread_over_queries
-from flatq.compress.mlp import closed_up, drift_correction, eliminate, nystroem, output_error, shrunk
+from flatq.compress.mlp import closed_up, eliminate, nystroem, output_error
+from flatq.linalg import drift_correction, shrunk
 from flatq.model.decoder import locate
 from flatq.model.dims import LayerDims
 from flatq.model.weights import load_decoder
@@ -119,7 +120,7 @@ def test_the_noise_at_the_logits_has_the_fisher_information_as_its_covariance(si
 def test_sensitivity_is_the_second_moment_of_noise_sent_back_through_the_whole_model(tmp_path: Path) -> None:
     weights = RandomWeights(tiny_config())
     tokens = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(1))
-    found = output_sensitivity(weights, tokens, tmp_path, sweep=EXACT)
+    found = output_sensitivity(weights, tokens, tmp_path, execution=EXACT)
     decoder = load_decoder(weights)
     x = decoder.embed(tokens).requires_grad_()
     positions, points = locate(weights.config, *tokens.shape), []

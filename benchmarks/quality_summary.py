@@ -1,4 +1,4 @@
-"""The README's quality tables, drawn from ``results/quality.json`` between two markers: nobody copies a number by hand.
+"""The quality tables of ``docs/results.md``, from ``results/quality.json``: nobody copies a number by hand.
 
 One table per calibration setting, a row per method, a column per share removed. Rows that exchange a single part of a
 method (their label holds ``key=value``) and rows with GPTQ on top stay in ``results/quality.md``, which has everything.
@@ -8,29 +8,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import quality_tables as tables
-
-from flatq.artifact import write_atomically
-from flatq.errors import ArtifactError
-
-BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
-
-
-def update(results: Mapping[str, tables.Result], readme: Path) -> None:
-    """Put the tables between the markers of ``readme``.
-
-    Raises:
-        ArtifactError: the file has no such markers, in this order.
-    """
-    text = readme.read_text()
-    before, found, rest = text.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ArtifactError(f"{readme}: no {BEGIN} followed by {END}; put both where the tables belong")
-    write_atomically(readme, f"{before}{BEGIN}\n{markdown(results)}{END}{after}".encode())
 
 
 def markdown(results: Mapping[str, tables.Result]) -> str:

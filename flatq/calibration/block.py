@@ -1,0 +1,207 @@
+"""Half a layer with its inputs for all calibration tokens: what a stage observes and changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from flatq.calibration.grams import Gram, finite
+from flatq.calibration.states import HiddenStates
+from flatq.errors import NumericsError
+from flatq.machine import distributed
+from flatq.machine.device import solver_of
+from flatq.machine.precision import blocks_in, forward_precision
+from flatq.model.decoder import DecoderLayer, LayerDims, Positions
+from flatq.model.grid import QuantizedWeight
+
+MOMENTS = frozenset(("input", "values", "inner"))  # all that a block can observe
+
+
+@dataclass
+class Block:
+    """Half a layer with its inputs; stages change ``layer`` and ``grams`` together."""
+
+    index: int
+    half: str
+    layer: DecoderLayer
+    feed: HiddenStates
+    positions: Callable[[int], Positions]
+    precision: str = "auto"
+    device: str = "cpu"
+    reference: Reference | None = None
+    out: HiddenStates | None = None
+    moments: frozenset[str] = MOMENTS
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    grams: dict[str, Gram] = field(default_factory=dict)
+    drift: Tensor | None = None
+    lag: Tensor | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """For messages, e.g. ``layer 7 attention``."""
+        return f"layer {self.index} {self.half}"
+
+    @property
+    def dims(self) -> LayerDims:
+        """Widths of the model that the block was read from."""
+        return self.layer.config.layers[self.index]
+
+    def observe(self) -> dict[str, Gram]:
+        """Grams of the block as it is now, measured once.
+
+        ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
+        [kv_heads blocks of d_v] are the value heads; only those in ``moments`` are measured. With a reference, an MLP's
+        ``drift`` [inner, d_model] is the sum of ``inner^T (y_dense - y)`` over tokens, where y is its output as it is
+        now; if ``inputs`` are wanted, attention's, too, and ``lag`` [d_model, d_model], the sum of ``input^T
+        (input_dense - input)``. With an ``out``, the block's outputs are there afterwards.
+        """
+        if not self.grams:
+            self.together("observe")
+            with forward_precision(self.precision, self.device):
+                for batch in self.feed.batches():
+                    self._observe(self.feed.states[batch].to(self.device, torch.float32), batch)
+                for name, gram in self.grams.items():
+                    gram.gather()
+                    if not gram.finite:
+                        raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
+                    gram.move(solver_of(self.device))
+            self.layer.to(solver_of(self.device))
+            if self.drift is not None:
+                # What the block itself gives is known from the Gram: no second look at the tokens.
+                known = self.grams["inner"].total[0] @ self._last.weight.T
+                self.drift = distributed.all_reduce(self.drift).to(known.device) - known
+            if self.lag is not None:
+                self.lag = distributed.all_reduce(self.lag).to(solver_of(self.device))
+        return self.grams
+
+    @property
+    def _last(self) -> nn.Linear:
+        """What reads the inner activation."""
+        return self.layer.o if self.half == "attention" else self.layer.down
+
+    @property
+    def _first(self) -> Callable[[Tensor], Tensor]:
+        """What makes the inputs of the first linears."""
+        return self.layer.attention_norm if self.half == "attention" else self.layer.mlp_norm
+
+    def together(self, what: str) -> None:
+        """Have the other processes do it too; they wait for such a word while the first one's loop body runs."""
+        if distributed.first():
+            distributed.broadcast(what)
+
+    def activations(self, x: Tensor) -> dict[str, Tensor]:
+        """What the linears of the block as it is now meet on a residual stream, float32; names as for ``observe``."""
+        layer = self.layer
+        with blocks_in(self.precision, self.device):
+            found = {"input": self._first(x)}
+            if self.half == "attention":
+                if "values" in self.moments:
+                    found["values"] = layer.v(found["input"])
+                found["inner"] = layer.mix(found["input"], self.positions(x.shape[0]))
+            else:
+                found["inner"] = layer.widen(found["input"])
+        return {name: activation.float() for name, activation in found.items()}
+
+    def _observe(self, x: Tensor, batch: slice) -> None:
+        seen = self.activations(x)
+        for name, activation in seen.items():
+            if name in self.moments:
+                self._gram(name, activation, batch, self.dims.kv_heads if name == "values" else 1)
+        if self.out is not None:
+            with blocks_in(self.precision, self.device):
+                given = self._last(seen["inner"])
+            self._write(x + given, batch, self.out)
+        if self.reference is not None:
+            before, after = self.reference.follow(self, batch)
+            if self.half == "mlp" or self.reference.inputs:
+                lacking = after.sub_(x)
+                if self._last.bias is not None:
+                    lacking -= self._last.bias
+                self.drift = _product(seen["inner"], lacking, self.drift)
+            if self.reference.inputs:
+                with blocks_in(self.precision, self.device):
+                    ahead = self._first(before).float()
+                self.lag = _product(seen["input"], ahead - seen["input"], self.lag)
+
+    def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
+        self._must_be_finite(ACTIVATIONS[self.half][name], x, batch)
+        if name not in self.grams:
+            self.grams[name] = Gram(x.shape[-1] // blocks, blocks, x.device)
+        self.grams[name].update(x)
+
+    def advance(self, out: HiddenStates) -> None:
+        """Send the inputs through the block as it is now."""
+        self.layer.to(self.device)
+        with forward_precision(self.precision, self.device):
+            for batch in self.feed.batches():
+                self._write(self.run(self.feed.states[batch].to(self.device, torch.float32)), batch, out)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The block as it is now on the residual stream, [b, s, d_model] -> [b, s, d_model]."""
+        with blocks_in(self.precision, self.device):
+            return self.layer.run(self.half, x, self.positions(x.shape[0]))
+
+    def _write(self, y: Tensor, batch: slice, out: HiddenStates) -> None:
+        self._must_be_finite("the output", y, batch)
+        out.states[batch] = y
+        out.forget()
+
+    def _must_be_finite(self, what: str, x: Tensor, batch: slice) -> None:
+        if not finite(x):
+            bad = batch.start + int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
+            raise NumericsError(f"{self.place}: {what} for calibration sample {bad} is not finite; {REMEDY}")
+
+    def narrow(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Replace a linear by one of another shape; the only way to change a width."""
+        rows, columns = weight.shape
+        narrowed = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+        narrowed.weight = nn.Parameter(weight.float(), requires_grad=False)
+        if bias is not None:
+            narrowed.bias = nn.Parameter(bias.float(), requires_grad=False)
+        setattr(self.layer, linear, narrowed)
+
+    def quantize(self, linear: str, weight: QuantizedWeight) -> None:
+        """Put codes in place of a linear's weight; what runs from now on is what the codes decode to."""
+        self.quantized[linear] = weight
+        getattr(self.layer, linear).weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Hidden states of the dense model before and after a block, and whether the inputs' lag is wanted, too."""
+
+    before: HiddenStates
+    after: HiddenStates
+    inputs: bool = False
+
+    def follow(self, block: Block, batch: slice) -> tuple[Tensor, Tensor]:
+        """Send samples of the dense model through a block that is not changed yet.
+
+        Returns:
+            What goes in and what comes out, each [b, s, d_model].
+        """
+        x = self.before.states[batch].to(block.device, torch.float32)
+        y = block.run(x)
+        self.after.states[batch] = y
+        self.before.forget()
+        self.after.forget()
+        return x, y
+
+
+def _product(x: Tensor, y: Tensor, so_far: Tensor | None) -> Tensor:
+    """``x^T y`` over all tokens, added to that of earlier batches."""
+    if so_far is None:
+        so_far = x.new_zeros(x.shape[-1], y.shape[-1])
+    return so_far.addmm_(x.flatten(0, 1).T, y.flatten(0, 1))
+
+
+ACTIVATIONS = {
+    "attention": {"input": "the input of q, k and v", "values": "the output of v", "inner": "the input of o"},
+    "mlp": {"input": "the input of gate and up", "inner": "the input of down"},
+}
+REMEDY = "check the weights for damage, or choose other calibration text"

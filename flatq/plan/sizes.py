@@ -1,0 +1,60 @@
+"""Sizes of what a run writes and of what it makes, from shapes alone; warnings about settings that hurt quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flatq.calibration import sensitivity
+from flatq.calibration.states import stored_as
+from flatq.model.decoder import DecoderConfig
+from flatq.model.footprint import decode_bytes, weight_bytes
+from flatq.model.grid import Grid
+from flatq.model.weights import HALVES
+from flatq.plan.decide import measurements
+from flatq.recipe.blocks import CONTEXT
+from flatq.recipe.grammar import Recipe
+
+
+def artifact_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
+    """Weights of the artifact; a code is a byte there."""
+    decoder = config.decoder_parameters()
+    return decoder * (1 if recipe.gptq else itemsize) + (config.parameters() - decoder) * itemsize
+
+
+def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
+    """What a run writes besides its exports: the artifact, the files of hidden states, what the sensitivity needs."""
+    text, m, blocks = recipe.calibration, config.d_model, len(HALVES) * len(config.layers)
+    tokens = text.samples * text.seq_len
+    files = 4 if any(stage.corrects for stage in recipe.stages) else 2  # the dense model's, too
+    states = files * tokens * m * stored_as(text.states, tokens, m).itemsize
+    if "sensitivity" in measurements(recipe, narrows=recipe.flat is not None and recipe.flat.keep_ratio != 1):
+        few = min(tokens, sensitivity.TOKENS)
+        gradients = (blocks + 1) * few * m * stored_as(text.states, blocks * few, m).itemsize
+        states = max(states, gradients) + 4 * blocks * m**2
+    return artifact_bytes(config, recipe, itemsize) + states
+
+
+def cautions(recipe: Recipe, dense: DecoderConfig) -> list[str]:
+    """What is allowed and costs quality that nothing else would tell of."""
+    given = recipe.calibration
+    tokens, widest = given.samples * given.seq_len, max(dims.d_ff for dims in dense.layers)
+    if not recipe.stages or tokens >= widest:
+        return []
+    return [
+        f"calibration: {tokens:,} tokens are fewer than the {widest:,} inputs of the widest linear, so what is fitted "
+        f"to them follows chance: give {-(-widest // given.seq_len)} samples of {given.seq_len} or more"
+    ]
+
+
+def footprints(
+    recipe: Recipe, dense: DecoderConfig, planned: DecoderConfig, grids: Mapping[str, Grid], itemsize: int
+) -> dict[str, tuple[int, int]]:
+    """Bytes stored and bytes read per decoded token, (dense, planned), in the units that budgets are given in."""
+    context = recipe.flat.cache_context if recipe.flat else CONTEXT
+    return {
+        "weights": (weight_bytes(dense, {}, itemsize), weight_bytes(planned, grids, itemsize)),
+        f"read per decoded token, context {context:,}": (
+            decode_bytes(dense, {}, itemsize, context),
+            decode_bytes(planned, grids, itemsize, context),
+        ),
+    }

@@ -1,0 +1,78 @@
+"""Which weight gets which grid, and what stands against it; from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.grid import Grid
+from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, stems_of, unmatched
+from flatq.recipe.blocks import GptqSpec
+
+
+def planned_grids(
+    config: DecoderConfig, spec: GptqSpec | None, bits: Mapping[str, int] | None = None
+) -> dict[str, Grid]:
+    """Grid of every weight that will be quantized, by stem (``layers.3.q``, ``embed``, ``head``).
+
+    Args:
+        bits: what ``average_bits`` chose, by stem; None takes a stand-in of the same average (``bits.expected``).
+    """
+    if spec is None:
+        return {}
+    if bits is None:
+        bits = {} if spec.average_bits is None else expected(config, spec)
+    grids = {}
+    for stem in stems_of(config):
+        rule = override_of(stem, spec)
+        if rule.quantize:
+            grids[stem] = Grid(
+                bits.get(stem, rule.bits or spec.bits),
+                rule.group_size or spec.group_size,
+                spec.symmetric if rule.symmetric is None else rule.symmetric,
+            )
+    if spec.embedding is not None:
+        table = Grid(spec.embedding.bits, spec.embedding.group_size, True)
+        grids |= dict.fromkeys(("embed",) if config.tied_head else ("embed", "head"), table)
+    return grids
+
+
+def possible_grids(config: DecoderConfig, spec: GptqSpec | None) -> list[dict[str, Grid]]:
+    """The grids that a recipe can lead to, for exporters to judge: with ``average_bits`` one per choice."""
+    if spec is None or spec.average_bits is None:
+        return [planned_grids(config, spec)]
+    stems = [stem for unit in free_units(config, spec)[1] for stem in unit.stems]
+    return [planned_grids(config, spec, dict.fromkeys(stems, bits)) for bits in sorted(set(spec.bit_choices))]
+
+
+def objections(config: DecoderConfig, spec: GptqSpec | None) -> list[str]:
+    """What stands against quantizing a model of these widths so, in words."""
+    if spec is None:
+        return []
+    return _too_wide(config, spec) + unmatched(config, spec) + out_of_reach(config, spec)
+
+
+def _too_wide(config: DecoderConfig, spec: GptqSpec) -> list[str]:
+    """Groups that are wider than the weights they should divide."""
+    found: dict[str, list[str]] = {}
+    sizes: set[int] = set()
+    for stem, grid in planned_grids(config, spec).items():
+        columns = config.d_model
+        if stem.startswith("layers."):
+            _, index, name = stem.split(".")
+            columns = config.layers[int(index)].shape(name, config.d_model)[1]
+        if grid.group_size > columns:
+            kind = stem.rsplit(".", 1)[-1]
+            found.setdefault(f"{kind} ({columns} inputs)", []).append(stem)
+            sizes.add(grid.group_size)
+    if not found:
+        return []
+    return [
+        f"stages.gptq.group_size: {', '.join(map(str, sorted(sizes)))} is wider than {', '.join(found)}; "
+        f"choose at most {_widest(config)}, or -1 for one group per row"
+    ]
+
+
+def _widest(config: DecoderConfig) -> int:
+    narrowest = min(dims.shape(name, config.d_model)[1] for dims in config.layers for name in LINEARS)
+    return max((size for size in (16, 32, 64, 128, 256, 512, 1024) if size <= narrowest), default=-1)

@@ -1,0 +1,162 @@
+"""``report.json``: what a run measured, as a schema. Keys are added, never renamed."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+import flatq
+from flatq.export.bench import BenchResult
+from flatq.export.verify import Verification
+from flatq.machine.device import gpu_names
+from flatq.machine.environment import cpu_name, version_of
+from flatq.model.decoder import LayerDims
+
+
+class Section(BaseModel):
+    """Base of all parts: unknown keys, NaN and infinity are refused, and nothing changes after it was built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelInfo(Section):
+    """What was compressed."""
+
+    name: str
+    family: str
+    d_model: int
+    vocab: int
+    layers: int
+
+
+class Environment(Section):
+    """Where it ran; a version is None where the package is not installed."""
+
+    python: str
+    flatq: str
+    torch: str
+    onnxruntime: str | None
+    platform: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpus: list[str] = []
+
+    @classmethod
+    def collect(cls) -> Environment:
+        """This machine, now."""
+        ort = next(filter(None, map(version_of, ("onnxruntime", "onnxruntime-gpu"))), None)
+        return cls(
+            python=platform.python_version(),
+            flatq=flatq.__version__,
+            torch=version_of("torch") or "none",
+            onnxruntime=ort,
+            platform=platform.platform(),
+            cpu=cpu_name(),
+            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            memory_bytes=psutil.virtual_memory().total,
+            gpus=gpu_names(),
+        )
+
+
+class Measure(Section):
+    """Size and quality of a model.
+
+    Attributes:
+        bytes: of the weights as they are stored.
+        decode_bytes: read per decoded token, with ``decode_context`` tokens in the cache.
+        perplexity: on ``perplexity_tokens`` held-out tokens; None if it was not measured.
+    """
+
+    parameters: int
+    decoder_parameters: int
+    bytes: int
+    decode_bytes: int | None = None
+    decode_context: int | None = None
+    perplexity: float | None = None
+    perplexity_tokens: int | None = None
+
+
+class LayerReport(Section):
+    """One layer: widths before and after, and relative errors by name (``value``, ``mlp``, ``q`` ... ``down``)."""
+
+    index: int
+    dims: LayerDims
+    dense: LayerDims
+    errors: dict[str, float]
+    notes: list[str] = []
+
+
+class HeadReport(Section):
+    """The quantized head: the share of its logits' energy that its codes lose on the calibration tokens."""
+
+    error: float
+    notes: list[str] = []
+
+
+class ExportReport(Section):
+    """One export; ``sha256`` by file, ``verify`` None if the format has no runtime here."""
+
+    name: str
+    files: list[str]
+    bytes: int
+    sha256: dict[str, str]
+    verify: Verification | None
+    notes: list[str] = []
+
+
+class Forecast(Section):
+    """What a phase was expected to take, measured before it began."""
+
+    seconds: float
+    peak_rss_bytes: int
+    peak_device_bytes: int = 0
+
+
+class Report(Section):
+    """Everything; the schema is a contract, ``schema_version`` changes with it.
+
+    ``timing`` (seconds), ``memory`` (peak bytes), ``device_memory`` (the same on GPUs) and ``forecast`` are by phase;
+    ``notes`` is what to know of the run as a whole.
+    """
+
+    schema_version: Literal[1] = 1
+    model: ModelInfo
+    recipe: dict[str, Any]
+    environment: Environment
+    baseline: Measure | None
+    result: Measure
+    layers: list[LayerReport]
+    head: HeadReport | None = None
+    exports: list[ExportReport]
+    bench: list[BenchResult]
+    timing: dict[str, float]
+    memory: dict[str, int] = {}
+    device_memory: dict[str, int] = {}
+    forecast: dict[str, Forecast] = {}
+    peak_rss_bytes: int
+    notes: list[str] = []
+
+    @property
+    def damage(self) -> float | None:
+        """``ln(perplexity / baseline perplexity)``: nats lost per token."""
+        if self.baseline is None or self.baseline.perplexity is None or self.result.perplexity is None:
+            return None
+        return math.log(self.result.perplexity / self.baseline.perplexity)
+
+    @property
+    def value_cache(self) -> tuple[int, int]:
+        """Numbers per token in the value cache, (dense, result)."""
+        return (
+            sum(layer.dense.kv_heads * layer.dense.d_v for layer in self.layers),
+            sum(layer.dims.kv_heads * layer.dims.d_v for layer in self.layers),
+        )
+
+    def bench_of(self, name: str) -> BenchResult | None:
+        """The entry of that name."""
+        return next((entry for entry in self.bench if entry.name == name), None)
