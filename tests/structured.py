@@ -28,11 +28,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flatq.artifact import Artifact
+from flatq.calibration.tokens import Tokens, token_batches
 from flatq.model.dims import LayerDims
 from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import dense
 from flatq.pipeline.run import run
 from flatq.recipe.grammar import Recipe
+from flatq.sources.source import Source, open_model
 
 LAYERS, STEPS, ROWS, LENGTH = 3, 120, 16, 48
 KEPT = "FLATQ_STRUCTURED"
@@ -196,6 +198,15 @@ class Runs:
             if isinstance(usual[block], dict):
                 usual[block] = {key: each for key, each in usual[block].items() if each is not None}
         return yaml.safe_dump(usual, sort_keys=False)
+
+    def source(self) -> Source:
+        """The dense model."""
+        return open_model(str(self.model))
+
+    def tokens(self) -> Tokens:
+        """The texts of the usual recipe."""
+        usual = Recipe.parse(self.recipe(stages=[{"gptq": {}}]))
+        return token_batches(usual.calibration, usual.evaluation, self.source().tokenizer())
 
     def __call__(self, **changed: Any) -> Made:
         text = self.recipe(**changed)

@@ -18,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatq.calibration.perplexity import final_hidden
-from flatq.calibration.states import Sweep
-from flatq.calibration.tokens import token_batches
 from flatq.errors import RecipeError
 from flatq.model.decoder import LINEARS
 from flatq.model.grid import round_to_nearest
@@ -27,9 +25,8 @@ from flatq.recipe import blocks
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import open_model
 from tests.conftest import flatq
-from tests.structured import LAYERS, Made, Runs, structured_model
+from tests.structured import LAYERS, Made, Runs
 
-EXACT = Sweep(precision="float32")
 FLAT: dict[str, Any] = {"keep_ratio": 0.75, "rank_multiple": 2, "width_multiple": 8}
 EVEN = FLAT | {"allocation": "uniform", "correction": 0}  # the first layer is narrowed, and nothing came before it
 GPTQ: dict[str, Any] = {"bits": 3, "group_size": 16}
@@ -48,12 +45,6 @@ SPECS = {
 }
 KEYS = [f"{block}.{key}" for block, spec in SPECS.items() for key in spec.model_fields]
 TOP = {"version", "stages", *(key.split(".")[0] for key in SPECS if key not in ("flat", "gptq"))}
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    given = structured_model(tmp_path_factory.mktemp("structured"))
-    return Runs(given, tmp_path_factory.mktemp("runs"))
 
 
 def case(key: str) -> Callable[[Case], Case]:
@@ -103,7 +94,7 @@ def of_layer(index: int, *linears: str) -> list[str]:
 
 def kept_channels(runs: Runs, made: Made, layer: int = 0) -> Tensor:
     """Which MLP channels of the pretrained model are left, found by their gate rows, int64 [d_ff]."""
-    rows = open_model(str(runs.model)).tensor(f"layers.{layer}.gate.weight").float()
+    rows = runs.source().tensor(f"layers.{layer}.gate.weight").float()
     exactly = "donot_use_mm_for_euclid_dist"
     distance = torch.cdist(made.weight(f"layers.{layer}.gate").float(), rows, compute_mode=exactly)
     assert float(distance.min(1).values.max()) < 1e-6
@@ -112,16 +103,10 @@ def kept_channels(runs: Runs, made: Made, layer: int = 0) -> Tensor:
 
 def strayed(runs: Runs, made: Made) -> float:
     """How far the final hidden states are from the dense model's on the calibration text, relative."""
-    source = open_model(str(runs.model))
-    tokens = calibration_text(runs)
+    source = runs.source()
+    tokens = runs.tokens().calibration
     wanted = final_hidden(source, tokens)
     return float((final_hidden(made.artifact, tokens) - wanted).norm() / wanted.norm())
-
-
-def calibration_text(runs: Runs) -> Tensor:
-    """The tokens that the usual recipe calibrates on, int64 [n, s]."""
-    recipe = Recipe.parse(runs.recipe(stages=[{"flat": FLAT}]))
-    return token_batches(recipe.calibration, recipe.evaluation, open_model(str(runs.model)).tokenizer()).calibration
 
 
 def total_error(made: Made, layer: int = 0) -> float:
@@ -337,6 +322,18 @@ def _(runs: Runs) -> None:
     assert default.dims != paper.dims
 
 
+def test_the_default_method_is_made_of_these_parts(runs: Runs) -> None:
+    """A default that is left out is the default that is written down, and the result is the same model."""
+    parts = {"allocation": "curves", "channels": "elimination", "values": "output", "refit": True}
+    written = flat(runs, **parts, shrinkage=0.1, correction=0.5)
+    plain = flat(runs)
+    assert plain.dims == written.dims
+    assert same(plain, written, *(name for index in range(LAYERS) for name in of_layer(index)))
+    parts = {"allocation": "iprs", "channels": "leverage", "values": "pca", "refit": False}
+    written, paper = flat(runs, **parts, shrinkage=0.0, correction=0.0), flat(runs, method="paper")
+    assert same(paper, written, *(name for index in range(LAYERS) for name in of_layer(index)))
+
+
 @case("flat.allocation")
 def _(runs: Runs) -> None:
     curves, iprs, uniform = pairs(runs, flat, "allocation", "curves", "iprs", "uniform")
@@ -397,7 +394,7 @@ def _(runs: Runs) -> None:
 
 @case("flat.shrinkage")
 def _(runs: Runs) -> None:
-    down, distance = open_model(str(runs.model)).tensor("layers.0.down.weight").float(), []
+    down, distance = runs.source().tensor("layers.0.down.weight").float(), []
     made = pairs(runs, flat, "shrinkage", 0.0, 0.1, 10.0, base=EVEN)
     for each in made:
         plain = down[:, kept_channels(runs, each)]
@@ -423,10 +420,10 @@ def _(runs: Runs) -> None:
 @case("flat.ridge")
 def _(runs: Runs) -> None:
     energies = flat(runs, keep_ratio=1.0).artifact.energies()["layers.0.down"]
-    usual, doubted = pairs(runs, flat, "ridge", 0.001, 100.0, base=EVEN | {"channels": "leverage", "values": "whole"})
+    usual, doubted = pairs(runs, flat, "ridge", 1e-5, 100.0, base=EVEN | {"channels": "leverage", "shrinkage": 0})
     strongest = set(energies.topk(doubted.dims[0].d_ff).indices.tolist())
     few, many = (len(strongest & set(kept_channels(runs, each).tolist())) for each in (usual, doubted))
-    assert few + 2 < len(strongest) - 1 <= many, "with much ridge a score is an energy"
+    assert few + 1 < len(strongest) - 1 <= many, "with much ridge a score is an energy"
     usual, doubted = pairs(runs, flat, "ridge", 0.01, 100.0)
     assert usual.dims != doubted.dims, "the curves are measured with it, too"
 
@@ -500,7 +497,7 @@ def _(runs: Runs) -> None:
 
 def pretrained(runs: Runs, name: str) -> Tensor:
     """A weight as it was before."""
-    return open_model(str(runs.model)).tensor(f"{name}.weight").float()
+    return runs.source().tensor(f"{name}.weight").float()
 
 
 @case("gptq.late_scales")
@@ -599,7 +596,7 @@ def _(runs: Runs) -> None:
 def _(runs: Runs) -> None:
     made = gptq(runs, overrides={"*.v": {"quantize": False}})
     assert isinstance(made.artifact.tensor("layers.0.v.weight"), Tensor)
-    assert torch.equal(made.weight("layers.0.v"), open_model(str(runs.model)).tensor("layers.0.v.weight").float())
+    assert torch.equal(made.weight("layers.0.v"), runs.source().tensor("layers.0.v.weight").float())
     assert "layers.0.v" not in made.artifact.grids
 
 
