@@ -24,14 +24,15 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LEAST = 0.85
 SECONDS = 240  # of one run of tests, after which a mutant counts as caught: it hangs
+QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # pytest itself is imported before it starts
 PARTS, WIRING = "tests/test_wiring_parts.py", "tests/test_wiring.py"
 KEYS = f"{WIRING}::test_a_key_changes_what_it_is_about"
 
@@ -72,28 +73,41 @@ FAULTS = [
         "measured curves thrown away",
         'elif allocation == "curves" and curves:',
         'elif allocation == "curves" and not curves:',
-        (PARTS, f"{KEYS}[flat.allocation]"),
+        (
+            f"{PARTS}::test_a_plan_is_spent_on_curves_weighed_with_the_measured_fisher_information",
+            f"{KEYS}[flat.allocation]",
+        ),
     ),
     Fault(
         "curves without the Fisher information",
         "error_curves(source, tokens.calibration, fisher, folder.work",
         "error_curves(source, tokens.calibration, None, folder.work",
-        (PARTS,),
+        (f"{PARTS}::test_a_plan_is_spent_on_curves_weighed_with_the_measured_fisher_information",),
     ),
     Fault(
         "the MLP weighted with attention's Fisher information",
         "len(HALVES) * block.index + HALVES.index(block.half)",
         "len(HALVES) * block.index",
-        (PARTS,),
+        (f"{PARTS}::test_attention_s_fisher_information_does_not_choose_channels",),
     ),
     Fault(
         "gradients not cut to three medians",
         "cut = gradient * (longest / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)",
         "cut = gradient",
-        (PARTS,),
+        (f"{PARTS}::test_a_long_gradient_counts_as_three_median_ones",),
     ),
-    Fault("gradients cut to thirty medians", "LONGEST = 3.0", "LONGEST = 30.0", (PARTS,)),
-    Fault("steps chosen by cost, not by cost per byte", "max(cost / saved, least)", "max(cost, least)", (PARTS,)),
+    Fault(
+        "gradients cut to thirty medians",
+        "LONGEST = 3.0",
+        "LONGEST = 30.0",
+        (f"{PARTS}::test_a_long_gradient_counts_as_three_median_ones",),
+    ),
+    Fault(
+        "steps chosen by cost, not by cost per byte",
+        "max(cost / saved, least)",
+        "max(cost, least)",
+        (f"{PARTS}::test_steps_are_bought_by_cost_per_saving",),
+    ),
     Fault(
         "refit switched off",
         "if self.parts.refit else narrowed.o",
@@ -105,7 +119,6 @@ FAULTS = [
         'values=self.values or ("pca" if paper else "output")',
         'values=self.values or "pca"',
         (
-            PARTS,
             f"{KEYS}[flat.values]",
             f"{KEYS}[flat.method]",
             f"{WIRING}::test_the_default_method_is_made_of_these_parts",
@@ -146,7 +159,7 @@ FAULTS = [
         "bits chosen without the Fisher information",
         "bit_errors(source, tokens.calibration, spec, fisher, folder.work",
         "bit_errors(source, tokens.calibration, spec, None, folder.work",
-        (PARTS,),
+        (f"{PARTS}::test_bits_are_chosen_by_errors_weighed_with_the_measured_fisher_information",),
     ),
 ]
 
@@ -322,33 +335,59 @@ def import_once() -> None:
     import onnxruntime  # noqa: F401
     import pytest  # noqa: F401
     import torch
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401
     import typer.testing  # noqa: F401
-    from hypothesis import strategies  # noqa: F401
 
     torch.set_num_threads(1)
 
 
-def tested(tests: Sequence[str], file: str = "", text: str = "") -> tuple[bool, str]:
-    """Whether the tests pass on a copy with one file replaced, and the name of the test that failed."""
-    with tempfile.TemporaryDirectory(prefix="flatq-mutant-") as name:
-        place = copied(Path(name))
-        if file:
-            (place / file).write_text(text)
-        child = os.fork()
-        if child == 0:
-            _run_tests(place, tests)
-        code, said = _waited(child), ""
-        shown = (place / "shown").read_text() if (place / "shown").exists() else ""
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+::[^ ]*)", shown, re.MULTILINE)
-    if code is None:
-        said = f"no end after {SECONDS} s"
-    elif code != 0:
-        said = failed[1] if failed else f"exit code {code}: {shown.strip()[-300:]}"
-    return code == 0, said
+class Trial:
+    """A run of tests on a copy with one file replaced (or none)."""
+
+    def __init__(self, tests: Sequence[str], file: str | None = None, text: str = "") -> None:
+        self.place, self.began = copied(Path(tempfile.mkdtemp(prefix="flatq-mutant-"))), time.monotonic()
+        if file is not None:
+            (self.place / file).write_text(text)
+        self.child = os.fork()
+        if self.child == 0:
+            run_tests(self.place, tests)
+
+    def verdict(self) -> str | None:
+        """What noticed the fault, empty if nothing did, None while the tests run."""
+        late = time.monotonic() - self.began > SECONDS
+        if late:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child, signal.SIGKILL)  # and all that it has started
+        done, status = os.waitpid(self.child, 0 if late else os.WNOHANG)
+        if not done:
+            return None
+        shown = (self.place / "shown").read_text() if (self.place / "shown").exists() else ""
+        shutil.rmtree(self.place, ignore_errors=True)
+        code = os.waitstatus_to_exitcode(status)
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+::[^ ]*)", shown, re.MULTILINE)
+        if late or code == 0:
+            return f"no end after {SECONDS} s" if late else ""
+        return failed[1] if failed else f"exit code {code}: {shown.strip()[-300:]}"
 
 
-def _run_tests(place: Path, tests: Sequence[str]) -> None:
+def verdicts(trials: Sequence[tuple[Sequence[str], str | None, str]], jobs: int) -> list[str]:
+    """What noticed each fault, so many at a time; see ``Trial``."""
+    found, running, started = [""] * len(trials), dict[int, Trial](), 0
+    while started < len(trials) or running:
+        if started < len(trials) and len(running) < jobs:
+            running[started] = Trial(*trials[started])
+            started += 1
+            continue
+        for number in [number for number, trial in running.items()]:
+            said = running[number].verdict()
+            if said is not None:
+                found[number] = said
+                del running[number]
+        time.sleep(0.05)
+    return found
+
+
+def run_tests(place: Path, tests: Sequence[str]) -> None:
     """The child's side; does not return."""
     code = 99
     try:
@@ -368,64 +407,47 @@ def _run_tests(place: Path, tests: Sequence[str]) -> None:
         import pytest
 
         temporary = place / "pytest"
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={temporary}", *tests]))
+        code = int(
+            pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=short", *QUIET, f"--basetemp={temporary}", *tests])
+        )
         import flatq
 
         if not str(flatq.__file__).startswith(str(place)):
             code = 98
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
-def _waited(child: int) -> int | None:
-    """Exit code of a child, or None if it took too long and was ended with what it had started."""
-    began = time.monotonic()
-    while time.monotonic() - began < SECONDS:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+def must_pass(suites: Sequence[Sequence[str]], jobs: int) -> None:
+    """An end if the tests fail on what they should pass."""
+    for said in verdicts([(tests, None, "") for tests in suites], jobs):
+        if said:
+            raise SystemExit(f"the tests fail without a fault: {said}")
 
 
 def by_hand(jobs: int) -> int:
     """Every fault; the table of who caught what."""
-    places = [place_of(fault) for fault in FAULTS]
-    tests = sorted({test for fault in FAULTS for test in fault.tests})
-    sound, said = tested(tests)
-    if not sound:
-        raise SystemExit(f"the tests fail without a fault: {said}")
-
-    def judged(item: tuple[Fault, tuple[str, str]]) -> tuple[bool, str]:
-        return tested(item[0].tests, *item[1])
-
-    with ThreadPoolExecutor(jobs) as pool:
-        verdicts = list(pool.map(judged, zip(FAULTS, places, strict=True)))
-    for fault, (survived, test) in zip(FAULTS, verdicts, strict=True):
-        print(f"| {fault.what} | {'SURVIVED' if survived else test} |")
-    return int(any(survived for survived, _ in verdicts))
+    trials = [(fault.tests, *place_of(fault)) for fault in FAULTS]
+    must_pass([sorted({test for fault in FAULTS for test in fault.tests})], jobs)
+    found = verdicts(trials, jobs)
+    for fault, test in zip(FAULTS, found, strict=True):
+        print(f"| {fault.what} | {test or 'SURVIVED'} |")
+    return int(not all(found))
 
 
 def by_chance(count: int, seed: int, jobs: int) -> int:
-    """A sample of mutants, spread over the targets in proportion to their size."""
-    found = all_mutants()
-    everything = [(pattern, mutant) for pattern, some in found.items() for mutant in some]
+    """A sample of mutants, each as likely as any other."""
+    everything = [(TARGETS[pattern], mutant) for pattern, some in all_mutants().items() for mutant in some]
     chosen = random.Random(seed).sample(everything, min(count, len(everything)))
-    for tests in {tuple(TARGETS[pattern]) for pattern, _ in chosen}:
-        sound, said = tested(tests)
-        if not sound:
-            raise SystemExit(f"the tests fail without a mutant: {said}")
-    with ThreadPoolExecutor(jobs) as pool:
-        verdicts = list(pool.map(lambda item: tested(TARGETS[item[0]], item[1].file, item[1].text), chosen))
-    for (_, mutant), (survived, test) in zip(chosen, verdicts, strict=True):
-        print(
-            f"{'SURVIVED' if survived else 'caught  '} {mutant.name}{'' if survived else f'   by {test}'}", flush=True
-        )
-    caught = sum(not survived for survived, _ in verdicts)
+    must_pass(sorted({tuple(tests) for tests, _ in chosen}), jobs)
+    found = verdicts([(tests, mutant.file, mutant.text) for tests, mutant in chosen], jobs)
+    for (_, mutant), test in zip(chosen, found, strict=True):
+        print(f"{f'caught   {mutant.name}   by {test}' if test else f'SURVIVED {mutant.name}'}")
+    caught = sum(map(bool, found))
     print(f"{caught} of {len(chosen)} mutants caught, {caught / len(chosen):.0%} (at least {LEAST:.0%} are needed)")
     return int(caught < LEAST * len(chosen))
 
