@@ -137,10 +137,16 @@ def bench_exports(paths: list[Path], against: list[Path], loads: list[dict[str, 
 
 
 def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_len: int) -> float:
-    """Perplexity of an artifact or of a pretrained model on held-out text."""
-    calibration = CalibrationSpec.model_validate(
-        {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
-    )
+    """Perplexity of an artifact or of a pretrained model on held-out text.
+
+    Raises:
+        RecipeError: there is no such text or model.
+    """
+    text = {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
+    try:
+        calibration = CalibrationSpec.model_validate(text)
+    except ValidationError as error:
+        raise RecipeError([f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from error
     evaluation = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=seq_len)
     weights: Artifact | Source
     try:
