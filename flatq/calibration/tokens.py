@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
 
 CHARACTERS_PER_TOKEN = 5  # more than any tokenizer in use needs for English
+PARTS = ("calibration", "heldout")
 POOL = 4  # of an endless corpus, read this many times what is drawn, so that the seed has a choice
 
 
@@ -75,6 +76,21 @@ class Corpus:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedText:
+    """A text that the model is judged on.
+
+    Attributes:
+        name: what it is called in reports; no two of a run are the same.
+        tokens: int64 [windows, seq_len].
+        calibrated: whether the model was calibrated on text of this kind (never on these very tokens).
+    """
+
+    name: str
+    tokens: Tensor
+    calibrated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """What a run observes and what it is judged on.
 
@@ -87,6 +103,13 @@ class Tokens:
     calibration: Tensor
     heldout: Tensor
     description: dict[str, Any]
+
+    @property
+    def judged(self) -> tuple[JudgedText, ...]:
+        """The texts that the model is judged on, by name."""
+        seen, judged = ({k: self.description[part].get(k) for k in ("dataset", "path", "field")} for part in PARTS)
+        name = Path(judged["path"]).stem if judged["path"] else str(judged["dataset"])
+        return (JudgedText(name, self.heldout, seen == judged),)
 
     @property
     def samples_digest(self) -> str:

@@ -15,10 +15,12 @@ from typing import Any
 
 from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
+from flatq.calibration.divergence import DenseStates
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.states import WORKING_SET
 from flatq.calibration.tokens import Tokens, token_batches
 from flatq.compress.plan import RankPlan
+from flatq.errors import ExportError
 from flatq.export.deliver import (
     PlannedExport,
     deliver,
@@ -32,13 +34,14 @@ from flatq.machine.progress import progress
 from flatq.model.grid import Grid
 from flatq.model.weights import HALVES, Weights
 from flatq.pipeline.build import build
+from flatq.pipeline.judge import dense_quality, export_quality, model_quality, stop_if_ruined, told
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
 from flatq.plan.forecast import forecasts, working_set
 from flatq.plan.objections import raise_early_objections, raise_objections
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import write_report
-from flatq.report.summary import provenance, quality, summarize
+from flatq.report.summary import card_quality, provenance, summarize
 from flatq.run_folder import RunFolder, require_space
 from flatq.sources.source import Source, open_model
 
@@ -95,29 +98,36 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
         expected: dict[str, Any] = {}
         if predict:
             expected = folder.phase("forecast", lambda: expectations(recipe, source, exports, device, room))
-        baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
+        dense = DenseStates(source, folder.work / "dense-states", device=device)
+        folder.phase("baseline", lambda: dense_quality(dense, tokens.judged))
         plan = rank_plan(recipe, source, tokens, folder, device, room)
         grids = bit_plan(recipe, source, tokens, plan, folder, device, room)
         raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)
         artifact = compressed(recipe, source, tokens, plan, grids, folder, origins, device, room)
-        result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"))
+        quality = folder.phase("evaluate", lambda: model_quality(dense, artifact, tokens.judged))
+        told(quality, "artifact")
+        stop_if_ruined(recipe, quality)
         if not distributed.part():
             return None
-        artifact.note_quality(quality(recipe, tokens, baseline=baseline, result=result))
+        artifact.note_quality(card_quality(quality))
         if needs_cache_ranges(exports):
             precision = recipe.calibration.precision
             folder.phase(
                 "cache-ranges", lambda: note_cache_ranges(artifact, tokens, precision=precision, device=device)
             )
-        written = [exported(item, artifact, tokens, folder) for item in exports]
-        bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports))
+        written = [exported(item, artifact, tokens, folder, dense) for item in exports]
+        failed = [f"exports.{export['name']}: {export['error']}" for export in written if export.get("error")]
+        opened = [item for item, export in zip(exports, written, strict=True) if not export.get("error")]
+        bench = (
+            measured(recipe, source, folder, opened)
+            if failed
+            else folder.phase("bench", lambda: measured(recipe, source, folder, opened))
+        )
         report = summarize(
             recipe,
             source,
-            tokens,
             artifact,
-            baseline=baseline,
-            result=result,
+            quality=quality,
             exports=written,
             bench=bench,
             timing=folder.timing(),
@@ -128,6 +138,8 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
             notes=sizes.cautions(recipe, source.config),
         )
         write_report(report, folder.root)
+        if failed:
+            raise ExportError("\n".join([*failed, f"what was done all the same is in {folder.root}/report.md"]))
     return folder.root
 
 
@@ -195,8 +207,19 @@ def compressed(
     return artifact
 
 
-def exported(item: PlannedExport, artifact: Artifact, tokens: Tokens, folder: RunFolder) -> Any:
-    """One export, written and verified, or done by an earlier run."""
-    return folder.phase(
-        f"export-{item.name}", lambda: deliver(item, artifact, folder.exports / item.name, tokens.heldout)
-    )
+def exported(
+    item: PlannedExport, artifact: Artifact, tokens: Tokens, folder: RunFolder, dense: DenseStates
+) -> dict[str, Any]:
+    """One export, written, verified and judged on every text, or done by an earlier run; JSON-ready ``ExportReport``.
+
+    One that fails is reported with its error, and the others are still written.
+    """
+    out, empty = folder.exports / item.name, {"files": [], "bytes": 0, "sha256": {}, "verify": None}
+    try:
+        done = folder.phase(f"export-{item.name}", lambda: deliver(item, artifact, out, tokens.heldout))
+        quality = folder.phase(f"quality-{item.name}", lambda: export_quality(dense, item, out, tokens.judged))
+    except ExportError as error:
+        log.error("%s: %s", item.name, error)
+        return {"name": item.name, **empty, "error": str(error)}
+    told(quality, f"export {item.name}")
+    return {**done, "quality": quality}
