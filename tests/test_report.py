@@ -159,7 +159,7 @@ def test_the_page_is_one_file_that_fetches_nothing(report: Report, tmp_path: Pat
     page = (tmp_path / "report.html").read_text()
     references = References()
     references.feed(page)
-    assert references.tags.count("svg") == 3
+    assert references.tags.count("svg") == 4
     assert "script" not in references.tags
     assert all(reference.startswith("#") for reference in references.found)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))

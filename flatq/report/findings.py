@@ -96,7 +96,7 @@ def _compare_texts(report: Report, found: Findings) -> None:
         return
     divergence = with_error(first.kl, first.kl_stderr, ".3f")
     found.costs.append(
-        f"On {_kind(first)} the likeliest token differs from the dense model's at {1 - first.top1:.1%} of the "
+        f"On {_kind(first)} another token is likeliest than in the dense model at {1 - first.top1:.1%} of the "
         f"positions; KL divergence {divergence} nats"
     )
     for text in report.quality:
