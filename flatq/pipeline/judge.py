@@ -12,7 +12,7 @@ from typing import Any
 from flatq.calibration.divergence import DenseStates, dense_perplexity, divergence
 from flatq.calibration.tokens import JudgedText
 from flatq.errors import NumericsError
-from flatq.export.deliver import PlannedExport
+from flatq.export.planned import PlannedExport
 from flatq.export.quality import first_rows, runner_divergence
 from flatq.machine.progress import progress
 from flatq.model.weights import HALVES, Weights
@@ -46,7 +46,9 @@ def model_quality(
 def export_quality(
     dense: DenseStates, item: PlannedExport, root: Path, texts: Sequence[JudgedText]
 ) -> list[dict[str, Any]]:
-    """JSON-ready ``TextQuality`` of each text in the export's own runtime; empty if there is none here."""
+    """JSON-ready ``TextQuality`` of each text in the export's own runtime; empty if there is none to be opened here."""
+    if not item.verify:
+        return []
     runner = item.exporter.open(root, item.options)
     if runner is None:
         return []

@@ -127,7 +127,7 @@ class HeadReport(Section):
 
 
 class ExportReport(Section):
-    """One export; ``sha256`` by file, ``verify`` None if the format has no runtime here.
+    """One export; ``sha256`` by file, ``verify`` is None where it was not verified, and ``unverified`` says why.
 
     ``quality`` is measured in the export's own runtime as users run it, on the first rows of each text. ``error`` is
     why the export failed; it has no files then.
@@ -138,6 +138,7 @@ class ExportReport(Section):
     bytes: int
     sha256: dict[str, str]
     verify: Verification | None
+    unverified: str = ""
     notes: list[str] = []
     quality: list[TextQuality] = []
     error: str | None = None
