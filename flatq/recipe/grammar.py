@@ -126,6 +126,8 @@ class Recipe(Spec):
     """The formats to write."""
     bench: BenchSpec | None = None
     """What to measure; null measures nothing."""
+    stop_above: Annotated[float, Field(gt=0, strict=False)] | None = 1.0
+    """Nats lost per token on any text of the evaluation beyond which the run stops before its exports; null goes on."""
 
     _text: str = PrivateAttr("")
     _source: str = PrivateAttr("recipe.yaml")
