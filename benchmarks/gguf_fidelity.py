@@ -79,8 +79,8 @@ def main() -> None:
 def text(artifact: Artifact) -> IntArray:
     """Held-out tokens, int64 [rows, length]."""
     seen = CalibrationSpec(dataset="python-docs", samples=1, seq_len=LENGTH)
-    judged = EvaluationSpec(tokens=ROWS * LENGTH, seq_len=LENGTH)
-    return token_batches(seen, judged, tokenizer_in(artifact.root)).heldout.numpy()
+    judged = EvaluationSpec(dataset="held-out", tokens=ROWS * LENGTH, seq_len=LENGTH)
+    return token_batches(seen, [judged], tokenizer_in(artifact.root)).heldout.numpy()
 
 
 def written(runner: Runner, tokens: IntArray) -> IntArray:

@@ -21,11 +21,11 @@ import gguf
 import numpy as np
 
 from flatq.artifact import Artifact
+from flatq.export.baseline import dense_artifact
 from flatq.export.bench import BenchResult, Load, bench_side_by_side
-from flatq.export.dense import dense_artifact
 from flatq.sources.source import open_model
 from flatq_gguf import GgufExporter, GgufOptions
-from flatq_gguf.imatrix import model_files
+from flatq_gguf.files import model_files
 from flatq_gguf.runner import LOG, LlamaCppRunner
 
 CONTEXT = 4096

@@ -37,7 +37,7 @@ from flatq.calibration.perplexity import perplexity
 from flatq.calibration.sensitivity import output_sensitivity
 from flatq.calibration.tokens import tokenise
 from flatq.calibration.walk import walk
-from flatq.export.dense import dense_artifact
+from flatq.export.baseline import dense_artifact
 from flatq.files import write_atomically, write_json
 from flatq.model.decoder import LINEARS, DecoderConfig
 from flatq.model.families import FAMILIES

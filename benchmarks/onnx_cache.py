@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flatq.artifact import Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import cache_ranges
-from flatq.calibration.tokens import token_batches
+from flatq.pipeline.texts import tokens_of
 from flatq.verbs import recipe_of
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.cache import empty_cache
@@ -59,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     artifact = Artifact.open(options.run)
     recipe, tokenizer = recipe_of(artifact), tokenizer_in(artifact.root)
-    calibration = token_batches(recipe.calibration, recipe.evaluation, tokenizer).calibration
+    calibration = tokens_of(recipe, artifact).calibration
     ids = tokenizer(options.text.read_text()[: 20 * options.rows * options.length])["input_ids"]
     rows = np.array(ids[: options.rows * options.length]).reshape(options.rows, options.length)
     precision: dict[str, Any] = {"precision": "int4" if artifact.grids else "fp32"}

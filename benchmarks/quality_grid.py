@@ -77,7 +77,7 @@ class Row:
     def settings(self, model: str) -> dict[str, Any]:
         """Everything that names the row, JSON-ready. Files count by content, not by place."""
         seen, judged = self.calibration, self.evaluation
-        text = text_identity(seen.dataset, seen.path)
+        text = text_identity(str(seen.dataset), seen.path)
         return {
             "model": model,
             "method": self.variant.method,
@@ -90,7 +90,7 @@ class Row:
             "tokens": seen.samples * seen.seq_len,
             "seed": seen.seed,
             "precision": seen.precision,
-            "score_text": text_identity(judged.dataset, judged.path) if judged.dataset else text,
+            "score_text": text_identity(str(judged.dataset), judged.path) if judged.dataset != "held-out" else text,
             "score_tokens": judged.tokens,
             "score_seq_len": judged.seq_len,
             "gptq": {"bits": GPTQ.bits, "group_size": GPTQ.group_size} if self.gptq else None,
@@ -186,7 +186,11 @@ def rows(
 ) -> Iterator[Row]:
     """The grid, rows of the same calibration tokens side by side so that they are drawn once."""
     judged = EvaluationSpec.model_validate(
-        {**(corpus(score_text) if score_text else {}), "tokens": score_tokens, "seq_len": score_seq_len}
+        {
+            **(corpus(score_text) if score_text else {"dataset": "held-out"}),
+            "tokens": score_tokens,
+            "seq_len": score_seq_len,
+        }
     )
     for text in texts:
         for amount in tokens:

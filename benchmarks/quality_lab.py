@@ -26,10 +26,12 @@ from torch import Tensor
 import flatq
 from flatq.calibration.block import Block
 from flatq.calibration.perplexity import perplexity
-from flatq.calibration.states import Execution
+from flatq.calibration.self_text import SelfText
+from flatq.calibration.states import WORKING_SET, Execution
 from flatq.calibration.tokens import Tokens, token_batches
 from flatq.calibration.walk import walk
 from flatq.errors import FlatqError, RecipeError
+from flatq.job import Job
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.model.grid import QuantizedWeight
 from flatq.plan.decide import rank_plan
@@ -119,7 +121,8 @@ class Laboratory:
         """Calibration and held-out tokens; only the last ones are kept."""
         key = row.calibration.model_dump_json() + row.evaluation.model_dump_json()
         if key not in self._tokens:
-            self._tokens = {key: token_batches(row.calibration, row.evaluation, self.source.tokenizer())}
+            writer = SelfText(self.source, Path(tempfile.gettempdir()) / "flatq-self-text", self.device)
+            self._tokens = {key: token_batches(row.calibration, [row.evaluation], self.source.tokenizer(), writer)}
         return self._tokens[key]
 
     def dense(self, heldout: Tensor) -> float:
@@ -185,13 +188,13 @@ class Laboratory:
             version=1,
             model=ModelSpec(path=self.model),
             calibration=row.calibration,
-            evaluation=row.evaluation,
+            evaluation=(row.evaluation,),
             stages=(*([flat] if flat else []), *([GPTQ] if row.gptq else [])),
         )
         with tempfile.TemporaryDirectory() as place:
             folder = RunFolder(Path(place) / "run", recipe)
             with folder.working():
-                plan = rank_plan(recipe, self.source, tokens, folder, self.device)
+                plan = rank_plan(Job(recipe, self.source, tokens, folder, self._execution(recipe)))
                 raise_objections(recipe, self.source.config.with_layers(plan.layers), [])
                 grids = planned_grids(self.source.config.with_layers(plan.layers), recipe.gptq)
                 stages = stages_of(recipe, plan, grids, self.source.config, folder.work)
@@ -216,7 +219,10 @@ class Laboratory:
         with tempfile.TemporaryDirectory() as place:
             folder = RunFolder(Path(place) / "run", recipe)
             with folder.working():
-                return rank_plan(recipe, self.source, tokens, folder, self.device).layers
+                return rank_plan(Job(recipe, self.source, tokens, folder, self._execution(recipe))).layers
+
+    def _execution(self, recipe: Recipe) -> Execution:
+        return Execution.of(recipe.calibration, self.device, WORKING_SET)
 
     def _spooled(self, row: Row, tokens: Tokens, stage: baselines.Stage, layers: tuple[LayerDims, ...]) -> Overlay:
         with tempfile.TemporaryDirectory() as place:

@@ -20,7 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from flatq.errors import ArtifactError, FlatqError, RecipeError
 from flatq.files import write_atomically, write_json
@@ -29,6 +31,7 @@ from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak
 from flatq.recipe.grammar import Recipe
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -136,24 +139,39 @@ class RunFolder:
                 "fits; put back what was there, or start over with --fresh"
             )
 
-    def phase(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Result of a phase, computed now or read from where an earlier run of this folder left it."""
+    def phase(self, name: str, compute: Callable[[], T], kind: type[T]) -> T:
+        """Result of a phase, computed now or read from where an earlier run of this folder left it.
+
+        Args:
+            name: of the phase, and of its file.
+            compute: gives the result.
+            kind: type of the result, anything that pydantic can write as JSON and read back: numbers, lists, dicts,
+                dataclasses, models. In every case what comes back is what was read back.
+
+        Raises:
+            ArtifactError: the file of a finished phase holds something else.
+        """
+        adapter = TypeAdapter(kind)
         path = self.work / "phases" / f"{name}.json"
         known = distributed.broadcast(json.loads(path.read_text()) if distributed.first() and path.exists() else None)
         if known is not None:
             log.info("%s: already done", name)
-            return known["result"]
+            try:
+                return adapter.validate_python(known["result"])
+            except ValidationError as wrong:
+                raise ArtifactError(f"{path}: is no result of {name!r} ({wrong}); start over with --fresh") from wrong
         self._highest = max(self._highest, peak_rss_bytes())
         give_back()
         forget_peak()
         started = time.monotonic()
-        result = distributed.broadcast(compute())
+        written = distributed.broadcast(adapter.dump_python(compute(), mode="json"))
+        result = adapter.validate_python(written)
         if not distributed.first():
             return result
         path.parent.mkdir(exist_ok=True)
         seconds = time.monotonic() - started
         peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes()}
-        write_json(path, {"result": result, "seconds": seconds, **peaks})
+        write_json(path, {"result": written, "seconds": seconds, **peaks})
         log.info("%s: %.1f s, peak memory %.2f GB", name, seconds, peaks["peak_rss_bytes"] / 1e9)
         return result
 

@@ -1,6 +1,36 @@
-"""Numbers for people: sizes, durations, speeds and ratios."""
+"""Sizes as people write them, read once; sizes, durations, speeds and ratios, written once. Imports no torch."""
 
 from __future__ import annotations
+
+import math
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+_BYTES = TypeAdapter(ByteSize)
+
+
+def parse_size(text: str) -> int:
+    """Bytes, above 0: ``90MB`` and ``1.5GB`` in powers of ten, ``6GiB`` in powers of two, ``7000`` as it is.
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    try:
+        found = int(_BYTES.validate_python(text)) if "bit" not in text.lower() else 0  # ByteSize also reads bits
+    except (ValidationError, OverflowError):
+        found = 0
+    if found <= 0:
+        raise ValueError(f"{text!r:.60} is not a size above 0; write it as 90MB, 1.5GB or 6GiB")
+    return found
+
+
+def size_at_least(count: float) -> str:
+    """Bytes as a recipe states them, rounded up so that ``parse_size`` gives ``count`` or more: ``90.5MB``."""
+    unit, factor = next(((u, f) for u, f in (("GB", 10**9), ("MB", 10**6)) if count >= f), ("kB", 10**3))
+    thousandths = math.ceil(1000 * count / factor)
+    while parse_size(text := f"{thousandths / 1000:.10g}{unit}") < count:  # a product of floats may fall a byte short
+        thousandths += 1
+    return text
 
 
 def size(count: float) -> str:
@@ -18,10 +48,16 @@ def speed(rate: float) -> str:
 
 
 def seconds(duration: float) -> str:
-    """``340 ms``, ``12.1 s``, ``7 min 12 s``."""
+    """``340 ms``, ``12.1 s``, ``7 min 12 s``, ``2 h 5 min``; from two days on ``30 days``."""
     if duration < 1:
         return f"{duration * 1000:.3g} ms"
-    return f"{duration:.1f} s" if duration < 99.95 else f"{int(duration) // 60} min {int(duration) % 60} s"
+    if duration < 99.95:
+        return f"{duration:.1f} s"
+    if duration < 3600:
+        return f"{int(duration) // 60} min {int(duration) % 60} s"
+    if duration < 2 * 86400:
+        return f"{int(duration) // 3600} h {int(duration) % 3600 // 60} min"
+    return f"{duration / 86400:,.0f} days"
 
 
 def number(value: float) -> str:

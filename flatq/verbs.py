@@ -11,39 +11,56 @@ from pydantic import BaseModel, ValidationError
 from flatq.artifact import MANIFEST, RANGES, Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.tokens import token_batches
+from flatq.compress.plan import RankPlan
 from flatq.errors import ArtifactError, RecipeError
 from flatq.export.bench import bench_table
-from flatq.export.deliver import (
-    PlannedExport,
-    deliver,
-    foreign,
-    needs_cache_ranges,
-    opened,
-    planned_exports,
-    reopened,
-    side_by_side,
-)
+from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
 from flatq.export.generate import DecoderRunner, stream
+from flatq.export.planned import PlannedExport, absent_packages_of, needs_cache_ranges, planned_exports
 from flatq.export.protocols import Exporter, Runner, exporter_named
 from flatq.machine.device import resolve_device
 from flatq.pipeline.run import open_source, score
+from flatq.pipeline.texts import tokens_of
 from flatq.plan.decide import draft
-from flatq.plan.describe import explanation, forecast
+from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
-from flatq.plan.objections import raise_early_objections, raise_objections
+from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
 from flatq.recipe.blocks import BenchSpec, CalibrationSpec, EvaluationSpec
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source, open_model
 
 
 def check(recipe: Recipe) -> list[str]:
-    """The recipe in words; the model is not opened.
+    """The recipe in words, and what is not installed for its exports.
+
+    Of a model in a local folder its config.json is read too: family, shapes and the exporters' objections to them.
 
     Raises:
-        RecipeError: an exporter is missing or refuses its options.
+        RecipeError: an exporter is missing, refuses its options, or objects to the model.
     """
-    planned_exports(recipe)
-    return explanation(recipe)
+    exports, lines = planned_exports(recipe), explanation(recipe)
+    if (Path(recipe.model.path) / "config.json").is_file():
+        source, _ = _from_shapes(recipe, exports)
+        lines.insert(1, f"             {described(source.config)}")
+    return lines + _warnings(exports)
+
+
+def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, RankPlan]:
+    """The model without its weights, and the widths that it would get with equal shares.
+
+    Raises:
+        RecipeError: the budget cannot be reached, or groups or an exporter do not fit the planned model.
+    """
+    source = open_source(recipe, need_weights=False)
+    raise_early_objections(recipe, source, exports)
+    planned = draft(recipe, source)
+    raise_objections(recipe, source.config.with_layers(planned.layers), exports)
+    return source, planned
+
+
+def _warnings(exports: list[PlannedExport]) -> list[str]:
+    """What ``flatq run`` would refuse on this machine; another machine may have it."""
+    return [f"! {problem}" for problem in absent_packages_of(exports)]
 
 
 def plan(recipe: Recipe, *, device: str = "auto") -> str:
@@ -53,14 +70,13 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
         RecipeError: an exporter objects to the planned model.
     """
     exports = planned_exports(recipe)
-    source = open_source(recipe, need_weights=False)
-    raise_early_objections(recipe, source, exports)
-    config, planned = source.config, draft(recipe, source)
-    raise_objections(recipe, config.with_layers(planned.layers), exports)
+    source, planned = _from_shapes(recipe, exports)
+    config = source.config
     weights = source if source.has_weights else None
     ranges = needs_cache_ranges(exports)
     phases = forecasts(recipe, config, planned.layers, weights, device=resolve_device(device), ranges=ranges)
-    return forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
+    text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
+    return text + "".join(f"{warning}\n" for warning in _warnings(exports))
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
@@ -75,8 +91,8 @@ def recipe_of(artifact: Artifact) -> Recipe:
     return Recipe.parse(text, str(artifact.root / MANIFEST))
 
 
-def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> list[Path]:
-    """Write one more format of a finished artifact and verify it; returns its files.
+def export(artifact: Path, out: Path, format: str, options: dict[str, Any], *, verify: bool = True) -> list[Path]:
+    """Write one more format of a finished artifact and verify it if ``verify``; returns its files.
 
     Raises:
         RecipeError: unknown exporter or options, or ``out`` exists.
@@ -86,13 +102,14 @@ def export(artifact: Path, out: Path, format: str, options: dict[str, Any]) -> l
         raise RecipeError(f"--out {out}: exists; choose another place")
     model = Artifact.open(artifact)
     exporter = exporter_named(format)
-    item = PlannedExport(out.name, format, exporter, checked_options(exporter, options))
+    item = PlannedExport(out.name, format, exporter, checked_options(exporter, options), verify)
     problems = exporter.check(model.config, model.grids, item.options)
     if problems:
         raise RecipeError(problems)
+    raise_absent_packages([item])
     if needs_cache_ranges([item]) and not (model.root / RANGES).exists():
         text = recipe_of(model)
-        tokens = token_batches(text.calibration, text.evaluation, tokenizer_in(model.root))
+        tokens = tokens_of(text, model)
         note_cache_ranges(model, tokens, precision=text.calibration.precision)
     return [out / file for file in deliver(item, model, out, None)["files"]]
 
@@ -131,7 +148,7 @@ def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_le
         calibration = CalibrationSpec.model_validate(text)
     except ValidationError as error:
         raise RecipeError([f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from error
-    evaluation = EvaluationSpec(tokens=tokens, seq_len=seq_len)
+    evaluation = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=seq_len)
     weights: Artifact | Source
     try:
         artifact = Artifact.open(model)
@@ -140,7 +157,7 @@ def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_le
         source = open_model(model)
         source.validate()
         weights, tokenizer = source, source.tokenizer()
-    return score(weights, token_batches(calibration, evaluation, tokenizer), "cpu", "evaluate")
+    return score(weights, token_batches(calibration, [evaluation], tokenizer), "cpu", "evaluate")
 
 
 def generate(

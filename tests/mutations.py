@@ -80,8 +80,8 @@ FAULTS = [
     ),
     Fault(
         "curves without the Fisher information",
-        "error_curves(source, tokens.calibration, fisher, folder.work",
-        "error_curves(source, tokens.calibration, None, folder.work",
+        "error_curves(source, job.tokens.calibration, fisher, folder.work",
+        "error_curves(source, job.tokens.calibration, None, folder.work",
         (f"{PARTS}::test_a_plan_is_spent_on_curves_weighed_with_the_measured_fisher_information",),
     ),
     Fault(
@@ -157,8 +157,8 @@ FAULTS = [
     ),
     Fault(
         "bits chosen without the Fisher information",
-        "bit_errors(source, tokens.calibration, spec, fisher, folder.work",
-        "bit_errors(source, tokens.calibration, spec, None, folder.work",
+        "bit_errors(source, job.tokens.calibration, spec, fisher, folder.work",
+        "bit_errors(source, job.tokens.calibration, spec, None, folder.work",
         (f"{PARTS}::test_bits_are_chosen_by_errors_weighed_with_the_measured_fisher_information",),
     ),
 ]

@@ -89,7 +89,8 @@ def _tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    chat = "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=chat)
 
 
 def _fresh(vocab: int) -> LlamaForCausalLM:
@@ -191,7 +192,7 @@ class Runs:
                 "seq_len": 64,
                 "precision": "float32",
             },
-            "evaluation": {"tokens": 2048, "seq_len": 64},
+            "evaluation": {"dataset": "held-out", "tokens": 2048, "seq_len": 64},
         }
         for block, value in changed.items():
             usual[block] = {**usual[block], **value} if block in ("calibration", "evaluation") else value

@@ -359,7 +359,7 @@ def result(**changed: Any) -> dict[str, Any]:
         grid.Variant("paper", "iprs"),
         0.8,
         CalibrationSpec(dataset="python-docs"),
-        EvaluationSpec(),
+        EvaluationSpec(dataset="held-out"),
     )
     numbers = {"share": 0.8, "dense_perplexity": 10.0, "perplexity": 20.0, "damage": 0.7, "compress_seconds": 2.0}
     return {"label": "paper iprs", **row.settings("m"), "code": "c", "score_seconds": 1.0, **numbers, **changed}

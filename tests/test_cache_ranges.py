@@ -13,7 +13,7 @@ from flatq.errors import NumericsError
 from flatq.model.decoder import DecoderConfig, GrowingCache
 from flatq.model.weights import load_decoder
 from flatq.report.render import read_report
-from flatq_onnx.options import too_old_for_int8
+from flatq_onnx.check import too_old_for_int8
 from tests.conftest import GPTQ, MakeRecipe, digests, flatq
 from tests.models import RandomWeights, tiny_config
 

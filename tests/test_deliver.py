@@ -11,7 +11,8 @@ import torch
 
 from flatq.artifact import Artifact
 from flatq.errors import ArtifactError, ExportError, RecipeError
-from flatq.export.deliver import DESCRIPTION, PlannedExport, deliver, opened, planned_exports, reopened, side_by_side
+from flatq.export.deliver import DESCRIPTION, deliver, opened, reopened, side_by_side
+from flatq.export.planned import PlannedExport, planned_exports
 from flatq.export.protocols import exporter_named
 from flatq.model.grid import Grid
 from flatq.recipe.grammar import BenchSpec, Recipe

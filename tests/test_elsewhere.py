@@ -13,7 +13,7 @@ from torch.utils import backend_registration
 
 from flatq.artifact import Artifact
 from flatq.model.weights import dense
-from flatq_onnx.options import too_old_for_int8
+from flatq_onnx.check import too_old_for_int8
 from tests.conftest import FLAT, GPTQ, MakeRecipe, flatq
 
 pytestmark = pytest.mark.skipif(
@@ -23,7 +23,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "default": [FLAT, GPTQ],
     "paper": [
         {"flat": FLAT["flat"] | {"method": "paper"}},
-        {"gptq": GPTQ["gptq"] | {"late_scales": True, "refinements": 1, "symmetric": False}},
+        {"gptq": GPTQ["gptq"] | {"symmetric": False}},
     ],
     "budget": [{"gptq": {"average_bits": 3.5, "group_size": 16}}],
 }

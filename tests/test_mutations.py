@@ -98,7 +98,7 @@ def test_a_number_outside_its_band_is_named_and_ends_with_1(
 def test_the_newest_run_of_the_demo_is_looked_at(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run `make demo` first"):
         newest(tmp_path)
-    folder = tmp_path / "smollm2-135m-flat20-int4-0123"
+    folder = tmp_path / "smollm2-135m-flat10-int4-0123"
     folder.mkdir()
     (folder / "report.json").write_text("{}")
     assert newest(tmp_path) == newest(folder) == folder / "report.json"

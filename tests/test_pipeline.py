@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flatq as package
 from flatq.artifact import Artifact
-from flatq.export.dense import BASELINE
+from flatq.export.baseline import BASELINE
 from flatq.model.decoder import LINEARS
 from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import load_decoder

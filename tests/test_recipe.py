@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from flatq.errors import RecipeError
+from flatq.recipe.blocks import EvaluationSpec, rows_by_share
 from flatq.recipe.grammar import FlatSpec, GptqSpec, Recipe, Spec, explain_options, json_schema
 from flatq.recipe.messages import shown
 from flatq.recipe.rules import MOST_TOKENS
@@ -132,9 +133,9 @@ def test_the_digest_changes_with_every_value(old: str, new: str) -> None:
         ("stages: [{flat: {keep_ratio: 1e999}}]", "'1e999' is not allowed"),
         ("stages: [{flat: {}}]", "stages[0].flat: no budget given; exactly one of keep_ratio: 0.8, size: 90MB, "),
         ("stages: [{flat: {keep_ratio: 1, size: 9MB}}]", "stages[0].flat: keep_ratio and size given; exactly one of "),
-        ("stages: [{flat: {size: 90}}]", "flat.size: '90' is not allowed; a size above 0 such as 90MB"),
-        ("stages: [{flat: {size: 0.0MB}}]", "flat.size: '0.0MB' is not allowed; a size above 0 such as"),
-        ("stages: [{flat: {size: 90 MiB}}]", "flat.size: '90 MiB' is not allowed; a size above 0 such as"),
+        ("stages: [{flat: {size: 90}}]", "flat.size: '90' is not allowed; a size above 0 with its unit, such as 90MB"),
+        ("stages: [{flat: {size: 0.0MB}}]", "flat.size: '0.0MB' is not allowed; a size above 0 with its unit"),
+        ("stages: [{flat: {size: 90 Mbit}}]", "flat.size: '90 Mbit' is not allowed; a size above 0 with its unit"),
         ("stages: [{flat: {keep_ratio: 1, context: 9}}]", "flat.context: only read with decode_bytes; remove it"),
         ("stages: [{flat: }]", "stages[0].flat: null is not allowed; a mapping with the keys keep_ratio, "),
         ("stages: [{flat: {keep_ratio: 1, rank_multiple: 0}}]", "a whole number in [1, 256]"),
@@ -177,11 +178,38 @@ def test_the_digest_changes_with_every_value(old: str, new: str) -> None:
         ("exports: [{onnx: {}}, {gguf: {name: ONNX}}]", "exports[1].gguf.name: a second export is called 'ONNX'"),
         ("bench: {threads: -1}\nexports: [{gguf: {}}]", "bench.threads: -1 is not allowed; a whole number in [0, "),
         ("bench: {batch: true}\nexports: [{gguf: {}}]", "true is not allowed; a whole number"),
-        ("calibration: {}\nexports: [{gguf: {}}]", "calibration.dataset: missing; one of wikitext2, c4, "),
+        ("calibration: {}\nexports: [{gguf: {}}]", "calibration: no text; give `dataset:`, or `mix:` with several"),
         ("calibration: {dataset: wikitext}\nexports: [{gguf: {}}]", "did you mean 'wikitext2'?"),
         ("calibration: {dataset: text}\nexports: [{gguf: {}}]", "calibration: dataset text needs `path:`"),
         ("calibration: {dataset: text, path: a.csv}\nexports: [{gguf: {}}]", "ends in .txt or .jsonl"),
         ("calibration: {dataset: c4, path: a.txt}\nexports: [{gguf: {}}]", "only read with `dataset: text`"),
+        ("calibration: {dataset: c4, mix: [{dataset: self, share: 1}]}\nexports: [{gguf: {}}]",
+         "calibration.dataset: excluded by `mix:`; remove one of the two"),
+        ("calibration: {field: x, mix: [{dataset: self, share: 1}]}\nexports: [{gguf: {}}]",
+         "calibration.field: excluded"),
+        ("calibration: {mix: [{dataset: self}]}\nexports: [{gguf: {}}]",
+         "calibration.mix[0].share: missing; a number > 0"),
+        ("calibration: {mix: [{dataset: self, share: 0}]}\nexports: [{gguf: {}}]", "0 is not allowed; a number > 0"),
+        ("calibration: {mix: [{dataset: text, share: 1}]}\nexports: [{gguf: {}}]",
+         "mix[0]: dataset text needs `path:`"),
+        ("calibration: {mix: [{dataset: self, share: 1}, {dataset: self, share: 2}]}\nexports: [{gguf: {}}]",
+         "calibration.mix[1]: a second part of the same text; add its share to the first"),
+        ("calibration: {samples: 4, mix: [{dataset: self, share: 9}, {dataset: c4, share: 1}]}\nexports: [{gguf: {}}]",
+         "calibration.mix[1].share: 1 of 10 is less than one of 4 samples; raise samples or this share"),
+        ("calibration: {mix: 1}\nexports: [{gguf: {}}]", "calibration.mix: 1 is not allowed; a list"),
+        ("calibration: {dataset: text, path: a.txt, chat_template: true}\nexports: [{gguf: {}}]",
+         "calibration.chat_template: only read with `dataset: text` and a .jsonl file"),
+        ("evaluation: []\nexports: [{gguf: {}}]", "evaluation: [] is not allowed; a mapping with the keys"),
+        ("evaluation: 7\nexports: [{gguf: {}}]", "evaluation: 7 is not allowed; a mapping with the keys"),
+        ("evaluation: {tokenz: 7}\nexports: [{gguf: {}}]", "evaluation.tokenz: unknown key; did you mean 'tokens'?"),
+        ("evaluation: [{dataset: c4}, {dataset: bog}]\nexports: [{gguf: {}}]",
+         "evaluation[1].dataset: 'bog' is not allowed"),
+        ("evaluation: [{dataset: c4, tokens: 9}]\nexports: [{gguf: {}}]",
+         "evaluation[0].tokens: 9 is not allowed; at least"),
+        ("evaluation: [{dataset: c4, name: a}, {dataset: self, name: a}]\nexports: [{gguf: {}}]",
+         "evaluation[1].name: a second text is called 'a'; give each its own"),
+        ("evaluation: {name: a}\nexports: [{gguf: {}}]",
+         "evaluation.name: one name for two texts; say `dataset: held-out`"),
         ("evaluation: {tokens: 100}\nexports: [{gguf: {}}]", "evaluation.tokens: 100 is not allowed; at least one"),
         (
             "calibration: {dataset: c4, samples: 100000, seq_len: 4096}\nexports: [{gguf: {}}]",
@@ -361,6 +389,32 @@ def test_what_an_exporter_refuses_is_told_like_a_mistake_of_the_recipe() -> None
     ]
 
 
+# Texts
+
+
+def test_sequences_of_a_mix_are_in_proportion_to_its_shares() -> None:
+    parts = ", ".join(f"{{dataset: {name}, share: 1}}" for name in ("self", "c4", "alpaca"))
+    mix = f"calibration: {{samples: 7, mix: [{parts}]}}"
+    assert Recipe.parse(START + mix + "\nexports: [{gguf: {}}]").calibration.counts() == (3, 2, 2)
+    assert rows_by_share([0.5, 0.25, 0.25], 128) == (64, 32, 32)
+    assert rows_by_share([1, 2], 4) == (1, 3)
+
+
+@given(shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), rows=st.integers(1, 100_000))
+def test_no_sequence_is_lost_and_none_is_more_than_one_off(shares: list[float], rows: int) -> None:
+    counts = rows_by_share(shares, rows)
+    assert sum(counts) == rows
+    assert all(abs(n - rows * share / sum(shares)) < 1 for n, share in zip(counts, shares, strict=True))
+
+
+def test_one_block_and_a_list_of_it_are_the_same_evaluation() -> None:
+    block = Recipe.parse(START + "evaluation: {seq_len: 64}\nexports: [{gguf: {}}]")
+    listed = Recipe.parse(START + "evaluation: [{seq_len: 64}]\nexports: [{gguf: {}}]")
+    assert block.digest() == listed.digest()
+    assert block.evaluation == (EvaluationSpec(seq_len=64),)
+    assert Recipe.parse(START + "exports: [{gguf: {}}]").evaluation == (EvaluationSpec(),)
+
+
 # Schema
 
 
@@ -375,7 +429,8 @@ def test_the_schema_has_the_shape_of_the_file() -> None:
 
 
 def blocks(spec: type[BaseModel] = Spec) -> list[type[BaseModel]]:
-    return [block for block in spec.__subclasses__() if "Entry" not in block.__name__]
+    below = [block for block in spec.__subclasses__() if "Entry" not in block.__name__]
+    return below + [block for parent in below for block in blocks(parent)]
 
 
 def documented_default(field: FieldInfo) -> str:

@@ -17,7 +17,6 @@ from flatq.model.decoder import LayerDims
 from flatq.report.findings import findings
 from flatq.report.render import read_report, write_report
 from flatq.report.schema import Environment, ExportReport, HeadReport, LayerReport, Measure, ModelInfo, Report
-from flatq.units import seconds, size
 
 DENSE = LayerDims(heads=9, kv_heads=3, d_qk=64, d_v=64, d_ff=1536)
 
@@ -179,15 +178,3 @@ def test_what_was_not_measured_is_called_so(report: Report, tmp_path: Path, miss
 def test_a_number_that_is_none_is_refused(value: float) -> None:
     with pytest.raises(ValidationError, match="perplexity"):
         Measure(parameters=1, decoder_parameters=1, bytes=1, perplexity=value)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (135e6, "135 MB"), (16e9, "16 GB"), (2e12, "2 TB")]
-)
-def test_bytes_are_written_for_people(count: float, text: str) -> None:
-    assert size(count) == text
-
-
-@pytest.mark.parametrize(("duration", "text"), [(0.34, "340 ms"), (12.06, "12.1 s"), (432.4, "7 min 12 s")])
-def test_seconds_are_written_for_people(duration: float, text: str) -> None:
-    assert seconds(duration) == text

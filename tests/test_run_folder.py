@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 
 import pytest
 
+from flatq.compress.allocate import Curves
 from flatq.errors import ArtifactError, FlatqError, NumericsError, RecipeError
 from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder, require_space
@@ -20,7 +22,7 @@ def worked(root: Path, *, finished: bool = False) -> RunFolder:
     """A folder in which one phase was done."""
     folder = RunFolder.open(root, RECIPE)
     with folder.working():
-        folder.phase("first", lambda: [1, 2])
+        folder.phase("first", lambda: [1, 2], list[int])
         if finished:
             (root / "report.json").write_text("{}")
     return folder
@@ -54,9 +56,9 @@ def test_a_folder_holds_the_recipe_s_text_and_no_work_when_done(tmp_path: Path) 
 def test_a_phase_is_computed_once(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path, RECIPE)
     with folder.working():
-        assert folder.phase("a", lambda: {"x": 1.5}) == {"x": 1.5}
-        assert RunFolder.open(tmp_path, RECIPE).phase("a", lambda: pytest.fail("again")) == {"x": 1.5}
-        folder.phase("b", lambda: None)
+        assert folder.phase("a", lambda: {"x": 1.5}, dict[str, float]) == {"x": 1.5}
+        assert RunFolder.open(tmp_path, RECIPE).phase("a", lambda: pytest.fail("again"), dict[str, float]) == {"x": 1.5}
+        folder.phase("b", lambda: None, NoneType)
         assert list(folder.timing()) == ["a", "b"]
         assert folder.peak_rss_bytes() > 10_000_000
 
@@ -65,8 +67,8 @@ def test_a_phase_that_fails_is_not_done(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path, RECIPE)
     with folder.working():
         with pytest.raises(ZeroDivisionError):
-            folder.phase("a", lambda: 1 // 0)
-        assert folder.phase("a", lambda: 2) == 2
+            folder.phase("a", lambda: 1 // 0, int)
+        assert folder.phase("a", lambda: 2, int) == 2
 
 
 @pytest.mark.parametrize("place", ["run", "a/b/run"])
@@ -100,10 +102,10 @@ def test_an_error_after_the_first_block_keeps_the_work(tmp_path: Path) -> None:
 def test_an_error_on_resumption_keeps_what_the_killed_run_had(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path / "run", RECIPE)
     with pytest.raises(KeyboardInterrupt):
-        fail(folder, KeyboardInterrupt(), lambda: folder.phase("first", lambda: 1))
+        fail(folder, KeyboardInterrupt(), lambda: folder.phase("first", lambda: 1, int))
     with pytest.raises(NumericsError):
         fail(folder, NumericsError("no"))
-    assert folder.phase("first", lambda: pytest.fail("again")) == 1
+    assert folder.phase("first", lambda: pytest.fail("again"), int) == 1
 
 
 def test_a_resumed_run_must_find_the_inputs_it_was_begun_with(tmp_path: Path) -> None:
@@ -160,3 +162,12 @@ def test_space_is_asked_for_where_the_folder_will_be(tmp_path: Path) -> None:
         require_space(tmp_path / "not" / "yet", 10**18, "the model")
     assert raised.value.exit_code == 3
     assert str(tmp_path) in str(raised.value)
+
+
+def test_a_phase_gives_its_type_back_and_refuses_another(tmp_path: Path) -> None:
+    curves = [Curves((0.0, 0.1 + 0.2), (0.0,))]
+    with RunFolder.open(tmp_path, RECIPE).working():
+        assert RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: curves, list[Curves]) == curves
+        assert RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: pytest.fail("again"), list[Curves]) == curves
+        with pytest.raises(ArtifactError, match=r"curves\.json: is no result of 'curves'"):
+            RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: pytest.fail("again"), int)

@@ -18,7 +18,6 @@ from flatq.calibration.states import (
     pieces,
     stored_as,
 )
-from flatq.cli import parse_size
 from flatq.errors import RecipeError
 from flatq.machine.memory import rss_bytes
 from flatq.model.grid import Grid, round_to_nearest
@@ -94,16 +93,3 @@ def test_a_budget_makes_batches_smaller_and_one_that_cannot_hold_is_refused() ->
     assert working_set(config, recipe, need - (10 << 20)) < working_set(config, recipe, None)
     with pytest.raises(RecipeError, match=r"--memory: 0\.00 GB is too little"):
         working_set(config, recipe, 10**6)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 << 29), ("512mib", 512 << 20), ("7000", 7000), ("2k", 2000)]
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "6 GBs", "1e9", "six"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="write it as 6GB"):
-        parse_size(text)

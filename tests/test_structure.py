@@ -12,13 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "flatq").rglob("*.py"))
 EXPORTERS = sorted(folder.name for folder in (ROOT / "exporters").iterdir() if (folder / "__init__.py").exists())
-SOURCES = [*CORE, *sorted((ROOT / "exporters").rglob("*.py"))]
+PLUG_INS = sorted((ROOT / "exporters").rglob("*.py"))
+SOURCES = [*CORE, *PLUG_INS]
 NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gptq", "model/grid"]
-WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors"]
+WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.units"]
 # From top to bottom: a folder (or file) imports only what stands below it, or itself.
 FLOORS = [
-    "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "compress", "export", "quantize", "sources", "hf",
-    "calibration", "artifact", "run_folder", "model", "recipe", "machine", "units", "linalg", "files", "errors",
+    "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "job", "compress", "export", "quantize",
+    "sources", "hf", "calibration", "artifact", "run_folder", "model", "recipe", "machine", "units", "linalg", "files",
+    "errors",
 ]  # fmt: skip
 ENTRIES = ("__init__", "__main__")  # the package itself, which names things of every floor
 MOST_LINES, MOST_FUNCTION_LINES = 350, 60
@@ -80,6 +82,25 @@ def test_a_folder_imports_only_what_stands_below_it(path: Path) -> None:
 def test_the_core_never_imports_an_exporter_or_its_runtime(path: Path) -> None:
     for package in (*EXPORTERS, "onnx", "onnx_ir", "onnxruntime"):
         assert not within(imports(path), package)
+
+
+@pytest.mark.parametrize("path", PLUG_INS, ids=named)
+def test_an_exporter_imports_from_flatq_nothing_but_the_plug_in_api(path: Path) -> None:
+    from flatq import export
+
+    assert within(imports(path), "flatq") <= {f"flatq.export.{name}" for name in export.__all__}
+
+
+def test_every_name_of_the_plug_in_api_is_there_and_the_core_does_not_use_it() -> None:
+    from flatq import export
+
+    assert all(hasattr(export, name) for name in export.__all__)
+    modules = {path.stem for path in (ROOT / "flatq" / "export").glob("*.py")}
+    assert not modules & set(export.__all__), "importing flatq.export.X would replace the name X of the API"
+    assert export.__all__ == sorted(export.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    for path in CORE:
+        shortcuts = within(imports(path), "flatq.export") & {f"flatq.export.{name}" for name in export.__all__}
+        assert not shortcuts, f"{named(path)}: import from the module that defines it"
 
 
 @pytest.mark.parametrize("module", NUMERICS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import flatq.calibration.tokens as calibrate
-from flatq.calibration.tokens import Tokens, draw_windows, python_docs, token_batches
+import flatq.calibration.corpora as corpora
+from flatq.calibration.corpora import python_docs
+from flatq.calibration.tokens import Tokens, draw_windows, token_batches
 from flatq.errors import RecipeError
+from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec, MixedSpec
 
 
 def words(text: str, **_: Any) -> dict[str, list[int]]:
@@ -27,14 +28,14 @@ def numbered(file: Path, start: int, count: int) -> str:
     return str(file)
 
 
-def calibration(**changed: Any) -> Any:
-    return SimpleNamespace(
-        **{"dataset": "text", "path": None, "field": "text", "samples": 4, "seq_len": 8, "seed": 1} | changed
+def calibration(**changed: Any) -> CalibrationSpec:
+    return CalibrationSpec.model_validate(
+        {"dataset": "text", "path": None, "samples": 4, "seq_len": 8, "seed": 1} | changed
     )
 
 
-def evaluation(**changed: Any) -> Any:
-    return SimpleNamespace(**{"dataset": None, "path": None, "field": "text", "tokens": 32, "seq_len": 16} | changed)
+def evaluation(**changed: Any) -> list[EvaluationSpec]:
+    return [EvaluationSpec.model_validate({"dataset": "held-out", "tokens": 32, "seq_len": 16} | changed)]
 
 
 def batches(path: str, **changed: Any) -> Tokens:
@@ -161,7 +162,13 @@ def test_too_little_text_is_refused_with_numbers(tmp_path: Path, length: int, me
     ("spec", "message"),
     [
         (calibration(), "calibration.path"),
-        (calibration(dataset="wikitext3"), "allowed: wikitext2, c4, alpaca, python-docs, text"),
+        (
+            calibration().model_copy(
+                update={"dataset": None, "mix": (MixedSpec.model_construct(dataset="wikitext3", share=1),)}
+            ),
+            "allowed: wikitext2, c4, alpaca, python-docs, self, text",
+        ),
+        (calibration(dataset="self"), "no model at hand here; name another dataset"),
     ],
 )
 def test_an_incomplete_or_unknown_corpus_is_refused(spec: Any, message: str) -> None:
@@ -184,7 +191,7 @@ def test_python_docs_is_long_and_says_nothing_twice() -> None:
 
 
 def test_the_description_is_json_with_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "python_docs", lambda: " ".join(map(str, range(500))))
+    monkeypatch.setattr(corpora, "python_docs", lambda: " ".join(map(str, range(500))))
     tokens = token_batches(calibration(dataset="python-docs"), evaluation(), words)
     described = json.loads(json.dumps(tokens.description))
     assert described["calibration"]["sha256"] == tokens.samples_digest

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flatq.export.protocols import IntArray
-from flatq.model.grid import Grid, QuantizedWeight
+from flatq.export import Grid, IntArray, QuantizedWeight
 from flatq_gguf.placement import ABSENT, Placement, taken
 
 BLOCK = 32

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flatq.artifact import Artifact
-from flatq.model.families import FAMILIES
+from flatq.export import FAMILIES, Artifact
 from flatq_gguf.k_quants import Importance
 from flatq_gguf.tensors import Contents
 
@@ -59,8 +58,3 @@ def write_importance(path: Path, matrix: Importance, text: Mapping[str, Any]) ->
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-
-
-def model_files(root: Path) -> list[Path]:
-    """The ``.gguf`` files of a folder that are a model or its parts, in order."""
-    return sorted(path for path in root.glob("*.gguf") if not path.stem.endswith("-IMATRIX"))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flatq.errors import ExportError
+from flatq.export import ExportError
 
 SUPER_BLOCK = 256
 LIBRARY, PROGRAM = "llama-cpp-python", "llama-quantize"

@@ -6,8 +6,7 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-from flatq.artifact import Artifact
-from flatq.model.decoder import DecoderConfig
+from flatq.export import Artifact, DecoderConfig
 from flatq_gguf.layouts import FULL_WINDOW
 from flatq_gguf.tensors import Contents, Planned
 from flatq_gguf.tokenizer import Vocabulary

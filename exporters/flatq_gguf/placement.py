@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flatq.export.protocols import FloatArray, IntArray
-from flatq.model.decoder import LayerDims
-from flatq.sources.gguf_file import pairs_from_halves
+from flatq.export import FloatArray, IntArray, LayerDims, pairs_from_halves
 
 ABSENT = -1
 Number = TypeVar("Number", bound=np.generic)

@@ -24,10 +24,9 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from flatq.errors import ExportError
-from flatq.export.protocols import FloatArray, IntArray
+from flatq.export import ExportError, FloatArray, IntArray
 from flatq_gguf.exact import is_float32, write_float32
-from flatq_gguf.imatrix import model_files
+from flatq_gguf.files import model_files
 
 F32 = 0  # ggml_type
 ALL_LAYERS = 1 << 16
@@ -58,7 +57,7 @@ def available() -> tuple[str, ...]:
 
 
 class LlamaCppRunner:
-    """An open GGUF file; satisfies ``flatq.export.protocols.Runner``.
+    """An open GGUF file; satisfies ``flatq.export.Runner``.
 
     Args:
         root: folder that the exporter wrote.

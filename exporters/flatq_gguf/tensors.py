@@ -13,12 +13,18 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from flatq.errors import ExportError
-from flatq.model.decoder import LINEARS, DecoderConfig
-from flatq.model.families import FAMILIES
-from flatq.model.grid import Grid, QuantizedWeight
-from flatq.model.weights import Weights, dense, tensor_shapes
-from flatq.sources.gguf_file import ROPE_DIVISORS
+from flatq.export import (
+    FAMILIES,
+    LINEARS,
+    ROPE_DIVISORS,
+    DecoderConfig,
+    ExportError,
+    Grid,
+    QuantizedWeight,
+    Weights,
+    dense,
+    tensor_shapes,
+)
 from flatq_gguf.blocks import BLOCK, carried, carrier, fits, stored_bytes
 from flatq_gguf.k_quants import K_QUANTS
 from flatq_gguf.layouts import Architecture, architecture

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatq.errors import ExportError
+from flatq.export import ExportError
 from flatq_gguf.pre_tokenizers import known_names, name_of, steps_of
 
 FILE = "tokenizer.json"

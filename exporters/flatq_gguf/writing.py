@@ -13,26 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from flatq.artifact import Artifact
-from flatq.export.protocols import Exported
-from flatq_gguf.imatrix import importance, model_files, write_importance
+from flatq.export import Artifact, Exported
+from flatq_gguf.files import model_files
+from flatq_gguf.imatrix import importance, write_importance
 from flatq_gguf.k_quants import (
     K_QUANTS,
     PROGRAM,
     Importance,
     allowed_kl,
-    bits_per_weight,
     command,
     quantize,
     tool,
 )
 from flatq_gguf.metadata import context_length, describe, dimension, file_name, most_common, tokenize
-from flatq_gguf.tensors import ALIGNMENT, Contents, Planned
+from flatq_gguf.tensors import Contents, Planned
 from flatq_gguf.tokenizer import Vocabulary, read_vocabulary
 
-METADATA_BYTES = 1500  # names, widths and the table's fixed part, as measured
-TENSOR_ENTRY_BYTES = 60  # name, shape, type and offset of a tensor
-PIECE_BYTES = 36  # a piece of the vocabulary with its type and its merge, as measured on 49,152 pieces
 # KL divergence, in nats, that rounding all matrices to a type is allowed to cost: several times what it did on
 # SmolLM2-135M (F16 2e-5, BF16 1e-3, Q8_0 1e-3, Q5_0 0.1, Q4_1 0.2, Q4_0 0.37), where small models suffer most.
 ROUNDING_KL = {"F32": 0.0, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 1e-2, "Q5_0": 0.5, "Q4_1": 1.0, "Q4_0": 1.5}
@@ -110,19 +106,6 @@ def _write_tensors(artifact: Artifact, path: Path, contents: Contents, vocabular
         writer.flush()
         for file in writer.fout:
             os.fsync(file.fileno())
-
-
-def estimated_bytes(contents: Contents) -> int:
-    """Size of the files from shapes alone; for K-quants within some percent."""
-    precision = contents.options.precision
-    total = METADATA_BYTES + contents.config.vocab * PIECE_BYTES
-    for tensor in contents.planned():
-        size = tensor.bytes
-        if precision in K_QUANTS and len(tensor.shape) == 2:
-            table = not tensor.source.startswith("layers.")
-            size = int(size / 16 * bits_per_weight(precision, tensor.shape[1], table=table))
-        total += TENSOR_ENTRY_BYTES + -(-size // ALIGNMENT) * ALIGNMENT
-    return total
 
 
 def _notes(

@@ -1,41 +1,50 @@
 """ONNX export: one graph builder, two attention layouts, quantized weights as the artifact holds them.
 
-Read ``graph.py`` first. ``options.py`` says what each target wants; ``blocks.py`` turns codes into bytes,
-``matmul.py`` and ``attention.py`` draw the two kinds of block, ``companions.py`` writes what the target's program
-wants beside the graph, ``runner.py`` runs the result in onnxruntime. Importing this package needs neither onnx nor
-onnxruntime.
+Read ``graph.py`` first. ``options.py`` says what each target wants, ``check.py`` what stands against a model;
+``tensors.py`` turns codes into bytes, ``linears.py`` and ``attention.py`` draw the two kinds of block,
+``companions.py`` writes what the target's program wants beside the graph, ``runner.py`` runs the result in
+onnxruntime. Importing this package needs neither onnx nor onnxruntime.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
-from flatq.artifact import Artifact
-from flatq.errors import ExportError
-from flatq.export.protocols import Exported, Runner
-from flatq.model.decoder import LINEARS, DecoderConfig
-from flatq.model.grid import Grid
+from flatq.export import (
+    LINEARS,
+    Artifact,
+    DecoderConfig,
+    Exported,
+    Exporter,
+    ExportError,
+    Grid,
+    Runner,
+    absent_packages,
+)
+from flatq_onnx.check import INT8_SINCE, objections
 from flatq_onnx.companions import TOKENIZER, write_companions
 from flatq_onnx.contract import CONTRACT, Contract
-from flatq_onnx.options import INT8_SINCE, OnnxOptions, objections
+from flatq_onnx.options import OnnxOptions
 from flatq_onnx.sizes import estimated_bytes
 
 __all__ = ["OnnxExporter", "OnnxOptions"]
 
+INSTALL = "pip install 'flatq[cpu]'"
+WRITER = {"onnx": ("onnx", INSTALL), "onnx_ir": ("onnx-ir", INSTALL)}
+RUNTIME = {"onnxruntime": ("onnxruntime", INSTALL)}
 INT8_CACHE_KL = 0.02  # nats that rounded keys and values may cost
 HALF_KL = 0.01  # nats that float16 may cost; the rounding of one sum in a long row is the largest part
 
 
-class OnnxExporter:
+class OnnxExporter(Exporter):
     """Writes ``model.onnx`` (and ``model.onnx.data`` when large) with ``flatq_onnx.json`` beside it."""
 
     Options = OnnxOptions
 
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
-        """Objections to writing this model so; see ``flatq.export.protocols.Exporter.check``."""
+        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
         return objections(config, grids, options)
 
     def bytes(
@@ -50,7 +59,7 @@ class OnnxExporter:
         return options.model_copy(update={"precision": options.activations, "external_data_above": 0, **floats})
 
     def needs_cache_ranges(self, options: OnnxOptions) -> bool:
-        """See ``flatq.export.protocols.CacheQuantizer``."""
+        """See ``flatq.export.Exporter.needs_cache_ranges``."""
         return options.cache_type == "int8"
 
     def write(self, artifact: Artifact, out: Path, options: OnnxOptions) -> Exported:
@@ -62,7 +71,7 @@ class OnnxExporter:
         problems = self.check(artifact.config, artifact.grids, options)
         if problems:
             raise ExportError("\n".join(problems))
-        _need_packages()
+        _need(self.missing(options, opening=False))
         from flatq_onnx.writing import save_model
 
         files = [Contract.of(artifact, options).save(out), *write_companions(artifact, out, options)]
@@ -75,18 +84,23 @@ class OnnxExporter:
     ) -> Runner:
         """Open what ``write`` wrote, or a decoder graph of someone else's, in onnxruntime.
 
-        See ``flatq.export.protocols.Exporter.open``.
+        See ``flatq.export.Exporter.open``.
         """
-        _need_packages()
+        _need(self.missing(options))
         from flatq_onnx.foreign import contract_of
         from flatq_onnx.runner import OnnxRunner
 
         contract = None if (exported / CONTRACT).exists() else contract_of(exported)
         return OnnxRunner(exported, provider=provider, threads=threads, exact=exact, contract=contract)
 
+    def missing(self, options: OnnxOptions, *, opening: bool = True) -> list[str]:
+        """The onnx packages to write, onnxruntime to run (and to write an ``.ort`` file)."""
+        needed = WRITER | RUNTIME if opening or options.target == "mobile" else WRITER
+        return absent_packages(needed)
+
     def providers(self) -> tuple[str, ...]:
-        """See ``flatq.export.protocols.Exporter.providers``."""
-        if find_spec("onnxruntime") is None:
+        """See ``flatq.export.Exporter.providers``."""
+        if absent_packages(WRITER | RUNTIME):
             return ()
         from flatq_onnx.session import available
 
@@ -130,11 +144,6 @@ def _notes(artifact: Artifact, options: OnnxOptions) -> list[str]:
     return notes
 
 
-def _need_packages() -> None:
-    try:
-        import onnx_ir  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as missing:
-        raise ExportError(
-            f"onnx: the package {missing.name} is not installed; install flatq[cpu], or flatq[gpu] where CUDA is"
-        ) from missing
+def _need(absent: list[str]) -> None:
+    if absent:
+        raise ExportError(f"onnx: {'; '.join(absent)}")

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flatq.model.decoder import DecoderConfig, LayerDims
+from flatq.export import DecoderConfig, LayerDims
 from flatq_onnx.builder import INT8, INT32, INT64, MICROSOFT, Builder, Dims, ints
 from flatq_onnx.linears import TOKENS, Linears, Part
 from flatq_onnx.positions import Placement, length, place, span

@@ -19,8 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from flatq.errors import ExportError
-from flatq.export.protocols import FloatArray, IntArray
+from flatq.export import ExportError, FloatArray, IntArray
 from flatq_onnx.contract import Contract
 
 STEP = 64  # positions by which room grows at least

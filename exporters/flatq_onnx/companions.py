@@ -12,8 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from flatq.artifact import Artifact
-from flatq.files import write_json
+from flatq.export import Artifact, write_json
 from flatq_onnx.contract import MODEL
 from flatq_onnx.options import OnnxOptions
 

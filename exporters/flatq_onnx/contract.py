@@ -13,9 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flatq.artifact import Artifact
-from flatq.errors import ExportError
-from flatq.files import write_json
+from flatq.export import Artifact, ExportError, write_json
 from flatq_onnx.options import OnnxOptions
 
 CONTRACT = "flatq_onnx.json"

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from flatq.errors import ExportError
+from flatq.export import ExportError
 from flatq_onnx.contract import CacheShape, Contract
 
 KNOWN = {"input_ids", "attention_mask", "position_ids"}

@@ -18,8 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flatq.model.decoder import DecoderConfig
-from flatq.model.grid import Grid
+from flatq.export import DecoderConfig, Grid
 from flatq_onnx.attention import Attention, Grouped, Reduced, ReducedByToken
 from flatq_onnx.builder import FLOAT, FLOAT16, INT64, MICROSOFT, Builder, Dims, ints
 from flatq_onnx.int8_cache import QuantizedGrouped

@@ -18,9 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flatq.model.decoder import DecoderConfig
-from flatq.model.grid import Grid, QuantizedWeight
-from flatq.model.weights import dense
+from flatq.export import DecoderConfig, Grid, QuantizedWeight, dense
 from flatq_onnx.builder import FLOAT, FLOAT16, MICROSOFT, UINT8, Builder, Dims, ints
 from flatq_onnx.tensors import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 

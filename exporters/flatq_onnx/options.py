@@ -1,4 +1,4 @@
-"""What a recipe may say about an ONNX export, and the objections to a model that cannot be written so.
+"""What a recipe may say about an ONNX export.
 
 Nothing here needs onnx: a recipe is checked on a machine that only has the core.
 """
@@ -6,22 +6,11 @@ Nothing here needs onnx: a recipe is checked on a machine that only has the core
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flatq.model.decoder import DecoderConfig
-from flatq.model.grid import Grid
-from flatq_onnx.tensors import LEAST_BLOCK, block_of
-
-CUDA_ROWS = 64
-INT8_SINCE = Version("1.28")
-
-
-# What each consumer needs; a recipe may still say otherwise, as long as `objections` has nothing against it.
+# What each consumer needs; a recipe may still say otherwise, as long as `check.objections` has nothing against it.
 TARGETS: Mapping[str, Mapping[str, Any]] = {
     "ort": {},
     "mobile": {},
@@ -93,130 +82,3 @@ class OnnxOptions(BaseModel):
     def fused_rope(self) -> bool:
         """Whether GroupQueryAttention itself rotates and masks, by the number of valid tokens in each row."""
         return self.attention == "gqa" and not self.left_padding
-
-
-def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
-    """Why this model cannot be written with these options, each with the way out."""
-    return [
-        *_target_objections(config, grids, options),
-        *_shape_objections(config, options),
-        *_grid_objections(grids, options),
-    ]
-
-
-def _target_objections(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
-    found = []
-    target, floats = options.target, {"fp32": "fp32", "fp16": "fp16"}.get(options.precision, options.activations)
-    if floats != options.activations:
-        found.append(f"onnx: precision {floats} with activations {options.activations}; leave activations out")
-    if target in ("genai", "optimum", "cuda") and options.attention != "gqa":
-        found.append(f"onnx: target: {target} needs attention: gqa, for it has one cache shape; leave attention out")
-    if target == "optimum" and not options.left_padding:
-        found.append("onnx: target: optimum pads on the left; leave left_padding out")
-    if target == "cuda" and options.left_padding:
-        found.append(
-            "onnx: target: cuda with left_padding takes CUDA's slow path; leave it out, or use target: optimum"
-        )
-    if target == "cuda" and options.activations != "fp16":
-        found.append("onnx: target: cuda computes in fp16; leave activations out, or use precision: fp16")
-    if target == "cuda" and options.precision == "int4":
-        found += _cuda_shapes(config, grids)
-    return found
-
-
-def _cuda_shapes(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
-    """CUDA's fast product with codes takes outputs in 64s and whole blocks of inputs."""
-    found: dict[str, list[str]] = {}
-    for index, dims in enumerate(config.layers):
-        for linear in ("o", "gate", "up", "down"):  # q, k and v are filled up, embedding and head are not narrowed
-            grid = grids.get(f"layers.{index}.{linear}")
-            block = None if grid is None else block_of(grid, dims.shape(linear, config.d_model)[1])
-            if block is None:
-                continue
-            rows, columns = dims.shape(linear, config.d_model)
-            if rows % CUDA_ROWS:
-                found.setdefault(f"outputs in multiples of {CUDA_ROWS}", []).append(f"layers.{index}.{linear} {rows}")
-            if columns % block:
-                found.setdefault(f"inputs in whole blocks of {block}", []).append(f"layers.{index}.{linear} {columns}")
-    return [
-        f"onnx: target: cuda needs {what}, not so in {places[0]} and {len(places) - 1} more; set the flat stage's "
-        "rank_multiple and width_multiple so, or use a smaller group_size"
-        for what, places in found.items()
-    ]
-
-
-def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
-    found = []
-    if options.left_padding and options.attention == "reduced":
-        found.append("onnx: left_padding is an option of attention: gqa; reduced always handles it, so leave it out")
-    if options.cache_layout == "tokens" and options.attention != "reduced":
-        found.append("onnx: cache_layout: tokens is an option of attention: reduced; leave it out, or use reduced")
-    if options.context_length is not None and not options.fused_rope:
-        found.append("onnx: context_length only matters where rotary tables are stored (attention: gqa); leave it out")
-    if options.cache_type == "int8":
-        found += _int8_objections(options)
-    elif options.prompt_branch == "model":
-        found.append("onnx: prompt_branch: model is an option of cache_type: int8; leave it out, or use int8")
-    head_sizes = sorted({dims.d_qk for dims in config.layers})
-    if len(head_sizes) > 1:
-        found.append(f"onnx: layers have different d_qk {head_sizes}; one rotary table serves all, so keep d_qk equal")
-    if any(size % 2 for size in head_sizes):
-        found.append(f"onnx: d_qk {head_sizes} is odd; the rotary embedding needs pairs of columns")
-    step = 16 if options.fused_rope else 8  # what the kernels refuse; the narrower limit is that of their own rope
-    if options.attention == "gqa" and any(size % step for size in head_sizes):
-        found.append(
-            f"onnx: attention: gqa needs d_qk to be a multiple of {step}, it is {head_sizes}; use attention: reduced"
-        )
-    wide = [index for index, dims in enumerate(config.layers) if dims.d_v > dims.d_qk]
-    if options.attention == "gqa" and wide:
-        found.append(f"onnx: attention: gqa needs d_v <= d_qk, not so in layers {wide}; use attention: reduced")
-    return found
-
-
-def too_old_for_int8() -> str:
-    """Why the onnxruntime that is installed here must not run a cache of int8; empty if it may, or is not there."""
-    for package in ("onnxruntime", "onnxruntime-gpu"):
-        with suppress(PackageNotFoundError):
-            found = version(package)
-            if Version(found) < INT8_SINCE:
-                return (
-                    f"a cache of int8 needs onnxruntime {INT8_SINCE} (older ones compute it wrongly), here is {found}"
-                )
-    return ""
-
-
-def _int8_objections(options: OnnxOptions) -> list[str]:
-    wrong = {
-        "attention: reduced": options.attention == "reduced",
-        "left_padding": options.left_padding,
-        "target: cuda": options.target == "cuda",
-        "fp16": options.activations == "fp16",
-    }
-    found = [f"onnx: {old}; update it, or leave cache_type out"] if (old := too_old_for_int8()) else []
-    return found + [
-        f"onnx: cache_type: int8 is for GroupQueryAttention with its own rotary embedding, in float32 on a CPU, not "
-        f"for {name}; leave one of the two out"
-        for name, there in wrong.items()
-        if there
-    ]
-
-
-def _grid_objections(grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
-    if options.precision != "int4":
-        return []
-    if not grids:
-        return [
-            "onnx: precision: int4 writes the codes of a quantized model, but nothing is quantized; add a gptq stage "
-            "to the recipe or use precision: fp32"
-        ]
-    found = []
-    for grid in dict.fromkeys(grids.values()):
-        first = next(name for name, other in grids.items() if other == grid)
-        if grid.bits not in (2, 3, 4, 8):
-            found.append(f"onnx: {first} has {grid.bits} bits; MatMulNBits takes 2, 3 (stored as 4), 4 and 8")
-        if block_of(grid, 1) is None:
-            found.append(
-                f"onnx: {first} has group_size {grid.group_size}; it must be -1 or a multiple of {LEAST_BLOCK} "
-                "(32 and 128 are the fastest)"
-            )
-    return found

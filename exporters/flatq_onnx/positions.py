@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flatq.model.decoder import DecoderConfig
+from flatq.export import DecoderConfig
 from flatq_onnx.builder import BOOL, FLOAT, INT64, Builder, Dims, ints
 from flatq_onnx.linears import TOKENS
 

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from flatq.errors import ExportError
-from flatq.export.protocols import FloatArray, IntArray
+from flatq.export import ExportError, FloatArray, IntArray
 from flatq_onnx.cache import NO_GRAPH, Cache, empty_cache, run_options
+from flatq_onnx.check import too_old_for_int8
 from flatq_onnx.contract import Contract
-from flatq_onnx.options import too_old_for_int8
 from flatq_onnx.session import CUDA, open_session
 
 
 class OnnxRunner:
-    """An open export; satisfies ``flatq.export.protocols.Runner``.
+    """An open export; satisfies ``flatq.export.Runner``.
 
     Args:
         root: folder that the exporter wrote.

@@ -22,7 +22,7 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
-from flatq.errors import ExportError
+from flatq.export import ExportError
 from flatq_onnx.writing import convert
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from flatq.model.decoder import LINEARS, DecoderConfig
-from flatq.model.grid import Grid
+from flatq.export import LINEARS, DecoderConfig, Grid
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.tensors import Blocks
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flatq.model.grid import Grid, QuantizedWeight
+from flatq.export import Grid, QuantizedWeight
 
 LEAST_BLOCK = 16
 LARGEST_BLOCK = 256

@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime as ort
 
-from flatq.artifact import Artifact
-from flatq.errors import ExportError, FlatqError
+from flatq.export import Artifact, ExportError, FlatqError
 from flatq_onnx.contract import DATA, MOBILE, MODEL
 from flatq_onnx.graph import draw
 from flatq_onnx.options import OnnxOptions
@@ -49,6 +47,8 @@ def convert(source: Path, target: Path, form: str, *, optimize: bool = False) ->
 
     Only rewrites that hold on every processor are made (``optimize``), and no weight is rearranged for this one.
     """
+    import onnxruntime as ort  # a graph is written without it
+
     options = ort.SessionOptions()
     options.log_severity_level = 3
     levels = ort.GraphOptimizationLevel
@@ -60,6 +60,8 @@ def convert(source: Path, target: Path, form: str, *, optimize: bool = False) ->
 
 
 def _converted(graph: Path, out: Path, external: str | None) -> Path:
+    import onnxruntime as ort
+
     partial = out / f"{MOBILE}.partial"
     try:
         convert(graph, partial, "ORT", optimize=True)

@@ -1,6 +1,6 @@
 """Hugging Face folders: dense, compressed-tensors, GPTQ; with their code, tokenizer and model card.
 
-Read ``packing.py`` first: bytes that other programs must agree with. ``layout.py`` says which tensors a folder holds,
+Read ``packing.py`` first: bytes that other programs must agree with. ``tensors.py`` says which tensors a folder holds,
 ``configs.py`` what its ``config.json`` says, ``padding.py`` makes value heads whole again, ``writing.py`` writes,
 ``runner.py`` runs the result in transformers.
 """
@@ -11,37 +11,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from flatq.artifact import Artifact
-from flatq.errors import ExportError
-from flatq.export.protocols import Exported
-from flatq.model.decoder import DecoderConfig
-from flatq.model.grid import Grid
-from flatq_safetensors.options import SafetensorsOptions, objections
-from flatq_safetensors.tensors import Layout
+from flatq.export import Artifact, DecoderConfig, Exported, Exporter, ExportError, Grid, absent_packages
+from flatq_safetensors.check import objections
+from flatq_safetensors.options import SafetensorsOptions
+from flatq_safetensors.sizes import estimated_bytes
 
 if TYPE_CHECKING:
     from flatq_safetensors.runner import TransformersRunner
 
 __all__ = ["SafetensorsExporter", "SafetensorsOptions"]
 
+READER = {"compressed_tensors": ("compressed-tensors", "pip install 'flatq[hf]'")}
 
-class SafetensorsExporter:
+
+class SafetensorsExporter(Exporter):
     """Writes ``config.json``, ``model*.safetensors`` and what belongs beside them."""
 
     Options = SafetensorsOptions
 
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
-        """Objections to writing this model so; see ``flatq.export.protocols.Exporter.check``."""
+        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
         return objections(config, grids, options)
 
     def bytes(
         self, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions, *, itemsize: int = 2
     ) -> int:
         """Size of the weights, from shapes."""
-        layout = Layout.of(config, grids, options, torch.float32 if itemsize == 4 else torch.bfloat16)
-        return sum(plan.bytes for name in layout.names() for plan in layout.planned(name).values())
+        return estimated_bytes(config, grids, options, itemsize)
 
     def dense(self, options: SafetensorsOptions) -> SafetensorsOptions:
         """The model before compression: a plain checkpoint, computed in float32 as ``open`` does."""
@@ -60,8 +56,15 @@ class SafetensorsExporter:
 
         return write_folder(artifact, out, options)
 
+    def missing(self, options: SafetensorsOptions, *, opening: bool = True) -> list[str]:
+        """compressed-tensors, with which transformers opens the format of that name.
+
+        GPTQ's files are compared through flatq's own decoding, since the kernels of their readers need a compiler.
+        """
+        return absent_packages(READER) if opening and options.format == "compressed-tensors" else []
+
     def providers(self) -> tuple[str, ...]:
-        """See ``flatq.export.protocols.Exporter.providers``."""
+        """See ``flatq.export.Exporter.providers``."""
         import torch
 
         return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -75,7 +78,7 @@ class SafetensorsExporter:
         threads: int = 0,
         exact: bool = False,
     ) -> TransformersRunner:
-        """Open what ``write`` wrote in transformers; see ``flatq.export.protocols.Exporter.open``.
+        """Open what ``write`` wrote in transformers; see ``flatq.export.Exporter.open``.
 
         It computes in float32, so ``exact`` changes nothing.
         """

@@ -8,9 +8,7 @@ from typing import Any
 
 import jinja2
 
-from flatq import __version__
-from flatq.artifact import Artifact
-from flatq.model.grid import Grid
+from flatq.export import Artifact, Grid, __version__
 from flatq_safetensors.configs import Versions
 from flatq_safetensors.tensors import Layout
 

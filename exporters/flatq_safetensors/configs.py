@@ -14,11 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flatq import __version__
-from flatq.errors import FlatqError
-from flatq.model.decoder import LINEARS, DecoderConfig, Rope
-from flatq.model.families import FAMILIES, config_from_hf
-from flatq.model.grid import Grid
+from flatq.export import FAMILIES, LINEARS, DecoderConfig, FlatqError, Grid, Rope, __version__, config_from_hf
 
 NAMES = FAMILIES["llama"].names
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}

@@ -14,8 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from flatq.model.decoder import DecoderConfig
-from flatq.model.grid import Grid, QuantizedWeight
+from flatq.export import DecoderConfig, Grid, QuantizedWeight
 
 ENDS = ("embed", "head")
 LEAST = 8  # below, scales take more room than is gained, and no reader is known to accept it

@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatq.errors import ExportError
-from flatq.model.grid import Grid, QuantizedWeight
+from flatq.export import ExportError, Grid, QuantizedWeight
 
 WORD = 32
 

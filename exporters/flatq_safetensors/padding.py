@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flatq.model.decoder import DecoderConfig, LayerDims
-from flatq.model.grid import QuantizedWeight
+from flatq.export import DecoderConfig, LayerDims, QuantizedWeight
 
 
 def padded_config(config: DecoderConfig) -> DecoderConfig:

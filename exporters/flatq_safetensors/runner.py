@@ -22,12 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-import flatq.hf.artifact_model  # noqa: F401 (teaches the auto classes about flatq_hub)
-from flatq.artifact import INDEX
-from flatq.errors import ExportError
-from flatq.export.protocols import FloatArray, IntArray
-from flatq.hf.modeling_flatq import loading_faults
-from flatq.model.grid import Grid
+from flatq.export import INDEX, ExportError, FloatArray, Grid, IntArray, loading_faults, register_with_transformers
 from flatq_safetensors.configs import Versions
 from flatq_safetensors.packing import GptqLinear, dequantize_gptq, unpack_compressed
 
@@ -38,7 +33,7 @@ PARTS = (
 
 
 class TransformersRunner:
-    """Satisfies ``flatq.export.protocols.Runner``; computes in float32."""
+    """Satisfies ``flatq.export.Runner``; computes in float32."""
 
     def __init__(self, folder: Path, *, provider: str = "auto", threads: int = 0) -> None:
         self.device = _device(provider)
@@ -51,19 +46,19 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
-        """See ``flatq.export.protocols.Runner.logits``."""
+        """See ``flatq.export.Runner.logits``."""
         mask = None if valid is None else self._tensor(valid)
         return _array(self.model(self._tensor(tokens), attention_mask=mask, use_cache=False).logits)
 
     @torch.inference_mode()
     def start(self, tokens: IntArray, capacity: int) -> FloatArray:
-        """See ``flatq.export.protocols.Runner.start``; the cache grows, so ``capacity`` is not needed."""
+        """See ``flatq.export.Runner.start``; the cache grows, so ``capacity`` is not needed."""
         self._cache = DynamicCache()
         return self._advance(self._tensor(tokens))
 
     @torch.inference_mode()
     def step(self, tokens: IntArray) -> FloatArray:
-        """See ``flatq.export.protocols.Runner.step``."""
+        """See ``flatq.export.Runner.step``."""
         if self._cache is None:
             raise ExportError("step: there is no prompt to go on from; call start first")
         return self._advance(self._tensor(tokens)[:, None])
@@ -85,6 +80,7 @@ def load_strictly(folder: Path) -> tuple[Any, str]:
     Raises:
         ExportError: a tensor is missing, misshapen or unknown (transformers would only log it).
     """
+    register_with_transformers()  # so that the auto classes know folders with widths per layer
     described = json.loads((folder / "config.json").read_text()).get("quantization_config")
     how = "" if described is None or _reads(described) else f" ({described['quant_method']} decoded by flatq)"
     try:

@@ -14,10 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flatq.errors import ExportError
-from flatq.model.decoder import DecoderConfig
-from flatq.model.grid import Grid, QuantizedWeight
-from flatq.model.weights import dense, tensor_shapes
+from flatq.export import DecoderConfig, ExportError, Grid, QuantizedWeight, dense, tensor_shapes
 from flatq_safetensors.configs import NAMES, family_settings
 from flatq_safetensors.grouping import ENDS, split_groups
 from flatq_safetensors.options import SafetensorsOptions

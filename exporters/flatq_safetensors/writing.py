@@ -15,10 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatq.artifact import INDEX, MANIFEST, Artifact, save_shard
-from flatq.errors import ExportError
-from flatq.export.protocols import Exported
-from flatq.files import write_atomically, write_json
+from flatq.export import INDEX, MANIFEST, Artifact, Exported, ExportError, save_shard, write_atomically, write_json
 from flatq_safetensors.card import model_card
 from flatq_safetensors.configs import (
     Versions,

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from flatq.artifact import RANGES, Artifact, save_shard
 from flatq.calibration.block import REMEDY
+from flatq.calibration.half_layers import send_through
 from flatq.calibration.states import embedded
 from flatq.calibration.tokens import Tokens
 from flatq.errors import NumericsError
 from flatq.machine.precision import blocks_in, forward_precision
 from flatq.machine.progress import progress
-from flatq.model.decoder import DecoderLayer, locate
-from flatq.model.weights import HALVES, Weights, load_half
+from flatq.model.decoder import DecoderLayer
+from flatq.model.weights import HALVES, Weights
 
 TOKENS = 8192  # with half as many single tokens suffer, twice as many are no better (docs/decisions/0023)
 ROWS = 4  # that go through a block together
@@ -60,19 +61,15 @@ def cache_ranges(
     """
     config, found = weights.config, dict[str, Tensor]()
     rows = torch.split(embedded(tokens.cpu(), weights.tensor("embed.weight")), ROWS)  # views, written in place
+
+    def measure(layer: DecoderLayer, half: str, x: Tensor) -> None:
+        for part, largest in _largest(layer, x).items() if half == "attention" else ():
+            name = f"layers.{layer.index}.{part}"
+            found[name] = torch.maximum(found[name], largest) if name in found else largest
+
     shown = progress("cache ranges", len(config.layers) * len(HALVES))
     with shown as advance, forward_precision(precision, device), blocks_in(precision, device):
-        for index in range(len(config.layers)):
-            for half in HALVES:
-                layer = load_half(weights, index, half, device=device)
-                for row in rows:
-                    x = row.to(device)
-                    if half == "attention":
-                        for part, largest in _largest(layer, x).items():
-                            name = f"layers.{index}.{part}"
-                            found[name] = torch.maximum(found[name], largest) if name in found else largest
-                    row.copy_(layer.run(half, x, locate(config, x.shape[0], x.shape[1], device=x.device)))
-                advance()
+        send_through(weights, rows, device=device, seen=measure, on_half=advance)
     for name, largest in found.items():
         if not bool(largest.isfinite().all()):
             raise NumericsError(f"{name}: is not finite on the calibration text; {REMEDY}")

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatq.calibration.half_layers import send_through
 from flatq.calibration.states import embedded
 from flatq.errors import NumericsError, RecipeError
 from flatq.machine import distributed
 from flatq.machine.device import exact
-from flatq.model.decoder import locate
-from flatq.model.weights import HALVES, Weights, load_half, load_head, load_last_norm
+from flatq.model.weights import Weights, load_head, load_last_norm
 
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32: large enough for an efficient product, small beside half a layer
 
@@ -111,18 +111,7 @@ def final_hidden(
         )
     hidden = embedded(tokens.cpu(), weights.tensor("embed.weight"))
     chunks = torch.split(hidden, batch)  # views: written in place
-    for index in range(len(config.layers)):
-        for half in HALVES:
-            layer = load_half(weights, index, half, device=device)
-            for chunk in chunks:
-                x = chunk.to(device)
-                if half == "attention":
-                    positions = locate(config, x.shape[0], x.shape[1], device=x.device)
-                    chunk.copy_(layer.attend(x, positions))
-                else:
-                    chunk.copy_(layer.transform(x))
-            if on_half is not None:
-                on_half()
+    send_through(weights, chunks, device=device, on_half=on_half)
     norm = load_last_norm(weights)
     for chunk in chunks:
         chunk.copy_(norm(chunk))

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, embedded, pieces, stored_as
 from flatq.linalg import factor_
 from flatq.machine import distributed
 from flatq.machine.precision import blocks_in, forward_precision
 from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderConfig, DecoderLayer, locate
-from flatq.model.weights import HALVES, Weights, halves, load_half, load_head, load_last_norm
+from flatq.model.weights import HALVES, Weights, load_head, load_last_norm
 
 FILE = "sensitivity.f32"
 TOKENS, LENGTH = 2048, 256  # of the calibration tokens, in rows of
@@ -72,21 +73,21 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, executio
     config = weights.config
     tokens = pieces(tokens, LENGTH, TOKENS)
     work.mkdir(parents=True, exist_ok=True)
-    order = halves(config)
-    dtype = stored_as(execution.states, len(order) * tokens.numel(), config.d_model)
+    blocks = len(HALVES) * len(config.layers)
+    dtype = stored_as(execution.states, blocks * tokens.numel(), config.d_model)
     states = _States(weights, tokens, work / "gradients", dtype, execution)
     found = Sensitivity(config, work)
     with (
-        progress("sensitivity", 2 * len(order)) as advance,
+        progress("sensitivity", 2 * blocks) as advance,
         forward_precision(execution.precision, execution.device, gradients=True),
     ):
-        for done, (index, half) in enumerate(order):
-            states.forward(done, load_half(weights, index, half, device=execution.device), half)
+        for done, _, half, layer in half_layers(weights, device=execution.device):
+            states.forward(done, layer, half)
             advance()
         gradient = states.drawn_gradient(weights)
-        for done, (index, half) in reversed(list(enumerate(order))):
+        for done, _, half, layer in half_layers(weights, device=execution.device, backwards=True):
             found[done] = _second_moment(gradient, states.mine, len(tokens))
-            gradient = states.backward(done, load_half(weights, index, half, device=execution.device), half, gradient)
+            gradient = states.backward(done, layer, half, gradient)
             advance()
     states.close()
     return found

@@ -3,75 +3,62 @@
 A corpus is read in its own order and tokenised once, as one stream without special tokens. Calibration takes
 disjoint windows of it, chosen by a seed. The held-out part is either the corpus's own test split or the end of the
 stream (a tenth, or as much as the evaluation asks for if that is more), cut off *before* any window is drawn: no
-token is ever in both.
+token is ever in both. Text that the model writes itself needs no windows: its rows begin where texts begin, and what
+is held out is drawn with another seed.
 
-``python-docs`` is the Python language reference that ships with every CPython (``pydoc_data.topics``): English
-technical prose with code, about 90,000 tokens, there without a download. Passages that stand under several
-topics are kept once, or the held-out part would repeat what calibration saw.
+A mixture is rows of several texts in proportion to their shares, shuffled, so that a measurement on the first few rows
+sees all of them. The model is judged on text of a kind that it was not calibrated on as well: its own kind tells what
+it keeps where it was looked at, the other what it keeps elsewhere.
 
-Left out: packing with begin-of-text tokens (windows start mid-text, as in the GPTQ and FLAT-LLM experiments).
+Left out: packing with begin-of-text tokens (windows of read texts start mid-text, as in the GPTQ and FLAT-LLM
+experiments).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
-import re
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from flatq.calibration.corpora import Corpus, read_text
 from flatq.errors import RecipeError
 
 if TYPE_CHECKING:
-    from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
+    from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec, TextSpec
 
-CHARACTERS_PER_TOKEN = 5  # more than any tokenizer in use needs for English
 POOL = 4  # of an endless corpus, read this many times what is drawn, so that the seed has a choice
+OTHERS = ("python-docs", "self")  # the first that was not calibrated on is the text of another kind
+ANOTHER_SEED = 2**32  # added for what is judged on; a recipe's seeds are all below
+
+
+class Writer(Protocol):
+    """Something that writes rows of text, such as ``self_text.SelfText``."""
+
+    def rows(self, samples: int, seq_len: int, seed: int) -> Tensor:
+        """int64 [samples, seq_len], the same for the same arguments."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class HubText:
-    """A dataset of the hub; ``test`` is None where it has no test split."""
+class JudgedText:
+    """A text that the model is judged on.
 
-    path: str
-    name: str | None
-    train: str
-    test: str | None
-    endless: bool = False
+    Attributes:
+        name: what it is called in reports; no two of a run are the same.
+        tokens: int64 [windows, seq_len].
+        calibrated: whether the model was calibrated on text of this kind (never on these very tokens).
+    """
 
-
-HUB_TEXTS = {
-    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
-    "c4": HubText("allenai/c4", "en", "train", "validation", endless=True),
-    "alpaca": HubText("tatsu-lab/alpaca", None, "train", None),  # its `text` is the filled-in prompt with the answer
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """Which text: a name, and for ``text`` a file with its field."""
-
-    dataset: str
-    path: str | None = None
-    field: str = "text"
-
-    @property
-    def label(self) -> str:
-        """How to call it in messages."""
-        return self.path or self.dataset if self.dataset == "text" else self.dataset
-
-    @property
-    def has_test(self) -> bool:
-        """Whether its publisher set a test split apart."""
-        return self.dataset in HUB_TEXTS and HUB_TEXTS[self.dataset].test is not None
+    name: str
+    tokens: Tensor
+    calibrated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +67,18 @@ class Tokens:
 
     Attributes:
         calibration: int64 [samples, seq_len].
-        heldout: int64 [windows, evaluation seq_len].
-        description: where both come from, with digests; JSON-ready.
+        judged: at least one text, in the order of the recipe.
+        description: where all of it comes from, with digests; JSON-ready.
     """
 
     calibration: Tensor
-    heldout: Tensor
+    judged: tuple[JudgedText, ...]
     description: dict[str, Any]
+
+    @property
+    def heldout(self) -> Tensor:
+        """Tokens of the first text that is judged on, int64 [windows, seq_len]."""
+        return self.judged[0].tokens
 
     @property
     def samples_digest(self) -> str:
@@ -94,46 +86,153 @@ class Tokens:
         return _digest(self.calibration)
 
 
-def token_batches(calibration: CalibrationSpec, evaluation: EvaluationSpec, tokenizer: Any) -> Tokens:
-    """Read, tokenise, set the held-out part aside, draw the calibration windows.
+def token_batches(
+    calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec], tokenizer: Any, writer: Writer | None = None
+) -> Tokens:
+    """Read or write, tokenise, set the held-out parts aside, draw the calibration windows.
 
     Args:
-        calibration: corpus, number and length of the windows, seed.
-        evaluation: corpus (None: the calibration's) and amount of the held-out text.
+        calibration: texts, number and length of the windows, seed.
+        evaluation: texts and amounts of what the model is judged on.
         tokenizer: the model's, a ``PreTrainedTokenizerFast``.
+        writer: writes the rows of dataset self; None where nothing asks for them.
 
     Raises:
-        RecipeError: the corpus cannot be read, or is too short; the message holds the numbers.
+        RecipeError: a text cannot be read or written, or is too short; the message holds the numbers.
     """
-    seen = Corpus(calibration.dataset, calibration.path, calibration.field)
-    judged = seen
-    if evaluation.dataset is not None:
-        judged = Corpus(evaluation.dataset, evaluation.path, evaluation.field)
-    windows = evaluation.tokens // evaluation.seq_len
-    if windows == 0:
-        raise RecipeError(
-            f"evaluation.tokens: {evaluation.tokens} is less than one sequence of evaluation.seq_len "
-            f"{evaluation.seq_len}; raise tokens or lower seq_len"
-        )
-    wanted = calibration.samples * calibration.seq_len
-    kept = windows * evaluation.seq_len
+    desk = _Desk(calibration, _unfolded(calibration, evaluation), tokenizer, writer)
+    drawn, seen = [], []
+    for part, count in zip(calibration.parts, calibration.counts(), strict=True):
+        windows, available = desk.observed(corpus_of(part), count)
+        drawn.append(windows)
+        seen.append(_describe(corpus_of(part), windows, available))
+    rows = torch.cat(drawn)
+    if len(drawn) > 1:
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))]
+    about = seen[0] if len(seen) == 1 else {"dataset": "mix", "parts": seen, **_shape(rows)}
+    judged, told = [], []
+    for name, spec, corpus in desk.wanted:
+        kept, available = desk.judged(spec, corpus)
+        judged.append(JudgedText(name, kept, corpus in desk.sources))
+        told.append({"name": name, "calibrated": corpus in desk.sources} | _describe(corpus, kept, available))
+    description = {"calibration": about | {"seed": calibration.seed}, "heldout": told[0], "judged": told}
+    return Tokens(rows, tuple(judged), description)
 
-    stream = tokenise(read_text(seen, test=False, tokens=POOL * wanted, place="calibration"), tokenizer)
-    if judged == seen and not seen.has_test:
-        stream, rest = _set_apart(stream, kept, judged.label)
-    else:
-        rest = tokenise(read_text(judged, test=True, tokens=kept, place="evaluation"), tokenizer)
-        if not judged.has_test:
-            _, rest = _set_apart(rest, kept, judged.label)
-    if len(rest) < kept:
-        raise _too_short(judged.label, len(rest), kept, "evaluation.tokens")
-    drawn = draw_windows(stream, calibration.samples, calibration.seq_len, calibration.seed, seen.label)
-    heldout = rest[:kept].view(windows, evaluation.seq_len)
-    description = {
-        "calibration": _describe(seen, drawn, len(stream)) | {"seed": calibration.seed},
-        "heldout": _describe(judged, heldout, len(rest)),
-    }
-    return Tokens(drawn, heldout, description)
+
+def self_tokens(calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec]) -> int:
+    """How many tokens the model writes itself."""
+    seen = zip(calibration.parts, calibration.counts(), strict=True)
+    written = calibration.seq_len * sum(count for part, count in seen if part.dataset == "self")
+    judged = [spec for spec, corpus in _unfolded(calibration, evaluation) if corpus.dataset == "self"]
+    return written + sum(spec.tokens // spec.seq_len * spec.seq_len for spec in judged)
+
+
+def corpus_of(spec: TextSpec) -> Corpus:
+    """The text that a block of the recipe names."""
+    # One spelling for one text, or its held-out part would not be known for what it is.
+    path = str(Path(spec.path)) if spec.path else None
+    field = spec.field or ("messages" if spec.chat_template else "text")
+    return Corpus(str(getattr(spec, "dataset", None)), path, field, spec.chat_template)
+
+
+def _unfolded(
+    calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec]
+) -> list[tuple[EvaluationSpec, Corpus]]:
+    """Each text to be judged on with its corpus: ``held-out`` is every part of the calibration, null also ``other``."""
+    sources = [corpus_of(part) for part in calibration.parts]
+    names = {corpus.dataset for corpus in sources}
+    other = next((name for name in OTHERS if name not in names), None)
+    found: list[tuple[EvaluationSpec, Corpus]] = []
+    for spec in evaluation:
+        if spec.dataset in (None, "held-out"):
+            found += [(spec, corpus) for corpus in sources]
+        if spec.dataset == "other" and other is None:
+            raise RecipeError(
+                f"evaluation.dataset: other needs one of {', '.join(OTHERS)} that is not calibrated on; name a text"
+            )
+        if spec.dataset in (None, "other") and other is not None:
+            found.append((spec, Corpus(other)))
+        if spec.dataset not in (None, "held-out", "other"):
+            found.append((spec, corpus_of(spec)))
+    return found
+
+
+def _named(wanted: Sequence[tuple[EvaluationSpec, Corpus]]) -> Iterator[tuple[str, EvaluationSpec, Corpus]]:
+    taken: set[str] = set()
+    for spec, corpus in wanted:
+        stem = spec.name or (Path(corpus.path).stem if corpus.path else corpus.dataset)
+        name = next(name for n in range(1, len(wanted) + 2) if (name := stem if n == 1 else f"{stem} {n}") not in taken)
+        taken.add(name)
+        yield name, spec, corpus
+
+
+class _Desk:
+    """Where texts are cut: each is read once, and what is judged on is set apart before anything is drawn."""
+
+    def __init__(
+        self,
+        calibration: CalibrationSpec,
+        wanted: Sequence[tuple[EvaluationSpec, Corpus]],
+        tokenizer: Any,
+        writer: Writer | None,
+    ) -> None:
+        self._calibration, self._tokenizer, self._writer = calibration, tokenizer, writer
+        self.sources = [corpus_of(part) for part in calibration.parts]
+        self.wanted = list(_named(wanted))
+        self._rest: dict[Corpus, Tensor] = {}
+        for _, spec, _ in self.wanted:
+            _rows_of(spec)
+
+    def observed(self, corpus: Corpus, samples: int) -> tuple[Tensor, int]:
+        """Calibration rows of a text, int64 [samples, seq_len], and how many tokens they were chosen from."""
+        seq_len, seed = self._calibration.seq_len, self._calibration.seed
+        if corpus.dataset == "self":
+            return self._written(samples, seq_len, seed), samples * seq_len
+        tokens = POOL * samples * seq_len
+        stream = self._tokenised(corpus, test=False, tokens=tokens, place="calibration")
+        apart = self._kept(corpus)
+        if apart and not corpus.has_test:
+            stream, self._rest[corpus] = _set_apart(stream, apart, corpus.label)
+        return draw_windows(stream, samples, seq_len, seed, corpus.label), len(stream)
+
+    def judged(self, spec: EvaluationSpec, corpus: Corpus) -> tuple[Tensor, int]:
+        """Rows that the model is judged on, int64 [windows, seq_len], and how many tokens there are."""
+        windows = _rows_of(spec)
+        kept = windows * spec.seq_len
+        if corpus.dataset == "self":
+            return self._written(windows, spec.seq_len, self._calibration.seed + ANOTHER_SEED), kept
+        if corpus not in self._rest:
+            tokens = self._kept(corpus)
+            stream = self._tokenised(corpus, test=True, tokens=tokens, place="evaluation")
+            self._rest[corpus] = stream if corpus.has_test else _set_apart(stream, tokens, corpus.label)[1]
+        rest = self._rest[corpus]
+        if len(rest) < kept:
+            raise _too_short(corpus.label, len(rest), kept, "evaluation.tokens")
+        return rest[:kept].view(windows, spec.seq_len), len(rest)
+
+    def _kept(self, corpus: Corpus) -> int:
+        """Tokens of a text that are judged on, 0 if none are."""
+        asked = [_rows_of(spec) * spec.seq_len for _, spec, wanted in self.wanted if wanted == corpus]
+        return max(asked, default=0)
+
+    def _written(self, samples: int, seq_len: int, seed: int) -> Tensor:
+        if self._writer is None:
+            raise RecipeError(
+                "dataset self: the model writes this text, and there is no model at hand here; name another dataset"
+            )
+        return self._writer.rows(samples, seq_len, seed)
+
+    def _tokenised(self, corpus: Corpus, *, test: bool, tokens: int, place: str) -> Tensor:
+        return tokenise(read_text(corpus, self._tokenizer, test=test, tokens=tokens, place=place), self._tokenizer)
+
+
+def _rows_of(spec: EvaluationSpec) -> int:
+    if spec.tokens < spec.seq_len:
+        raise RecipeError(
+            f"evaluation.tokens: {spec.tokens} is less than one sequence of evaluation.seq_len {spec.seq_len}; raise "
+            "tokens or lower seq_len"
+        )
+    return spec.tokens // spec.seq_len
 
 
 def draw_windows(stream: Tensor, samples: int, seq_len: int, seed: int, label: str) -> Tensor:
@@ -165,107 +264,6 @@ def tokenise(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def read_text(corpus: Corpus, *, test: bool, tokens: int, place: str) -> str:
-    """The corpus as one string.
-
-    Args:
-        corpus: which one.
-        test: the test split, where the corpus has one.
-        tokens: how many are wanted; only an endless corpus looks at it.
-        place: ``calibration`` or ``evaluation``, for messages.
-
-    Raises:
-        RecipeError: it cannot be read.
-    """
-    if corpus.dataset == "python-docs":
-        return python_docs()
-    if corpus.dataset == "text":
-        return _local_text(corpus, place)
-    if corpus.dataset in HUB_TEXTS:
-        return _hub_text(corpus, test=test, tokens=tokens, place=place)
-    allowed = ", ".join([*HUB_TEXTS, "python-docs", "text"])
-    raise RecipeError(f"{place}.dataset: {corpus.dataset!r} is not known; allowed: {allowed}")
-
-
-def python_docs() -> str:
-    """The Python language reference of this interpreter: prose unwrapped, every passage once."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as stripped:
-        raise RecipeError(
-            "dataset python-docs: this Python comes without pydoc_data (a stripped build); use dataset text with a path"
-        ) from stripped
-    seen: set[str] = set()
-    passages = []
-    for topic in topics.values():
-        for block in re.split(r"\n\s*\n", topic):
-            lines = [line for line in block.splitlines() if not re.fullmatch(r"\s*([*=~^\"'-])\1{2,}\s*", line)]
-            passage = _unwrap("\n".join(lines))
-            if passage and passage not in seen:
-                seen.add(passage)
-                passages.append(passage)
-    return "\n\n".join(passages)
-
-
-def _unwrap(block: str) -> str:
-    # A sentence begins with a capital, a quote or a star and ends with a stop; code and grammar keep their lines.
-    flat = " ".join(re.sub(r"(?<=[a-z]-)\n\s*(?=[a-z])", "", block).split())
-    prose = re.match(r"[A-Z\"(*]", flat) and re.search(r"[.:!?)]$", flat) and "::=" not in flat and ">>>" not in flat
-    return flat if prose else textwrap.dedent(block).strip("\n")
-
-
-def _local_text(corpus: Corpus, place: str) -> str:
-    if corpus.path is None:
-        raise RecipeError(f"{place}.path: dataset text needs the path of a .txt or .jsonl file")
-    file = Path(corpus.path).expanduser()
-    if file.suffix not in (".txt", ".jsonl"):
-        raise RecipeError(f"{place}.path: {file} is not supported; allowed: .txt (plain), .jsonl (one object a line)")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as failed:
-        raise RecipeError(
-            f"{place}.path: {file} cannot be read as UTF-8 text ({failed}); give another file"
-        ) from failed
-    return text if file.suffix == ".txt" else "\n\n".join(_records(text, corpus.field, file, place))
-
-
-def _records(text: str, field: str, file: Path, place: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as broken:
-            raise RecipeError(f"{place}.path: {file}, line {number}: not valid JSON ({broken})") from broken
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise RecipeError(f"{place}.field: {file}, line {number}: no text under {field!r}; found: {found}")
-        yield record[field]
-
-
-def _hub_text(corpus: Corpus, *, test: bool, tokens: int, place: str) -> str:
-    import datasets
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever httpx it uses
-
-    row = HUB_TEXTS[corpus.dataset]
-    split = row.test if test and row.test else row.train
-    documents: list[str] = []
-    length = 0
-    try:
-        for record in datasets.load_dataset(row.path, row.name, split=split, streaming=row.endless):
-            documents.append(record["text"])
-            length += len(record["text"])
-            if row.endless and length >= tokens * CHARACTERS_PER_TOKEN:
-                break
-    except (OSError, HTTPError, DatasetsError, ValueError) as failed:
-        raise RecipeError(
-            f"{place}.dataset: {corpus.dataset} ({row.path}) could not be had from the Hugging Face hub ({failed}). "
-            "Without a network: dataset python-docs (ships with Python), or dataset text with a path of yours"
-        ) from failed
-    return "\n\n".join(documents)
-
-
 def _set_apart(stream: Tensor, kept: int, label: str) -> tuple[Tensor, Tensor]:
     if len(stream) < kept:
         raise _too_short(label, len(stream), kept, "evaluation.tokens")
@@ -287,11 +285,12 @@ def _describe(corpus: Corpus, windows: Tensor, available: int) -> dict[str, Any]
     about: dict[str, Any] = {"dataset": corpus.dataset}
     if corpus.dataset == "text":
         about |= {"path": corpus.path, "field": corpus.field}
+    if corpus.chat_template:
+        about["chat_template"] = True
     if corpus.dataset == "python-docs":
         about["python"] = platform.python_version()
-    return about | {
-        "sequences": windows.shape[0],
-        "seq_len": windows.shape[1],
-        "tokens_available": available,
-        "sha256": _digest(windows),
-    }
+    return about | {**_shape(windows), "tokens_available": available}
+
+
+def _shape(windows: Tensor) -> dict[str, Any]:
+    return {"sequences": windows.shape[0], "seq_len": windows.shape[1], "sha256": _digest(windows)}

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from flatq.calibration.block import MOMENTS, Block, Reference
+from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, stored_as
 from flatq.files import write_json
 from flatq.machine import distributed
 from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderConfig, locate
 from flatq.model.grid import QuantizedWeight
-from flatq.model.weights import HALVES, Weights, halves, load_half
+from flatq.model.weights import HALVES, Weights
 
 
 def walk(
@@ -64,16 +65,14 @@ def walk(
     work.mkdir(parents=True, exist_ok=True)
     feeds = [_feed(config, tokens, work / f"states-{turn}", execution) for turn in (0, 1)]
     dense = [_feed(config, tokens, work / f"dense-{turn}", execution) for turn in (0, 1)] if reference else []
-    order = halves(config)
     start = distributed.broadcast(blocks_done(work))
     if start == 0:
         feeds[0].embed(tokens, weights.tensor("embed.weight") if embed is None else embed)
         if reference:
             dense[0].embed(tokens, weights.tensor("embed.weight"))
     del embed  # not held through the walk
-    for done in range(start, len(order)):
-        (index, half), now, then = order[done], done % 2, (done + 1) % 2
-        layer = load_half(weights, index, half, device=execution.device)
+    for done, index, half, layer in half_layers(weights, device=execution.device, start=start):
+        now, then = done % 2, (done + 1) % 2
         block = Block(
             index,
             half,

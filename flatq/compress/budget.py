@@ -21,7 +21,8 @@ from flatq.model import footprint
 from flatq.model.decoder import DecoderConfig
 from flatq.model.dims import LayerDims
 from flatq.quantize.grids import planned_grids
-from flatq.recipe.blocks import FlatSpec, GptqSpec, bytes_of
+from flatq.recipe.blocks import FlatSpec, GptqSpec
+from flatq.units import parse_size, size_at_least
 
 Price = Callable[[int, LayerDims], float]  # (layer number, its widths) -> cost; widths may be 0
 
@@ -52,18 +53,13 @@ class Budget:
 
     def written(self, cost: float) -> str:
         """A cost as the recipe would state it, rounded up."""
-        return f"{math.ceil(1000 * cost / self.unit) / 1000}" if self.key == "keep_ratio" else _in_bytes(cost)
+        return f"{math.ceil(1000 * cost / self.unit) / 1000}" if self.key == "keep_ratio" else size_at_least(cost)
 
     def refusal(self, least: float, reason: str) -> RecipeError:
         """The error of a limit below ``least``."""
         return RecipeError(
             f"stages.flat.{self.key}: {self.given} cannot be reached: {reason}; choose {self.written(least)} or more"
         )
-
-
-def _in_bytes(count: float) -> str:
-    unit, factor = next(((u, f) for u, f in (("GB", 1e9), ("MB", 1e6)) if count >= f), ("kB", 1e3))
-    return f"{math.ceil(1000 * count / factor) / 1000:.10g}{unit}"
 
 
 def budget_of(config: DecoderConfig, flat: FlatSpec, gptq: GptqSpec | None, itemsize: int) -> Budget:
@@ -85,7 +81,7 @@ def budget_of(config: DecoderConfig, flat: FlatSpec, gptq: GptqSpec | None, item
         return weights + footprint.cache_bytes(config, dims, whole_cache)
 
     rest = (footprint.ends_bytes if flat.size else footprint.decode_ends_bytes)(config, grids, itemsize)
-    return Budget("size" if flat.size else "decode_bytes", given, bytes_of(given), price, rest)
+    return Budget("size" if flat.size else "decode_bytes", given, parse_size(given), price, rest)
 
 
 def parameter_budget(layers: Sequence[LayerDims], d_model: int, keep_ratio: float) -> Budget:

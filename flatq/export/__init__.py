@@ -1,1 +1,70 @@
-"""The door for formats, and what is done with every export."""
+"""The plug-in API: everything that an exporter imports from flatq, and nothing else.
+
+Start with ``Exporter``. docs/writing-an-exporter.md has a complete example. The modules of the core import from
+``flatq.export.protocols`` and its neighbours, never from here.
+"""
+
+from __future__ import annotations
+
+from flatq import __version__
+from flatq.artifact import (
+    ENERGIES,
+    INDEX,
+    MANIFEST,
+    RANGES,
+    Artifact,
+    save_shard,
+)
+from flatq.errors import ExportError, FlatqError, RecipeError
+from flatq.export.hub import loading_faults, register_with_transformers
+from flatq.export.protocols import (
+    Exported,
+    Exporter,
+    FloatArray,
+    IntArray,
+    Runner,
+    absent_packages,
+)
+from flatq.files import file_digest, write_atomically, write_json
+from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
+from flatq.model.families import FAMILIES, config_from_hf
+from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.weights import Weights, dense, tensor_shapes
+from flatq.sources.gguf_file import ROPE_DIVISORS, pairs_from_halves
+
+__all__ = [
+    "ENERGIES",
+    "FAMILIES",
+    "INDEX",
+    "LINEARS",
+    "MANIFEST",
+    "RANGES",
+    "ROPE_DIVISORS",
+    "Artifact",
+    "DecoderConfig",
+    "ExportError",
+    "Exported",
+    "Exporter",
+    "FlatqError",
+    "FloatArray",
+    "Grid",
+    "IntArray",
+    "LayerDims",
+    "QuantizedWeight",
+    "RecipeError",
+    "Rope",
+    "Runner",
+    "Weights",
+    "__version__",
+    "absent_packages",
+    "config_from_hf",
+    "dense",
+    "file_digest",
+    "loading_faults",
+    "pairs_from_halves",
+    "register_with_transformers",
+    "save_shard",
+    "tensor_shapes",
+    "write_atomically",
+    "write_json",
+]

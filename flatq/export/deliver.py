@@ -10,25 +10,25 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from flatq.artifact import Artifact
-from flatq.errors import ArtifactError, ExportError, RecipeError
+from flatq.errors import ArtifactError, ExportError
+from flatq.export.baseline import BASELINE, dense_artifact
 from flatq.export.bench import BenchResult, Load, bench_side_by_side
-from flatq.export.dense import BASELINE, dense_artifact
-from flatq.export.protocols import CacheQuantizer, Exported, Exporter, Runner, exporter_named
+from flatq.export.planned import PlannedExport, absent_packages_of, has_runtime
+from flatq.export.protocols import Exported, Runner, exporter_named
 from flatq.export.verify import EXACT, Limits, verify
 from flatq.files import file_digest, write_json
 from flatq.machine.progress import progress
 from flatq.recipe.blocks import BenchSpec
-from flatq.recipe.grammar import Recipe, explain_options
+from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder
 from flatq.sources.source import Source
 
@@ -36,62 +36,10 @@ log = logging.getLogger(__name__)
 DESCRIPTION = "export.json"
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedExport:
-    """One entry of the recipe's ``exports`` with its exporter and validated options."""
-
-    name: str
-    format: str
-    exporter: Exporter
-    options: BaseModel
-
-
-def planned_exports(recipe: Recipe) -> list[PlannedExport]:
-    """Find every exporter that the recipe names and validate its options.
-
-    Raises:
-        RecipeError: all unknown exporters and wrong options at once.
-    """
-    planned, problems = [], list[str]()
-    for index, spec in enumerate(recipe.exports):
-        try:
-            exporter = exporter_named(spec.format)
-            planned.append(PlannedExport(spec.name, spec.format, exporter, exporter.Options(**spec.options)))
-        except RecipeError as error:
-            problems += error.problems
-        except ValidationError as error:
-            problems += explain_options(recipe, index, exporter.Options, error)
-    problems += absent_providers(recipe, planned)
-    if problems:
-        raise RecipeError(problems)
-    return planned
-
-
-def absent_providers(recipe: Recipe, planned: Sequence[PlannedExport]) -> list[str]:
-    """What ``bench.provider`` asks for and the runtimes that are installed here do not have."""
-    wanted = recipe.bench.provider if recipe.bench else "auto"
-    lacking = {
-        item.format for item in planned if (found := item.exporter.providers()) and wanted not in (*found, "auto")
-    }
-    return [
-        recipe.problem(
-            ("bench", "provider"),
-            f"{wanted} was asked for, but the runtime of {form} that is installed here does not have it; use auto, or "
-            "check the recipe where it will run",
-        )
-        for form in sorted(lacking)
-    ]
-
-
-def needs_cache_ranges(items: Sequence[PlannedExport]) -> bool:
-    """Whether one of them keeps keys and values in few bits."""
-    return any(
-        isinstance(item.exporter, CacheQuantizer) and item.exporter.needs_cache_ranges(item.options) for item in items
-    )
-
-
 def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor | None) -> dict[str, Any]:
     """Write an export, open it in its runtime, compare it with the artifact; the folder appears when all is well.
+
+    With ``item.verify`` false it is not opened, and the report says that it was not verified.
 
     Args:
         out: folder to make; its parent is made, too.
@@ -101,36 +49,46 @@ def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor 
         JSON-ready ``ExportReport``.
 
     Raises:
-        ExportError: it cannot be written, or its runtime disagrees.
+        ExportError: it cannot be written, its runtime disagrees, or a package for either is not installed.
     """
+    if absent := absent_packages_of([item]):
+        raise ExportError("\n".join(absent))
     growing = out.with_name(out.name + ".partial")
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
-        exported, verification = _written(item, artifact, growing, os.path.relpath(artifact.root, out), heldout)
+        exported, verification, unverified = _written(
+            item, artifact, growing, os.path.relpath(artifact.root, out), heldout
+        )
     except BaseException:
         shutil.rmtree(growing, ignore_errors=True)
         raise
     files = sorted(path.relative_to(exported.root) for path in exported.files)
     shutil.rmtree(out, ignore_errors=True)
     growing.rename(out)
+    if unverified:
+        log.warning("exports.%s: not verified: %s", item.name, unverified)
     return {
         "name": item.name,
         "files": [str(file) for file in files],
         "bytes": sum((out / file).stat().st_size for file in files),
         "sha256": {str(file): file_digest(out / file) for file in files},
         "verify": verification,
+        "unverified": unverified,
         "notes": list(exported.notes),
     }
 
 
 def _written(
     item: PlannedExport, artifact: Artifact, root: Path, origin: str, heldout: Tensor | None
-) -> tuple[Exported, dict[str, Any] | None]:
+) -> tuple[Exported, dict[str, Any] | None, str]:
     exported = item.exporter.write(artifact, root, item.options)
     description = {"format": item.format, "options": item.options.model_dump(mode="json"), "artifact": origin}
     write_json(root / DESCRIPTION, description)
-    return exported, _verified(item, artifact, exported, heldout)
+    if not item.verify:
+        return exported, None, "verification was switched off"
+    verification = _verified(item, artifact, exported, heldout)
+    return exported, verification, "" if verification else "the format has no runtime that flatq can open"
 
 
 def _verified(
@@ -148,16 +106,20 @@ def measured(recipe: Recipe, source: Source, folder: RunFolder, exports: list[Pl
     spec = recipe.bench
     if spec is None:
         return []
-    entries = {item.name: (item, folder.exports / item.name) for item in exports}
+    runnable = [item for item in exports if has_runtime(item)]
+    for item in exports:
+        if item not in runnable:
+            log.warning("bench: %s has no runtime here, so it is left out", item.name)
+    entries = {item.name: (item, folder.exports / item.name) for item in runnable}
     if spec.baseline:
-        dense = next((d for item in exports if (d := _dense_twin(item, source, folder.work)) is not None), None)
+        dense = next((d for item in runnable if (d := _dense_twin(item, source, folder.work)) is not None), None)
         if dense is not None:
             entries = {BASELINE: dense, **entries}
     return [asdict(result) for result in side_by_side(entries, spec, source.config.vocab)]
 
 
 def side_by_side(entries: Mapping[str, tuple[PlannedExport, Path]], spec: BenchSpec, vocab: int) -> list[BenchResult]:
-    """Measure export folders in turns, each in a process of its own; formats without a runtime are left out."""
+    """Measure export folders in turns, each in a process of its own."""
     openers = {
         name: partial(item.exporter.open, root, item.options, provider=spec.provider, threads=spec.threads)
         for name, (item, root) in entries.items()

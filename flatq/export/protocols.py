@@ -1,21 +1,23 @@
-"""The door between the core and the formats: two protocols, found by entry point ``flatq.exporters``.
+"""The plug-in interface for file formats: a base class, the runner of a runtime, and what a write returns.
 
-The core never imports an exporter. A plug-in is a class with the methods of ``Exporter``, registered as
+The core never imports an exporter. A plug-in is a subclass of ``Exporter``, registered as
 
     [project.entry-points."flatq.exporters"]
     onnx = "flatq_onnx:OnnxExporter"
 
 Importing the plug-in must not need its runtime (onnxruntime, gguf, ...): those are imported inside ``write`` and
-``open``, so that a recipe can be checked on a machine that only has the core.
+``open``, so that a recipe can be checked on a machine that only has the core. ``missing`` names what is not installed.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from pydantic import BaseModel
 from flatq.artifact import Artifact
 from flatq.errors import RecipeError
 from flatq.model.decoder import DecoderConfig
+from flatq.model.footprint import weight_bytes
 from flatq.model.grid import Grid
 
 GROUP = "flatq.exporters"
@@ -81,80 +84,124 @@ class Runner(Protocol):
         ...
 
 
-class Exporter(Protocol):
-    """A file format."""
+class Exporter(ABC):
+    """Base class of a file format. ``Options``, ``check`` and ``write`` are required, the rest has defaults.
 
-    Options: type[BaseModel]
+    A format with a runtime overrides ``open``, ``providers`` and ``missing`` together.
+    """
 
+    Options: ClassVar[type[BaseModel]]
+    """Schema of the options that a recipe may set; it forbids unknown keys."""
+
+    @abstractmethod
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: Any) -> list[str]:
-        """Objections in words, with the way out; an empty list means that it can be written.
+        """Reasons why this model cannot be written, each with the way out; an empty list means that it can.
 
         Args:
             config: the planned widths.
             grids: grid of each linear that will be quantized, by stem (``layers.0.q``, ``embed``).
+            options: an instance of ``Options``.
         """
-        ...
+
+    @abstractmethod
+    def write(self, artifact: Artifact, out: Path, options: Any) -> Exported:
+        """Write the files into the empty folder ``out``.
+
+        Raises:
+            ExportError: it cannot be written; the message gives the way out.
+        """
 
     def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: Any, *, itemsize: int = 2) -> int:
         """Size of the files that ``write`` would make, estimated from shapes alone.
 
+        The default is the size of the weights with packed codes.
+
         Args:
-            config, grids, options: as for ``check``.
+            config: the planned widths.
+            grids: grid of each linear that will be quantized, by stem.
+            options: an instance of ``Options``.
             itemsize: bytes of a number that the artifact holds unquantized.
         """
-        ...
+        return weight_bytes(config, grids, itemsize)
+
+    def check_tokenizer(self, described: Mapping[str, Any], config: DecoderConfig, options: Any) -> list[str]:
+        """Objections to the model's tokenizer, for a format whose files hold the tokenizer in a form of its own.
+
+        Args:
+            described: the content of ``tokenizer.json``.
+            config: the planned widths.
+            options: an instance of ``Options``.
+        """
+        return []
+
+    def needs_cache_ranges(self, options: Any) -> bool:
+        """Whether ``write`` will ask for ``Artifact.cache_ranges``, as a format with a quantized cache does."""
+        return False
 
     def dense(self, options: Any) -> Any | None:
         """Options that write the model before compression for the same runtime; None if there is no such form."""
-        ...
+        return None
 
-    def write(self, artifact: Artifact, out: Path, options: Any) -> Exported:
-        """Write the files into the empty folder ``out``."""
-        ...
+    def missing(self, options: Any, *, opening: bool = True) -> list[str]:
+        """Packages that are not installed here, each as a sentence with the command that installs it.
+
+        Args:
+            options: an instance of ``Options``.
+            opening: False leaves out what only ``open`` needs.
+        """
+        return []
 
     def providers(self) -> tuple[str, ...]:
-        """What ``open`` can compute on here, of ``cpu`` and ``cuda``; empty if the runtime is not installed."""
-        ...
+        """What ``open`` can compute on here, of ``cpu`` and ``cuda``; empty if there is no runtime or none here."""
+        return ()
 
     def open(
         self, exported: Path, options: Any, *, provider: str = "auto", threads: int = 0, exact: bool = False
     ) -> Runner | None:
-        """Open what ``write`` wrote in its runtime; None if the format has no runtime of its own.
+        """Open what ``write`` wrote in its runtime; None if the format has no runtime that flatq can drive.
 
         Args:
+            exported: the folder that ``write`` filled.
+            options: those that ``write`` was given.
             provider: ``auto``, ``cpu`` or ``cuda``; the last is an ExportError where it cannot be had.
             threads: 0 lets the runtime choose.
             exact: switch off approximations of the runtime (int8 activations), for comparison with the artifact.
         """
-        ...
+        return None
 
 
-@runtime_checkable
-class TokenizerCarrier(Protocol):
-    """An exporter whose files hold the tokenizer too, in a form that cannot say everything."""
+def absent_packages(needed: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Sentences for ``Exporter.missing``.
 
-    def check_tokenizer(self, described: Mapping[str, Any], config: DecoderConfig, options: Any) -> list[str]:
-        """Objections to the model's tokenizer, as ``Exporter.check``; ``described`` is its ``tokenizer.json``."""
-        ...
-
-
-@runtime_checkable
-class CacheQuantizer(Protocol):
-    """An exporter that can have its runtime keep keys and values in few bits, and must know how large they become."""
-
-    def needs_cache_ranges(self, options: Any) -> bool:
-        """Whether ``write`` will ask for ``Artifact.cache_ranges`` with these options."""
-        ...
+    Args:
+        needed: by module name, the name of its package and the command that installs it.
+    """
+    return [
+        f"the package {package} is not installed; install it with `{command}`"
+        for module, (package, command) in needed.items()
+        if find_spec(module) is None
+    ]
 
 
 def exporter_named(name: str) -> Exporter:
     """One exporter.
 
     Raises:
-        RecipeError: no such exporter is installed; the message lists those that are.
+        RecipeError: no such exporter is installed (the message lists those that are), or it is no ``Exporter``.
     """
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in found:
-        raise RecipeError(f"exports: no exporter is named {name!r}; installed: {', '.join(sorted(found)) or 'none'}")
-    exporter: Exporter = found[name].load()()
-    return exporter
+    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in entries:
+        raise RecipeError(f"exports: no exporter is named {name!r}; installed: {', '.join(sorted(entries)) or 'none'}")
+    kind = entries[name].load()
+    if not (isinstance(kind, type) and issubclass(kind, Exporter) and hasattr(kind, "Options")):
+        raise RecipeError(
+            f"exports: the exporter {name!r} ({entries[name].value}) is no subclass of flatq.export.Exporter with an "
+            "Options schema; update or uninstall its package"
+        )
+    try:
+        return kind()
+    except TypeError as incomplete:  # Python names the abstract methods that are not there
+        raise RecipeError(
+            f"exports: the exporter {name!r} ({entries[name].value}) cannot be made ({incomplete}); update or "
+            "uninstall its package"
+        ) from incomplete

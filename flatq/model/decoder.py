@@ -213,7 +213,7 @@ def locate(
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # [b, 1, s, d]
     windowed = config.sliding_window is not None and total > config.sliding_window
     mask = None
-    if valid is not None or past > 0 or windowed:
+    if valid is not None or (past > 0 and length > 1) or windowed:  # a single new token sees all that is there
         query = torch.arange(past, total, device=device)[:, None]
         key = torch.arange(total, device=device)[None]
         mask = key <= query
@@ -273,6 +273,10 @@ class DecoderLayer(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.index)
         rank = value.shape[-1]
+        if s == 1 and positions.mask is None:
+            # A token's query heads of one group stand in for positions: keys and values are not repeated for them.
+            query = query.view(b, dims.kv_heads, dims.group, dims.d_qk)
+            return F.scaled_dot_product_attention(query, key, value).reshape(b, 1, dims.heads * rank)
         # The fused kernels want one head size, so narrower values are padded with zeros for the call.
         mixed = F.scaled_dot_product_attention(
             query,

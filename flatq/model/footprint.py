@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from flatq.model.decoder import LINEARS, DecoderConfig
 from flatq.model.dims import LayerDims
 from flatq.model.grid import Grid
+from flatq.model.names import Stem
 
 CACHE_ITEM = 2  # bytes of a cached number: float16, which llama.cpp and all GPU servers keep
 Grids = Mapping[str, Grid]
@@ -31,7 +32,7 @@ def layer_bytes(config: DecoderConfig, grids: Grids, itemsize: int, index: int, 
     shapes = {name: dims.shape(name, config.d_model) for name in LINEARS}
     biases = sum(shapes[name][0] for name in LINEARS if config.has_bias(name))
     return biases * itemsize + sum(
-        matrix_bytes(shape, grids.get(f"layers.{index}.{name}"), itemsize) for name, shape in shapes.items()
+        matrix_bytes(shape, grids.get(str(Stem(index, name))), itemsize) for name, shape in shapes.items()
     )
 
 

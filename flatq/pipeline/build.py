@@ -15,70 +15,70 @@ from torch import Tensor, nn
 
 from flatq.artifact import ENERGIES, Artifact, finish, save_shard, shard_name
 from flatq.calibration.block import Block
-from flatq.calibration.states import WORKING_SET, Execution
 from flatq.calibration.walk import blocks_done, last_states, walk
 from flatq.compress.plan import RankPlan
 from flatq.files import write_json
+from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.names import Stem
 from flatq.model.weights import HALVES, halves, head_stem
 from flatq.quantize.embedding_and_head import EMBEDDING, ENDS, head_moment, save_first, save_last, saved_first
 from flatq.quantize.stage import READERS
-from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
 from flatq.stages import stages_of, walked_along
 
 log = logging.getLogger(__name__)
 
 
-def build(
-    source: Source,
-    tokens: Tensor,
-    plan: RankPlan,
-    recipe: Recipe,
-    grids: Mapping[str, Grid],
-    *,
-    partial: Path,
-    root: Path,
-    work: Path,
-    provenance: Mapping[str, Any],
-    device: str = "cpu",
-    working_set: int = WORKING_SET,
-) -> Artifact:
-    """Compress and quantize block by block; resumes where a killed run of the same folders stopped.
+def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mapping[str, Any]) -> Artifact:
+    """Compress and quantize block by block; resumes where a killed run of the same folder stopped.
 
     Args:
-        tokens: calibration tokens, int64 [samples, seq].
+        job: the artifact grows in ``folder.partial`` and is renamed to ``folder.artifact`` at the end.
+        plan: widths of the compressed model.
         grids: of every weight that is to be quantized, by stem.
-        partial: folder in which the artifact grows; renamed to ``root`` at the end.
-        work: hidden states and the per-block reports.
         provenance: goes into the manifest; must not hold anything that differs between two runs.
-        working_set: bytes for the activations of a batch.
     """
+    recipe, source, partial, work = job.recipe, job.source, job.folder.partial, job.folder.work
+    tokens, execution = job.tokens.calibration, job.execution
     config = source.config.with_layers(plan.layers)
-    stages = stages_of(recipe, plan, grids, source.config, work)
-
     if distributed.first():
         partial.mkdir(parents=True, exist_ok=True)
         save_first(source, grids, partial)
     distributed.barrier()
+    _walk(job, plan, grids)
+    solves = head_stem(config) in grids
+    moment = head_moment(source, last_states(source, tokens, work, execution), execution) if solves else None
+    if distributed.first():
+        head = save_last(source, grids, moment, recipe.gptq, partial)
+        save_shard(partial / ENERGIES, energies(work))
+        manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work), "head": head}
+        _finish(source, config, grids, manifest, partial, job.folder.artifact)
+    distributed.barrier()
+    return Artifact.open(job.folder.artifact)
+
+
+def _walk(job: Job, plan: RankPlan, grids: Mapping[str, Grid]) -> None:
+    """Every block through the stages, each on disk when it is done."""
+    source, partial, work = job.source, job.folder.partial, job.folder.work
+    stages = stages_of(job.recipe, plan, grids, source.config, work)
+    reference, lag = walked_along(job.recipe)
 
     def save(block: Block) -> None:
         _save_block(block, source.dtype, partial, work)
 
-    execution, total = Execution.of(recipe.calibration, device, working_set), len(config.layers) * len(HALVES)
-    reference, lag = walked_along(recipe)
-    with progress("compress", total) as advance:
+    with progress("compress", len(halves(source.config))) as advance:
         advance(blocks_done(work))
         for block in walk(
             source,
-            tokens,
+            job.tokens.calibration,
             work,
             save,
             embed=saved_first(source, grids, partial),
-            execution=execution,
+            execution=job.execution,
             reference=reference,
             lag=lag,
         ):
@@ -86,16 +86,6 @@ def build(
                 stage.apply(block)
             block.observe()  # without a stage that did; the energies are kept
             advance()
-
-    solves = head_stem(config) in grids
-    moment = head_moment(source, last_states(source, tokens, work, execution), execution) if solves else None
-    if distributed.first():
-        head = save_last(source, grids, moment, recipe.gptq, partial)
-        save_shard(partial / ENERGIES, energies(work))
-        manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work), "head": head}
-        _finish(source, config, grids, manifest, partial, root)
-    distributed.barrier()
-    return Artifact.open(root)
 
 
 def _finish(
@@ -156,7 +146,7 @@ def energies(work: Path) -> dict[str, Tensor]:
 
 def _energies(block: Block) -> dict[str, Tensor]:
     readers = {name: gram for gram, names in READERS[block.half] for name in names}
-    return {f"layers.{block.index}.{name}": block.grams[gram].energy().clone() for name, gram in readers.items()}
+    return {str(Stem(block.index, name)): block.grams[gram].energy().clone() for name, gram in readers.items()}
 
 
 def _linears(block: Block) -> list[tuple[str, nn.Linear]]:

@@ -11,31 +11,29 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.perplexity import perplexity
-from flatq.calibration.states import WORKING_SET
-from flatq.calibration.tokens import Tokens, token_batches
+from flatq.calibration.states import Execution
+from flatq.calibration.tokens import Tokens
 from flatq.compress.plan import RankPlan
-from flatq.export.deliver import (
-    PlannedExport,
-    deliver,
-    measured,
-    needs_cache_ranges,
-    planned_exports,
-)
+from flatq.export.deliver import deliver, measured
+from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
+from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
 from flatq.machine.progress import progress
 from flatq.model.grid import Grid
 from flatq.model.weights import HALVES, Weights
 from flatq.pipeline.build import build
+from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
 from flatq.plan.forecast import forecasts, working_set
-from flatq.plan.objections import raise_early_objections, raise_objections
+from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import write_report
 from flatq.report.summary import provenance, quality, summarize
@@ -53,6 +51,7 @@ def run(
     fresh: bool = False,
     memory: int | None = None,
     predict: bool = False,
+    verify: bool = True,
 ) -> Path | None:
     """Do everything that the recipe says; returns the run folder (None in all but the first of several processes).
 
@@ -63,54 +62,59 @@ def run(
         fresh: remove what an earlier run left in the folder.
         memory: bytes of RAM to stay below; None takes what the default batch sizes need.
         predict: forecast time and memory first, and report them beside what was measured.
+        verify: False writes exports without opening them, which the report says.
 
     Raises:
         FlatqError: with ``exit_code`` 2 where the recipe or what it names is wrong, 3 where a stage failed.
     """
     with distributed.joined():
-        return _run(recipe, out, device, fresh, memory, predict)
+        return _run(recipe, planned_exports(recipe, verify=verify), out, device, fresh, memory, predict)
 
 
-def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int | None, predict: bool) -> Path | None:
-    exports = planned_exports(recipe)
+def _run(
+    recipe: Recipe,
+    exports: list[PlannedExport],
+    out: Path | None,
+    device: str,
+    fresh: bool,
+    memory: int | None,
+    predict: bool,
+) -> Path | None:
     device = resolve_device(device)
     folder = RunFolder.open(out, recipe, fresh=fresh)
     if folder.finished:
         log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
         return folder.root if distributed.part() else None
+    raise_absent_packages(exports)
     source = open_source(recipe)
     room = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
-    raise_objections(
-        recipe, source.config, []
-    )  # groups wider than the dense model's weights fit no narrower one either
+    raise_objections(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one
     raise_early_objections(recipe, source, exports)
     draft(recipe, source)  # refuses a budget that no plan can meet, before anything is measured
     for caution in sizes.cautions(recipe, source.config):
         log.warning(caution)
     with folder.working():
-        tokens = distributed.on_first(lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer()))
+        tokens = run_tokens(recipe, source, folder, device)
         origins = distributed.on_first(lambda: provenance(recipe, source, tokens))
         fixed = {name: origins[name] for name in ("source", "tokens", "versions")}
         distributed.on_first(lambda: folder.depend_on(fixed))
+        job = Job(recipe, source, tokens, folder, Execution.of(recipe.calibration, device, room))
         expected: dict[str, Any] = {}
         if predict:
-            expected = folder.phase("forecast", lambda: expectations(recipe, source, exports, device, room))
-        baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"))
-        plan = rank_plan(recipe, source, tokens, folder, device, room)
-        grids = bit_plan(recipe, source, tokens, plan, folder, device, room)
+            expected = folder.phase("forecast", lambda: expectations(job, exports), dict[str, Any])
+        baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"), float)
+        plan = rank_plan(job)
+        grids = bit_plan(job, plan)
         raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)
-        artifact = compressed(recipe, source, tokens, plan, grids, folder, origins, device, room)
-        result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"))
+        artifact = compressed(job, plan, grids, origins)
+        result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"), float)
         if not distributed.part():
             return None
-        artifact.note_quality(quality(recipe, tokens, baseline=baseline, result=result))
+        artifact.note_quality(quality(tokens, baseline=baseline, result=result))
         if needs_cache_ranges(exports):
-            precision = recipe.calibration.precision
-            folder.phase(
-                "cache-ranges", lambda: note_cache_ranges(artifact, tokens, precision=precision, device=device)
-            )
+            measure_cache_ranges(job, artifact)
         written = [exported(item, artifact, tokens, folder) for item in exports]
-        bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports))
+        bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports), list[dict[str, Any]])
         report = summarize(
             recipe,
             source,
@@ -131,11 +135,11 @@ def _run(recipe: Recipe, out: Path | None, device: str, fresh: bool, memory: int
     return folder.root
 
 
-def expectations(
-    recipe: Recipe, source: Source, exports: Sequence[PlannedExport], device: str, room: int
-) -> dict[str, Any]:
+def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
     """Forecast of every phase, JSON-ready."""
+    recipe, source, execution = job.recipe, job.source, job.execution
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
+    device, room = execution.device, execution.working_set
     found = forecasts(recipe, source.config, layers, source, device=device, room=room, ranges=ranges)
     return {phase: asdict(said) for phase, said in found.items()}
 
@@ -155,48 +159,36 @@ def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
         return perplexity(weights, tokens.heldout, device=device, on_half=advance).value
 
 
-def compressed(
-    recipe: Recipe,
-    source: Source,
-    tokens: Tokens,
-    plan: RankPlan,
-    grids: Mapping[str, Grid],
-    folder: RunFolder,
-    origins: dict[str, Any],
-    device: str,
-    room: int = WORKING_SET,
-) -> Artifact:
+def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Mapping[str, Any]) -> Artifact:
     """The artifact, made by one walk over the blocks, or finished by an earlier run."""
+    folder = job.folder
 
     def make() -> None:
         if distributed.broadcast(folder.artifact.exists()):
             return
-        needed = sizes.disk_bytes(source.config.with_layers(plan.layers), recipe, source.dtype.itemsize)
+        needed = sizes.disk_bytes(job.source.config.with_layers(plan.layers), job.recipe, job.itemsize)
         if distributed.first():
             require_space(folder.root, needed, "the artifact and the hidden states")
-        build(
-            source,
-            tokens.calibration,
-            plan,
-            recipe,
-            grids,
-            partial=folder.partial,
-            root=folder.artifact,
-            work=folder.work,
-            provenance=origins,
-            device=device,
-            working_set=room,
-        )
+        build(job, plan, grids, origins)
 
-    folder.phase("compress", make)
+    folder.phase("compress", make, NoneType)
     artifact = Artifact.open(folder.artifact)
     if distributed.first():
         artifact.verify()
     return artifact
 
 
-def exported(item: PlannedExport, artifact: Artifact, tokens: Tokens, folder: RunFolder) -> Any:
+def measure_cache_ranges(job: Job, artifact: Artifact) -> None:
+    """Ranges of keys and values, for exports that keep them in 8 bits."""
+    precision, device = job.recipe.calibration.precision, job.execution.device
+
+    def measure() -> None:
+        note_cache_ranges(artifact, job.tokens, precision=precision, device=device)
+
+    job.folder.phase("cache-ranges", measure, NoneType)
+
+
+def exported(item: PlannedExport, artifact: Artifact, tokens: Tokens, folder: RunFolder) -> dict[str, Any]:
     """One export, written and verified, or done by an earlier run."""
-    return folder.phase(
-        f"export-{item.name}", lambda: deliver(item, artifact, folder.exports / item.name, tokens.heldout)
-    )
+    out = folder.exports / item.name
+    return folder.phase(f"export-{item.name}", lambda: deliver(item, artifact, out, tokens.heldout), dict[str, Any])

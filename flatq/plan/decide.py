@@ -6,22 +6,20 @@ measures nothing twice.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from types import NoneType
 from typing import Any
 
 from flatq.calibration.importance import layer_importance
 from flatq.calibration.sensitivity import Sensitivity, output_sensitivity
-from flatq.calibration.states import WORKING_SET, Execution
-from flatq.calibration.tokens import Tokens
 from flatq.compress.allocate import Curves
 from flatq.compress.error_curves import error_curves
 from flatq.compress.plan import RankPlan, plan_ranks
+from flatq.job import Job
 from flatq.model.grid import Grid
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
 from flatq.quantize.grids import planned_grids
 from flatq.recipe.grammar import Recipe
-from flatq.run_folder import RunFolder
 from flatq.sources.source import Source
 
 
@@ -54,60 +52,49 @@ def draft(recipe: Recipe, source: Source) -> RankPlan:
     return plan_ranks(source.config, recipe.flat, gptq=recipe.gptq, itemsize=source.dtype.itemsize)
 
 
-def rank_plan(
-    recipe: Recipe, source: Source, tokens: Tokens, folder: RunFolder, device: str, room: int = WORKING_SET
-) -> RankPlan:
+def rank_plan(job: Job) -> RankPlan:
     """Widths of the compressed model; measures what the allocation goes by."""
+    recipe, source, folder, execution = job.recipe, job.source, job.folder, job.execution
     spec, config, first = recipe.flat, source.config, draft(recipe, source)
     if spec is None or first.layers == config.layers:
         return first
-    execution = Execution.of(recipe.calibration, device, room)
 
     def importance() -> list[float]:
-        return layer_importance(source, tokens.calibration, folder.work, execution=execution)
+        return layer_importance(source, job.tokens.calibration, folder.work, execution=execution)
 
-    def curves() -> list[dict[str, Any]]:
+    def curves() -> list[Curves]:
         fisher = Sensitivity(config, folder.work)
-        found = error_curves(source, tokens.calibration, fisher, folder.work, ridge=spec.ridge, execution=execution)
-        return [asdict(curve) for curve in found]
+        return error_curves(source, job.tokens.calibration, fisher, folder.work, ridge=spec.ridge, execution=execution)
 
     if spec.sensitive:
-        _sense(source, tokens, folder, execution)
+        _measure_sensitivity(job)
     measured: dict[str, Any] = {}
     if spec.parts.allocation == "curves":
-        measured["curves"] = [Curves(**curve) for curve in folder.phase("curves", curves)]
+        measured["curves"] = folder.phase("curves", curves, list[Curves])
     elif spec.parts.allocation == "iprs":
-        measured["importance"] = folder.phase("importance", importance)
-    return plan_ranks(config, spec, **measured, gptq=recipe.gptq, itemsize=source.dtype.itemsize)
+        measured["importance"] = folder.phase("importance", importance, list[float])
+    return plan_ranks(config, spec, **measured, gptq=recipe.gptq, itemsize=job.itemsize)
 
 
-def bit_plan(
-    recipe: Recipe,
-    source: Source,
-    tokens: Tokens,
-    plan: RankPlan,
-    folder: RunFolder,
-    device: str,
-    room: int = WORKING_SET,
-) -> dict[str, Grid]:
+def bit_plan(job: Job, plan: RankPlan) -> dict[str, Grid]:
     """Grid of every weight that will be quantized; measures errors if the recipe gives an average to keep to."""
-    spec, config = recipe.gptq, source.config.with_layers(plan.layers)
+    source, folder = job.source, job.folder
+    spec, config = job.recipe.gptq, source.config.with_layers(plan.layers)
     if spec is None or spec.average_bits is None:
         return planned_grids(config, spec)
-    execution = Execution.of(recipe.calibration, device, room)
 
     def errors() -> dict[str, dict[str, float]]:
         fisher = Sensitivity(source.config, folder.work)
-        return bit_errors(source, tokens.calibration, spec, fisher, folder.work, execution=execution)
+        return bit_errors(source, job.tokens.calibration, spec, fisher, folder.work, execution=job.execution)
 
-    _sense(source, tokens, folder, execution)
-    return planned_grids(config, spec, choose(config, spec, folder.phase("bits", errors)))
+    _measure_sensitivity(job)
+    return planned_grids(config, spec, choose(config, spec, folder.phase("bits", errors, dict[str, dict[str, float]])))
 
 
-def _sense(source: Source, tokens: Tokens, folder: RunFolder, execution: Execution) -> None:
-    """Measure how much the loss minds errors, unless an earlier plan or run did."""
+def _measure_sensitivity(job: Job) -> None:
+    """Measure the Fisher information of the residual stream, unless an earlier plan or run did."""
 
     def measure() -> None:
-        output_sensitivity(source, tokens.calibration, folder.work, execution=execution)
+        output_sensitivity(job.source, job.tokens.calibration, job.folder.work, execution=job.execution)
 
-    folder.phase("sensitivity", measure)
+    job.folder.phase("sensitivity", measure, NoneType)

@@ -20,14 +20,13 @@ from flatq.recipe.grammar import Recipe
 from flatq.units import seconds, size
 
 if TYPE_CHECKING:
-    from flatq.export.deliver import PlannedExport
+    from flatq.export.planned import PlannedExport
 
 
 def explanation(recipe: Recipe) -> list[str]:
     """The recipe in words, one line per step."""
     calibration, lines = recipe.calibration, [f"model        {recipe.model.path}"]
-    text = calibration.path or calibration.dataset
-    lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {text}")
+    lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {calibration.label}")
     if (flat := recipe.flat) is not None:
         kind = ", the same widths in all layers" if flat.uniform else ""
         lines.append(f"flat         {flat.budget}, {flat.parts.allocation} allocation{kind}")
@@ -43,10 +42,21 @@ def explanation(recipe: Recipe) -> list[str]:
             lines.append(f"             {pattern}: {changed}")
     for spec in recipe.exports:
         options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
-        lines.append(f"export       {spec.name}: {spec.format} {options}".rstrip())
+        unverified = "" if spec.verify else " (not verified)"
+        lines.append(f"export       {spec.name}: {spec.format} {options}".rstrip() + unverified)
     if recipe.bench is not None:
         lines.append(f"bench        prompt {recipe.bench.prompt}, {recipe.bench.new_tokens} new tokens")
     return lines
+
+
+def described(config: DecoderConfig) -> str:
+    """The shapes of a model in a line."""
+    dims = config.layers[0]
+    return (
+        f"{config.family}: {len(config.layers)} layers, d_model {config.d_model}, {dims.heads} heads of {dims.d_qk} on "
+        f"{dims.kv_heads} key-value heads, d_ff {dims.d_ff}, vocabulary {config.vocab:,}, "
+        f"{config.parameters():,} parameters"
+    )
 
 
 def forecast(

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 
 from flatq.calibration import cache_ranges, sensitivity, states
 from flatq.calibration.perplexity import LOGITS_AT_ONCE
+from flatq.calibration.self_text import SIDE_BY_SIDE, writing_bytes
 from flatq.calibration.states import WORKING_SET, activation_bytes
+from flatq.calibration.tokens import self_tokens
 from flatq.compress import error_curves
 from flatq.errors import RecipeError
 from flatq.machine.memory import give_back, rss_bytes
@@ -115,8 +117,9 @@ def _narrowed(config: DecoderConfig, factor: int) -> DecoderConfig:
 def _tokens(recipe: Recipe) -> dict[str, int]:
     """How many tokens each phase looks at."""
     calibration = recipe.calibration.samples * recipe.calibration.seq_len
-    scored = recipe.evaluation.tokens
+    scored = recipe.evaluation[0].tokens
     return {
+        "self-text": self_tokens(recipe.calibration, recipe.evaluation),
         "baseline": scored,
         "sensitivity": min(calibration, sensitivity.TOKENS),
         "curves": min(calibration, error_curves.TOKENS),
@@ -136,7 +139,7 @@ def working_bytes(
     heads = max(dims.heads * dims.d_v for dims in config.layers)
     layer = max(dims.parameters(m) for dims in config.layers)
     half = 4 * max(3 * f * m, layer - 3 * f * m)
-    text, scored = recipe.calibration, recipe.evaluation
+    text, scored = recipe.calibration, recipe.evaluation[0]
     one = activation_bytes(config) * text.seq_len
     batch = min(max(room, one), activation_bytes(config) * min(states.BATCH_TOKENS, text.samples * text.seq_len))
     rows = min(TOGETHER, scored.tokens // scored.seq_len)  # that go through an evaluation together
@@ -159,6 +162,7 @@ def working_bytes(
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     found = {
+        "self-text": writing_bytes(config, min(SIDE_BY_SIDE, text.samples), max(text.seq_len, scored.seq_len)),
         "baseline": evaluated,
         "sensitivity": gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab),
         "curves": max(half + max(batch + grams, eliminating, 28 * heads**2), embedding),
@@ -168,7 +172,8 @@ def working_bytes(
         "evaluate": evaluated,
         "cache-ranges": ranging,
     }
-    phases = ["baseline", *measurements(recipe), "compress", "evaluate", *(["cache-ranges"] if ranges else [])]
+    phases = ["self-text"] if self_tokens(text, recipe.evaluation) else []
+    phases += ["baseline", *measurements(recipe), "compress", "evaluate", *(["cache-ranges"] if ranges else [])]
     return {phase: int(found[phase]) for phase in phases}
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from flatq.compress.plan import uneven
 from flatq.errors import RecipeError
-from flatq.export.deliver import PlannedExport
-from flatq.export.protocols import TokenizerCarrier
+from flatq.export.planned import PlannedExport, absent_packages_of
+from flatq.export.protocols import Exporter
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.quantize.grids import objections, possible_grids
@@ -49,6 +49,16 @@ def exporter_objections(
     return list(dict.fromkeys(words))
 
 
+def raise_absent_packages(exports: list[PlannedExport]) -> None:
+    """Refuse exports that this machine cannot write or verify, before hours of work.
+
+    Raises:
+        RecipeError: each package that is not installed, with the command that installs it.
+    """
+    if problems := absent_packages_of(exports):
+        raise RecipeError(problems)
+
+
 def raise_early_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
     """Raise what the exporters object to for any ranks: the tokenizer, and layers that differ.
 
@@ -58,11 +68,10 @@ def raise_early_objections(recipe: Recipe, source: Source, exports: list[Planned
         RecipeError: all objections at once.
     """
     problems: list[str] = []
-    carriers = [item for item in exports if isinstance(item.exporter, TokenizerCarrier)]
-    if carriers and source.has_tokenizer:
+    carriers = [item for item in exports if type(item.exporter).check_tokenizer is not Exporter.check_tokenizer]
+    if carriers and source.has_tokenizer:  # reading a tokenizer takes a while, so only for those who ask
         described = json.loads(source.tokenizer().backend_tokenizer.to_str())
         for item in carriers:
-            assert isinstance(item.exporter, TokenizerCarrier)
             found = item.exporter.check_tokenizer(described, source.config, item.options)
             problems += [f"exports.{item.name}: {words}" for words in found]
     if recipe.flat is None:

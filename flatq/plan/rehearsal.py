@@ -28,8 +28,10 @@ from flatq.calibration.block import Block
 from flatq.calibration.cache_ranges import cache_ranges, ranged
 from flatq.calibration.importance import layer_importance
 from flatq.calibration.perplexity import perplexity
+from flatq.calibration.self_text import SIDE_BY_SIDE, FixedCache, drawn_ids
 from flatq.calibration.sensitivity import Sensitivity, output_sensitivity
 from flatq.calibration.states import Execution
+from flatq.calibration.tokens import self_tokens
 from flatq.calibration.walk import last_states, walk
 from flatq.compress import error_curves
 from flatq.compress.error_curves import block_curve, observed_blocks
@@ -37,7 +39,7 @@ from flatq.compress.plan import RankPlan
 from flatq.machine.progress import hidden, progress
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.model.grid import QuantizedWeight
-from flatq.model.weights import Weights, head_stem, tensor_shapes
+from flatq.model.weights import Weights, head_stem, load_decoder, tensor_shapes
 from flatq.plan.decide import measurements
 from flatq.quantize.bit_errors import block_errors, judged_blocks
 from flatq.quantize.bits import free_units
@@ -47,6 +49,7 @@ from flatq.recipe.grammar import Recipe
 from flatq.stages import stages_of, walked_along
 
 BATCHES = 2  # of calibration tokens
+POSITIONS = 16  # of rows that the model writes itself; their attention is short, as most of it is
 TOGETHER = 4  # rows that an evaluation sends through a layer together
 
 
@@ -191,13 +194,14 @@ class Rehearsal:
 
     def _phases(self, work: Path) -> dict[str, tuple[Tensor, Callable[[Tensor], object]]]:
         """Tokens and work of each; ``work`` is a folder for hidden states."""
-        text, scored = self.recipe.calibration, self.recipe.evaluation
+        text, scored = self.recipe.calibration, self.recipe.evaluation[0]
         rows = max(1, states.BATCH_TOKENS // text.seq_len) * BATCHES
         calibration = self._drawn(min(rows, text.samples), text.seq_len)
         heldout = self._drawn(min(TOGETHER, scored.tokens // scored.seq_len), scored.seq_len)
-        found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {
-            "baseline": (heldout, lambda tokens: self._score(tokens, self.weights))
-        }
+        found: dict[str, tuple[Tensor, Callable[[Tensor], object]]] = {}
+        if self_tokens(text, self.recipe.evaluation):
+            found["self-text"] = self._drawn(min(SIDE_BY_SIDE, text.samples), POSITIONS), self._write
+        found["baseline"] = heldout, lambda tokens: self._score(tokens, self.weights)
         few, some = (
             states.pieces(calibration, sensitivity.LENGTH, most) for most in (sensitivity.TOKENS, error_curves.TOKENS)
         )
@@ -227,6 +231,18 @@ class Rehearsal:
     @property
     def _watched(self) -> Watched:
         return Watched(self.weights, self.clock)
+
+    @torch.inference_mode()
+    def _write(self, tokens: Tensor) -> None:
+        decoder = load_decoder(self._watched, device=self.device)
+        cache = FixedCache(decoder.config, *tokens.shape, device=self.device)
+        for position in tokens.to(self.device).split(1, dim=1):
+            with self.clock.during("layers"):
+                hidden_states = decoder.hidden(position, cache=cache, past=cache.past)
+            with self.clock.during("ends"):
+                chances = torch.rand(len(tokens), dtype=torch.float64).to(self.device)
+                drawn_ids(decoder.logits(hidden_states[:, -1]), chances)
+            cache.past += 1
 
     def _score(self, tokens: Tensor, weights: Weights) -> None:
         perplexity(Watched(weights, self.clock), tokens, device=self.device)

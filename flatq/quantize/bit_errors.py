@@ -26,6 +26,7 @@ from flatq.calibration.states import AUTO, Execution, pieces
 from flatq.calibration.walk import dense_blocks
 from flatq.machine.precision import forward_precision
 from flatq.model.grid import Grid
+from flatq.model.names import Stem
 from flatq.model.weights import Weights
 from flatq.quantize.bits import Unit, free_units
 from flatq.quantize.grids import planned_grids
@@ -97,8 +98,8 @@ def block_errors(
 
 
 def _inside(block: Block, unit: Unit) -> bool:
-    _, index, name = unit.stems[0].split(".")
-    return int(index) == block.index and any(name in names for _, names in READERS[block.half])
+    first = Stem.of(unit.stems[0])
+    return first.layer == block.index and any(first.linear in names for _, names in READERS[block.half])
 
 
 def _errors(
@@ -111,7 +112,7 @@ def _errors(
     spec: GptqSpec,
     solving: Solving,
 ) -> dict[str, float]:
-    names = [stem.rsplit(".", 1)[1] for stem in unit.stems]
+    names = [Stem.of(stem).linear for stem in unit.stems]
     gram = next(gram for gram, readers in READERS[block.half] if names[0] in readers)
     linears: list[nn.Linear] = [getattr(block.layer, name) for name in names]
     whole = [linear.weight for linear in linears]

@@ -3,7 +3,7 @@
 The budget is spent like a budget for ranks: every unit of linears begins with the fewest bits, and again and again the
 step that takes most error away per bit is bought, until the average is reached. A unit is what servers fuse into one
 matrix and what reads one activation: q, k, v; o; gate, up; down. What a unit's errors are is measured elsewhere
-(``quantize.curves``); here are only numbers.
+(``quantize.bit_errors``); here are only numbers.
 
 Left out: bits per expert or per head, and any search beyond this greedy one, which is exact up to its last step because
 prices are taken from the lower convex hull of each unit's errors.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.names import Stem, stems_of
 from flatq.recipe.blocks import GptqSpec, OverrideSpec
 
 UNITS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -43,11 +44,6 @@ class Pinned:
 
     total: int
     spent: int
-
-
-def stems_of(config: DecoderConfig) -> list[str]:
-    """Every linear of every layer."""
-    return [f"layers.{index}.{name}" for index in range(len(config.layers)) for name in LINEARS]
 
 
 def override_of(stem: str, spec: GptqSpec) -> OverrideSpec:
@@ -162,11 +158,12 @@ def free_units(config: DecoderConfig, spec: GptqSpec) -> tuple[Pinned, list[Unit
             free: dict[str, int] = {}
             for name in names:
                 rows, columns = dims.shape(name, config.d_model)
-                rule = override_of(f"layers.{index}.{name}", spec)
+                stem = str(Stem(index, name))
+                rule = override_of(stem, spec)
                 if rule.quantize and rule.bits is not None:
                     total, spent = total + rows * columns, spent + rows * columns * rule.bits
                 elif rule.quantize:
-                    free[f"layers.{index}.{name}"] = rows * columns
+                    free[stem] = rows * columns
             if free:
                 units.append(Unit(tuple(free), sum(free.values()), {}))
     return Pinned(total, spent), units

@@ -6,8 +6,6 @@ Choices, with their numbers in docs/decisions/0008 and 0009:
   squared error weighted with the column's activation energy.
 - Groups are static: scales are fixed before the first column is rounded. Columns can then be visited by descending
   activation energy (``act_order``) and still be stored in their own order, which every export format needs.
-- Or they are not (``late_scales``): a group's scale is fitted when its turn comes, on weights that make up for what
-  came before, each column weighed with what its rounding will cost (D below).
 - All linears that read the same activation (q, k, v; gate, up) are solved in one call, their rows stacked.
 - Columns pass on their errors by the factors of the Gram itself, ``H = (I + U) D (I + U)^T``: column i is rounded with
   ``sum over j before i of (w_j - q_j) U_ji`` added, which is what GPTQ's updates by the inverse's factor amount to.
@@ -22,7 +20,6 @@ QuIP (arXiv 2307.13304), section 3 (LDLQ, and that it is the same).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -31,7 +28,6 @@ from flatq.calibration.grams import finite
 from flatq.errors import NumericsError
 from flatq.linalg import has_factor_, submatrix
 from flatq.model.grid import Grid, QuantizedWeight
-from flatq.quantize.refine import refine
 
 WEIGHTS_AT_ONCE = 1 << 24  # weights in the working set of a solve: 64 MiB each of rest, scales, zeros, codes
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn when the solve breaks down
@@ -69,9 +65,7 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = True,
     clip_search: bool = True,
-    late_scales: bool = False,
     block_size: int = 64,
-    refinements: int = 0,
     at_once: int = WEIGHTS_AT_ONCE,
 ) -> GptqResult:
     """Quantize a weight so that its outputs on the calibration tokens change least.
@@ -82,10 +76,7 @@ def gptq(
         damping: added to the diagonal, relative to its mean over live columns.
         act_order: visit columns by descending energy.
         clip_search: search the scale of each group; else it covers the group's largest weight.
-        late_scales: fit a group's scale when its turn comes, on weights that already make up for the groups before it;
-            groups are visited one after the other, with ``act_order`` by descending energy, and so are their columns.
         block_size: columns whose corrections are applied one by one; the rest follows in one product.
-        refinements: how often scales and codes are fitted to each other afterwards, see ``refine``.
         at_once: weights in the working set: so many are solved together, whole rows and at least one.
 
     Raises:
@@ -94,14 +85,13 @@ def gptq(
     if not (finite(w) and finite(gram)):
         raise NumericsError("GPTQ: the weight or the second moment of its inputs is not finite")
     energy = gram.diagonal().clamp(min=0).float()
-    feedback = _feedback(gram, energy == 0, _order(energy, grid, act_order, late_scales), damping)
-    late = clip_search if late_scales and feedback is not None else None
+    feedback = _feedback(gram, energy == 0, _order(energy, act_order), damping)
     # A row's codes depend on no other row: a large weight is solved a few rows at a time.
     parts = []
     for some in w.split(max(1, at_once // w.shape[1])):
         rows = some.float().T.contiguous().T  # [o, i], a column contiguous: everything below goes column by column
-        scale, zero = grid.fit(rows, importance=energy, search=clip_search and late is None)
-        weight, lost = _rounded(rows, gram, feedback, scale, zero, grid, late, block_size, refinements)
+        scale, zero = grid.fit(rows, importance=energy, search=clip_search)
+        weight, lost = _rounded(rows, gram, feedback, scale, zero, grid, block_size)
         parts.append((weight.codes, weight.scale, weight.zero, lost, _energy(rows, gram)))
     codes, scale, zero, lost, total = (torch.cat(part) for part in zip(*parts, strict=True))
     used = None if feedback is None else feedback.damping
@@ -115,21 +105,14 @@ def _rounded(
     scale: Tensor,
     zero: Tensor,
     grid: Grid,
-    late: bool | None,
     block_size: int,
-    refinements: int,
 ) -> tuple[QuantizedWeight, Tensor]:
     """Some rows in codes, and the energy that each loses, float64 [o]; to nearest where there are no factors."""
     lost = None
     if feedback is None:
         codes = grid.encode(w, *(grid.spread(part, w.shape[1]) for part in (scale, zero)))
     else:
-        codes, scale, zero, lost = _sweep(w, feedback, scale, zero, grid, late, block_size)
-        if refinements:
-            damped = gram.to(torch.float32, copy=True)
-            damped.diagonal()[feedback.order] += feedback.added
-            codes, scale = refine(w, damped, codes.float(), scale, zero, grid, refinements, block_size)
-            lost = None
+        codes, lost = _sweep(w, feedback, scale, zero, grid, block_size)
     weight = QuantizedWeight(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid)
     return weight, _energy(w - weight.dequantize(), gram) if lost is None else lost
 
@@ -158,17 +141,11 @@ class Feedback:
     damping: float
 
 
-def _order(energy: Tensor, grid: Grid, act_order: bool, by_group: bool) -> Tensor:
+def _order(energy: Tensor, act_order: bool) -> Tensor:
     """In which order columns are visited, int64 [i]."""
     if not act_order:
         return torch.arange(len(energy), device=energy.device)
-    order = torch.argsort(energy, descending=True, stable=True)
-    if by_group:
-        group = grid.group_index(len(energy), energy.device)
-        mean = torch.zeros(int(group[-1]) + 1, device=energy.device).index_add_(0, group, energy) / group.bincount()
-        place = mean.argsort(descending=True, stable=True).argsort()
-        order = order[place[group[order]].argsort(stable=True)]
-    return order
+    return torch.argsort(energy, descending=True, stable=True)
 
 
 def _feedback(gram: Tensor, dead: Tensor, order: Tensor, damping: float) -> Feedback | None:
@@ -194,16 +171,13 @@ def _feedback(gram: Tensor, dead: Tensor, order: Tensor, damping: float) -> Feed
 
 @torch.inference_mode()  # half of the time of a narrow weight's sweep was spent on bookkeeping for gradients
 def _sweep(
-    w: Tensor, feedback: Feedback, scale: Tensor, zero: Tensor, grid: Grid, late: bool | None, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes of every column in stored order, uint8 [o, i], their scale and zero, the energy that is lost, float64 [o].
+    w: Tensor, feedback: Feedback, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of every column in stored order, uint8 [o, i], and the energy that is lost, float64 [o].
 
     When its turn comes, a column takes over its share of the errors of all columns before it (their sum is a product
     of a matrix and a vector within a block, of two matrices for earlier blocks), is rounded, and its own whole error,
     that of the rounding and what it took over, takes its place.
-
-    Args:
-        late: fit each group's scale when it begins, with (True) or without (False) a search; None keeps those given.
     """
     order, share = feedback.order, feedback.share
     rest = w.T[order]  # [i, o]: a column of the weight is a row here
@@ -212,14 +186,10 @@ def _sweep(
     scales, lowest, highest = (part.unbind() for part in parts)
     codes = torch.empty_like(rest)
     lost = torch.zeros(w.shape[0], dtype=torch.float64, device=w.device)
-    for block in _blocks(group, None if late is not None else block_size):
-        whole, earlier = rest[block], slice(block.start)
+    for start in range(0, len(rest), block_size):
+        block = slice(start, min(start + block_size, len(rest)))
+        whole, earlier = rest[block], slice(start)
         value, errors = torch.addmm(whole, share[earlier, block].T, rest[earlier]), torch.zeros_like(whole)
-        if late is not None:
-            fitted = grid.fit(value.T, importance=feedback.price[block], search=late)
-            new = (fitted[0], -fitted[1], grid.levels - fitted[1])
-            for part, now in zip(parts, new, strict=True):
-                part[group[block.start]] = now[:, 0]
         shares, before = share[block, block].T.contiguous(), errors.T  # those to come are still 0
         columns = zip(*(x.unbind() for x in (whole, value, errors, codes[block], shares)), strict=True)
         for g, (column, here, error, code, taken) in zip(group[block].tolist(), columns, strict=True):
@@ -234,11 +204,4 @@ def _sweep(
     codes -= parts[1][group]
     stored = torch.empty_like(codes, dtype=torch.uint8)
     stored[order] = codes.to(torch.uint8)
-    return stored.T, parts[0].T, -parts[1].T, lost
-
-
-def _blocks(group: Tensor, size: int | None) -> list[slice]:
-    """Columns that are swept together: so many, or (None) each group as it is visited."""
-    lengths = group.unique_consecutive(return_counts=True)[1].tolist() if size is None else map(len, group.split(size))
-    ends = [0, *accumulate(lengths)]
-    return [slice(*ends[k : k + 2]) for k in range(len(ends) - 1)]
+    return stored.T, lost

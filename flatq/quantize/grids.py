@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from flatq.model.decoder import LINEARS, DecoderConfig
 from flatq.model.grid import Grid
-from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, stems_of, unmatched
+from flatq.model.names import Stem, stems_of
+from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, unmatched
 from flatq.recipe.blocks import GptqSpec
 
 
@@ -58,11 +59,10 @@ def _too_wide(config: DecoderConfig, spec: GptqSpec) -> list[str]:
     sizes: set[int] = set()
     for stem, grid in planned_grids(config, spec).items():
         columns = config.d_model
-        if stem.startswith("layers."):
-            _, index, name = stem.split(".")
-            columns = config.layers[int(index)].shape(name, config.d_model)[1]
+        if (linear := Stem.parse(stem)) is not None:
+            columns = linear.shape(config)[1]
         if grid.group_size > columns:
-            kind = stem.rsplit(".", 1)[-1]
+            kind = linear.linear if linear is not None else stem
             found.setdefault(f"{kind} ({columns} inputs)", []).append(stem)
             sizes.add(grid.group_size)
     if not found:

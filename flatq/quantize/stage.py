@@ -13,6 +13,7 @@ from flatq.calibration.grams import Gram, finite
 from flatq.errors import NumericsError
 from flatq.linalg import drift_correction
 from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
+from flatq.model.names import Stem
 from flatq.model.weights import Weights, dense
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE, GptqResult, gptq
 from flatq.recipe.blocks import GptqSpec
@@ -81,7 +82,7 @@ class GptqStage:
         """Linears that share their grid, which are solved in one call; those without one are left as they are."""
         found: dict[Grid, list[str]] = {}
         for name in names:
-            grid = self.grids.get(f"layers.{index}.{name}")
+            grid = self.grids.get(str(Stem(index, name)))
             if grid is not None:
                 found.setdefault(grid, []).append(name)
         return list(found.items())
@@ -122,9 +123,7 @@ def quantized_together(
         damping=spec.damping,
         act_order=spec.act_order,
         clip_search=spec.clip_search,
-        late_scales=spec.late_scales,
         block_size=spec.block_size,
-        refinements=spec.refinements,
         at_once=at_once,
     )
 

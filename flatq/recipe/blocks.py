@@ -6,15 +6,16 @@ A class is a block of the file, a field is a key, and the text below a field is 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Dataset = Literal["wikitext2", "c4", "alpaca", "python-docs", "text"]
+from flatq.units import parse_size
+
+Dataset = Literal["self", "wikitext2", "c4", "alpaca", "python-docs", "text"]
+EvaluationDataset = Literal["self", "wikitext2", "c4", "alpaca", "python-docs", "text", "held-out", "other"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 16, 32, 64, 128, 256, 512, 1024]
 MOST_TOKENS = 2**24  # at d_model 4096 and bfloat16 their hidden states already take 137 GB of disk
@@ -39,55 +40,100 @@ class ModelSpec(Spec):
     """Type of the tensors that stay unquantized; auto keeps the checkpoint's own."""
 
 
-class CalibrationSpec(Spec):
-    """The text whose activations decide what is kept."""
+class TextSpec(Spec):
+    """A text: a data set by name, or a file."""
 
-    dataset: Dataset
-    """Where the text comes from; python-docs ships with Python and needs no download, text is a file of yours."""
     path: str | None = None
     """The .txt or .jsonl file of dataset text; relative to the working directory."""
-    field: str = "text"
-    """Key that holds the text in each line of a .jsonl file."""
+    field: str | None = None
+    """Key that holds the text in each line of a .jsonl file; null is text, with chat_template messages."""
+    chat_template: bool = False
+    """Each line of the .jsonl file holds messages, which are written out by the model's own chat template."""
+
+
+class MixedSpec(TextSpec):
+    """A part of a mixture."""
+
+    dataset: Dataset
+    """As calibration.dataset."""
+    share: Annotated[float, Field(gt=0)]
+    """How many of the sequences, relative to the other parts; shares need not add up to 1."""
+
+
+class CalibrationSpec(TextSpec):
+    """The text whose activations decide what is kept."""
+
+    dataset: Dataset | None = None
+    """Where the text comes from: self is written by the model, python-docs ships with Python (neither needs a
+    download), text is a file of yours."""
+    mix: Annotated[tuple[MixedSpec, ...], Field(strict=False)] = ()
+    """Several texts in place of dataset, each with its share of the sequences."""
     samples: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Number of sequences."""
     seq_len: Annotated[int, Field(ge=2, le=131_072)] = 2048
     """Tokens in a sequence."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of the choice of sequences."""
+    """Seed of the choice of sequences, and of what the model writes."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What blocks compute in; auto: bfloat16 where the device has it. The stream and all sums are float32 or better."""
     states: Literal["auto", "float32", "bfloat16"] = "auto"
     """Hidden states between blocks, on disk; auto takes bfloat16 where float32 would need more than 2 GiB."""
 
+    @property
+    def parts(self) -> tuple[MixedSpec, ...]:
+        """The texts; a single one is a mixture of itself."""
+        if self.mix or self.dataset is None:
+            return self.mix
+        return (
+            MixedSpec(
+                dataset=self.dataset, path=self.path, field=self.field, chat_template=self.chat_template, share=1.0
+            ),
+        )
 
-class EvaluationSpec(Spec):
-    """The text on which perplexity is measured, before and after; never the calibration's own part."""
+    @property
+    def label(self) -> str:
+        """The texts in words."""
+        return " + ".join(part.path or part.dataset for part in self.parts)
 
-    dataset: Dataset | None = None
-    """As calibration.dataset; null takes the held-out part of the calibration text."""
-    path: str | None = None
-    """The .txt or .jsonl file of dataset text; relative to the working directory."""
-    field: str = "text"
-    """Key that holds the text in each line of a .jsonl file."""
+    def counts(self) -> tuple[int, ...]:
+        """Sequences of each part: in proportion to the shares, what is left over to the largest remainders."""
+        return rows_by_share([part.share for part in self.parts], self.samples)
+
+
+def rows_by_share(shares: Sequence[float], rows: int) -> tuple[int, ...]:
+    """Whole numbers in proportion to ``shares`` that add up to ``rows``, by largest remainder; ties go to the first."""
+    exact = [rows * share / sum(shares) for share in shares]
+    counts = [int(wanted) for wanted in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: rows - sum(counts)]:
+        counts[i] += 1
+    return tuple(counts)
+
+
+class EvaluationSpec(TextSpec):
+    """A text on which the model is judged, before and after; never the calibration's own part."""
+
+    name: Annotated[str, Field(min_length=1, max_length=60)] | None = None
+    """What the text is called in the report; null is the dataset or the file's name without its ending."""
+    dataset: EvaluationDataset | None = None
+    """As calibration.dataset; or held-out, the part of the calibration text that is kept apart; or other, a text of
+    another kind than the calibration's. null is held-out and other."""
     tokens: Annotated[int, Field(ge=2, le=MOST_TOKENS)] = 8192
     """Tokens in all."""
     seq_len: Annotated[int, Field(ge=2, le=131_072)] = 512
     """Tokens in a sequence."""
 
 
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 CONTEXT = 4096
 
 
 def _size(value: Any) -> Any:
-    if not isinstance(value, str) or not re.fullmatch(r"\d{1,9}(\.\d{1,9})?(kB|MB|GB)", value) or bytes_of(value) == 0:
-        raise ValueError(f"{str(value)!r:.60} is not allowed; a size above 0 such as 90MB or 1.5GB (kB, MB, GB)")
-    return value
-
-
-def bytes_of(size: str) -> int:
-    """``90MB`` as a number of bytes."""
-    return int(Decimal(size[:-2]) * UNITS[size[-2:]])
+    try:
+        if isinstance(value, str) and not value.strip().isdecimal() and parse_size(value):
+            return value
+    except ValueError:
+        pass  # one message for all mistakes
+    raise ValueError(f"{str(value)!r:.60} is not allowed; a size above 0 with its unit, such as 90MB, 1.5GB or 6GiB")
 
 
 Size = Annotated[str, BeforeValidator(_size)]
@@ -224,16 +270,12 @@ class GptqSpec(Spec):
     """Quantize the columns with the largest activations first; the stored order stays as it was."""
     clip_search: bool = True
     """Search the scale of each group for the least weighted error instead of covering its largest weight."""
-    late_scales: bool = False
-    """Fit the scale of a group when its turn comes, on weights that make up for the groups rounded before it."""
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, relative to its mean."""
     block_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Columns per lazy update; changes speed, not the result beyond rounding."""
     correction: Annotated[float, Field(ge=0, le=1)] = 0
     """Share of the drift from the dense model that weights take back before they are rounded."""
-    refinements: Annotated[int, Field(ge=0, le=16)] = 0
-    """How often scales and codes are fitted to each other once more; 2 multiply the time of the solves by about 3."""
     overrides: Mapping[str, OverrideSpec] = Field(default_factory=dict)
     """Other settings for linears by name, as in {"*.down": {bits: 8}, "layers.0.*": {quantize: false}}; the longer
     pattern wins. The linears of a layer are q, k, v, o, gate, up and down."""
@@ -255,6 +297,8 @@ class ExportSpec(Spec):
     """Keys for the exporter."""
     name: str = ""
     """Folder below exports/; the format if not given."""
+    verify: bool = True
+    """Open the export in its runtime and compare it with the model; false writes it only, and the report says so."""
 
     @model_validator(mode="before")
     @classmethod

@@ -70,8 +70,15 @@ def _export(entry: Any) -> Any:
     return {
         "format": form,
         "name": options.get("name", form),
-        "options": {k: options[k] for k in options if k != "name"},
+        "verify": options.get("verify", True),
+        "options": {k: options[k] for k in options if k not in ("name", "verify")},
     }
+
+
+def _as_written(export: ExportSpec) -> dict[str, Any]:
+    """Inverse of ``_export``; a default is left out, so that the digests of older recipes stay as they were."""
+    unverified = {} if export.verify else {"verify": False}
+    return {export.format: {"name": export.name, **unverified, **export.options}}
 
 
 ModelEntry = Annotated[
@@ -86,11 +93,19 @@ Stage = Annotated[
     Discriminator(_kind),
     PlainSerializer(lambda stage: {stage.kind: stage.model_dump()}),
 ]
+Evaluation = Annotated[
+    tuple[EvaluationSpec, ...],
+    BeforeValidator(
+        lambda v: v if isinstance(v, list | tuple) else [v],
+        json_schema_input_type=EvaluationSpec | Annotated[list[EvaluationSpec], Field(min_length=1)],
+    ),
+    Field(strict=False, min_length=1),
+]
 OneFormat = Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]
 Export = Annotated[
     ExportSpec,
     BeforeValidator(_export, json_schema_input_type=OneFormat),
-    PlainSerializer(lambda export: {export.format: {"name": export.name, **export.options}}),
+    PlainSerializer(_as_written),
 ]
 
 
@@ -103,8 +118,8 @@ class Recipe(Spec):
     """The pretrained model: its path, or a mapping with path, revision and dtype."""
     calibration: CalibrationSpec = CalibrationSpec(dataset="wikitext2")
     """The text whose activations decide what is kept."""
-    evaluation: EvaluationSpec = EvaluationSpec()
-    """The text on which perplexity is measured."""
+    evaluation: Evaluation = (EvaluationSpec(),)
+    """The text on which perplexity is measured, or a list of texts; reports state the first one first."""
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
     """What is done to the model, in this order: flat, gptq, or both."""
     exports: Annotated[tuple[Export, ...], Field(strict=False)] = ()
@@ -204,8 +219,13 @@ def _validated(value: Any) -> tuple[Recipe | None, list[tuple[Place, str]]]:
     except ValidationError as error:
         wrong = explain(error, Recipe)
     if isinstance(value, dict):
+        if not isinstance(
+            value.get("evaluation"), list
+        ):  # a single block is the list of it, and stands in the file alone
+            wrong = [(at[:1] + at[2:] if at[:2] == ("evaluation", 0) else at, sentence) for at, sentence in wrong]
         # Rules ran only if all else was right: judge them anew. They also judge the names of exports, in their place.
-        wrong = [fault for fault in wrong if fault[0] and (fault[0][0], *fault[0][2:]) != ("exports", "name")]
+        ruled = [("exports", "name"), ("exports", "verify")]
+        wrong = [fault for fault in wrong if fault[0] and (fault[0][0], *fault[0][2:]) not in ruled]
         wrong += broken_rules(value)
     return None, wrong
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flatq.recipe.blocks import MOST_TOKENS, FlatSpec
+from flatq.recipe.blocks import MOST_TOKENS, FlatSpec, rows_by_share
 from flatq.recipe.reader import Place
 
 ORDER = ("flat", "gptq")
@@ -25,9 +25,8 @@ def broken_rules(recipe: Mapping[str, Any]) -> Broken:
     """Each broken rule as (place, sentence)."""
     yield from _stages(_entries(recipe, "stages"))
     yield from _exports(_entries(recipe, "exports"))
-    for block in ("calibration", "evaluation"):
-        yield from _text(block, _mapping(recipe, block))
-    yield from _amounts(_mapping(recipe, "calibration"), _mapping(recipe, "evaluation"))
+    yield from _calibration(recipe)
+    yield from _evaluation(recipe)
     if not recipe.get("stages") and not recipe.get("exports"):
         yield (), "nothing to do; add at least one stage or one export"
 
@@ -89,6 +88,8 @@ def _exports(entries: list[tuple[int, str, Any]]) -> Broken:
         given = isinstance(options, Mapping) and "name" in options
         place: Place = ("exports", index, form, "name") if given else ("exports", index)
         name = options["name"] if given else form
+        if isinstance(options, Mapping) and not isinstance(options.get("verify", True), bool):
+            yield ("exports", index, form, "verify"), f"{options['verify']!r:.60} is not allowed; true or false"
         if not isinstance(name, str) or not _PLAIN.fullmatch(name):
             yield (
                 place,
@@ -100,23 +101,78 @@ def _exports(entries: list[tuple[int, str, Any]]) -> Broken:
             taken.add(name.casefold())
 
 
-def _text(block: str, spec: Mapping[str, Any]) -> Broken:
+def _calibration(recipe: Mapping[str, Any]) -> Broken:
+    place: Place = ("calibration",)
+    spec = _mapping(recipe, "calibration")
+    mix, alone = spec.get("mix"), spec.get("dataset")
+    if isinstance(recipe.get("calibration"), Mapping) and not mix and alone is None:
+        yield place, "no text; give `dataset:`, or `mix:` with several"
+    if mix:
+        for key in ("dataset", "path", "field", "chat_template"):
+            if spec.get(key):
+                yield (*place, key), "excluded by `mix:`; remove one of the two, or move this into a part of the mix"
+        yield from _mix((*place, "mix"), mix, spec.get("samples", 128))
+    yield from _text(place, spec)
+    samples, seq_len = spec.get("samples", 128), spec.get("seq_len", 2048)
+    if isinstance(samples, int) and isinstance(seq_len, int) and samples * seq_len > MOST_TOKENS:
+        yield place, f"samples x seq_len is {samples * seq_len:,} tokens; at most {MOST_TOKENS:,}"
+
+
+def _mix(place: Place, mix: Any, samples: Any) -> Broken:
+    parts = list(mix) if isinstance(mix, list | tuple) else []
+    seen: list[Any] = []
+    for index, part in enumerate(parts):
+        if not isinstance(part, Mapping):
+            continue
+        yield from _text((*place, index), part)
+        text = [part.get(key) for key in ("dataset", "path")]
+        if text in seen:
+            yield (*place, index), "a second part of the same text; add its share to the first"
+        seen.append(text)
+    shares = [part.get("share") for part in parts if isinstance(part, Mapping)]
+    if isinstance(samples, int) and samples > 0 and shares and all(map(_positive, shares)):
+        for index, count in enumerate(rows_by_share([float(share) for share in shares if share], samples)):
+            if count == 0:
+                yield (
+                    (*place, index, "share"),
+                    f"{shares[index]:g} of {sum(share for share in shares if share):g} is less than one of {samples} "
+                    "samples; raise samples or this share",
+                )
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _evaluation(recipe: Mapping[str, Any]) -> Broken:
+    given = recipe.get("evaluation")
+    listed = list(enumerate(given)) if isinstance(given, list | tuple) else [(None, given)]
+    names: list[Any] = []
+    for index, spec in listed:
+        if not isinstance(spec, Mapping):
+            continue
+        place: Place = ("evaluation",) if index is None else ("evaluation", index)
+        yield from _text(place, spec)
+        if spec.get("name") is not None and spec["name"] in names:
+            yield (*place, "name"), f"a second text is called {spec['name']!r:.60}; give each its own"
+        names.append(spec.get("name"))
+        if spec.get("name") is not None and spec.get("dataset") is None:
+            yield (*place, "name"), "one name for two texts; say `dataset: held-out` or `dataset: other`"
+        tokens, length = spec.get("tokens", 8192), spec.get("seq_len", 512)
+        if isinstance(tokens, int) and isinstance(length, int) and tokens < length:
+            yield (*place, "tokens"), f"{tokens} is not allowed; at least one sequence of seq_len = {length} tokens"
+
+
+def _text(place: Place, spec: Mapping[str, Any]) -> Broken:
     path, dataset = spec.get("path"), spec.get("dataset")
     if dataset == "text" and path is None:
-        yield (block,), "dataset text needs `path:`, a .txt or .jsonl file"
+        yield place, "dataset text needs `path:`, a .txt or .jsonl file"
     elif path is not None and dataset != "text":
-        yield (block, "path"), "only read with `dataset: text`; set that or remove path"
+        yield (*place, "path"), "only read with `dataset: text`; set that or remove path"
     elif isinstance(path, str) and not path.endswith((".txt", ".jsonl")):
-        yield (block, "path"), f"{path!r:.60} is not allowed; a file that ends in .txt or .jsonl"
-
-
-def _amounts(calibration: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Broken:
-    samples, seq_len = calibration.get("samples", 128), calibration.get("seq_len", 2048)
-    if isinstance(samples, int) and isinstance(seq_len, int) and samples * seq_len > MOST_TOKENS:
-        yield ("calibration",), f"samples x seq_len is {samples * seq_len:,} tokens; at most {MOST_TOKENS:,}"
-    tokens, length = evaluation.get("tokens", 8192), evaluation.get("seq_len", 512)
-    if isinstance(tokens, int) and isinstance(length, int) and tokens < length:
-        yield ("evaluation", "tokens"), f"{tokens} is not allowed; at least one sequence of seq_len = {length} tokens"
+        yield (*place, "path"), f"{path!r:.60} is not allowed; a file that ends in .txt or .jsonl"
+    elif spec.get("chat_template") is True and not (isinstance(path, str) and path.endswith(".jsonl")):
+        yield (*place, "chat_template"), "only read with `dataset: text` and a .jsonl file; remove it, or give that"
 
 
 def _entries(recipe: Mapping[str, Any], key: str) -> list[tuple[int, str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from flatq.export.baseline import BASELINE
 from flatq.export.bench import BenchResult
-from flatq.export.dense import BASELINE
 from flatq.report.schema import Report
 from flatq.units import size, speed, times
 
@@ -40,7 +40,9 @@ def findings(report: Report) -> Findings:
         found.notes.append("The baseline's speed was not measured, so nothing is said about speed-up.")
     for export in report.exports:
         if export.verify is None:
-            found.costs.append(f"{export.name}: not verified, because its runtime is not part of flatq.")
+            found.costs.append(
+                f"{export.name}: not verified: {export.unverified or 'its runtime is not part of flatq'}."
+            )
         found.notes += [f"{export.name}: {note}" for note in export.notes]
     found.notes += report.notes
     found.notes += [f"Layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]

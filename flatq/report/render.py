@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from flatq.export.dense import BASELINE
+from flatq.export.baseline import BASELINE
 from flatq.files import write_atomically, write_json
 from flatq.report import figures
 from flatq.report.findings import findings

@@ -100,13 +100,14 @@ class HeadReport(Section):
 
 
 class ExportReport(Section):
-    """One export; ``sha256`` by file, ``verify`` None if the format has no runtime here."""
+    """One export; ``sha256`` by file, ``verify`` is None where it was not verified, and ``unverified`` says why."""
 
     name: str
     files: list[str]
     bytes: int
     sha256: dict[str, str]
     verify: Verification | None
+    unverified: str = ""
     notes: list[str] = []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flatq.artifact import Artifact
@@ -33,15 +32,13 @@ def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]
     }
 
 
-def quality(recipe: Recipe, tokens: Tokens, *, baseline: float, result: float) -> dict[str, Any]:
+def quality(tokens: Tokens, *, baseline: float, result: float) -> dict[str, Any]:
     """What a model card says about how good the model is."""
-    spec = recipe.evaluation
-    text = spec.path or spec.dataset or recipe.calibration.path or recipe.calibration.dataset
     rows, length = tokens.heldout.shape
     return {
         "perplexity": round(result, 4),
         "perplexity of the original": round(baseline, 4),
-        "measured on": f"{rows} x {length} tokens of {Path(text).name}",
+        "measured on": f"{rows} x {length} tokens of {tokens.judged[0].name}",
     }
 
 

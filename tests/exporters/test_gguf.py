@@ -22,7 +22,7 @@ from flatq.model.grid import Grid
 from flatq.model.weights import dense
 from flatq.sources.gguf_file import GgufFile
 from flatq_gguf import GgufExporter, GgufOptions
-from flatq_gguf.writing import PIECE_BYTES
+from flatq_gguf.sizes import PIECE_BYTES
 from tests.conftest import MakeRecipe, flatq
 from tests.exporters.conftest import MakeArtifact
 from tests.models import tiny_config
@@ -353,9 +353,10 @@ def test_an_artifact_without_energies_says_how_to_get_them(make_artifact: MakeAr
 
 
 def test_opening_without_llama_cpp_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatq_gguf.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match="make llamacpp"):
+    monkeypatch.setattr("flatq.export.protocols.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match="llama-cpp-python is not installed; install it with `pip install"):
         GgufExporter().open(tmp_path, GgufOptions())
+    assert GgufExporter().providers() == ()
 
 
 def test_an_objection_of_check_also_stops_write(make_artifact: MakeArtifact) -> None:

@@ -30,8 +30,8 @@ from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.model.weights import load_decoder
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.cache import Cache, empty_cache
+from flatq_onnx.check import too_old_for_int8
 from flatq_onnx.int8_cache import HEADROOM, LARGEST
-from flatq_onnx.options import too_old_for_int8
 from flatq_onnx.runner import OnnxRunner
 from flatq_onnx.session import CUDA, Session, _elsewhere
 from flatq_onnx.tensors import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads

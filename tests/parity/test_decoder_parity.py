@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatq.calibration.tokens import python_docs, tokenise
+from flatq.calibration.corpora import python_docs
+from flatq.calibration.tokens import tokenise
 from flatq.errors import RecipeError
 from flatq.model.decoder import Decoder, GrowingCache
 from flatq.model.weights import load_decoder
