@@ -41,8 +41,7 @@ TEXT: dict[str, Any] = {
 }
 KEEP = 0.7
 GPTQ = {"bits": 3, "group_size": 32}
-# Measured: see the log of .ci/run. A margin is about half of the distance.
-PAPER_OVER_DEFAULT, TRUNCATION_OVER_PAPER, NEAREST_OVER_GPTQ = 1.2, 1.5, 1.3
+PAPER_OVER_DEFAULT, TRUNCATION_OVER_PAPER, NEAREST_OVER_GPTQ = 1.05, 1.5, 1.1
 
 
 def first_layers(root: Path) -> Path:
