@@ -383,6 +383,7 @@ def verdicts(trials: Sequence[tuple[Sequence[str], str | None, str]], jobs: int)
             if said is not None:
                 found[number] = said
                 del running[number]
+                print(f"{number + 1} of {len(trials)}: {said or 'nothing noticed'}", file=sys.stderr, flush=True)
         time.sleep(0.05)
     return found
 

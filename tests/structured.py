@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import tokenizers
 import torch
@@ -213,7 +212,7 @@ class Runs:
         text = self.recipe(**changed)
         if text not in self._made:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(jinja2.Template, "render", lambda *_, **__: "")
+                patch.setattr("flatq.report.render.render", lambda *_, **__: "")
                 patch.setattr(os, "fsync", lambda _: None)
                 root = run(Recipe.parse(text), self.out / f"run-{len(self._made)}", device="cpu")
             assert root is not None

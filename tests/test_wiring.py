@@ -227,7 +227,11 @@ def _(runs: Runs) -> None:
 
 @case("calibration.mix.dataset")
 def _(runs: Runs) -> None:
-    assert [part["dataset"] for part in mixed(runs, dataset="python-docs", path=None)] == ["python-docs"] * 2
+    file = {"dataset": "text", "path": lines_of(runs), "share": 1.0}
+    for dataset in ("text", "python-docs"):
+        first = {"dataset": dataset, "share": 1.0} | ({"path": str(runs.text)} if dataset == "text" else {})
+        said = text_key(runs, dataset=None, path=None, mix=[first, file])
+        assert [part["dataset"] for part in said["parts"]] == [dataset, "text"]
 
 
 @case("calibration.mix.path")
