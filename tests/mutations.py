@@ -364,7 +364,7 @@ class Trial:
         shown = (self.place / "shown").read_text() if (self.place / "shown").exists() else ""
         shutil.rmtree(self.place, ignore_errors=True)
         code = os.waitstatus_to_exitcode(status)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+::[^ ]*)", shown, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+::\S*)", shown, re.MULTILINE)
         if late or code == 0:
             return f"no end after {SECONDS} s" if late else ""
         return failed[1] if failed else f"exit code {code}: {shown.strip()[-300:]}"
