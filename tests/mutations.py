@@ -80,8 +80,8 @@ FAULTS = [
     ),
     Fault(
         "curves without the Fisher information",
-        "error_curves(source, tokens.calibration, fisher, folder.work",
-        "error_curves(source, tokens.calibration, None, folder.work",
+        "error_curves(source, job.tokens.calibration, fisher, folder.work",
+        "error_curves(source, job.tokens.calibration, None, folder.work",
         (f"{PARTS}::test_a_plan_is_spent_on_curves_weighed_with_the_measured_fisher_information",),
     ),
     Fault(
@@ -157,8 +157,8 @@ FAULTS = [
     ),
     Fault(
         "bits chosen without the Fisher information",
-        "bit_errors(source, tokens.calibration, spec, fisher, folder.work",
-        "bit_errors(source, tokens.calibration, spec, None, folder.work",
+        "bit_errors(source, job.tokens.calibration, spec, fisher, folder.work",
+        "bit_errors(source, job.tokens.calibration, spec, None, folder.work",
         (f"{PARTS}::test_bits_are_chosen_by_errors_weighed_with_the_measured_fisher_information",),
     ),
 ]
@@ -364,7 +364,7 @@ class Trial:
         shown = (self.place / "shown").read_text() if (self.place / "shown").exists() else ""
         shutil.rmtree(self.place, ignore_errors=True)
         code = os.waitstatus_to_exitcode(status)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+::[^ ]*)", shown, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+::\S*)", shown, re.MULTILINE)
         if late or code == 0:
             return f"no end after {SECONDS} s" if late else ""
         return failed[1] if failed else f"exit code {code}: {shown.strip()[-300:]}"
@@ -383,6 +383,7 @@ def verdicts(trials: Sequence[tuple[Sequence[str], str | None, str]], jobs: int)
             if said is not None:
                 found[number] = said
                 del running[number]
+                print(f"{number + 1} of {len(trials)}: {said or 'nothing noticed'}", file=sys.stderr, flush=True)
         time.sleep(0.05)
     return found
 

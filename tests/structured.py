@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import tokenizers
 import torch
@@ -89,7 +88,8 @@ def _tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    chat = "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=chat)
 
 
 def _fresh(vocab: int) -> LlamaForCausalLM:
@@ -191,7 +191,7 @@ class Runs:
                 "seq_len": 64,
                 "precision": "float32",
             },
-            "evaluation": {"tokens": 2048, "seq_len": 64},
+            "evaluation": {"dataset": "held-out", "tokens": 2048, "seq_len": 64},
         }
         for block, value in changed.items():
             usual[block] = {**usual[block], **value} if block in ("calibration", "evaluation") else value
@@ -212,7 +212,7 @@ class Runs:
         text = self.recipe(**changed)
         if text not in self._made:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(jinja2.Template, "render", lambda *_, **__: "")
+                patch.setattr("flatq.report.render.render", lambda *_, **__: "")
                 patch.setattr(os, "fsync", lambda _: None)
                 root = run(Recipe.parse(text), self.out / f"run-{len(self._made)}", device="cpu")
             assert root is not None

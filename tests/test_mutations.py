@@ -16,7 +16,7 @@ from tests.mutations import FAULTS, TARGETS, all_mutants, changes, place_of
 
 GOOD: dict[str, Any] = {
     "baseline": {"perplexity": 9.31, "decoder_parameters": 1000},
-    "result": {"perplexity": 10.61, "decoder_parameters": 799},
+    "result": {"perplexity": 10.61, "decoder_parameters": 899},
     "exports": [
         {"name": "onnx", "verify": {"exact": {"kl": 1e-6, "top1": 1.0}, "deployed": {"kl": 0.004, "top1": 0.96}}}
     ],
@@ -71,10 +71,10 @@ def test_numbers_in_their_bands_are_not_objected_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("baseline", "perplexity"), 11.0, "baseline.perplexity is 11.0000"),
-        (("result", "perplexity"), 9.31, "result.perplexity is 9.31"),
-        (("result", "perplexity"), 11.3, "ln\\(result"),
-        (("result", "decoder_parameters"), 900, "share of the decoder's parameters"),
+        (("baseline", "perplexity"), 11.0, r"baseline\.perplexity is 11.0000"),
+        (("result", "perplexity"), 8.0, r"result\.perplexity is 8.0000"),
+        (("result", "perplexity"), 13.4, r"ln\(result"),
+        (("result", "decoder_parameters"), 990, "share of the decoder's parameters"),
         (("exports",), [], "there is no export"),
         (("exports", 0, "verify"), None, "onnx was not verified"),
         (("exports", 0, "verify", "deployed", "kl"), 0.2, "KL divergence of 0.2"),
@@ -98,7 +98,7 @@ def test_a_number_outside_its_band_is_named_and_ends_with_1(
 def test_the_newest_run_of_the_demo_is_looked_at(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run `make demo` first"):
         newest(tmp_path)
-    folder = tmp_path / "smollm2-135m-flat20-int4-0123"
+    folder = tmp_path / "smollm2-135m-flat10-int4-0123"
     folder.mkdir()
     (folder / "report.json").write_text("{}")
     assert newest(tmp_path) == newest(folder) == folder / "report.json"

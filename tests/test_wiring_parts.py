@@ -162,5 +162,5 @@ def test_steps_are_bought_by_cost_per_saving(tmp_path: Path) -> None:
         Curves(never, tuple(2.0 * n for n in range(9))),
         Curves(never, tuple(3.0 * n for n in range(9))),
     ]
-    budget = Budget("size", "", cost(0, dims) + cost(1, dims) - 10, cost)
+    budget = Budget("size", "", cost(0, dims) + cost(1, dims) - 7, cost)
     assert [layer.d_ff for layer in spend((dims, dims), budget, curves, Multiples(4, 1))] == [8, 7]
