@@ -17,9 +17,7 @@ from typing import Any
 from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.divergence import DenseStates
-from flatq.calibration.perplexity import perplexity
 from flatq.calibration.states import Execution
-from flatq.calibration.tokens import Tokens
 from flatq.compress.plan import RankPlan
 from flatq.errors import ExportError
 from flatq.export.deliver import deliver, measured
@@ -27,9 +25,7 @@ from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_expo
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
-from flatq.machine.progress import progress
 from flatq.model.grid import Grid
-from flatq.model.weights import HALVES, Weights
 from flatq.pipeline.build import build
 from flatq.pipeline.judge import dense_quality, export_quality, model_quality, stop_if_ruined, told
 from flatq.pipeline.texts import run_tokens
@@ -180,12 +176,6 @@ def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
     if need_weights:
         source.validate()
     return source
-
-
-def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
-    """Perplexity on the held-out tokens."""
-    with progress(what, len(weights.config.layers) * len(HALVES)) as advance:
-        return perplexity(weights, tokens.heldout, device=device, on_half=advance).value
 
 
 def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Mapping[str, Any]) -> Artifact:
