@@ -13,7 +13,11 @@ from flatq.calibration.divergence import DenseStates, divergence
 from flatq.errors import ExportError, RecipeError
 from flatq.export.generate import DecoderRunner
 from flatq.export.quality import first_rows, runner_divergence
+from flatq.model.footprint import weight_bytes
 from flatq.pipeline.evaluate import checked_dataset
+from flatq.pipeline.rivals import nearest_in_bytes
+from flatq.quantize.grids import planned_grids
+from flatq.recipe.blocks import GptqSpec
 from flatq.report.render import read_report
 from tests.conftest import FLAT, ONNX, MakeRecipe, flatq, manifest_of
 from tests.models import RandomWeights, tiny_config
@@ -147,3 +151,33 @@ def test_a_failed_export_leaves_a_report_and_the_other_exports(
     assert "FAILED" in (out / "report.md").read_text()
     assert flatq("run", recipe, "--out", out).exit_code == 0
     assert [export.error for export in read_report(out / "report.json").exports] == [None, None]
+
+
+def test_rivals_are_built_and_judged_in_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, out = make_recipe(baselines=["dense", "quantized", "same_bytes"]), tmp_path / "out"
+    shown = flatq("run", recipe, "--out", out)
+    assert shown.exit_code == 0, shown.stderr
+    report = read_report(out / "report.json")
+    assert report.baseline is not None
+    alone, same = report.baselines
+    assert (alone.name, same.name) == ("quantized", "same_bytes")
+    assert alone.parameters == same.parameters == report.baseline.parameters
+    assert alone.bytes > report.result.bytes
+    assert abs(same.bytes / report.result.bytes - 1) < abs(alone.bytes / report.result.bytes - 1)
+    for rival in report.baselines:
+        assert [text.text for text in rival.quality] == [text.text for text in report.quality]
+        assert all(text.kl > 0 for text in rival.quality)
+    assert "Narrowing" in (out / "report.md").read_text()
+
+
+def test_the_rival_at_the_same_bytes_is_the_nearest_there_is() -> None:
+    dense, spec = tiny_config(), GptqSpec(bits=4, group_size=16)
+    sizes = {
+        (bits, group): weight_bytes(dense, planned_grids(dense, GptqSpec(bits=bits, group_size=group)), 4)
+        for bits in (2, 3, 4, 8)
+        for group in (16, 32, 64, -1)
+    }
+    for wanted, target in sizes.items():
+        found = nearest_in_bytes(spec, dense, target, 4)
+        assert sizes[found.bits, found.group_size] == sizes[wanted]
+    assert found.symmetric == spec.symmetric

@@ -28,6 +28,7 @@ from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
 from flatq.pipeline.build import build
 from flatq.pipeline.judge import dense_quality, export_quality, model_quality, stop_if_ruined, told
+from flatq.pipeline.rivals import judged_rivals
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
@@ -110,12 +111,13 @@ def _run(
         quality = folder.phase("evaluate", lambda: model_quality(dense, artifact, tokens.judged), list[dict[str, Any]])
         told(quality, "artifact")
         stop_if_ruined(recipe, quality)
+        rivals = judged_rivals(job, dense, artifact.bytes(), origins)
         if not distributed.part():
             return None
         artifact.note_quality(card_quality(quality))
         if needs_cache_ranges(exports):
             measure_cache_ranges(job, artifact)
-        finish(job, exports, artifact, dense, quality, expected)
+        finish(job, exports, artifact, dense, quality, rivals, expected)
     return folder.root
 
 
@@ -125,12 +127,14 @@ def finish(
     artifact: Artifact,
     dense: DenseStates,
     quality: Sequence[Mapping[str, Any]],
+    rivals: Sequence[Mapping[str, Any]],
     expected: Mapping[str, Any],
 ) -> None:
     """Exports, bench, report.
 
     Args:
         quality: JSON-ready ``TextQuality`` of each text.
+        rivals: JSON-ready ``BaselineReport`` of each.
         expected: forecast of each phase, JSON-ready.
 
     Raises:
@@ -146,6 +150,7 @@ def finish(
         job.source,
         artifact,
         quality=quality,
+        baselines=rivals,
         exports=written,
         bench=bench,
         timing=folder.timing(),
