@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from flatq.artifact import Artifact
@@ -97,7 +98,7 @@ def judged_rivals(job: Job, dense: DenseStates, target: int, provenance: Mapping
         return measure(rival, artifact, job, quality)
 
     found = rivals_of(job.recipe, job.source.config, target, job.itemsize)
-    return [job.folder.phase(f"rival-{rival.name}", lambda r=rival: judged(r), dict[str, Any]) for rival in found]
+    return [job.folder.phase(f"rival-{rival.name}", partial(judged, rival), dict[str, Any]) for rival in found]
 
 
 def measure(rival: Rival, artifact: Artifact, job: Job, quality: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
