@@ -174,15 +174,18 @@ def bench(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Artifact, export, or a model as in a recipe.", show_default=False)],
-    dataset: Annotated[str, typer.Option(help="wikitext2, c4, alpaca, python-docs or text.")] = "python-docs",
-    path: Annotated[Path | None, typer.Option(help="The .txt or .jsonl file of dataset text.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens in all.")] = 8192,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, alpaca, python-docs or text; the run's own texts if not given."),
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file of yours, as the text.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text [8192, for an export 2048].")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a sequence [512].")] = None,
 ) -> None:
-    """Measure perplexity on held-out text."""
-    from flatq import verbs
+    """Measure perplexity, and divergence from the dense model, on held-out text; an export in its own runtime."""
+    from flatq.pipeline.evaluate import evaluate as lines
 
-    print(f"{verbs.evaluate(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len):.4f}")
+    print("\n".join(lines(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len)))
 
 
 @app.command()

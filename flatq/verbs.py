@@ -10,24 +10,23 @@ from pydantic import BaseModel, ValidationError
 
 from flatq.artifact import MANIFEST, RANGES, Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import note_cache_ranges
-from flatq.calibration.tokens import token_batches
 from flatq.compress.plan import RankPlan
-from flatq.errors import ArtifactError, RecipeError
+from flatq.errors import RecipeError
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
 from flatq.export.generate import DecoderRunner, stream
 from flatq.export.planned import PlannedExport, absent_packages_of, needs_cache_ranges, planned_exports
 from flatq.export.protocols import Exporter, Runner, exporter_named
 from flatq.machine.device import resolve_device
-from flatq.pipeline.run import open_source, score
+from flatq.pipeline.run import open_source
 from flatq.pipeline.texts import tokens_of
 from flatq.plan.decide import draft
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
 from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
-from flatq.recipe.blocks import BenchSpec, CalibrationSpec, EvaluationSpec
+from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe
-from flatq.sources.source import Source, open_model
+from flatq.sources.source import Source
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -134,29 +133,6 @@ def bench_exports(paths: list[Path], against: list[Path], loads: list[dict[str, 
         title = ", ".join(f"{name} {value}" for name, value in load.items())
         tables.append(f"{title}\n{bench_table(side_by_side(entries, spec, vocab))}")
     return "\n".join(tables)
-
-
-def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_len: int) -> float:
-    """Perplexity of an artifact or of a pretrained model on held-out text.
-
-    Raises:
-        RecipeError: there is no such text or model.
-    """
-    text = {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
-    try:
-        calibration = CalibrationSpec.model_validate(text)
-    except ValidationError as error:
-        raise RecipeError([f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from error
-    evaluation = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=seq_len)
-    weights: Artifact | Source
-    try:
-        artifact = Artifact.open(model)
-        weights, tokenizer = artifact, tokenizer_in(artifact.root)
-    except ArtifactError:
-        source = open_model(model)
-        source.validate()
-        weights, tokenizer = source, source.tokenizer()
-    return score(weights, token_batches(calibration, [evaluation], tokenizer), "cpu", "evaluate")
 
 
 def generate(

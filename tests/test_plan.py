@@ -23,7 +23,7 @@ from flatq.plan import forecast
 from flatq.plan.describe import explanation
 from flatq.plan.forecast import forecasts, working_bytes
 from flatq.plan.operations import operations
-from flatq.plan.sizes import artifact_bytes, disk_bytes
+from flatq.plan.sizes import artifact_bytes, cautions, disk_bytes, too_few_tokens
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import read_report
 from flatq.sources.source import open_model
@@ -109,6 +109,30 @@ def test_too_little_text_for_the_width_is_said_beforehand_and_in_the_report(
     for words in (flatq("plan", little).stdout, reported(little, tmp_path / "little"), caplog.text):
         assert "fewer than the" in " ".join(words.split())
     assert "fewer than the" not in reported(make_recipe(), tmp_path / "enough")
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "said"),
+    [
+        (12, {"method": "paper"}, ""),
+        (2, {"method": "paper"}, "are fewer than 4 times the 96 inputs"),
+        (1, {"method": "paper"}, "ruins the model"),
+        (1, {}, "fewer than the 96 inputs"),
+        (2, {}, ""),
+        (1, {"method": "paper", "shrinkage": 0.1}, "fewer than the 96 inputs"),
+        (1, {"shrinkage": 0.0}, "ruins the model"),
+    ],
+)
+def test_few_tokens_are_warned_of_or_refused_as_was_measured(
+    make_recipe: MakeRecipe, samples: int, options: dict[str, Any], said: str
+) -> None:
+    calibration = {"dataset": "python-docs", "samples": samples, "seq_len": 64}
+    stages = [{"flat": {"keep_ratio": 0.8, **options}}]
+    recipe, dense = Recipe.load(make_recipe(calibration=calibration, stages=stages)), tiny_config(d_ff=(96, 64))
+    words = cautions(recipe, dense) + too_few_tokens(recipe, dense)
+    assert said in " ".join(words)
+    assert bool(words) == bool(said)
+    assert bool(too_few_tokens(recipe, dense)) == (said == "ruins the model")
 
 
 def reported(recipe: Path, out: Path) -> str:

@@ -17,6 +17,7 @@ from flatq.model.decoder import LayerDims
 from flatq.report.findings import findings
 from flatq.report.render import read_report, write_report
 from flatq.report.schema import (
+    BaselineReport,
     Environment,
     ExportReport,
     HeadReport,
@@ -145,7 +146,8 @@ def test_json_has_the_contracts_keys_and_comes_back_equal(report: Report, tmp_pa
     written = json.loads((tmp_path / "report.json").read_text())
     assert set(written) == {
         "schema_version", "model", "recipe", "environment", "baseline", "result", "layers", "head", "exports",
-        "bench", "timing", "memory", "device_memory", "forecast", "peak_rss_bytes", "notes", "quality", "recipe_text",
+        "bench", "timing", "memory", "device_memory", "forecast", "peak_rss_bytes", "notes", "quality",
+        "recipe_text", "baselines",
     }  # fmt: skip
     assert {"parameters", "decoder_parameters", "bytes", "perplexity"} <= set(written["result"])
     assert {"files", "bytes", "sha256", "verify"} <= set(written["exports"][0])
@@ -266,3 +268,24 @@ def test_the_page_fits_a_phone_and_follows_the_reader_into_the_dark(report: Repo
     assert "<script" not in page
     for start in (match.start() for match in re.finditer("<table", page)):
         assert 'class="card scroll"' in page[:start].rsplit("<div", 1)[1], "a table scrolls in a container of its own"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("quantized", 0.2, "Narrowing, beside quantization alone (3 bit, groups of 64): weights 80 MB → 72.5 MB, 9.4%"),
+        ("same_bytes", 0.2, "Narrowing bought nothing: quantization alone (3 bit, groups of 64) loses +0.200 nats"),
+        ("same_bytes", 0.9, "Narrowing pays at this size"),
+    ],
+)
+def test_what_narrowing_bought_is_said(report: Report, name: str, damage: float, said: str) -> None:
+    rival = BaselineReport(
+        name=name,
+        description="3 bit, groups of 64",
+        parameters=134_515_008,
+        bytes=80_000_000,
+        decode_bytes=90_000_000,
+        quality=[quality("wikitext2", damage, calibrated=False)],
+    )
+    found = findings(report.model_copy(update={"baselines": [rival]}))
+    assert any(said in line for line in found.gains + found.costs)

@@ -17,9 +17,7 @@ from typing import Any
 from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.divergence import DenseStates
-from flatq.calibration.perplexity import perplexity
 from flatq.calibration.states import Execution
-from flatq.calibration.tokens import Tokens
 from flatq.compress.plan import RankPlan
 from flatq.errors import ExportError
 from flatq.export.deliver import deliver, measured
@@ -27,11 +25,10 @@ from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_expo
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
-from flatq.machine.progress import progress
 from flatq.model.grid import Grid
-from flatq.model.weights import HALVES, Weights
 from flatq.pipeline.build import build
 from flatq.pipeline.judge import dense_quality, export_quality, model_quality, stop_if_ruined, told
+from flatq.pipeline.rivals import judged_rivals
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
@@ -114,12 +111,13 @@ def _run(
         quality = folder.phase("evaluate", lambda: model_quality(dense, artifact, tokens.judged), list[dict[str, Any]])
         told(quality, "artifact")
         stop_if_ruined(recipe, quality)
+        rivals = judged_rivals(job, dense, artifact.bytes(), origins)
         if not distributed.part():
             return None
         artifact.note_quality(card_quality(quality))
         if needs_cache_ranges(exports):
             measure_cache_ranges(job, artifact)
-        finish(job, exports, artifact, dense, quality, expected)
+        finish(job, exports, artifact, dense, quality, rivals, expected)
     return folder.root
 
 
@@ -129,12 +127,14 @@ def finish(
     artifact: Artifact,
     dense: DenseStates,
     quality: Sequence[Mapping[str, Any]],
+    rivals: Sequence[Mapping[str, Any]],
     expected: Mapping[str, Any],
 ) -> None:
     """Exports, bench, report.
 
     Args:
         quality: JSON-ready ``TextQuality`` of each text.
+        rivals: JSON-ready ``BaselineReport`` of each.
         expected: forecast of each phase, JSON-ready.
 
     Raises:
@@ -150,6 +150,7 @@ def finish(
         job.source,
         artifact,
         quality=quality,
+        baselines=rivals,
         exports=written,
         bench=bench,
         timing=folder.timing(),
@@ -180,12 +181,6 @@ def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
     if need_weights:
         source.validate()
     return source
-
-
-def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
-    """Perplexity on the held-out tokens."""
-    with progress(what, len(weights.config.layers) * len(HALVES)) as advance:
-        return perplexity(weights, tokens.heldout, device=device, on_half=advance).value
 
 
 def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Mapping[str, Any]) -> Artifact:

@@ -121,7 +121,8 @@ def size_and_speed(report: Report) -> str:
 
 def quality_by_text(report: Report) -> str:
     """Nats lost on each text, by the artifact and by each export in its own runtime; text not calibrated on first."""
-    models = [("artifact", report.quality), *((e.name, e.quality) for e in report.exports if e.quality)]
+    models = [("artifact", report.quality), *((rival.name, rival.quality) for rival in report.baselines)]
+    models += [(export.name, export.quality) for export in report.exports if export.quality]
     texts = sorted(report.quality, key=lambda text: text.calibrated)
     thick = 0.8 / len(models)
     with matplotlib.rc_context(STYLE):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from flatq.export.baseline import BASELINE
 from flatq.export.bench import BenchResult
-from flatq.report.schema import Report, TextQuality
+from flatq.report.schema import BaselineReport, Report, TextQuality
 from flatq.units import size, speed, times, with_error
 
 NOTICEABLE = 0.02  # speeds closer than this are called equal
@@ -35,6 +35,8 @@ def findings(report: Report) -> Findings:
     found = Findings()
     _compare_model(report, found)
     _compare_texts(report, found)
+    for rival in report.baselines:
+        _compare_rival(rival, report, found)
     dense = report.bench_of(BASELINE)
     for entry in report.bench:
         if dense is not None and entry is not dense:
@@ -116,6 +118,32 @@ def _compare_texts(report: Report, found: Findings) -> None:
     for seen in inside:
         for other in (text for text in report.quality if not text.calibrated):
             _warn_where_apart(seen, other, found)
+
+
+def _compare_rival(rival: BaselineReport, report: Report, found: Findings) -> None:
+    """What narrowing bought and what it cost, beside quantization alone; also when the answer is nothing."""
+    ours = report.headline
+    theirs = next((text for text in rival.quality if ours is not None and text.text == ours.text), None)
+    if ours is None or theirs is None:
+        return
+    alone, where = f"quantization alone ({rival.description})", f"on {_kind(ours)}"
+    ratio = report.result.bytes / rival.bytes
+    sizes = f"{size(rival.bytes)} → {size(report.result.bytes)}"
+    if rival.name == "quantized":
+        cost = f"{theirs.damage:+.3f} → {ours.damage:+.3f} nats {where}"
+        (found.gains if ratio < 1 else found.costs).append(
+            f"Narrowing, beside {alone}: weights {sizes}, {1 - ratio:.1%} smaller, for a damage of {cost}"
+        )
+    elif theirs.damage <= ours.damage:
+        found.costs.append(
+            f"Narrowing bought nothing: {alone} loses {theirs.damage:+.3f} nats {where} in {size(rival.bytes)}, this "
+            f"model {ours.damage:+.3f} in {size(report.result.bytes)}; quantization alone is better at this size"
+        )
+    else:
+        found.gains.append(
+            f"Narrowing pays at this size: {alone} loses {theirs.damage:+.3f} nats {where} in {size(rival.bytes)}, "
+            f"this model {ours.damage:+.3f} in {size(report.result.bytes)}"
+        )
 
 
 def _warn_where_apart(seen: TextQuality, other: TextQuality, found: Findings) -> None:

@@ -36,6 +36,7 @@ def read_report(path: Path) -> Report:
 def qualities(report: Report) -> list[tuple[TextQuality, str]]:
     """Every measured quality with what it was measured on: the artifact (empty), or an export by name; by text."""
     found = [(text, "") for text in report.quality]
+    found += [(text, f"{rival.name} ({rival.description})") for rival in report.baselines for text in rival.quality]
     found += [(text, export.name) for export in report.exports for text in export.quality]
     order = list(dict.fromkeys(text.text for text, _ in found))
     return sorted(found, key=lambda pair: order.index(pair[0].text))

@@ -109,6 +109,22 @@ class TextQuality(Section):
     top1_stderr: float | None
 
 
+class BaselineReport(Section):
+    """The same model quantized without narrowing, made and judged in the same run.
+
+    Attributes:
+        name: ``quantized`` (the recipe's bits) or ``same_bytes`` (about as large as the result).
+        description: its bits and groups, in words.
+    """
+
+    name: str
+    description: str
+    parameters: int
+    bytes: int
+    decode_bytes: int
+    quality: list[TextQuality]
+
+
 class LayerReport(Section):
     """One layer: widths before and after, and relative errors by name (``value``, ``mlp``, ``q`` ... ``down``)."""
 
@@ -167,6 +183,7 @@ class Report(Section):
     baseline: Measure | None
     result: Measure
     quality: list[TextQuality] = []
+    baselines: list[BaselineReport] = []
     recipe_text: str = ""
     layers: list[LayerReport]
     head: HeadReport | None = None

@@ -68,6 +68,7 @@ def summarize(
     artifact: Artifact,
     *,
     quality: Sequence[Mapping[str, Any]],
+    baselines: Sequence[Mapping[str, Any]] = (),
     exports: Sequence[Mapping[str, Any]],
     bench: Sequence[Mapping[str, Any]],
     timing: Mapping[str, float],
@@ -84,6 +85,7 @@ def summarize(
         source: the model before.
         artifact: the model after.
         quality: JSON-ready ``TextQuality`` of each text.
+        baselines: JSON-ready ``BaselineReport`` of each rival.
         exports: JSON-ready ``ExportReport`` of each export.
         bench: JSON-ready ``BenchResult`` of each runner.
         timing: seconds per phase.
@@ -110,6 +112,7 @@ def summarize(
             "baseline": _measure(config, config.parameters() * itemsize, baseline, scored, {}, recipe, itemsize),
             "result": _measure(artifact.config, artifact.bytes(), result, scored, artifact.grids, recipe, itemsize),
             "quality": list(quality),
+            "baselines": list(baselines),
             "recipe_text": recipe.text,
             "layers": _layers(config, artifact),
             "head": artifact.manifest["head"] or None,
