@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatq.artifact import save_shard
 from flatq.calibration.perplexity import final_hidden
 from flatq.errors import NumericsError, RecipeError
 from flatq.machine import distributed
@@ -124,9 +124,7 @@ class DenseStates:
         hidden = final_hidden(self.weights, tokens, device=self.device, on_half=on_half)
         self._folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-        partial = self._folder / f"{name}.partial"
-        safetensors.torch.save_file({"tokens": tokens.cpu().contiguous(), "hidden": hidden.contiguous()}, partial)
-        partial.replace(self._folder / f"{name}.safetensors")
+        save_shard(self._folder / f"{name}.safetensors", {"tokens": tokens, "hidden": hidden})
         return hidden
 
     def head(self) -> Tensor:

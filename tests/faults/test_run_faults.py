@@ -58,7 +58,7 @@ def test_a_recipe_that_cannot_be_used(stage: dict[str, Any], words: str, make_re
 def test_a_group_that_fits_no_layer_is_refused_before_any_weight_is_read(
     make_recipe: MakeRecipe, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flatq.pipeline.run.token_batches", None)
+    monkeypatch.setattr("flatq.pipeline.texts.token_batches", None)
     assert "choose at most 64" in fault(make_recipe(stages=[FLAT, {"gptq": {"group_size": 1024}}]), out, 2)
 
 
@@ -174,7 +174,9 @@ def test_a_disk_that_is_full(
 ) -> None:
     # Hidden states take 16,384 bytes a sample, the embedding's shard 82,000.
     calibration = {"dataset": "text", "path": str(text_file), "samples": samples, "seq_len": 64}
-    recipe = make_recipe(calibration=calibration, stages=[{"flat": {"keep_ratio": 0.8, "method": "paper"}}])
+    recipe = make_recipe(
+        calibration=calibration, stages=[{"flat": {"keep_ratio": 0.8, "method": "paper", "shrinkage": 0.1}}]
+    )
     with files_up_to(limit):
         assert words in fault(recipe, out, 3)
 
