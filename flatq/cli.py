@@ -177,11 +177,37 @@ def evaluate(
     path: Annotated[Path | None, typer.Option(help="The .txt or .jsonl file of dataset text.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens in all.")] = 8192,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval instead, separated by commas.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A list of tasks: flat-paper.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First documents of each task; all if not given.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for task results; tasks/ beside the model.")] = None,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the model before compression.")] = False,
+    provider: Provider = "auto",
 ) -> None:
-    """Measure perplexity on held-out text."""
+    """Measure perplexity on held-out text, or tasks of lm-eval beside the dense model; finished tasks are kept."""
     from flatq import verbs
 
+    if tasks is not None or suite is not None:
+        names = [name for name in (tasks or "").split(",") if name]
+        places: dict[str, Any] = {"folder": include_path, "out": out, "dense": not no_dense, "provider": provider}
+        print(verbs.evaluate_tasks(model, names, suite=suite, limit=limit, **places))
+        return
     print(f"{verbs.evaluate(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len):.4f}")
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Run, artifact or export folders, or foreign models.", show_default=False),
+    ],
+    figure: Annotated[Path | None, typer.Option(help="Write quality against bytes as .svg or .png.")] = None,
+) -> None:
+    """Put models side by side: bytes, quality per text, tasks and speed, as far as they were measured."""
+    from flatq import verbs
+
+    print(verbs.compare(paths, figure))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What the command line does besides ``run``: check, plan, export, bench, eval, generate."""
+"""What the command line does besides ``run``: check, plan, export, bench, eval, compare, generate."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.tokens import token_batches
 from flatq.compress.plan import RankPlan
 from flatq.errors import ArtifactError, RecipeError
+from flatq.evaluate.compare import comparison, draw, entries_of
+from flatq.evaluate.subjects import subjects_of
+from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
 from flatq.export.generate import DecoderRunner, stream
@@ -152,6 +155,40 @@ def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_le
         source.validate()
         weights, tokenizer = source, source.tokenizer()
     return score(weights, token_batches(calibration, [evaluation], tokenizer), "cpu", "evaluate")
+
+
+def evaluate_tasks(
+    model: str,
+    names: list[str],
+    *,
+    suite: str | None,
+    limit: int | None,
+    folder: Path | None,
+    out: Path | None,
+    dense: bool,
+    provider: str,
+) -> str:
+    """Tasks of lm-eval for a model and the dense model that it was made from, as a table.
+
+    Raises:
+        RecipeError: lm-eval is not installed, or a task is unknown.
+    """
+    wanted = tasks_wanted(names, suite)
+    require_lm_eval()
+    subjects, beside = subjects_of(model, provider=provider, dense=dense)
+    return task_table(run_tasks(subjects, wanted, out or beside, limit=limit, folder=folder))
+
+
+def compare(paths: list[Path], figure: Path | None) -> str:
+    """A table of everything that was measured of some models; a figure of quality against bytes if a file is named.
+
+    Raises:
+        RecipeError: a path is no model, or the figure's name does not end in .svg or .png.
+    """
+    entries = [entry for path in paths for entry in entries_of(path)]
+    if figure is not None:
+        draw(entries, figure)
+    return comparison(entries)
 
 
 def generate(
