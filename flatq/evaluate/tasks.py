@@ -232,9 +232,9 @@ def values_of(raw: Mapping[str, Any]) -> list[Value]:
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = raw.get(f"{metric}_stderr,{filtered}")
-        usable = isinstance(stderr, int | float) and math.isfinite(stderr)
+        spread = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
         name = metric if filtered == "none" else f"{metric} ({filtered})"
-        values.append(Value(metric=name, value=float(value), stderr=float(stderr) if usable else None))
+        values.append(Value(metric=name, value=float(value), stderr=spread))
     return values
 
 
