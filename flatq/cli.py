@@ -181,11 +181,42 @@ def evaluate(
     path: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file of yours, as the text.")] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text [8192, for an export 2048].")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a sequence [512].")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval instead, separated by commas.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A list of tasks: flat-paper.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First documents of each task; all if not given.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for task results; tasks/ beside the model.")] = None,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the model before compression.")] = False,
+    provider: Provider = "auto",
 ) -> None:
-    """Measure perplexity, and divergence from the dense model, on held-out text; an export in its own runtime."""
+    """Measure perplexity and divergence from the dense model on held-out text; an export in its own runtime.
+
+    With --tasks: tasks of lm-eval, beside the dense model; finished tasks are kept.
+    """
+    if tasks is not None or suite is not None:
+        from flatq import verbs
+
+        names = [name for name in (tasks or "").split(",") if name]
+        places: dict[str, Any] = {"folder": include_path, "out": out, "dense": not no_dense, "provider": provider}
+        print(verbs.evaluate_tasks(model, names, suite=suite, limit=limit, **places))
+        return
     from flatq.pipeline.evaluate import evaluate as lines
 
     print("\n".join(lines(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len)))
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Run, artifact or export folders, or foreign models.", show_default=False),
+    ],
+    figure: Annotated[Path | None, typer.Option(help="Write quality against bytes as .svg or .png.")] = None,
+) -> None:
+    """Put models side by side: bytes, quality per text, tasks and speed, as far as they were measured."""
+    from flatq import verbs
+
+    print(verbs.compare(paths, figure))
 
 
 @app.command()

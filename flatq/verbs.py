@@ -1,4 +1,4 @@
-"""What the command line does besides ``run``: check, plan, export, bench, eval, generate."""
+"""What the command line does besides ``run``: check, plan, export, bench, eval, compare, generate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from flatq.artifact import MANIFEST, RANGES, Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
+from flatq.evaluate.compare import comparison, draw, entries_of
+from flatq.evaluate.subjects import subjects_of
+from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
 from flatq.export.generate import DecoderRunner, stream
@@ -133,6 +136,40 @@ def bench_exports(paths: list[Path], against: list[Path], loads: list[dict[str, 
         title = ", ".join(f"{name} {value}" for name, value in load.items())
         tables.append(f"{title}\n{bench_table(side_by_side(entries, spec, vocab))}")
     return "\n".join(tables)
+
+
+def evaluate_tasks(
+    model: str,
+    names: list[str],
+    *,
+    suite: str | None,
+    limit: int | None,
+    folder: Path | None,
+    out: Path | None,
+    dense: bool,
+    provider: str,
+) -> str:
+    """Tasks of lm-eval for a model and the dense model that it was made from, as a table.
+
+    Raises:
+        RecipeError: lm-eval is not installed, or a task is unknown.
+    """
+    wanted = tasks_wanted(names, suite)
+    require_lm_eval()
+    subjects, beside = subjects_of(model, provider=provider, dense=dense)
+    return task_table(run_tasks(subjects, wanted, out or beside, limit=limit, folder=folder))
+
+
+def compare(paths: list[Path], figure: Path | None) -> str:
+    """A table of everything that was measured of some models; a figure of quality against bytes if a file is named.
+
+    Raises:
+        RecipeError: a path is no model, or the figure's name does not end in .svg or .png.
+    """
+    entries = [entry for path in paths for entry in entries_of(path)]
+    if figure is not None:
+        draw(entries, figure)
+    return comparison(entries)
 
 
 def generate(

@@ -256,9 +256,9 @@ def _repeat(runner: Runner, load: Load) -> tuple[float, float]:
     return first - began, time.perf_counter() - first
 
 
-def rendered(table: Table) -> str:
-    """A rich table as plain text."""
-    console = Console(file=io.StringIO(), width=110)
+def rendered(table: Table, *, width: int = 110) -> str:
+    """A rich table as plain text, at most ``width`` characters wide."""
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
