@@ -22,7 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from flatq.errors import RecipeError
-from flatq.export.generate import Incremental
+from flatq.export.generate import Detokenizer
 from flatq.export.protocols import FloatArray, IntArray, Runner
 
 ROWS = 16
@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _continued(self, prompts: list[list[int]], stops: Sequence[str], most: int) -> list[str]:
         """Greedy texts after prompts of the same length."""
-        decoders = [Incremental(self.tokenizer, prompt) for prompt in prompts]
+        decoders = [Detokenizer(self.tokenizer, prompt) for prompt in prompts]
         texts, growing = [""] * len(prompts), set(range(len(prompts)))
         logits = self._runner.start(np.array(prompts, np.int64), len(prompts[0]) + most)
         for count in range(1, most + 1):

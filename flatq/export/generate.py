@@ -54,6 +54,28 @@ class Generation:
     stopped_by: str
 
 
+class Detokenizer:
+    """Text from tokens that come one by one; half a character is held back until it is whole."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self._tokenizer, context = _backend(tokenizer), prompt[-CONTEXT:]
+        if self._tokenizer.decode(context).endswith(UNFINISHED):  # else the first piece would repeat the prompt's end
+            context = []
+        self._decoder, self._held = DecodeStream(ids=context, skip_special_tokens=True), list[int]()
+
+    def push(self, token: int) -> str:
+        """The text that became whole with this token, often one word, sometimes nothing."""
+        self._held.append(token)
+        piece = self._decoder.step(self._tokenizer, token)
+        if piece:
+            self._held.clear()
+        return piece or ""
+
+    def flush(self) -> str:
+        """What was held back, at the end."""
+        return str(self._tokenizer.decode(self._held, skip_special_tokens=True))
+
+
 class Stream(Iterator[str]):
     """Pieces of text as they come; ``result`` is there once the last piece was taken."""
 
@@ -62,10 +84,7 @@ class Stream(Iterator[str]):
     ) -> None:
         self._runner, self._prompt, self._new_tokens = runner, prompt, new_tokens
         self._choose, self._eos = choose, eos
-        self._tokenizer, context = _backend(tokenizer), prompt[-CONTEXT:]
-        if self._tokenizer.decode(context).endswith(UNFINISHED):  # else the first piece would repeat the prompt's end
-            context = []
-        self._decoder = DecodeStream(ids=context, skip_special_tokens=True)
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._pieces = self._run()
         self._result: Generation | None = None
 
@@ -85,7 +104,7 @@ class Stream(Iterator[str]):
         return self._result
 
     def _run(self) -> Iterator[str]:
-        text, generated, held, stopped_by = "", list[int](), list[int](), "length"
+        text, generated, stopped_by = "", list[int](), "length"
         first = last = began = time.perf_counter()
         while len(generated) < self._new_tokens:
             token = self._choose(self._logits(generated)[0])
@@ -95,12 +114,10 @@ class Stream(Iterator[str]):
             if token in self._eos:
                 stopped_by = "end"
                 break
-            held.append(token)
-            if piece := self._decoder.step(self._tokenizer, token):
-                held.clear()
+            if piece := self._detokenizer.push(token):
                 text += piece
                 yield piece
-        if piece := self._tokenizer.decode(held, skip_special_tokens=True):
+        if piece := self._detokenizer.flush():
             text += piece
             yield piece
         speed = (len(generated) - 1) / (last - first) if len(generated) > 1 else None
