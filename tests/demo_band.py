@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 RECIPE = "smollm2-135m-flat10-int4"
-BASELINE = (8.0, 10.6)  # perplexity of the dense model; measured 9.31
-RESULT = (8.5, 13.5)
-DAMAGE = (0.02, 0.30)  # ln(result / baseline)
-KEPT = (0.885, 0.90)  # of the decoder's parameters
+BASELINE = (7.5, 10.6)  # perplexity of the dense model on Python's documentation; 8.6 on 4,096 tokens
+RESULT = (8.5, 15.0)
+DAMAGE = (0.1, 0.45)  # ln(result / baseline), on text that was not calibrated on; measured 0.29
+KEPT = (0.885, 0.905)  # of the decoder's parameters
 LARGEST_KL = 0.03  # of an export from the artifact
 LEAST_AGREEMENT = 0.90  # of an export's most likely token with the artifact's
 
