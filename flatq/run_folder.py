@@ -85,7 +85,9 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether a former run wrote its report, and every export succeeded."""
         path = self.root / "report.json"
-        return path.is_file() and not any(export.get("error") for export in json.loads(path.read_text())["exports"])
+        return path.is_file() and not any(
+            export.get("error") for export in json.loads(path.read_text()).get("exports", [])
+        )
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -138,8 +138,8 @@ FAULTS = [
     ),
     Fault(
         "the result's perplexity is the baseline's",
-        'lambda: score(artifact, tokens, device, "evaluate")',
-        'lambda: score(source, tokens, device, "evaluate")',
+        "model_quality(dense, artifact, tokens.judged)",
+        "model_quality(dense, source, tokens.judged)",
         (f"{WIRING}::test_the_reported_perplexities_are_those_of_the_dense_model_and_of_the_artifact",),
     ),
     Fault("damping ignored", "damping=spec.damping", "damping=0.01", (f"{KEYS}[gptq.damping]",)),

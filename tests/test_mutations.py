@@ -73,7 +73,7 @@ def test_numbers_in_their_bands_are_not_objected_to(tmp_path: Path) -> None:
     [
         (("baseline", "perplexity"), 11.0, r"baseline\.perplexity is 11.0000"),
         (("result", "perplexity"), 8.0, r"result\.perplexity is 8.0000"),
-        (("result", "perplexity"), 13.4, r"ln\(result"),
+        (("result", "perplexity"), 14.9, r"ln\(result"),
         (("result", "decoder_parameters"), 990, "share of the decoder's parameters"),
         (("exports",), [], "there is no export"),
         (("exports", 0, "verify"), None, "onnx was not verified"),
