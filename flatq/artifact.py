@@ -24,10 +24,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from flatq.errors import ArtifactError
+from flatq.errors import ArtifactError, RecipeError
 from flatq.files import file_digest, write_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
+from flatq.tokenizer import chat_templates, deliver_companions, generation_settings, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
@@ -150,6 +151,22 @@ class Artifact:
         tensor: Tensor = shard.get_tensor(name)
         return tensor
 
+    def generation(self) -> dict[str, Any]:
+        """The publisher's generation settings (``generation_config.json``): end tokens, sampling; empty without."""
+        return generation_settings(self.root)
+
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates by name; a single one is called ``default``."""
+        return chat_templates(self.root)
+
+    def copy_companions(self, out: Path) -> tuple[list[Path], list[str]]:
+        """Tokenizer, chat templates and generation settings, copied byte for byte into an export.
+
+        Returns:
+            The files, and in words every change that was made so that readers can open them; usually none.
+        """
+        return deliver_companions(self.root, out)
+
     def bytes(self) -> int:
         """Size of all tensors with ``bits`` per code: what a deployment stores."""
         total = 0
@@ -214,7 +231,8 @@ def finish(
         "grids": {name: asdict(grid) for name, grid in sorted(grids.items())},
     }
     write_json(partial / "config.json", described)
-    files = {path.name: file_digest(path) for path in sorted(partial.iterdir()) if path.name != MANIFEST}
+    there = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = {path.relative_to(partial).as_posix(): file_digest(path) for path in there}
     write_json(partial / MANIFEST, {**manifest, "files": files})
     partial.replace(root)
     return Artifact.open(root)
@@ -231,9 +249,7 @@ def tokenizer_in(root: Path) -> Any:
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(root))
-    except (OSError, ValueError) as wrong:
+        return open_tokenizer(root)
+    except RecipeError as wrong:
         raise ArtifactError(f"{root}: no usable tokenizer ({wrong}); run the recipe again with --fresh") from wrong

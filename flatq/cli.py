@@ -112,7 +112,7 @@ def run(
 
 @app.command()
 def check(recipe: RecipeFile) -> None:
-    """Explain a recipe, or list everything that is wrong with it; of a local model its config.json is read."""
+    """Explain a recipe, or list everything that is wrong with it; of a local model config and tokenizer are read."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)

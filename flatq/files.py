@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
@@ -32,3 +34,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a final newline, atomically; refuses NaN, which is no JSON."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one that ``git lfs pull`` has not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER

@@ -26,7 +26,7 @@ from flatq.pipeline.texts import tokens_of
 from flatq.plan.decide import draft
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
-from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
+from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
 from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
@@ -35,7 +35,8 @@ from flatq.sources.source import Source
 def check(recipe: Recipe) -> list[str]:
     """The recipe in words, and what is not installed for its exports.
 
-    Of a model in a local folder its config.json is read too: family, shapes and the exporters' objections to them.
+    Of a model in a local folder its config.json and its tokenizer are read too: family, shapes, and what stands
+    against them.
 
     Raises:
         RecipeError: an exporter is missing, refuses its options, or objects to the model.
@@ -44,6 +45,7 @@ def check(recipe: Recipe) -> list[str]:
     if (Path(recipe.model.path) / "config.json").is_file():
         source, _ = _from_shapes(recipe, exports)
         lines.insert(1, f"             {described(source.config)}")
+        lines += [f"! {caution}" for caution in tokenizer_cautions(source)]
     return lines + _warnings(exports)
 
 
@@ -77,7 +79,8 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     ranges = needs_cache_ranges(exports)
     phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
     text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
-    return text + "".join(f"{warning}\n" for warning in _warnings(exports))
+    said = [*tokenizer_cautions(source), *_warnings(exports)]
+    return text + "".join(f"{warning}\n" for warning in said)
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
@@ -186,9 +189,8 @@ def generate(
     ends = artifact.settings.get("eos_token_id")
     eos = set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set[int]()
     tokenizer = tokenizer_in(artifact.root)
-    return stream(
-        runner, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed, eos=eos, chat=chat
-    )
+    sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    return stream(runner, tokenizer, prompt, **sampling, eos=eos, chat=chat, vocab=artifact.config.vocab)
 
 
 def checked_options(exporter: Exporter, options: dict[str, Any]) -> BaseModel:
