@@ -69,7 +69,7 @@ class Block:
                     gram.gather()
                     if not gram.finite:
                         raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
-                    gram.move(solver_of(self.device))
+                    gram.to(solver_of(self.device))
             self.layer.to(solver_of(self.device))
             if self.drift is not None:
                 # What the block itself gives is known from the Gram: no second look at the tokens.

@@ -68,8 +68,8 @@ class Gram:
         """Whether it holds neither NaN nor infinity: no entry can that the diagonal does not show."""
         return bool(torch.isfinite(self._total.diagonal(dim1=1, dim2=2)).all())
 
-    def move(self, device: str) -> None:
-        """Go on on another device."""
+    def to(self, device: str) -> None:
+        """Move the sum to another device, in place."""
         self._total = self._total.to(device)
 
     def gather(self) -> None:

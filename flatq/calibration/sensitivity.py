@@ -107,9 +107,10 @@ class _States:
             execution,
             execution.device,
         )
-        self.room = batch_tokens(config, execution.working_set) // 2  # gradients take as much again as activations
+        # Gradients need as much memory as activations.
+        self.batch_tokens = batch_tokens(config, execution.working_set_bytes) // 2
         self.positions = locate(config, 1, length, device=torch.device(self.device))
-        for rows_at_once in self.batches(self.room):
+        for rows_at_once in self.batches(self.batch_tokens):
             self.states[0, rows_at_once] = embedded(tokens[rows_at_once], weights.tensor("embed.weight"))
 
     def batches(self, tokens: int) -> Iterator[slice]:
@@ -121,7 +122,7 @@ class _States:
 
     def forward(self, done: int, layer: DecoderLayer, half: str) -> None:
         with torch.no_grad():
-            for rows in self.batches(self.room):
+            for rows in self.batches(self.batch_tokens):
                 x = self.states[done, rows].to(self.device, torch.float32)
                 self.states[done + 1, rows] = self._run(layer, half, x).cpu()
 
@@ -131,7 +132,7 @@ class _States:
 
     def backward(self, done: int, layer: DecoderLayer, half: str, gradient: Tensor) -> Tensor:
         """Gradient before the block from the one after it, for the rows of this process, [n, s, m]."""
-        for rows in self.batches(self.room):
+        for rows in self.batches(self.batch_tokens):
             mine = self._of_mine(rows)
             x = self.states[done, rows].to(self.device, torch.float32).requires_grad_()
             (gradient[mine],) = torch.autograd.grad(self._run(layer, half, x), x, gradient[mine])

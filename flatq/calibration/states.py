@@ -40,18 +40,18 @@ class Execution:
         precision: of the matrix products, see ``precision.forward_precision``.
         states: how hidden states are stored, ``float32``, ``bfloat16`` or ``auto`` (by their size).
         device: where blocks run.
-        working_set: bytes for the activations of a batch.
+        working_set_bytes: bytes for the activations of a batch.
     """
 
     precision: str = "auto"
     states: str = "auto"
     device: str = "cpu"
-    working_set: int = WORKING_SET
+    working_set_bytes: int = WORKING_SET
 
     @classmethod
-    def of(cls, text: CalibrationSpec, device: str, working_set: int) -> Execution:
+    def of(cls, text: CalibrationSpec, device: str, working_set_bytes: int) -> Execution:
         """As the recipe's calibration block says."""
-        return cls(text.precision, text.states, device, working_set)
+        return cls(text.precision, text.states, device, working_set_bytes)
 
 
 AUTO = Execution()
@@ -135,9 +135,9 @@ def pieces(tokens: Tensor, length: int, most: int) -> Tensor:
     return rows[: max(1, most // length)]
 
 
-def batch_tokens(config: DecoderConfig, working_set: int = WORKING_SET) -> int:
-    """How many tokens go through half a layer together, so that their activations fit into ``working_set`` bytes."""
-    return max(1, min(BATCH_TOKENS, working_set // activation_bytes(config)))
+def batch_tokens(config: DecoderConfig, working_set_bytes: int = WORKING_SET) -> int:
+    """How many tokens go through half a layer together, so that their activations fit into ``working_set_bytes``."""
+    return max(1, min(BATCH_TOKENS, working_set_bytes // activation_bytes(config)))
 
 
 def activation_bytes(config: DecoderConfig) -> int:

@@ -107,7 +107,7 @@ def walk(
 
 def _feed(config: DecoderConfig, tokens: Tensor, path: Path, execution: Execution) -> HiddenStates:
     dtype = stored_as(execution.states, tokens.numel(), config.d_model)
-    return HiddenStates(path, (*tokens.shape, config.d_model), dtype, batch_tokens(config, execution.working_set))
+    return HiddenStates(path, (*tokens.shape, config.d_model), dtype, batch_tokens(config, execution.working_set_bytes))
 
 
 def last_states(weights: Weights, tokens: Tensor, work: Path, execution: Execution) -> HiddenStates:

@@ -55,7 +55,7 @@ def forecasts(
     weights: Weights | None,
     *,
     device: str = "cpu",
-    room: int = WORKING_SET,
+    working_set_bytes: int = WORKING_SET,
     ranges: bool = False,
 ) -> dict[str, Forecast]:
     """By phase, in the order of a run.
@@ -64,12 +64,12 @@ def forecasts(
         config: the dense model.
         plan: widths that it will have, layer by layer, or with equal shares.
         weights: the model itself if it can be read: reading is then part of what is measured.
-        room: bytes for the activations of a batch.
+        working_set_bytes: bytes for the activations of a batch.
         ranges: whether an export asks for the ranges of keys and values.
     """
     times, needs = (
-        _times(recipe, config, plan, weights, device, room, ranges),
-        working_bytes(config, recipe, room, ranges),
+        _times(recipe, config, plan, weights, device, working_set_bytes, ranges),
+        working_bytes(config, recipe, working_set_bytes, ranges),
     )
     give_back()
     held = rss_bytes()  # with all that the phases have loaded and keep
@@ -85,7 +85,7 @@ def _times(
     plan: Sequence[LayerDims],
     weights: Weights | None,
     device: str,
-    room: int,
+    working_set_bytes: int,
     ranges: bool,
 ) -> dict[str, float]:
     factor = max(1, -(-max(dims.d_ff for dims in config.layers) // WIDEST))
@@ -94,7 +94,9 @@ def _times(
     tokens = _tokens(recipe)
     return {
         phase: spent.grown(len(config.layers), tokens[phase], factor)
-        for phase, spent in Rehearsal(recipe, first, planned.layers[:1], device, room, ranges).played().items()
+        for phase, spent in Rehearsal(recipe, first, planned.layers[:1], device, working_set_bytes, ranges)
+        .played()
+        .items()
     }
 
 
@@ -132,7 +134,7 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
 
 
 def working_bytes(
-    config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET, ranges: bool = False
+    config: DecoderConfig, recipe: Recipe, working_set_bytes: int = WORKING_SET, ranges: bool = False
 ) -> dict[str, int]:
     """What each phase holds at its largest, besides the process itself."""
     m, f, tables = config.d_model, max(dims.d_ff for dims in config.layers), config.vocab * config.d_model
@@ -141,7 +143,9 @@ def working_bytes(
     half = 4 * max(3 * f * m, layer - 3 * f * m)
     text, scored = recipe.calibration, recipe.evaluation[0]
     one = activation_bytes(config) * text.seq_len
-    batch = min(max(room, one), activation_bytes(config) * min(states.BATCH_TOKENS, text.samples * text.seq_len))
+    batch = min(
+        max(working_set_bytes, one), activation_bytes(config) * min(states.BATCH_TOKENS, text.samples * text.seq_len)
+    )
     rows = min(TOGETHER, scored.tokens // scored.seq_len)  # that go through an evaluation together
     evaluated = 4 * scored.tokens * m + max(
         half + activation_bytes(config) * rows * scored.seq_len, 6 * tables + 8 * LOGITS_AT_ONCE
@@ -191,7 +195,10 @@ def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None, range
             f"--memory: {memory / 1e9:.2f} GB is too little; with one sample of {recipe.calibration.seq_len} tokens at "
             f"a time this model needs about {least / 1e9:.2f} GB: give that much, or lower calibration.seq_len"
         )
-    room = WORKING_SET
-    while room > 1 and rss_bytes() + max(working_bytes(config, recipe, room, ranges).values()) > memory:
-        room //= 2
-    return room
+    working_set_bytes = WORKING_SET
+    while (
+        working_set_bytes > 1
+        and rss_bytes() + max(working_bytes(config, recipe, working_set_bytes, ranges).values()) > memory
+    ):
+        working_set_bytes //= 2
+    return working_set_bytes

@@ -159,7 +159,7 @@ class Rehearsal:
     Attributes:
         plan: widths that the layer will have.
         device: where to compute.
-        room: bytes for the activations of a batch.
+        working_set_bytes: bytes for the activations of a batch.
         ranges: whether an export asks for the ranges of keys and values.
     """
 
@@ -167,7 +167,7 @@ class Rehearsal:
     weights: Weights
     plan: tuple[LayerDims, ...]
     device: str = "cpu"
-    room: int = states.WORKING_SET
+    working_set_bytes: int = states.WORKING_SET
     ranges: bool = False
     clock: Clock = field(default_factory=Clock)
     made: dict[str, Tensor | QuantizedWeight] = field(default_factory=dict)
@@ -226,7 +226,7 @@ class Rehearsal:
 
     @property
     def _sweep(self) -> Execution:
-        return Execution.of(self.recipe.calibration, self.device, self.room)
+        return Execution.of(self.recipe.calibration, self.device, self.working_set_bytes)
 
     @property
     def _watched(self) -> Watched:
