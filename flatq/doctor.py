@@ -1,4 +1,4 @@
-"""What this machine offers to flatq, one line each; the first thing to paste into a bug report.
+"""A description of this machine, one line per property; paste it into bug reports.
 
 Nothing is loaded or measured: versions, devices, instruction sets, runtimes, plug-ins, free memory and disk space.
 A line that starts with ``!`` states a problem and how to fix it.
@@ -76,7 +76,7 @@ def _onnxruntime(version: str | None) -> str:
 
 
 def _exporters() -> list[str]:
-    """Each plug-in, and why it cannot be used if so."""
+    """One line per exporter plug-in; those that cannot be imported with the reason."""
     lines = []
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
