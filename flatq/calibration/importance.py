@@ -1,4 +1,4 @@
-"""How much each decoder layer turns the residual stream: one walk over the dense model."""
+"""Layer importance: the angle by which each decoder layer rotates the residual stream of the dense model."""
 
 from __future__ import annotations
 
