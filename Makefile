@@ -11,6 +11,7 @@
 # make package  build sdist and wheel, install the wheel into a bare environment and run it outside of this folder
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
 #              PyPI), in an environment of their own
+# make mutants  do the tests notice faults? Those put in by hand, then a sample of small mutations
 # make clean   remove what make made, except runs/
 #
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.
@@ -37,7 +38,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check lint types docs package lowest llamacpp interop interop-gptq interop-optimum clean
+.PHONY: demo test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -69,6 +70,10 @@ package:
 	$(PACKAGE_VENV)/bin/python -m build --outdir dist .
 	$(PACKAGE_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt dist/*.whl
 	cd $(PACKAGE_VENV) && bin/flatq --version && bin/flatq check $(CURDIR)/$(demo_recipe)
+
+mutants: $(installed)
+	$(bin)/python -m tests.mutations --hand
+	$(bin)/python -m tests.mutations --sample 40 --seed 0
 
 # Old versions of other packages warn where new ones do not.
 lowest:

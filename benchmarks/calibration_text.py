@@ -210,21 +210,25 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     names = list(dense["perplexity"])
     away = [name for name in names if name not in ("python-docs", "self")]
     about = len(questions.QUESTIONS)
+    kinds = ", ".join(away)
     text = f"""# Which calibration text generalises
 
 Damage, ln(perplexity / dense perplexity), of SmolLM2-135M-Instruct at 4 bits in groups of 32 (embedding too), after
 `flat` with the share that is kept (1: 4 bits alone), by calibration text. {ROWS} rows of {LENGTH} tokens of each text.
-Mean and worst are over the texts of kinds that nothing was calibrated on: {", ".join(away)}. "self" is text that the
-dense model wrote with another seed than the calibration's. Questions: {about} plain ones, answered greedily through the
-chat template. The seconds are those of compressing, on a machine that did other work as well.
-Written by `benchmarks/calibration_text.py`.
+Mean and worst are over the texts of kinds that nothing was calibrated on ({kinds}). "self" is text that the dense model
+wrote with another seed than the calibration's; a bar is not measured. Questions: {about} plain ones, answered greedily
+through the chat template. Seconds are those of compressing, on a machine that did other work as well.
+
+```sh
+python benchmarks/calibration_text.py --text wikipedia=FILE --text licence=FILE,FILE --text prose=FILE
+```
 
 """
     head = ["calibration", "tokens", "kept", *names, "mean", "worst", f"right of {about}", "seconds"]
     before = [f"{dense['perplexity'][name]:.2f}" for name in names]
     rows = [["dense (perplexity)", "", "", *before, "", "", str(dense["right"]), ""]]
     for line in sorted(rest, key=lambda line: (line["keep_ratio"], line["mean"])):
-        damage = [f"{line['damage'][name]:.3f}" if name in line["damage"] else "–" for name in names]  # noqa: RUF001
+        damage = [f"{line['damage'][name]:.3f}" if name in line["damage"] else "-" for name in names]
         rows.append(
             [
                 line["name"].split(", keep")[0] + "".join(f", {o}" for o in line["name"].split(", ")[2:]),

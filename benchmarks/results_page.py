@@ -3,9 +3,10 @@
     python benchmarks/results_page.py            write them
     python benchmarks/results_page.py --check    write nothing; exit code 1 if one of them is stale
 
-Measurements with a program of their own keep their files (``quality.json``, ``gptq.json``). Every other measured table
-is one JSON file in ``results/tables/``: a title, columns, rows, and the machine, date, commit and command that they are
-of. The commit is the one that recorded the numbers. Files are read in the order of their names.
+Measurements with a program of their own keep their files (``quality.json``, ``gptq.json``,
+``calibration_text.jsonl``). Every other measured table is one JSON file in ``results/tables/``: a title, columns, rows,
+and the machine, date, commit and command that they are of. The commit is the one that recorded the numbers. Files are
+read in the order of their names.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def read_tables(folder: Path) -> dict[str, Table]:
 def page(results: Path = RESULTS) -> str:
     """The text of ``docs/results.md``."""
     parts = [INTRODUCTION, quality_summary.markdown(read_quality(results))]
+    parts.append("#" + (results / "calibration_text.md").read_text())
     parts.append("## GPTQ beside GPTQModel\n\n2,656 calibration tokens of WikiText-2, scored on 3,072 others.\n")
     parts.append((results / "gptq.md").read_text())
     parts.append("`python benchmarks/gptq.py FILE --peer PYTHON`\n")

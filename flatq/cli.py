@@ -87,7 +87,8 @@ def run(
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     forecast: Annotated[
-        bool, typer.Option("--forecast", help="Predict time and memory, and report how it came.")
+        bool,
+        typer.Option("--forecast", help="Estimate time and memory first, and report them beside what was measured."),
     ] = False,
     memory: Annotated[str | None, typer.Option(help="RAM to stay below, as in 6GB; batches are made to fit.")] = None,
     no_verify: NoVerify = False,
@@ -122,7 +123,7 @@ def check(recipe: RecipeFile) -> None:
 
 @app.command()
 def plan(recipe: RecipeFile, device: Device = "auto") -> None:
-    """Predict parameters, file sizes, memory and time; reads the model's shapes, not its weights."""
+    """Predict parameters, file sizes, memory and a rough time; reads the model's shapes, not its weights."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
@@ -173,15 +174,49 @@ def bench(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Artifact, export, or a model as in a recipe.", show_default=False)],
-    dataset: Annotated[str, typer.Option(help="wikitext2, c4, alpaca, python-docs or text.")] = "python-docs",
-    path: Annotated[Path | None, typer.Option(help="The .txt or .jsonl file of dataset text.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens in all.")] = 8192,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, alpaca, python-docs or text; the run's own texts if not given."),
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file of yours, as the text.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text [8192, for an export 2048].")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a sequence [512].")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval instead, separated by commas.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A list of tasks: flat-paper.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First documents of each task; all if not given.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for task results; tasks/ beside the model.")] = None,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the model before compression.")] = False,
+    provider: Provider = "auto",
 ) -> None:
-    """Measure perplexity on held-out text."""
+    """Measure perplexity and divergence from the dense model on held-out text; an export in its own runtime.
+
+    With --tasks: tasks of lm-eval, beside the dense model; finished tasks are kept.
+    """
+    if tasks is not None or suite is not None:
+        from flatq import verbs
+
+        names = [name for name in (tasks or "").split(",") if name]
+        places: dict[str, Any] = {"folder": include_path, "out": out, "dense": not no_dense, "provider": provider}
+        print(verbs.evaluate_tasks(model, names, suite=suite, limit=limit, **places))
+        return
+    from flatq.pipeline.evaluate import evaluate as lines
+
+    print("\n".join(lines(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len)))
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Run, artifact or export folders, or foreign models.", show_default=False),
+    ],
+    figure: Annotated[Path | None, typer.Option(help="Write quality against bytes as .svg or .png.")] = None,
+) -> None:
+    """Put models side by side: bytes, quality per text, tasks and speed, as far as they were measured."""
     from flatq import verbs
 
-    print(f"{verbs.evaluate(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len):.4f}")
+    print(verbs.compare(paths, figure))
 
 
 @app.command()

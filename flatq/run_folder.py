@@ -83,8 +83,11 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether a former run wrote its report."""
-        return (self.root / "report.json").is_file()
+        """Whether a former run wrote its report, and every export succeeded."""
+        path = self.root / "report.json"
+        return path.is_file() and not any(
+            export.get("error") for export in json.loads(path.read_text()).get("exports", [])
+        )
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -68,3 +68,9 @@ def number(value: float) -> str:
 def times(ratio: float, up: str, down: str) -> str:
     """A ratio result / baseline in words: ``3.10 x faster``, or below one ``3.10 x slower``."""
     return f"{ratio:.2f} x {up}" if ratio >= 1 else f"{1 / ratio:.2f} x {down}"
+
+
+def with_error(value: float, stderr: float | None, form: str) -> str:
+    """A measured value with its standard error, as ``+0.130 ± 0.004``; alone where the error is not known."""
+    said = format(value, form)
+    return said if stderr is None else f"{said} ± {format(stderr, form.lstrip('+'))}"

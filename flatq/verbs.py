@@ -1,4 +1,4 @@
-"""What the command line does besides ``run``: check, plan, export, bench, eval, generate."""
+"""What the command line does besides ``run``: check, plan, export, bench, eval, compare, generate."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from pydantic import BaseModel, ValidationError
 
 from flatq.artifact import MANIFEST, RANGES, Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import note_cache_ranges
-from flatq.calibration.tokens import token_batches
 from flatq.compress.plan import RankPlan
-from flatq.errors import ArtifactError, RecipeError
+from flatq.errors import RecipeError
+from flatq.evaluate.compare import comparison, draw, entries_of
+from flatq.evaluate.subjects import subjects_of
+from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
 from flatq.export.generate import DecoderRunner, stream
 from flatq.export.planned import PlannedExport, absent_packages_of, needs_cache_ranges, planned_exports
 from flatq.export.protocols import Exporter, Runner, exporter_named
 from flatq.machine.device import resolve_device
-from flatq.pipeline.run import open_source, score
+from flatq.pipeline.run import open_source
 from flatq.pipeline.texts import tokens_of
 from flatq.plan.decide import draft
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
 from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
-from flatq.recipe.blocks import BenchSpec, CalibrationSpec, EvaluationSpec
+from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe
-from flatq.sources.source import Source, open_model
+from flatq.sources.source import Source
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -72,9 +74,8 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     exports = planned_exports(recipe)
     source, planned = _from_shapes(recipe, exports)
     config = source.config
-    weights = source if source.has_weights else None
     ranges = needs_cache_ranges(exports)
-    phases = forecasts(recipe, config, planned.layers, weights, device=resolve_device(device), ranges=ranges)
+    phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
     text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
     return text + "".join(f"{warning}\n" for warning in _warnings(exports))
 
@@ -137,21 +138,38 @@ def bench_exports(paths: list[Path], against: list[Path], loads: list[dict[str, 
     return "\n".join(tables)
 
 
-def evaluate(model: str, *, dataset: str, path: Path | None, tokens: int, seq_len: int) -> float:
-    """Perplexity of an artifact or of a pretrained model on held-out text."""
-    calibration = CalibrationSpec.model_validate(
-        {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
-    )
-    evaluation = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=seq_len)
-    weights: Artifact | Source
-    try:
-        artifact = Artifact.open(model)
-        weights, tokenizer = artifact, tokenizer_in(artifact.root)
-    except ArtifactError:
-        source = open_model(model)
-        source.validate()
-        weights, tokenizer = source, source.tokenizer()
-    return score(weights, token_batches(calibration, [evaluation], tokenizer), "cpu", "evaluate")
+def evaluate_tasks(
+    model: str,
+    names: list[str],
+    *,
+    suite: str | None,
+    limit: int | None,
+    folder: Path | None,
+    out: Path | None,
+    dense: bool,
+    provider: str,
+) -> str:
+    """Tasks of lm-eval for a model and the dense model that it was made from, as a table.
+
+    Raises:
+        RecipeError: lm-eval is not installed, or a task is unknown.
+    """
+    wanted = tasks_wanted(names, suite)
+    require_lm_eval()
+    subjects, beside = subjects_of(model, provider=provider, dense=dense)
+    return task_table(run_tasks(subjects, wanted, out or beside, limit=limit, folder=folder))
+
+
+def compare(paths: list[Path], figure: Path | None) -> str:
+    """A table of everything that was measured of some models; a figure of quality against bytes if a file is named.
+
+    Raises:
+        RecipeError: a path is no model, or the figure's name does not end in .svg or .png.
+    """
+    entries = [entry for path in paths for entry in entries_of(path)]
+    if figure is not None:
+        draw(entries, figure)
+    return comparison(entries)
 
 
 def generate(

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from flatq.cli import app
+from tests.structured import Runs, structured_model
 
 # The same examples on every machine, so that a change is judged by what it changed;
 # `HYPOTHESIS_PROFILE=search make test` draws new ones. Time is never what is tested.
@@ -104,6 +105,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pat
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs of recipes on a small model with structure, each made once."""
+    given = structured_model(tmp_path_factory.mktemp("structured"))
+    return Runs(given, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

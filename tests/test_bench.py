@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flatq.errors import ExportError, RecipeError
-from flatq.export.bench import BenchResult, Load, OpenRunner, Spread, bench, bench_side_by_side, serve
+from flatq.export.bench import BenchResult, Load, OpenRunner, Spread, bench_side_by_side, serve
 from flatq.machine.memory import device_memory_bytes, peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def test_a_failure_is_answered_with_its_cause(opener: OpenRunner, message: str) 
 
 def test_a_process_that_dies_is_an_error_and_not_a_hang() -> None:
     with pytest.raises(ExportError, match=r"bench of bad: .* exit code -9 during 'open' \(it was killed"):
-        bench(open_killed, prompt=16, new_tokens=6, batch=2, repeats=1, vocab=50, name="bad")
+        bench_side_by_side({"bad": open_killed}, Load(prompt=16, new_tokens=6, batch=2, vocab=50), repeats=1)
 
 
 def test_all_impossible_numbers_are_told_at_once() -> None:

@@ -6,11 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import transformers
 
 from flatq.errors import UnsupportedModel
 from flatq.model.decoder import Rope
-from flatq.model.families import FAMILIES, config_from_hf
+from flatq.model.families import FAMILIES
+from flatq.model.hf_config import config_from_hf, config_to_hf
 from flatq.model.weights import tensor_shapes
+from tests.models import tiny_config
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -170,3 +173,25 @@ def test_llama_without_kv_heads_is_multi_head() -> None:
 def test_layers_with_different_windows_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModel, match="max_window_layers"):
         config_from_hf({**QWEN2, "use_sliding_window": True, "sliding_window": 8, **more})
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_is_written_for_a_family_is_read_back_as_the_same_model(family: str) -> None:
+    row = FAMILIES[family]
+    switches = {name: decides for name, decides in row.switches.items() if isinstance(decides, bool)}
+    config = replace(tiny_config(d_v=(16, 16)), family=family, **switches)
+    for rope in (Rope(), Rope(scaling="linear", factor=2.0), Rope(scaling="llama3", factor=8.0)):
+        model = replace(config, rope=rope, sliding_window=None if row.window == "never" else 32)
+        settings = config_to_hf(model)
+        assert config_from_hf(settings) == model
+        assert settings["architectures"] == [row.architecture]
+        assert hasattr(transformers, row.architecture)
+
+
+def test_widths_that_a_family_cannot_state_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match="this model's layers differ"):
+        config_to_hf(tiny_config(d_v=(8, 16)))
+    with pytest.raises(UnsupportedModel, match="this model d_qk 16 and d_v 8"):
+        config_to_hf(tiny_config(d_v=(8, 8)))
+    with pytest.raises(UnsupportedModel, match="'gpt9' is not supported"):
+        config_to_hf(replace(tiny_config(), family="gpt9"))

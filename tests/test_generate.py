@@ -8,30 +8,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from flatq.errors import FlatqError, NumericsError, RecipeError
-from flatq.export.generate import DecoderRunner, Incremental, Stream, stream
+from flatq.export.generate import DecoderRunner, Stream, stream
 from flatq.export.protocols import FloatArray, IntArray
 from flatq.model.decoder import GrowingCache
 from flatq.model.weights import load_decoder
 from tests.models import RandomWeights, tiny_config
 
+END = 256
 
-class Bytes:
-    """A tokenizer whose ids are bytes, so that most characters are several tokens; 256 is a special token."""
 
-    chat_template: str | None = None
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Ids are bytes, so that most characters are several tokens; END is a special token."""
+    plain = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # bytes that stand for themselves
+    others = [byte for byte in range(256) if byte not in plain]
+    alphabet = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet | {"<end>": END}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": list(text.encode())}
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return bytes(token for token in ids if token < 256).decode(errors="replace")
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
-        return f"<{messages[0]['role']}>{messages[0]['content']}"
+BYTES = byte_tokenizer()
 
 
 class Scripted:
@@ -61,22 +69,39 @@ class Scripted:
         return 9 * np.eye(257, dtype=np.float32)[[self.script[self.at - 1]]]
 
 
-def say(text: str, **options: Any) -> Stream:
+def say(text: str, prompt: str = "so", **options: Any) -> Stream:
     script = [*text.encode(), 256]
     options = {"new_tokens": len(script), "eos": {256}} | options
-    return stream(Scripted(script), Bytes(), "so", **options)
+    return stream(Scripted(script), BYTES, prompt, **options)
 
 
 def test_pieces_are_whole_characters() -> None:
     assert list(say("né 猫🙂")) == ["n", "é", " ", "猫", "🙂"]
 
 
-@given(st.text(max_size=12), st.text(min_size=0, max_size=3))
+@given(st.text(max_size=12), st.text(min_size=1, max_size=3))
 def test_the_pieces_of_any_text_joined_are_the_text(text: str, prompt: str) -> None:
-    text = text.encode(errors="ignore").decode()
-    incremental = Incremental(Bytes(), list(prompt.encode(errors="ignore")))
-    pieces = [incremental.push(token) for token in text.encode()] + [incremental.flush()]
-    assert "".join(pieces) == text
+    text, prompt = (some.encode(errors="ignore").decode() for some in (text, prompt))
+    assume(prompt)
+    assert "".join(say(text, prompt)) == text
+
+
+def test_a_prompt_that_ends_in_a_replacement_character_is_not_repeated() -> None:
+    assert list(say("ab", "x\N{REPLACEMENT CHARACTER}")) == ["a", "b"]
+
+
+def test_special_tokens_are_not_text() -> None:
+    script = [*b"a", END, *b"b"]
+    assert list(stream(Scripted(script), BYTES, "x", new_tokens=3, eos=set())) == ["a", "b"]
+
+
+def test_a_tokenizer_that_cannot_decode_piece_by_piece_is_refused() -> None:
+    class Slow:
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1]}
+
+    with pytest.raises(RecipeError, match=r"Slow does not decode piece by piece; .* tokenizer\.json"):
+        stream(Scripted([1]), Slow(), "x", new_tokens=1, eos=set())
 
 
 def test_an_unfinished_character_comes_at_the_end() -> None:
@@ -107,10 +132,10 @@ def test_it_stops_at_the_length(new_tokens: int) -> None:
 
 
 def test_a_chat_goes_through_the_template() -> None:
-    tokenizer, runner = Bytes(), Scripted([256])
+    tokenizer, runner = byte_tokenizer(), Scripted([256])
     with pytest.raises(RecipeError, match="no chat template"):
         stream(runner, tokenizer, "hi", new_tokens=1, eos={256}, chat=True)
-    tokenizer.chat_template = "a template"
+    tokenizer.chat_template = "<{{ messages[0].role }}>{{ messages[0].content }}"
     list(stream(runner, tokenizer, "hi", new_tokens=1, eos={256}, chat=True))
     assert bytes(runner.prompt) == b"<user>hi"
     assert runner.capacity == len(runner.prompt) + 1
@@ -124,19 +149,19 @@ def test_negative_numbers_are_refused(options: dict[str, float]) -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(RecipeError, match="the prompt is empty"):
-        stream(Scripted([1]), Bytes(), "", new_tokens=1, eos=set())
+        stream(Scripted([1]), BYTES, "", new_tokens=1, eos=set())
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
     runner = Scripted([1])
     runner._next = lambda: np.full((1, 257), math.nan, np.float32)  # type: ignore[method-assign]
     with pytest.raises(NumericsError):
-        list(stream(runner, Bytes(), "x", new_tokens=1, eos=set()))
+        list(stream(runner, BYTES, "x", new_tokens=1, eos=set()))
 
 
 def test_greedy_is_what_the_decoder_finds_likeliest() -> None:
     weights = RandomWeights(tiny_config(vocab=257, tied_head=False))
-    running = stream(DecoderRunner(weights), Bytes(), "start", new_tokens=6, eos=set())
+    running = stream(DecoderRunner(weights), BYTES, "start", new_tokens=6, eos=set())
     list(running)
     decoder, ids = load_decoder(weights), list(b"start")
     for _ in range(6):
@@ -148,7 +173,7 @@ def test_the_same_seed_draws_the_same_text_and_another_another() -> None:
     runner = DecoderRunner(RandomWeights(tiny_config(vocab=257, tied_head=False)))
 
     def drawn(seed: int, temperature: float = 1.5) -> tuple[int, ...]:
-        running = stream(runner, Bytes(), "x", new_tokens=12, temperature=temperature, seed=seed, eos=set())
+        running = stream(runner, BYTES, "x", new_tokens=12, temperature=temperature, seed=seed, eos=set())
         list(running)
         return running.result.tokens
 
@@ -160,7 +185,7 @@ def test_draws_follow_the_softmax() -> None:
     runner = Scripted([65] * 2000)
     runner._next = lambda: np.log(np.array([[1, 3, 4]], np.float32))  # type: ignore[method-assign]
     runner.step = lambda tokens: runner._next()  # type: ignore[method-assign]
-    running = stream(runner, Bytes(), "x", new_tokens=2000, temperature=1.0, eos=set())
+    running = stream(runner, BYTES, "x", new_tokens=2000, temperature=1.0, eos=set())
     list(running)
     assert np.bincount(running.result.tokens) / 2000 == pytest.approx([1 / 8, 3 / 8, 4 / 8], abs=0.03)
 

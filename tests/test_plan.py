@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from flatq.compress.plan import RankPlan
 from flatq.errors import ArtifactError, RecipeError
 from flatq.export.bench import BenchResult, Spread, bench_table
 from flatq.export.protocols import exporter_named
+from flatq.machine.speed import Speed, measured_speed
+from flatq.model.decoder import DecoderConfig
 from flatq.plan import describe as planning
 from flatq.plan import forecast
 from flatq.plan.describe import explanation
 from flatq.plan.forecast import forecasts, working_bytes
-from flatq.plan.rehearsal import Clock, FirstLayers, Rehearsal, Spent, Watched
-from flatq.plan.sizes import artifact_bytes, disk_bytes
+from flatq.plan.operations import operations
+from flatq.plan.sizes import artifact_bytes, cautions, disk_bytes, too_few_tokens
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import read_report
 from flatq.sources.source import open_model
@@ -107,6 +111,30 @@ def test_too_little_text_for_the_width_is_said_beforehand_and_in_the_report(
     assert "fewer than the" not in reported(make_recipe(), tmp_path / "enough")
 
 
+@pytest.mark.parametrize(
+    ("samples", "options", "said"),
+    [
+        (12, {"method": "paper"}, ""),
+        (2, {"method": "paper"}, "are fewer than 4 times the 96 inputs"),
+        (1, {"method": "paper"}, "ruins the model"),
+        (1, {}, "fewer than the 96 inputs"),
+        (2, {}, ""),
+        (1, {"method": "paper", "shrinkage": 0.1}, "fewer than the 96 inputs"),
+        (1, {"shrinkage": 0.0}, "ruins the model"),
+    ],
+)
+def test_few_tokens_are_warned_of_or_refused_as_was_measured(
+    make_recipe: MakeRecipe, samples: int, options: dict[str, Any], said: str
+) -> None:
+    calibration = {"dataset": "python-docs", "samples": samples, "seq_len": 64}
+    stages = [{"flat": {"keep_ratio": 0.8, **options}}]
+    recipe, dense = Recipe.load(make_recipe(calibration=calibration, stages=stages)), tiny_config(d_ff=(96, 64))
+    words = cautions(recipe, dense) + too_few_tokens(recipe, dense)
+    assert said in " ".join(words)
+    assert bool(words) == bool(said)
+    assert bool(too_few_tokens(recipe, dense)) == (said == "ruins the model")
+
+
 def reported(recipe: Path, out: Path) -> str:
     """The report of a run, as Markdown."""
     assert flatq("run", recipe, "--out", out).exit_code == 0
@@ -134,65 +162,67 @@ def test_a_forecast_names_the_phases_of_the_run_in_their_order(
     assert "| compress |" in shown
 
 
-@pytest.mark.parametrize("factor", [1, 2, 4])
-def test_a_wide_model_is_forecast_from_a_narrow_one(factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def estimated(recipe: Recipe, config: DecoderConfig, **options: Any) -> dict[str, float]:
+    """Seconds by phase."""
+    found = forecasts(recipe, config, [replace(dims, d_ff=dims.d_ff // 2) for dims in config.layers], **options)
+    return {phase: said.seconds for phase, said in found.items()}
+
+
+def test_time_grows_with_layers_tokens_and_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "measured_speed", lambda *_: Speed(1e9, 1e9, 1e10))
     config = tiny_config(heads=8, kv_heads=4, d_ff=(256, 256), d_model=256)
-    monkeypatch.setattr(forecast, "WIDEST", 256 // factor)
-
-    def played(rehearsal: Rehearsal) -> dict[str, Spent]:
-        (layer,) = rehearsal.weights.config.layers
-        assert layer.d_ff == 256 // factor
-        ends = {"ends": 0.064 / factor, "tables": 5.0 / factor, "head": 0.5 / factor**2}
-        return {"compress": Spent(layers=0.064 / factor**2, solves=1.0 / factor**3, tokens=64, **ends)}
-
-    monkeypatch.setattr(Rehearsal, "played", played)
-    found = forecasts(BOTH, config, config.layers, None)["compress"].seconds
-    tokens = BOTH.calibration.samples * BOTH.calibration.seq_len
-    assert found == pytest.approx(5.5 + 2 * (1 + 1e-3 * tokens) + 1e-3 * tokens)
+    longer = BOTH.model_copy(update={"calibration": BOTH.calibration.model_copy(update={"samples": 512})})
+    once, deep = estimated(BOTH, config), estimated(BOTH, config.with_layers(config.layers * 4))
+    assert deep["compress"] > 3 * once["compress"]
+    assert estimated(longer, config)["compress"] > 3 * once["compress"], "four times the tokens"
+    assert estimated(longer, config)["baseline"] == once["baseline"]
+    wide = tiny_config(heads=8, kv_heads=4, d_ff=(1024, 1024), d_model=256)
+    assert estimated(BOTH, wide)["curves"] > 2.5 * once["curves"]
 
 
-def test_the_clock_goes_by_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0])  # each part takes twice as long as the one before
-    monkeypatch.setattr("flatq.plan.rehearsal.time.perf_counter", lambda: next(times))
-    clock = Clock()
-    watched = Watched(FirstLayers(tiny_config(), None), clock)
-    watched.tensor("layers.0.q.weight")
-    with clock.during("solves"):
-        pass
-    watched.tensor("norm.weight")
-    clock.turn("ends")
-    assert clock.spent == Spent(ends=1 + 64, solves=2 + 8, layers=4 + 16, tables=32)
+def test_the_products_of_a_phase_are_those_of_its_shapes() -> None:
+    """Of a model without attention scores to speak of: two operations for each weight and token."""
+    config = tiny_config(heads=1, kv_heads=1, d_qk=2, d_v=(2,), d_ff=(4096,), d_model=64)
+    tokens = {"self-text": 0} | dict.fromkeys(("baseline", "sensitivity", "curves", "compress", "evaluate"), 1000)
+    plan = [replace(dims, d_ff=2048) for dims in config.layers]
+    found = operations(BOTH, config, plan, tokens, ranges=False)
+    assert found["baseline"].solve == pytest.approx(2 * 1000 * config.parameters(), rel=0.01)
+    assert found["evaluate"].solve < 0.6 * found["baseline"].solve
+    assert found["baseline"].forward == 0, "scored in float32"
 
 
-def test_the_quicker_of_two_rounds_counts_part_by_part() -> None:
-    assert Spent(1, 5, 3, 7, 9, 64).quicker(Spent(2, 4, 6, 1, 8, 64)) == Spent(1, 4, 3, 1, 8, 64)
-
-
-@pytest.mark.parametrize("samples", [1, 3, 64])
-def test_a_rehearsal_takes_two_batches_or_what_there_is(samples: int) -> None:
-    text = BOTH.calibration.model_copy(update={"samples": samples, "seq_len": 256})
+def test_ranges_of_keys_and_values_are_counted_if_an_export_wants_them() -> None:
     config = tiny_config()
-    first = FirstLayers(config.with_layers(config.layers[:1]), None)
-    narrow = (replace(config.layers[0], d_ff=32),)
-    found = Rehearsal(BOTH.model_copy(update={"calibration": text}), first, narrow).played()
-    assert list(found) == ["baseline", "sensitivity", "curves", "compress", "evaluate"]
-    assert found["compress"].tokens == min(samples * 256, 4096)
-    assert min(found["compress"].layers, found["compress"].solves, found["compress"].tables) > 0
-    assert found["baseline"].solves < found["compress"].solves, "only reading"
+    without = list(estimated(BOTH, config))
+    assert without == ["baseline", "sensitivity", "curves", "compress", "evaluate"]
+    assert list(estimated(BOTH, config, ranges=True)) == [*without, "cache-ranges"]
+    assert list(working_bytes(config, BOTH, ranges=True)) == [*without, "cache-ranges"]
 
 
-@pytest.mark.parametrize(("samples", "tokens"), [(1, 256), (64, 4096)])
-def test_ranges_of_keys_and_values_are_rehearsed_if_an_export_wants_them(samples: int, tokens: int) -> None:
-    text = BOTH.calibration.model_copy(update={"samples": samples, "seq_len": 256})
-    recipe, config = BOTH.model_copy(update={"calibration": text}), tiny_config()
-    first = FirstLayers(config.with_layers(config.layers[:1]), None)
-    found = Rehearsal(recipe, first, first.config.layers, ranges=True).played()
-    assert found["cache-ranges"].tokens == tokens
-    assert found["cache-ranges"].layers > 0
-    narrow = [replace(dims, d_ff=32) for dims in config.layers]
-    without = list(forecasts(recipe, config, narrow, None))
-    assert list(forecasts(recipe, config, narrow, None, ranges=True)) == [*without, "cache-ranges"]
-    assert list(working_bytes(config, recipe, ranges=True)) == [*without, "cache-ranges"]
+def test_a_rate_is_measured_once_and_in_a_moment() -> None:
+    measured_speed.cache_clear()
+    began = time.perf_counter()
+    first = measured_speed("cpu", "float32")
+    assert time.perf_counter() - began < 5, "0.2 seconds, on a machine that others share more"
+    assert first is measured_speed("cpu", "float32")
+    assert min(first.forward, first.solve, first.moved) > 1e6
+
+
+def test_a_wide_model_is_planned_at_once(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Nothing of a 7B model is computed or allocated for it."""
+    settings = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "hidden_act": "silu", "torch_dtype": "float16",
+    }  # fmt: skip
+    (tmp_path / "7b").mkdir()
+    (tmp_path / "7b" / "config.json").write_text(json.dumps(settings))
+    recipe = make_recipe(model=str(tmp_path / "7b"), stages=[{"flat": {"keep_ratio": 0.7}}])
+    began = time.perf_counter()
+    shown = flatq("plan", recipe)
+    assert shown.exit_code == 0, shown.stderr
+    assert time.perf_counter() - began < 10, "one second where nobody else computes"
+    assert "about" in shown.stdout
 
 
 @pytest.mark.parametrize(("device", "share"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
@@ -200,8 +230,8 @@ def test_what_a_phase_holds_is_held_by_the_gpu_if_there_is_one(
     device: str, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
-    monkeypatch.setattr(Rehearsal, "played", lambda _: {"compress": Spent(tokens=1)})
-    found = forecasts(BOTH, config, config.layers, None, device=device)["compress"]
+    monkeypatch.setattr(forecast, "measured_speed", lambda *_: Speed(1e9, 1e9, 1e9))
+    found = forecasts(BOTH, config, config.layers, device=device)["compress"]
     assert found.peak_device_bytes == share * working_bytes(config, BOTH)["compress"]
     shown = planning.forecast(BOTH, config, RankPlan(config.layers, 1.0, 1.0), [], 4, {"compress": found})
     assert ("memory of the GPU" in shown) == bool(share)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from flatq.machine.progress import hidden, progress
+from flatq.machine.progress import progress
 
 
 class Terminal(io.StringIO):
@@ -56,12 +56,3 @@ def test_on_a_terminal_there_is_a_bar_and_no_log(
 def test_an_error_inside_passes_through() -> None:
     with pytest.raises(ValueError, match="stop"), progress("compress", 4):
         raise ValueError("stop")
-
-
-def test_what_is_part_of_something_larger_shows_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "flatq")
-    with progress("forecast", 1) as advance:
-        with hidden(), progress("curves", 1) as inner:
-            inner()
-        advance()
-    assert [message.split(":")[0] for message in caplog.messages] == ["forecast"]

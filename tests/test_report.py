@@ -16,7 +16,17 @@ from flatq.export.verify import Agreement, Verification
 from flatq.model.decoder import LayerDims
 from flatq.report.findings import findings
 from flatq.report.render import read_report, write_report
-from flatq.report.schema import Environment, ExportReport, HeadReport, LayerReport, Measure, ModelInfo, Report
+from flatq.report.schema import (
+    BaselineReport,
+    Environment,
+    ExportReport,
+    HeadReport,
+    LayerReport,
+    Measure,
+    ModelInfo,
+    Report,
+    TextQuality,
+)
 
 DENSE = LayerDims(heads=9, kv_heads=3, d_qk=64, d_v=64, d_ff=1536)
 
@@ -63,6 +73,23 @@ def export(name: str, count: int, verified: bool = True) -> ExportReport:
     )
 
 
+def quality(text: str, damage: float, *, calibrated: bool, dense: float = 14.41) -> TextQuality:
+    return TextQuality(
+        text=text,
+        calibrated=calibrated,
+        rows=32,
+        tokens=16352,
+        baseline_perplexity=dense,
+        perplexity=dense * math.exp(damage),
+        damage=damage,
+        damage_stderr=0.011,
+        kl=0.9 * damage,
+        kl_stderr=0.008,
+        top1=0.83,
+        top1_stderr=0.004,
+    )
+
+
 @pytest.fixture
 def report() -> Report:
     return Report(
@@ -83,6 +110,11 @@ def report() -> Report:
             parameters=113_280_000, decoder_parameters=84_934_656, bytes=72_500_000, perplexity=21.87,
             perplexity_tokens=16352,
         ),
+        quality=[
+            quality("python-docs", 0.13, calibrated=True, dense=9.31),
+            quality("wikitext2", math.log(21.87 / 14.41), calibrated=False),
+        ],
+        recipe_text="# as it was written\nversion: 1\n",
         layers=[layer(index) for index in range(30)],
         head=HeadReport(error=0.0123, notes=["head: needed damping 0.1"]),
         exports=[export("onnx", 74_100_000), export("onnx-gqa", 74_300_000), export("safetensors", 81_000_000, False)],
@@ -114,7 +146,8 @@ def test_json_has_the_contracts_keys_and_comes_back_equal(report: Report, tmp_pa
     written = json.loads((tmp_path / "report.json").read_text())
     assert set(written) == {
         "schema_version", "model", "recipe", "environment", "baseline", "result", "layers", "head", "exports",
-        "bench", "timing", "memory", "device_memory", "forecast", "peak_rss_bytes", "notes",
+        "bench", "timing", "memory", "device_memory", "forecast", "peak_rss_bytes", "notes", "quality",
+        "recipe_text", "baselines",
     }  # fmt: skip
     assert {"parameters", "decoder_parameters", "bytes", "perplexity"} <= set(written["result"])
     assert {"files", "bytes", "sha256", "verify"} <= set(written["exports"][0])
@@ -127,7 +160,7 @@ def test_the_page_is_one_file_that_fetches_nothing(report: Report, tmp_path: Pat
     page = (tmp_path / "report.html").read_text()
     references = References()
     references.feed(page)
-    assert references.tags.count("svg") == 3
+    assert references.tags.count("svg") == 4
     assert "script" not in references.tags
     assert all(reference.startswith("#") for reference in references.found)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
@@ -178,3 +211,81 @@ def test_what_was_not_measured_is_called_so(report: Report, tmp_path: Path, miss
 def test_a_number_that_is_none_is_refused(value: float) -> None:
     with pytest.raises(ValidationError, match="perplexity"):
         Measure(parameters=1, decoder_parameters=1, bytes=1, perplexity=value)
+
+
+def test_the_headline_is_text_that_was_not_calibrated_on(report: Report, tmp_path: Path) -> None:
+    assert report.headline is not None
+    assert report.headline.text == "wikitext2"
+    only = report.model_copy(update={"quality": report.quality[:1]})
+    assert only.headline == report.quality[0]
+    assert any("text of the kind that was calibrated on" in note for note in findings(only).notes)
+    write_report(report, tmp_path)
+    assert "| perplexity on wikitext2 | 14.410 | 21.870 |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seen", "other", "warned"),
+    [(0.13, 0.41, True), (0.13, 0.25, False), (0.41, 0.13, True), (0.001, 0.015, False), (-0.01, 0.1, True)],
+)
+def test_damage_that_differs_by_more_than_two_is_warned_of(
+    report: Report, seen: float, other: float, warned: bool
+) -> None:
+    texts = [quality("docs", seen, calibrated=True), quality("news", other, calibrated=False)]
+    said = findings(report.model_copy(update={"quality": texts})).costs
+    assert any("WARNING" in line for line in said) == warned
+
+
+def test_the_quality_of_exports_stands_beside_the_artifacts(report: Report, tmp_path: Path) -> None:
+    worse = quality("wikitext2", 0.61, calibrated=False)
+    exports = [report.exports[0].model_copy(update={"quality": [worse]}), *report.exports[1:]]
+    write_report(report.model_copy(update={"exports": exports}), tmp_path)
+    assert "| wikitext2, onnx | no | " in (tmp_path / "report.md").read_text()
+    assert "+0.610 ± 0.011" in (tmp_path / "report.html").read_text()
+
+
+def test_a_failed_export_is_in_the_report_with_its_reason(report: Report, tmp_path: Path) -> None:
+    failed = ExportReport(name="gguf", files=[], bytes=0, sha256={}, verify=None, error="the disk is gone")
+    write_report(report.model_copy(update={"exports": [failed]}), tmp_path)
+    for file in ("report.md", "report.html"):
+        text = (tmp_path / file).read_text()
+        assert "FAILED" in text
+        assert "the disk is gone" in text
+
+
+def test_the_recipe_is_shown_as_it_was_written(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    for file in ("report.md", "report.html"):
+        written, folded = (tmp_path / file).read_text().split("# as it was written", 1)[1].split("<details>", 1)
+        assert "samples: 32" not in written
+        assert "samples: 32" in folded
+
+
+def test_the_page_fits_a_phone_and_follows_the_reader_into_the_dark(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "prefers-color-scheme: dark" in page
+    assert "<script" not in page
+    for start in (match.start() for match in re.finditer("<table", page)):
+        assert 'class="card scroll"' in page[:start].rsplit("<div", 1)[1], "a table scrolls in a container of its own"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("quantized", 0.2, "Narrowing, beside quantization alone (3 bit, groups of 64): weights 80 MB → 72.5 MB, 9.4%"),
+        ("same_bytes", 0.2, "Narrowing bought nothing: quantization alone (3 bit, groups of 64) loses +0.200 nats"),
+        ("same_bytes", 0.9, "Narrowing pays at this size"),
+    ],
+)
+def test_what_narrowing_bought_is_said(report: Report, name: str, damage: float, said: str) -> None:
+    rival = BaselineReport(
+        name=name,
+        description="3 bit, groups of 64",
+        parameters=134_515_008,
+        bytes=80_000_000,
+        decode_bytes=90_000_000,
+        quality=[quality("wikitext2", damage, calibrated=False)],
+    )
+    found = findings(report.model_copy(update={"baselines": [rival]}))
+    assert any(said in line for line in found.gains + found.costs)

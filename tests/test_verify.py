@@ -12,8 +12,9 @@ from flatq.artifact import Artifact
 from flatq.errors import ExportError, RecipeError
 from flatq.export.generate import DecoderRunner
 from flatq.export.protocols import FloatArray, IntArray
-from flatq.export.verify import EXACT_SHARE, Limits, verify
+from flatq.export.verify import EXACT_SHARE, Case, Limits, verify
 from flatq.model.grid import Grid
+from flatq.model.weights import Weights
 from tests.models import RandomWeights, tiny_artifact, tiny_config
 
 
@@ -26,7 +27,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 class Shifted(DecoderRunner):
     """Adds ``by`` to the logit of token 3 at one place."""
 
-    def __init__(self, artifact: Artifact, by: float, *, at_step: int | None = None) -> None:
+    def __init__(self, artifact: Weights, by: float, *, at_step: int | None = None) -> None:
         super().__init__(artifact)
         self.by, self.at_step, self.steps = by, at_step, 0
 
@@ -111,6 +112,57 @@ def test_a_format_without_a_runtime_is_not_verified(artifact: Artifact) -> None:
 def test_real_text_is_compared_too(artifact: Artifact) -> None:
     text = torch.arange(5 * 40).reshape(5, 40) % artifact.config.vocab
     assert verify(artifact, lambda: DecoderRunner(artifact), tokens=text).exact.positions == 4 * (24 + 9)
+
+
+def test_with_text_no_random_tokens_are_looked_at(artifact: Artifact) -> None:
+    class Watched(DecoderRunner):
+        def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
+            assert (tokens == 7).all()
+            return super().logits(tokens, valid)
+
+    assert verify(artifact, lambda: Watched(artifact), tokens=torch.full((2, 40), 7)) is not None
+
+
+class Cancelling(RandomWeights):
+    """The last MLP adds large numbers that cancel, so that float32 rounding moves the logits."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__(tiny_config())
+        up, gate, down = (self.tensors[f"layers.1.{name}.weight"] for name in ("up", "gate", "down"))
+        up[1::2], gate[1::2] = up[::2], gate[::2]
+        noise = 0.1 * down[:, 1::2].clone()
+        down[:, ::2] *= size
+        down[:, 1::2] = noise - down[:, ::2]
+
+
+class InAnotherOrder(DecoderRunner):
+    """Another runtime: the same sums, taken in float64."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e5])
+def test_what_is_exact_on_one_model_is_exact_on_all(size: float) -> None:
+    model = Cancelling(size)
+    found = verify(model, lambda: InAnotherOrder(model))
+    assert found is not None
+    assert found.exact.max_abs <= found.limit
+    assert found.limit >= 10 * found.noise
+    with pytest.raises(ExportError, match="differs from the artifact's"):
+        verify(model, lambda: InAnotherOrder(RandomWeights(model.config, seed=5)))
+
+
+def test_an_ill_conditioned_model_is_told_from_a_wrong_export(caplog: pytest.LogCaptureFixture) -> None:
+    sound, ill = Cancelling(1.0), Cancelling(1e6)
+    noise = Case.draw(ill, None, 0).noise
+    for model, by in ((sound, 1.0), (ill, 1e4 * noise)):
+        with pytest.raises(ExportError, match="The export is wrong or its runtime has a fault"):
+            verify(model, lambda m=model, d=by: Shifted(m, d))
+    assert caplog.text.count("float32 rounding alone moves its logits") == 1
+    with pytest.raises(ExportError, match="The model is ill-conditioned: float32 rounding alone"):
+        verify(ill, lambda: Shifted(ill, 30 * noise))
+    assert verify(ill, lambda: Shifted(ill, 5 * noise)) is not None
 
 
 @pytest.mark.parametrize("length", [0, 31])

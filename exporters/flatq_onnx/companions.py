@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flatq.export import Artifact, write_json
+from flatq.export import Artifact, config_to_hf, write_json
 from flatq_onnx.contract import MODEL
 from flatq_onnx.options import OnnxOptions
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 NEW_KEYS = ("backend", "is_local", "local_files_only")  # of transformers 5
 
 
@@ -67,37 +67,15 @@ def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
 
 
 def transformers_config(artifact: Artifact) -> dict[str, Any]:
-    """``config.json`` as transformers 4 reads it; of the MLP it can only say the largest width."""
-    config, dims = artifact.config, artifact.config.layers[0]
-    rope = config.rope
-    scaling: dict[str, Any] | None = None
-    if rope.scaling is not None:
-        scaling = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling == "llama3":
-        scaling = {
-            **(scaling or {}),
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-        }
-    return {
-        "model_type": config.family,
-        "architectures": [f"{ARCHITECTURES.get(config.family, 'Llama')}ForCausalLM"],
-        "vocab_size": config.vocab,
-        "hidden_size": config.d_model,
-        "intermediate_size": max(layer.d_ff for layer in config.layers),
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": dims.heads,
-        "num_key_value_heads": dims.kv_heads,
-        "head_dim": dims.d_qk,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": config.tied_head,
-        "torch_dtype": "float32",
-        **_token_ids(artifact),
-    }
+    """``config.json`` as transformers 4 reads it; of the MLP it can only say the largest width.
+
+    Raises:
+        UnsupportedModel: the family's configuration cannot describe the model.
+    """
+    config = artifact.config
+    first, widest = config.layers[0], max(layer.d_ff for layer in config.layers)
+    settings = config_to_hf(config, replace(first, d_v=first.d_qk, d_ff=widest))
+    return {**settings, "torch_dtype": "float32", **_token_ids(artifact)}
 
 
 def _token_ids(artifact: Artifact) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flatq.export import FAMILIES, LINEARS, DecoderConfig, FlatqError, Grid, Rope, __version__, config_from_hf
+from flatq.export import FAMILIES, LINEARS, DecoderConfig, Grid, UnsupportedModel, __version__, config_to_hf
 
 NAMES = FAMILIES["llama"].names
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 CHANGED = (0, 18)  # see Versions
 EMBEDDINGS = (0, 20)
 AUTO_MAP = {
@@ -33,58 +32,10 @@ def hub_module(stem: str) -> str:
 
 def family_settings(config: DecoderConfig) -> dict[str, Any] | None:
     """``config.json`` of a plain checkpoint of the model's family; None if the family cannot say all of it."""
-    alike = len(set(config.layers)) == 1 and config.layers[0].d_v == config.layers[0].d_qk
-    if not alike or config.family not in ARCHITECTURES:
-        return None
-    dims = config.layers[0]
-    settings: dict[str, Any] = {
-        "model_type": config.family,
-        "architectures": [f"{ARCHITECTURES[config.family]}ForCausalLM"],
-        "hidden_size": config.d_model,
-        "intermediate_size": dims.d_ff,
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": dims.heads,
-        "num_key_value_heads": dims.kv_heads,
-        "head_dim": dims.d_qk,
-        "vocab_size": config.vocab,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "tie_word_embeddings": config.tied_head,
-        **_rope(config.rope),
-        **_window(config),
-    }
-    if config.family in ("llama", "qwen3"):
-        settings["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
-        settings["mlp_bias"] = config.mlp_bias
     try:
-        return settings if config_from_hf(settings) == config else None
-    except FlatqError:
+        return config_to_hf(config)
+    except UnsupportedModel:
         return None
-
-
-def _rope(rope: Rope) -> dict[str, Any]:
-    # The spelling of transformers 4, which version 5 and every other reader understand.
-    if rope.scaling is None:
-        return {"rope_theta": rope.theta, "rope_scaling": None}
-    scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-        }
-    return {"rope_theta": rope.theta, "rope_scaling": scaling}
-
-
-def _window(config: DecoderConfig) -> dict[str, Any]:
-    if config.family == "mistral":
-        return {"sliding_window": config.sliding_window}
-    if config.family in ("qwen2", "qwen3"):
-        used = config.sliding_window is not None
-        return {"use_sliding_window": used, "sliding_window": config.sliding_window, "max_window_layers": 0}
-    return {}
 
 
 def hub_settings(config: DecoderConfig) -> dict[str, Any]:

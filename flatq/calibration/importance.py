@@ -26,7 +26,7 @@ def layer_importance(weights: Weights, tokens: Tensor, work: Path, *, execution:
     work.mkdir(parents=True, exist_ok=True)
     dtype = stored_as(execution.states, tokens.numel(), config.d_model)
     size = batch_tokens(config, execution.working_set_bytes)
-    feed = HiddenStates(work / "dense-states", (samples, length, config.d_model), dtype, size)
+    feed = HiddenStates(work / "importance-states", (samples, length, config.d_model), dtype, size)
     feed.embed(tokens, weights.tensor("embed.weight"))
     angles = []
     with progress("importance", len(config.layers)) as advance:

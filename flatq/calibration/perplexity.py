@@ -94,10 +94,12 @@ def final_hidden(
     device: str = "cpu",
     batch: int = 4,
     on_half: Callable[[], object] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Input of the LM head: residual stream after the final norm, int64 [n, s] -> float32 [n, s, m].
+    """Input of the LM head: residual stream after the final norm, int64 [n, s] -> ``dtype`` [n, s, m].
 
-    The result stays in main memory; ``device`` holds half a layer and ``batch`` rows.
+    The result stays in main memory; ``device`` holds half a layer and ``batch`` rows. In float64, whose rounding is
+    a billionth of float32's, it shows how much of a number is float32's rounding noise.
 
     Raises:
         RecipeError: a token is not in the vocabulary.
@@ -108,9 +110,9 @@ def final_hidden(
             f"tokens: ids run from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary is 0 to "
             f"{config.vocab - 1}; the tokenizer belongs to another model"
         )
-    hidden = embedded(tokens.cpu(), weights.tensor("embed.weight"))
+    hidden = embedded(tokens.cpu(), weights.tensor("embed.weight")).to(dtype)
     chunks = torch.split(hidden, batch)  # views: written in place
-    send_through(weights, chunks, device=device, on_half=on_half)
+    send_through(weights, chunks, device=device, on_half=on_half, dtype=dtype)
     norm = load_last_norm(weights)
     for chunk in chunks:
         chunk.copy_(norm(chunk))
@@ -122,13 +124,13 @@ def head_logits(weights: Weights, hidden: Tensor, *, device: str = "cpu") -> Ite
 
     Args:
         weights: of the model.
-        hidden: float32 [rows, m], from ``final_hidden``.
+        hidden: float32 or float64 [rows, m], from ``final_hidden``.
         device: where the head is computed.
 
     Yields:
-        The slice of rows and their logits, float32 [some, vocab], on ``device``.
+        The slice of rows and their logits, of the type of ``hidden``, [some, vocab], on ``device``.
     """
-    head = load_head(weights, device=device)
+    head = load_head(weights, device=device).to(hidden.dtype)
     step = max(1, LOGITS_AT_ONCE // weights.config.vocab)
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, min(start + step, hidden.shape[0]))

@@ -80,11 +80,6 @@ class Tokens:
         """Tokens of the first text that is judged on, int64 [windows, seq_len]."""
         return self.judged[0].tokens
 
-    @property
-    def samples_digest(self) -> str:
-        """SHA-256 of the calibration tokens and their shape: the data half of a cache key."""
-        return _digest(self.calibration)
-
 
 def token_batches(
     calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec], tokenizer: Any, writer: Writer | None = None

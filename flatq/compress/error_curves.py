@@ -7,7 +7,6 @@ of all layers and both halves can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -43,20 +42,14 @@ def error_curves(
         fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
-    blocks = observed_blocks(weights, tokens, work, execution=execution)
-    found = [block_curve(block, None if fisher is None else fisher[n], ridge) for n, block in enumerate(blocks)]
+    blocks = dense_blocks(
+        weights, pieces(tokens, LENGTH, TOKENS), work, name="curves", execution=execution, moments=MOMENTS
+    )
+    found = [_curve(block, None if fisher is None else fisher[n], ridge) for n, block in enumerate(blocks)]
     return [Curves(value, mlp) for value, mlp in zip(found[::2], found[1::2], strict=True)]
 
 
-def observed_blocks(weights: Weights, tokens: Tensor, work: Path, *, execution: Execution = AUTO) -> Iterator[Block]:
-    """The blocks of the dense model, each observed as far as its curve needs."""
-    some = pieces(tokens, LENGTH, TOKENS)
-    for block in dense_blocks(weights, some, work, name="curves", execution=execution, moments=MOMENTS):
-        block.observe()
-        yield block
-
-
-def block_curve(block: Block, fisher: Tensor | None, ridge: float) -> tuple[float, ...]:
+def _curve(block: Block, fisher: Tensor | None, ridge: float) -> tuple[float, ...]:
     """Cost of every value rank, or of every MLP width, of one block; see ``error_curves``."""
     return _value_curve(block, fisher) if block.half == "attention" else _mlp_curve(block, fisher, ridge)
 

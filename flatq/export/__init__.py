@@ -15,7 +15,7 @@ from flatq.artifact import (
     Artifact,
     save_shard,
 )
-from flatq.errors import ExportError, FlatqError, RecipeError
+from flatq.errors import ExportError, FlatqError, RecipeError, UnsupportedModel
 from flatq.export.hub import loading_faults, register_with_transformers
 from flatq.export.protocols import (
     Exported,
@@ -27,8 +27,9 @@ from flatq.export.protocols import (
 )
 from flatq.files import file_digest, write_atomically, write_json
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
-from flatq.model.families import FAMILIES, config_from_hf
+from flatq.model.families import FAMILIES
 from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.hf_config import config_from_hf, config_to_hf
 from flatq.model.weights import Weights, dense, tensor_shapes
 from flatq.sources.gguf_file import ROPE_DIVISORS, pairs_from_halves
 
@@ -54,10 +55,12 @@ __all__ = [
     "RecipeError",
     "Rope",
     "Runner",
+    "UnsupportedModel",
     "Weights",
     "__version__",
     "absent_packages",
     "config_from_hf",
+    "config_to_hf",
     "dense",
     "file_digest",
     "loading_faults",

@@ -108,22 +108,6 @@ class Load:
         ]
 
 
-def bench(
-    open_runner: OpenRunner,
-    *,
-    prompt: int,
-    new_tokens: int,
-    batch: int = 1,
-    repeats: int = 5,
-    threads: int = 0,
-    vocab: int,
-    name: str = "model",
-) -> BenchResult:
-    """Measure one runner; see ``bench_side_by_side``."""
-    load = Load(prompt, new_tokens, batch, vocab)
-    return bench_side_by_side({name: open_runner}, load, repeats=repeats, threads=threads)[0]
-
-
 def bench_side_by_side(
     open_runners: Mapping[str, OpenRunner],
     load: Load,
@@ -272,9 +256,9 @@ def _repeat(runner: Runner, load: Load) -> tuple[float, float]:
     return first - began, time.perf_counter() - first
 
 
-def rendered(table: Table) -> str:
-    """A rich table as plain text."""
-    console = Console(file=io.StringIO(), width=110)
+def rendered(table: Table, *, width: int = 110) -> str:
+    """A rich table as plain text, at most ``width`` characters wide."""
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

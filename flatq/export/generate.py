@@ -1,8 +1,8 @@
 """Text out of a runner, piece by piece, and a runner for models that were not exported.
 
 A token is not a piece of text: a byte-level tokenizer may need three tokens for one character, and many drop a
-leading space at the start of a sequence. So each piece is the difference of two decodings that start at the same
-earlier token, and it is held back while it ends in the replacement character of an unfinished one.
+leading space at the start of a sequence. ``tokenizers.decoders.DecodeStream`` takes care of both; what it still holds
+back at the end, an unfinished character, is given out as the replacement character.
 
 Sampling is plain temperature: top-k, top-p and penalties are a chat program's business; this is a look at the model.
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from flatq.errors import FlatqError, NumericsError, RecipeError
 from flatq.export.protocols import FloatArray, IntArray, Runner
@@ -52,6 +54,28 @@ class Generation:
     stopped_by: str
 
 
+class Detokenizer:
+    """Text from tokens that come one by one; half a character is held back until it is whole."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self._tokenizer, context = _backend(tokenizer), prompt[-CONTEXT:]
+        if self._tokenizer.decode(context).endswith(UNFINISHED):  # else the first piece would repeat the prompt's end
+            context = []
+        self._decoder, self._held = DecodeStream(ids=context, skip_special_tokens=True), list[int]()
+
+    def push(self, token: int) -> str:
+        """The text that became whole with this token, often one word, sometimes nothing."""
+        self._held.append(token)
+        piece = self._decoder.step(self._tokenizer, token)
+        if piece:
+            self._held.clear()
+        return piece or ""
+
+    def flush(self) -> str:
+        """What was held back, at the end."""
+        return str(self._tokenizer.decode(self._held, skip_special_tokens=True))
+
+
 class Stream(Iterator[str]):
     """Pieces of text as they come; ``result`` is there once the last piece was taken."""
 
@@ -60,7 +84,7 @@ class Stream(Iterator[str]):
     ) -> None:
         self._runner, self._prompt, self._new_tokens = runner, prompt, new_tokens
         self._choose, self._eos = choose, eos
-        self._decoder = Incremental(tokenizer, prompt)
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._pieces = self._run()
         self._result: Generation | None = None
 
@@ -90,10 +114,10 @@ class Stream(Iterator[str]):
             if token in self._eos:
                 stopped_by = "end"
                 break
-            if piece := self._decoder.push(token):
+            if piece := self._detokenizer.push(token):
                 text += piece
                 yield piece
-        if piece := self._decoder.flush():
+        if piece := self._detokenizer.flush():
             text += piece
             yield piece
         speed = (len(generated) - 1) / (last - first) if len(generated) > 1 else None
@@ -121,7 +145,7 @@ def stream(
 
     Args:
         runner: the model, opened.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer with a ``tokenizers`` backend.
         prompt: text to continue, or to answer with ``chat``.
         new_tokens: most ids to generate, 0 or more.
         temperature: 0 takes the likeliest id; above, ids are drawn from ``softmax(logits / temperature)``.
@@ -160,31 +184,19 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
     return ids
 
 
-class Incremental:
-    """Decodes ids one by one without breaking a character; the pieces joined are the text after the prompt."""
+def _backend(tokenizer: Any) -> Tokenizer:
+    """What decodes piece by piece inside a transformers tokenizer.
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt[-CONTEXT:])  # with the prompt's end in view, the first word keeps its leading space
-        self._context = 0  # decoding starts here, ...
-        self._shown = len(self._ids)  # ... and what lies before this id was given out already
-
-    def push(self, token: int) -> str:
-        """One more id: the text that is now certain, often empty."""
-        self._ids.append(token)
-        return self._advance(final=False)
-
-    def flush(self) -> str:
-        """What was held back, an unfinished character as the replacement character."""
-        return self._advance(final=True)
-
-    def _advance(self, *, final: bool) -> str:
-        before: str = self._tokenizer.decode(self._ids[self._context : self._shown], skip_special_tokens=True)
-        after: str = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
-        if len(after) <= len(before) or (after.endswith(UNFINISHED) and not final):
-            return ""
-        self._context, self._shown = self._shown, len(self._ids)
-        return after[len(before) :]
+    Raises:
+        RecipeError: it is written in Python and has no such thing.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise RecipeError(
+            f"generate: {type(tokenizer).__name__} does not decode piece by piece; use a model whose folder has a "
+            "tokenizer.json"
+        )
+    return backend
 
 
 def _chooser(temperature: float, random: np.random.Generator) -> Choose:

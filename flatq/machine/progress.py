@@ -12,14 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
 Advance = Callable[..., None]
-_hidden = ContextVar("hidden", default=False)
 
 
 @contextmanager
@@ -34,24 +32,12 @@ def progress(what: str, total: int, *, every_percent: int = 10) -> Iterator[Adva
     Yields:
         ``advance(steps=1)``, to be called after each step.
     """
-    if _hidden.get():
-        yield lambda steps=1: None
-    elif sys.stderr.isatty():
+    if sys.stderr.isatty():
         with _bar() as bar:
             task = bar.add_task(what, total=total)
             yield lambda steps=1: bar.advance(task, steps)
     else:
         yield _logger(what, total, every_percent)
-
-
-@contextmanager
-def hidden() -> Iterator[None]:
-    """Show no progress of the enclosed work, for example because it is part of a larger step."""
-    before = _hidden.set(True)
-    try:
-        yield
-    finally:
-        _hidden.reset(before)
 
 
 def _bar() -> Progress:

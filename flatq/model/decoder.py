@@ -155,7 +155,7 @@ class GrowingCache:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in float32."""
+    """Root-mean-square norm over the last axis, computed in float32 or better."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        scaled = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        scaled = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=self.eps)
         return self.weight * scaled.to(x.dtype)
 
 

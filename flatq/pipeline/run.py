@@ -16,19 +16,19 @@ from typing import Any
 
 from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
-from flatq.calibration.perplexity import perplexity
+from flatq.calibration.divergence import DenseStates
 from flatq.calibration.states import Execution
-from flatq.calibration.tokens import Tokens
 from flatq.compress.plan import RankPlan
+from flatq.errors import ExportError
 from flatq.export.deliver import deliver, measured
 from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
-from flatq.machine.progress import progress
 from flatq.model.grid import Grid
-from flatq.model.weights import HALVES, Weights
 from flatq.pipeline.build import build
+from flatq.pipeline.judge import dense_quality, export_quality, model_quality, stop_if_ruined, told
+from flatq.pipeline.rivals import judged_rivals
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
@@ -36,7 +36,7 @@ from flatq.plan.forecast import forecasts, working_set
 from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import write_report
-from flatq.report.summary import provenance, quality, summarize
+from flatq.report.summary import card_quality, provenance, summarize
 from flatq.run_folder import RunFolder, require_space
 from flatq.sources.source import Source, open_model
 
@@ -102,37 +102,67 @@ def _run(
         expected: dict[str, Any] = {}
         if predict:
             expected = folder.phase("forecast", lambda: expectations(job, exports), dict[str, Any])
-        baseline = folder.phase("baseline", lambda: score(source, tokens, device, "baseline"), float)
+        dense = DenseStates(source, folder.work / "dense-states", device=device)
+        folder.phase("baseline", lambda: dense_quality(dense, tokens.judged), dict[str, float])
         plan = rank_plan(job)
         grids = bit_plan(job, plan)
         raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)
         artifact = compressed(job, plan, grids, origins)
-        result = folder.phase("evaluate", lambda: score(artifact, tokens, device, "evaluate"), float)
+        quality = folder.phase("evaluate", lambda: model_quality(dense, artifact, tokens.judged), list[dict[str, Any]])
+        told(quality, "artifact")
+        stop_if_ruined(recipe, quality)
+        rivals = judged_rivals(job, dense, artifact.bytes(), origins)
         if not distributed.part():
             return None
-        artifact.note_quality(quality(tokens, baseline=baseline, result=result))
+        artifact.note_quality(card_quality(quality))
         if needs_cache_ranges(exports):
             measure_cache_ranges(job, artifact)
-        written = [exported(item, artifact, tokens, folder) for item in exports]
-        bench = folder.phase("bench", lambda: measured(recipe, source, folder, exports), list[dict[str, Any]])
-        report = summarize(
-            recipe,
-            source,
-            tokens,
-            artifact,
-            baseline=baseline,
-            result=result,
-            exports=written,
-            bench=bench,
-            timing=folder.timing(),
-            peak_rss_bytes=folder.peak_rss_bytes(),
-            memory=folder.memory(),
-            device_memory=folder.device_memory(),
-            forecast=expected,
-            notes=sizes.cautions(recipe, source.config),
-        )
-        write_report(report, folder.root)
+        finish(job, exports, artifact, dense, quality, rivals, expected)
     return folder.root
+
+
+def finish(
+    job: Job,
+    exports: Sequence[PlannedExport],
+    artifact: Artifact,
+    dense: DenseStates,
+    quality: Sequence[Mapping[str, Any]],
+    rivals: Sequence[Mapping[str, Any]],
+    expected: Mapping[str, Any],
+) -> None:
+    """Exports, bench, report.
+
+    Args:
+        quality: JSON-ready ``TextQuality`` of each text.
+        rivals: JSON-ready ``BaselineReport`` of each.
+        expected: forecast of each phase, JSON-ready.
+
+    Raises:
+        ExportError: one or more exports failed; the report is written all the same, with what failed in it.
+    """
+    folder = job.folder
+    written = [exported(job, item, artifact, dense) for item in exports]
+    failed = [f"exports.{export['name']}: {export['error']}" for export in written if export.get("error")]
+    opened = [item for item, export in zip(exports, written, strict=True) if not export.get("error")]
+    bench = benched(job, opened, complete=not failed)
+    report = summarize(
+        job.recipe,
+        job.source,
+        artifact,
+        quality=quality,
+        baselines=rivals,
+        exports=written,
+        bench=bench,
+        timing=folder.timing(),
+        peak_rss_bytes=folder.peak_rss_bytes(),
+        memory=folder.memory(),
+        device_memory=folder.device_memory(),
+        forecast=expected,
+        notes=sizes.cautions(job.recipe, job.source.config),
+    )
+    write_report(report, folder.root)
+    if failed:
+        raise ExportError("\n".join([*failed, f"what was done all the same is in {folder.root}/report.md"]))
 
 
 def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
@@ -141,7 +171,7 @@ def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
     device, working_set_bytes = execution.device, execution.working_set_bytes
     found = forecasts(
-        recipe, source.config, layers, source, device=device, working_set_bytes=working_set_bytes, ranges=ranges
+        recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges
     )
     return {phase: asdict(said) for phase, said in found.items()}
 
@@ -153,12 +183,6 @@ def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
     if need_weights:
         source.validate()
     return source
-
-
-def score(weights: Weights, tokens: Tokens, device: str, what: str) -> float:
-    """Perplexity on the held-out tokens."""
-    with progress(what, len(weights.config.layers) * len(HALVES)) as advance:
-        return perplexity(weights, tokens.heldout, device=device, on_half=advance).value
 
 
 def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Mapping[str, Any]) -> Artifact:
@@ -190,7 +214,28 @@ def measure_cache_ranges(job: Job, artifact: Artifact) -> None:
     job.folder.phase("cache-ranges", measure, NoneType)
 
 
-def exported(item: PlannedExport, artifact: Artifact, tokens: Tokens, folder: RunFolder) -> dict[str, Any]:
-    """One export, written and verified, or done by an earlier run."""
-    out = folder.exports / item.name
-    return folder.phase(f"export-{item.name}", lambda: deliver(item, artifact, out, tokens.heldout), dict[str, Any])
+def exported(job: Job, item: PlannedExport, artifact: Artifact, dense: DenseStates) -> dict[str, Any]:
+    """One export, written, verified and judged on every text, or done by an earlier run; JSON-ready ``ExportReport``.
+
+    One that fails is reported with its error, and the others are still written.
+    """
+    folder, tokens, out = job.folder, job.tokens, job.folder.exports / item.name
+    try:
+        done = folder.phase(f"export-{item.name}", lambda: deliver(item, artifact, out, tokens.heldout), dict[str, Any])
+        quality = folder.phase(
+            f"quality-{item.name}", lambda: export_quality(dense, item, out, tokens.judged), list[dict[str, Any]]
+        )
+    except ExportError as error:
+        log.error("%s: %s", item.name, error)
+        return {"name": item.name, "files": [], "bytes": 0, "sha256": {}, "verify": None, "error": str(error)}
+    told(quality, f"export {item.name}")
+    return {**done, "quality": quality}
+
+
+def benched(job: Job, exports: list[PlannedExport], *, complete: bool) -> list[dict[str, Any]]:
+    """Speed of the exports that are there; kept as a phase only if none failed, for one may succeed next time."""
+
+    def measure() -> list[dict[str, Any]]:
+        return measured(job.recipe, job.source, job.folder, exports)
+
+    return job.folder.phase("bench", measure, list[dict[str, Any]]) if complete else measure()

@@ -1,6 +1,6 @@
 """What a recipe means and what it will cost, said before anything is computed.
 
-Sizes are exact (they follow from shapes). Memory and time by phase come from ``forecast``.
+Sizes are exact (they follow from shapes). Memory and time by phase come from ``forecast``; times are estimates.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def forecast(
         table.add_row(f"export {item.name}", "", size(bytes_))
     table.add_row("disk of the run, without exports", "", size(disk_bytes(config, recipe, itemsize)))
     for name, phase in phases.items():
-        table.add_row(name, size(phase.peak_rss_bytes), seconds(phase.seconds))
+        table.add_row(name, size(phase.peak_rss_bytes), _about(phase.seconds))
     table.add_row(
         "all but exports and bench",
         size(max(phase.peak_rss_bytes for phase in phases.values())),
-        seconds(sum(phase.seconds for phase in phases.values())),
+        _about(sum(phase.seconds for phase in phases.values())),
     )
     if held := max(phase.peak_device_bytes for phase in phases.values()):
         table.add_row("memory of the GPU", "", size(held))
@@ -100,3 +100,8 @@ def forecast(
     if recipe.gptq is not None and recipe.gptq.average_bits is not None:
         text += "bits per linear follow from measured errors: sizes are for a choice of the same average\n"
     return text + "".join(f"{caution}\n" for caution in cautions(recipe, dense))
+
+
+def _about(duration: float) -> str:
+    """An estimate: two digits are more than it knows."""
+    return f"about {seconds(float(f'{duration:.2g}'))}".replace(".0 s", " s")

@@ -1,8 +1,8 @@
-"""What each phase of a run will take, from a few seconds of the same work on this machine.
+"""What each phase of a run will take: about how long, and how much memory.
 
-Time: every phase is played on one layer with a few tokens (see ``rehearsal``), and the rest is arithmetic. Layers that
-are too wide for a short measurement are measured narrower, by a whole factor k: what grows with tokens is taken times
-k^2, solves times k^3.
+Time: the operations of each phase, counted from shapes (see ``operations``), at the rates of this machine, measured in
+a moment (see ``machine.speed``). Small matrices run below these rates and a shared machine changes, so the result is
+an order of magnitude (docs/writing-a-recipe.md).
 
 Memory: what a phase holds at its largest block is added up from shapes; the process itself is measured. Hidden states
 do not count, they are on disk.
@@ -13,7 +13,7 @@ Left out: exports, their verification and the bench; those belong to exporters a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flatq.calibration import cache_ranges, sensitivity, states
 from flatq.calibration.perplexity import LOGITS_AT_ONCE
@@ -23,21 +23,21 @@ from flatq.calibration.tokens import self_tokens
 from flatq.compress import error_curves
 from flatq.errors import RecipeError
 from flatq.machine.memory import give_back, rss_bytes
+from flatq.machine.speed import measured_speed
 from flatq.model.decoder import DecoderConfig, LayerDims
-from flatq.model.weights import Weights
 from flatq.plan.decide import measurements
-from flatq.plan.rehearsal import TOGETHER, FirstLayers, Rehearsal
+from flatq.plan.operations import operations
 from flatq.quantize import bit_errors
 from flatq.quantize.embedding_and_head import HEAD_AT_ONCE
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
 from flatq.recipe.grammar import Recipe
 
-WIDEST = 2048  # MLP channels that are still measured as they are
+TOGETHER = 4  # rows that an evaluation sends through a layer together
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One phase: seconds, and the largest resident memory while it runs.
+    """One phase: about how many seconds, and the largest resident memory while it runs.
 
     With a GPU, ``peak_device_bytes`` is what it will hold; the main memory of the same phase is then an upper bound,
     as if the work were done there.
@@ -52,7 +52,6 @@ def forecasts(
     recipe: Recipe,
     config: DecoderConfig,
     plan: Sequence[LayerDims],
-    weights: Weights | None,
     *,
     device: str = "cpu",
     working_set_bytes: int = WORKING_SET,
@@ -63,57 +62,18 @@ def forecasts(
     Args:
         config: the dense model.
         plan: widths that it will have, layer by layer, or with equal shares.
-        weights: the model itself if it can be read: reading is then part of what is measured.
         working_set_bytes: bytes for the activations of a batch.
         ranges: whether an export asks for the ranges of keys and values.
     """
-    times, needs = (
-        _times(recipe, config, plan, weights, device, working_set_bytes, ranges),
-        working_bytes(config, recipe, working_set_bytes, ranges),
-    )
+    speed = measured_speed(device, recipe.calibration.precision)
+    works = operations(recipe, config, plan, _tokens(recipe), ranges)
+    needs = working_bytes(config, recipe, working_set_bytes, ranges)
     give_back()
-    held = rss_bytes()  # with all that the phases have loaded and keep
+    held = rss_bytes()
     return {
-        phase: Forecast(seconds, held + needs[phase], 0 if device == "cpu" else needs[phase])
-        for phase, seconds in times.items()
+        phase: Forecast(work.seconds(speed), held + needs[phase], 0 if device == "cpu" else needs[phase])
+        for phase, work in works.items()
     }
-
-
-def _times(
-    recipe: Recipe,
-    config: DecoderConfig,
-    plan: Sequence[LayerDims],
-    weights: Weights | None,
-    device: str,
-    working_set_bytes: int,
-    ranges: bool,
-) -> dict[str, float]:
-    factor = max(1, -(-max(dims.d_ff for dims in config.layers) // WIDEST))
-    small, planned = _narrowed(config, factor), _narrowed(config.with_layers(plan), factor)
-    first = FirstLayers(small.with_layers(small.layers[:1]), weights if factor == 1 else None)
-    tokens = _tokens(recipe)
-    return {
-        phase: spent.grown(len(config.layers), tokens[phase], factor)
-        for phase, spent in Rehearsal(recipe, first, planned.layers[:1], device, working_set_bytes, ranges)
-        .played()
-        .items()
-    }
-
-
-def _narrowed(config: DecoderConfig, factor: int) -> DecoderConfig:
-    """The same proportions at a fraction of the widths; head sizes stay."""
-
-    def fewer(count: int) -> int:
-        return max(1, round(count / factor))
-
-    def narrow(dims: LayerDims) -> LayerDims:
-        kv_heads = fewer(dims.kv_heads)
-        return replace(dims, heads=kv_heads * dims.group, kv_heads=kv_heads, d_ff=fewer(dims.d_ff) // 32 * 32 or 32)
-
-    if factor == 1:
-        return config
-    layers = [narrow(dims) for dims in config.layers]
-    return replace(config.with_layers(layers), d_model=fewer(config.d_model) // 64 * 64 or 64)
 
 
 def _tokens(recipe: Recipe) -> dict[str, int]:

@@ -15,6 +15,7 @@ from flatq.export.planned import PlannedExport, absent_packages_of
 from flatq.export.protocols import Exporter
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
+from flatq.plan.sizes import too_few_tokens
 from flatq.quantize.grids import objections, possible_grids
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
@@ -67,7 +68,7 @@ def raise_early_objections(recipe: Recipe, source: Source, exports: list[Planned
     Raises:
         RecipeError: all objections at once.
     """
-    problems: list[str] = []
+    problems = too_few_tokens(recipe, source.config)
     carriers = [item for item in exports if type(item.exporter).check_tokenizer is not Exporter.check_tokenizer]
     if carriers and source.has_tokenizer:  # reading a tokenizer takes a while, so only for those who ask
         described = json.loads(source.tokenizer().backend_tokenizer.to_str())

@@ -11,8 +11,7 @@ reads many channels: ``down`` would get the fewest bits and is what needs them m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from flatq.quantize.stage import READERS, quantized_together
 from flatq.recipe.blocks import GptqSpec
 
 TOKENS = 4096  # of the calibration tokens
-Solving = Callable[[], AbstractContextManager[None]]
 
 
 def bit_errors(
@@ -59,39 +57,31 @@ def bit_errors(
     """
     (_, units), grids = free_units(weights.config, spec), planned_grids(weights.config, spec)
     found: dict[str, dict[str, float]] = {}
-    for number, block in enumerate(judged_blocks(weights, tokens, work, execution=execution)):
-        found |= block_errors(block, units, grids, spec, None if fisher is None else fisher[number])
+    some = pieces(tokens, tokens.shape[1], TOKENS)
+    blocks = dense_blocks(weights, some, work, name="bits", execution=execution, moments=frozenset())
+    for number, block in enumerate(blocks):
+        block.observe()  # sends the inputs of the next block on their way
+        found |= _block_errors(block, units, grids, spec, None if fisher is None else fisher[number])
     return found
 
 
-def judged_blocks(weights: Weights, tokens: Tensor, work: Path, *, execution: Execution = AUTO) -> Iterator[Block]:
-    """The blocks of the dense model with the inputs that their linears are judged on."""
-    some = pieces(tokens, tokens.shape[1], TOKENS)
-    for block in dense_blocks(weights, some, work, name="bits", execution=execution, moments=frozenset()):
-        block.observe()
-        yield block
-
-
-def block_errors(
+def _block_errors(
     block: Block,
     units: Sequence[Unit],
     grids: Mapping[str, Grid],
     spec: GptqSpec,
     fisher: Tensor | None,
-    *,
-    solving: Solving = nullcontext,
 ) -> dict[str, dict[str, float]]:
     """What ``bit_errors`` finds in one block.
 
     Args:
         units: of the whole model.
         grids: of every linear of the model; which bits they have does not matter.
-        solving: entered where time goes into solves, not into tokens.
     """
     fisher = None if fisher is None else fisher.to(block.device)
     fitted, before = _fitted(block), _outputs(block)
     return {
-        unit.stems[0]: _errors(block, unit, fitted, before, grids, fisher, spec, solving)
+        unit.stems[0]: _errors(block, unit, fitted, before, grids, fisher, spec)
         for unit in units
         if _inside(block, unit)
     }
@@ -110,7 +100,6 @@ def _errors(
     grids: Mapping[str, Grid],
     fisher: Tensor | None,
     spec: GptqSpec,
-    solving: Solving,
 ) -> dict[str, float]:
     names = [Stem.of(stem).linear for stem in unit.stems]
     gram = next(gram for gram, readers in READERS[block.half] if names[0] in readers)
@@ -119,8 +108,7 @@ def _errors(
     costs = {}
     for bits in sorted(set(spec.bit_choices)):
         grid = replace(grids[unit.stems[0]], bits=bits)
-        with solving():
-            coded = quantized_together(whole, fitted[gram], grid, spec).weight.dequantize()
+        coded = quantized_together(whole, fitted[gram], grid, spec).weight.dequantize()
         for linear, part in zip(linears, coded.split([len(weight) for weight in whole]), strict=True):
             linear.weight = nn.Parameter(part, requires_grad=False)
         moved = [after - y for after, y in zip(_outputs(block), before, strict=True)]

@@ -125,6 +125,12 @@ class Recipe(Spec):
     """The formats to write."""
     bench: BenchSpec | None = None
     """What to measure; null measures nothing."""
+    baselines: Annotated[tuple[Literal["dense", "quantized", "same_bytes"], ...], Field(strict=False)] = ("dense",)
+    """What the result is compared with. dense is the model before, and always measured; quantized is the same model at
+    the recipe's bits without narrowing; same_bytes is that with fewer bits or larger groups, about as large as the
+    result. Each of the last two takes about as long as the compression itself."""
+    stop_above: Annotated[float, Field(gt=0, strict=False)] | None = 1.0
+    """Nats lost per token on any text of the evaluation beyond which the run stops before its exports; null goes on."""
 
     _text: str = PrivateAttr("")
     _source: str = PrivateAttr("recipe.yaml")

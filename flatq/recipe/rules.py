@@ -13,7 +13,6 @@ from typing import Any
 from flatq.recipe.blocks import MOST_TOKENS, FlatSpec, rows_by_share
 from flatq.recipe.reader import Place
 
-ORDER = ("flat", "gptq")
 BUDGETS = ("keep_ratio", "size", "decode_bytes")
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -119,6 +119,43 @@ def size_and_speed(report: Report) -> str:
         return _svg(figure)
 
 
+def quality_by_text(report: Report) -> str:
+    """Nats lost on each text, by the artifact and by each export in its own runtime; text not calibrated on first."""
+    models = [("artifact", report.quality), *((rival.name, rival.quality) for rival in report.baselines)]
+    models += [(export.name, export.quality) for export in report.exports if export.quality]
+    texts = sorted(report.quality, key=lambda text: text.calibrated)
+    thick = 0.8 / len(models)
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _panels(1, 1, height=0.9 + len(texts) * (0.25 + 0.26 * len(models)))
+        for place, (name, measured) in enumerate(models):
+            found = {text.text: text for text in measured}
+            rows = [(row, found[text.text]) for row, text in enumerate(texts) if text.text in found]
+            where = [row - 0.4 + thick * (place + 0.5) for row, _ in rows]
+            colour = RESULT if place == 0 else SERIES[place % len(SERIES)]
+            axes.barh(where, [text.damage for _, text in rows], 0.9 * thick, color=colour, label=name)
+            for y, (_, text) in zip(where, rows, strict=True):
+                span = 2 * (text.damage_stderr or 0)
+                axes.plot([text.damage - span, text.damage + span], [y, y], color=INK, lw=1.1, marker="|", ms=5)
+                axes.annotate(
+                    f"{text.damage:+.3f}",
+                    (max(text.damage + span, 0), y),
+                    (5, 0),
+                    textcoords="offset points",
+                    va="center",
+                )
+        kinds = [f"{text.text}\n{'kind calibrated on' if text.calibrated else 'not calibrated on'}" for text in texts]
+        axes.set_yticks(range(len(texts)), kinds)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(len(texts) - 0.5, -0.5)
+        axes.margins(x=0.12)
+        axes.axvline(0, color=QUIET, lw=0.8)
+        axes.set_title("Damage on each text, nats per token")
+        axes.grid(visible=False, axis="y")
+        if len(models) > 1:
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=6)
+        return _svg(figure)
+
+
 def _bars(axes: Any, title: str, bars: list[Any]) -> None:
     """Horizontal bars with their value written at the end and the range as a thin line."""
     widest = max(max(value, *(span or ())) if span else value for _, value, span in bars)

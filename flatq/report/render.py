@@ -16,10 +16,9 @@ import yaml
 
 from flatq.export.baseline import BASELINE
 from flatq.files import write_atomically, write_json
-from flatq.report import figures
 from flatq.report.findings import findings
-from flatq.report.schema import Report
-from flatq.units import number, seconds, size, speed, times
+from flatq.report.schema import Report, TextQuality
+from flatq.units import number, seconds, size, speed, times, with_error
 
 
 def write_report(report: Report, out_dir: Path) -> None:
@@ -34,8 +33,19 @@ def read_report(path: Path) -> Report:
     return Report.model_validate_json(path.read_bytes())
 
 
+def qualities(report: Report) -> list[tuple[TextQuality, str]]:
+    """Every measured quality with what it was measured on: the artifact (empty), or an export by name; by text."""
+    found = [(text, "") for text in report.quality]
+    found += [(text, f"{rival.name} ({rival.description})") for rival in report.baselines for text in rival.quality]
+    found += [(text, export.name) for export in report.exports for text in export.quality]
+    order = list(dict.fromkeys(text.text for text, _ in found))
+    return sorted(found, key=lambda pair: order.index(pair[0].text))
+
+
 def render(report: Report, template: str) -> str:
     """Fill one of the templates beside this file."""
+    from flatq.report import figures  # brings matplotlib, which only a finished run needs
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",)),
@@ -44,12 +54,15 @@ def render(report: Report, template: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": size, "speed": speed, "seconds": seconds, "number": number, "times": times}
+    environment.filters["with_error"] = with_error
     return environment.get_template(template).render(
         report=report,
         findings=findings(report),
         dense=report.bench_of(BASELINE),
         error_names=list(dict.fromkeys(name for layer in report.layers for name in layer.errors)),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True).rstrip(),
+        qualities=qualities(report),
+        texts=lambda: figures.quality_by_text(report),
         ranks=lambda: figures.rank_profile(report),
         errors=lambda: figures.layer_errors(report),
         bars=lambda: figures.size_and_speed(report),

@@ -82,6 +82,49 @@ class Measure(Section):
     perplexity_tokens: int | None = None
 
 
+class TextQuality(Section):
+    """How good the result is on one text, beside the dense model.
+
+    Attributes:
+        text: name of the text.
+        calibrated: whether the model was calibrated on text of this kind (never on these very tokens).
+        rows, tokens: windows of text, and predicted positions in them.
+        damage: ``ln(perplexity / baseline_perplexity)``, nats per token.
+        kl: mean KL divergence from the dense model, nats per token.
+        top1: share of positions where the dense model finds the same token likeliest.
+        damage_stderr, kl_stderr, top1_stderr: standard errors over rows; None for a single row.
+    """
+
+    text: str
+    calibrated: bool
+    rows: int
+    tokens: int
+    baseline_perplexity: float
+    perplexity: float
+    damage: float
+    damage_stderr: float | None
+    kl: float
+    kl_stderr: float | None
+    top1: float
+    top1_stderr: float | None
+
+
+class BaselineReport(Section):
+    """The same model quantized without narrowing, made and judged in the same run.
+
+    Attributes:
+        name: ``quantized`` (the recipe's bits) or ``same_bytes`` (about as large as the result).
+        description: its bits and groups, in words.
+    """
+
+    name: str
+    description: str
+    parameters: int
+    bytes: int
+    decode_bytes: int
+    quality: list[TextQuality]
+
+
 class LayerReport(Section):
     """One layer: widths before and after, and relative errors by name (``value``, ``mlp``, ``q`` ... ``down``)."""
 
@@ -100,7 +143,11 @@ class HeadReport(Section):
 
 
 class ExportReport(Section):
-    """One export; ``sha256`` by file, ``verify`` is None where it was not verified, and ``unverified`` says why."""
+    """One export; ``sha256`` by file, ``verify`` is None where it was not verified, and ``unverified`` says why.
+
+    ``quality`` is measured in the export's own runtime as users run it, on the first rows of each text. ``error`` is
+    why the export failed; it has no files then.
+    """
 
     name: str
     files: list[str]
@@ -109,6 +156,8 @@ class ExportReport(Section):
     verify: Verification | None
     unverified: str = ""
     notes: list[str] = []
+    quality: list[TextQuality] = []
+    error: str | None = None
 
 
 class Forecast(Section):
@@ -123,7 +172,8 @@ class Report(Section):
     """Everything; the schema is a contract, ``schema_version`` changes with it.
 
     ``timing`` (seconds), ``memory`` (peak bytes), ``device_memory`` (the same on GPUs) and ``forecast`` are by phase;
-    ``notes`` is what to know of the run as a whole.
+    ``notes`` is what to know of the run as a whole. ``quality`` has an entry for each text; the perplexities of
+    ``baseline`` and ``result`` are those of the headline.
     """
 
     schema_version: Literal[1] = 1
@@ -132,6 +182,9 @@ class Report(Section):
     environment: Environment
     baseline: Measure | None
     result: Measure
+    quality: list[TextQuality] = []
+    baselines: list[BaselineReport] = []
+    recipe_text: str = ""
     layers: list[LayerReport]
     head: HeadReport | None = None
     exports: list[ExportReport]
@@ -142,6 +195,11 @@ class Report(Section):
     forecast: dict[str, Forecast] = {}
     peak_rss_bytes: int
     notes: list[str] = []
+
+    @property
+    def headline(self) -> TextQuality | None:
+        """The first text whose kind was not calibrated on; the first of all where there is none."""
+        return next((text for text in self.quality if not text.calibrated), next(iter(self.quality), None))
 
     @property
     def damage(self) -> float | None:

@@ -15,6 +15,7 @@ from flatq.recipe.blocks import CONTEXT
 from flatq.recipe.grammar import Recipe
 from flatq.report.schema import Environment, LayerReport, Measure, ModelInfo, Report
 from flatq.sources.source import Source
+from flatq.units import with_error
 
 SCHEMA_VERSION = 1
 
@@ -32,24 +33,42 @@ def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]
     }
 
 
-def quality(tokens: Tokens, *, baseline: float, result: float) -> dict[str, Any]:
-    """What a model card says about how good the model is."""
-    rows, length = tokens.heldout.shape
-    return {
-        "perplexity": round(result, 4),
-        "perplexity of the original": round(baseline, 4),
-        "measured on": f"{rows} x {length} tokens of {tokens.judged[0].name}",
+def headline(quality: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first text whose kind was not calibrated on; the first of all where there is none."""
+    return next((text for text in quality if not text["calibrated"]), quality[0])
+
+
+def card_quality(quality: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a model card says about how good the model is: the headline in full, the other texts in a line each.
+
+    Args:
+        quality: JSON-ready ``TextQuality`` of each text.
+    """
+    first = headline(quality)
+    seen = "" if not first["calibrated"] else ", text of the calibration's kind"
+    said = {
+        "perplexity": round(first["perplexity"], 4),
+        "perplexity of the original": round(first["baseline_perplexity"], 4),
+        "measured on": f"{first['tokens']:,} tokens of {first['text']}{seen}",
+        "nats lost per token": with_error(first["damage"], first["damage_stderr"], "+.3f"),
+        "KL divergence from the original": with_error(first["kl"], first["kl_stderr"], ".3f") + " nats per token",
+        "same likeliest token as the original": f"{first['top1']:.1%}",
     }
+    for text in quality:
+        if text is not first:
+            kind = " (text of the calibration's kind)" if text["calibrated"] else ""
+            pair = f"{text['perplexity']:.4g}, of the original {text['baseline_perplexity']:.4g}"
+            said[f"perplexity on {text['text']}{kind}"] = pair
+    return said
 
 
 def summarize(
     recipe: Recipe,
     source: Source,
-    tokens: Tokens,
     artifact: Artifact,
     *,
-    baseline: float,
-    result: float,
+    quality: Sequence[Mapping[str, Any]],
+    baselines: Sequence[Mapping[str, Any]] = (),
     exports: Sequence[Mapping[str, Any]],
     bench: Sequence[Mapping[str, Any]],
     timing: Mapping[str, float],
@@ -64,10 +83,9 @@ def summarize(
     Args:
         recipe: what was asked for.
         source: the model before.
-        tokens: what perplexities were measured on.
         artifact: the model after.
-        baseline: perplexity before.
-        result: perplexity after.
+        quality: JSON-ready ``TextQuality`` of each text.
+        baselines: JSON-ready ``BaselineReport`` of each rival.
         exports: JSON-ready ``ExportReport`` of each export.
         bench: JSON-ready ``BenchResult`` of each runner.
         timing: seconds per phase.
@@ -77,7 +95,8 @@ def summarize(
         forecast: what the phases were expected to take, JSON-ready.
         notes: what to know of the run as a whole.
     """
-    scored = tokens.heldout.shape[0] * (tokens.heldout.shape[1] - 1)
+    first = headline(quality)
+    baseline, result, scored = first["baseline_perplexity"], first["perplexity"], first["tokens"]
     config, itemsize = source.config, source.dtype.itemsize
     return Report.model_validate(
         {
@@ -92,6 +111,9 @@ def summarize(
             "environment": Environment.collect(),
             "baseline": _measure(config, config.parameters() * itemsize, baseline, scored, {}, recipe, itemsize),
             "result": _measure(artifact.config, artifact.bytes(), result, scored, artifact.grids, recipe, itemsize),
+            "quality": list(quality),
+            "baselines": list(baselines),
+            "recipe_text": recipe.text,
             "layers": _layers(config, artifact),
             "head": artifact.manifest["head"] or None,
             "exports": list(exports),

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.model.decoder import DecoderConfig, Rope
-from flatq.model.families import FAMILIES, Family, config_from_hf
+from flatq.model.families import FAMILIES, Family
+from flatq.model.hf_config import config_from_hf
 from flatq.sources.gguf_tokenizer import read_tokenizer
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

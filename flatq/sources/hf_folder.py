@@ -18,7 +18,8 @@ import yaml
 from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
-from flatq.model.families import FAMILIES, config_from_hf
+from flatq.model.families import FAMILIES
+from flatq.model.hf_config import config_from_hf
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

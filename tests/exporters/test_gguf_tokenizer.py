@@ -164,7 +164,7 @@ def test_an_unknown_rule_is_refused_before_anything_is_computed(
     described = json.loads(file.read_text())
     described["pre_tokenizer"] = {"type": "Whitespace"}
     file.write_text(json.dumps(described))
-    recipe = make_recipe(model=str(model_copy), exports=[{"gguf": {"precision": "f16"}}])
+    recipe = make_recipe(model=str(model_copy), exports=[{"gguf": {"precision": "f16", "verify": False}}])
     for call in (("plan", recipe), ("run", recipe, "--out", tmp_path / "out")):
         shown = flatq(*call)
         assert shown.exit_code == 2

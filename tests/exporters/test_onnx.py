@@ -396,7 +396,7 @@ def test_a_cache_of_int8_is_refused_where_it_would_be_wrong(
     with pytest.raises(ExportError, match="CUDA has no attention for float32 over a cache of int8; use provider cpu"):
         OnnxRunner(root, provider="cuda")
     assert OnnxRunner(root).device == "cpu"
-    monkeypatch.setattr("flatq_onnx.options.version", lambda _: "1.27.0")
+    monkeypatch.setattr("flatq_onnx.check.version", lambda _: "1.27.0")
     (found,) = OnnxExporter().check(artifact.config, {}, options)
     assert "needs onnxruntime 1.28 (older ones compute it wrongly), here is 1.27.0; update it, or leave" in found
     with pytest.raises(ExportError, match=r"here is 1\.27\.0; update it"):

@@ -1,0 +1,1 @@
+"""Judging a finished model from outside: tasks of lm-eval, and several models in one table."""

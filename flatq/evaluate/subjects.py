@@ -1,0 +1,133 @@
+"""What can be judged: an artifact, a pretrained model, an export in its own runtime; each opened only when needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flatq.artifact import Artifact, tokenizer_in
+from flatq.errors import ArtifactError, FlatqError, RecipeError
+from flatq.export.deliver import DESCRIPTION, opened, reopened
+from flatq.export.generate import DecoderRunner
+from flatq.export.protocols import Runner
+from flatq.files import file_digest
+from flatq.model.decoder import DecoderConfig
+from flatq.recipe.grammar import Recipe
+from flatq.sources.source import Source, open_model
+
+log = logging.getLogger(__name__)
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that can be opened.
+
+    Attributes:
+        name: ``dense``, ``artifact`` or the name of an export; also its folder of results.
+        digest: of its files; another digest is another model.
+        config: widths and switches.
+        settings: ``bos_token_id`` and ``eos_token_id`` as far as the model states them.
+        tokenizer: loads a transformers tokenizer.
+        open: loads the model.
+    """
+
+    name: str
+    digest: str
+    config: DecoderConfig
+    settings: Mapping[str, Any]
+    tokenizer: Callable[[], Any]
+    open: Callable[[], Runner]
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        stated = self.settings.get("eos_token_id")
+        return frozenset(stated if isinstance(stated, list) else [] if stated is None else [int(stated)])
+
+    @property
+    def prefix(self) -> int:
+        """What stands before a text without a context: the begin token, or an end token.
+
+        Raises:
+            RecipeError: the model states neither.
+        """
+        begin = self.settings.get("bos_token_id")
+        if begin is None and not self.ends:
+            raise RecipeError(f"{self.name}: its configuration states neither bos_token_id nor eos_token_id; add one")
+        return min(self.ends) if begin is None else int(begin)
+
+
+def subjects_of(model: str, *, provider: str = "auto", dense: bool = True) -> tuple[list[Subject], Path]:
+    """A model, before it the dense model that it was made from, and the folder for their results.
+
+    Args:
+        model: run, artifact or export folder, or a pretrained model as in a recipe.
+        provider: where an export's runtime computes.
+        dense: look for the dense model of a compressed one; where it is gone, a warning says so.
+    """
+    path = Path(model)
+    if (path / DESCRIPTION).is_file():
+        artifact = Artifact.open(reopened(path)[1])
+        beside = path.parent.parent if path.parent.name == "exports" else path.parent
+        one = exported(path, artifact, provider)
+    else:
+        try:
+            artifact = Artifact.open(path)
+        except ArtifactError:
+            return [pretrained(open_model(model))], Path("tasks") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
+        beside, one = artifact.root.parent, compressed(artifact)
+    before = _dense_of(artifact) if dense else None
+    return [*([before] if before else []), one], beside / "tasks"
+
+
+def pretrained(source: Source) -> Subject:
+    """A model as it was before compression, in flatq's decoder, float32."""
+    source.validate()
+    return Subject(
+        DENSE, _digest(source.digests()), source.config, source.settings(), source.tokenizer, partial(_decoder, source)
+    )
+
+
+def compressed(artifact: Artifact) -> Subject:
+    """An artifact in flatq's decoder, float32."""
+    tokenizer = partial(tokenizer_in, artifact.root)
+    digest = _digest(artifact.manifest["files"])
+    return Subject("artifact", digest, artifact.config, artifact.settings, tokenizer, partial(_decoder, artifact))
+
+
+def exported(root: Path, artifact: Artifact, provider: str) -> Subject:
+    """An export as its users run it, with the tokenizer of its artifact."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    digest = _digest({str(path.relative_to(root)): file_digest(path) for path in files})
+    tokenizer = partial(tokenizer_in, artifact.root)
+    open_export = partial(opened, root, provider)
+    return Subject(root.name, digest, artifact.config, artifact.settings, tokenizer, open_export)
+
+
+def _decoder(weights: Source | Artifact) -> Runner:
+    return DecoderRunner(weights)
+
+
+def _dense_of(artifact: Artifact) -> Subject | None:
+    text = artifact.manifest["recipe"]
+    if not text:
+        log.warning("%s keeps no recipe, so its dense model is unknown; only the compressed model runs", artifact.root)
+        return None
+    model = Recipe.parse(text, str(artifact.root)).model
+    try:
+        return pretrained(open_model(model.path, revision=model.revision, dtype=model.dtype))
+    except FlatqError as gone:
+        log.warning("the dense model %s cannot be opened (%s); only the compressed model runs", model.path, gone)
+        return None
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,56 @@
+"""What an export costs in its own runtime: the measures of ``calibration.divergence``, on what its users run.
+
+The reference is the dense model, not the artifact: a graph that agrees with the artifact in 90 % of its predictions
+does not say what that costs beside the model that people know. Rows go through the runtime one by one, so that the
+logits of one row are the most that is in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flatq.calibration.divergence import LOGITS_AT_ONCE, MEASURES, DenseStates, Divergence, position_measures
+from flatq.errors import ExportError
+from flatq.export.protocols import Runner
+
+TOKENS = 2048  # of each text: seconds per export on two cores, and a standard error that still tells 0.02 nats apart
+
+
+def first_rows(tokens: Tensor, most: int = TOKENS) -> Tensor:
+    """As many rows of int64 [n, s] as have ``most`` tokens together, at least one."""
+    return tokens[: max(1, most // tokens.shape[1])]
+
+
+@torch.inference_mode()
+def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, name: str = "export") -> Divergence:
+    """Compare a runtime with the dense model.
+
+    Args:
+        dense: the reference.
+        runner: an export as its users run it.
+        tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are predicted.
+        name: of the export, for messages.
+
+    Raises:
+        ExportError: the runtime returns logits of another shape.
+        NumericsError: a measure is not finite.
+    """
+    hidden, head = dense.hidden(tokens), dense.head()
+    means = torch.zeros(len(tokens), MEASURES, dtype=torch.float64)
+    step = max(1, LOGITS_AT_ONCE // len(head))
+    for row, text in enumerate(tokens.cpu()):
+        logits = torch.from_numpy(runner.logits(text[None].numpy()))
+        if logits.shape != (1, len(text), len(head)):
+            raise ExportError(
+                f"{name}: the runtime returned logits of shape {list(logits.shape)} instead of "
+                f"{[1, len(text), len(head)]}; the export does not follow the Runner protocol"
+            )
+        parts = []
+        for start in range(0, len(text) - 1, step):
+            at = slice(start, min(start + step, len(text) - 1))
+            reference = F.linear(hidden[row, at].to(dense.device), head)
+            parts.append(position_measures(reference, logits[0, at].to(reference), text[1:][at].to(reference.device)))
+        means[row] = torch.cat(parts).mean(0).cpu()
+    return Divergence.of(means, tokens.shape[1] - 1)

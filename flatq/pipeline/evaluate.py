@@ -1,0 +1,151 @@
+"""``flatq eval``: an artifact, an export in its own runtime, or a pretrained model, on one text or on the run's texts.
+
+An artifact and an export are compared with the dense model of their recipe. Where that cannot be opened any more, an
+export is compared with its artifact and an artifact is scored alone, and the answer says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flatq.artifact import MANIFEST, Artifact, tokenizer_in
+from flatq.calibration.divergence import DenseStates
+from flatq.calibration.perplexity import perplexity
+from flatq.calibration.tokens import JudgedText, token_batches
+from flatq.errors import ArtifactError, ExportError, FlatqError, RecipeError
+from flatq.export.deliver import DESCRIPTION, reopened
+from flatq.export.planned import PlannedExport
+from flatq.export.quality import TOKENS, first_rows
+from flatq.model.weights import Weights
+from flatq.pipeline.judge import export_quality, model_quality, sentence
+from flatq.pipeline.texts import tokens_of
+from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
+from flatq.recipe.grammar import Recipe
+from flatq.sources.source import Source, open_model
+
+log = logging.getLogger(__name__)
+DATASETS = ("wikitext2", "c4", "alpaca", "python-docs", "text")
+ALL_TOKENS, SEQ_LEN = 8192, 512
+
+
+def evaluate(
+    model: str,
+    *,
+    dataset: str | None = None,
+    path: Path | None = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+) -> list[str]:
+    """A line for each text.
+
+    Args:
+        model: export folder, artifact or run folder, or a model as in a recipe.
+        dataset: one text; None with ``path`` is text, and without it the texts of the run that made the model (of a
+            pretrained model python-docs).
+        path: file of dataset text.
+        tokens: of each text; None is 8,192, for an export 2,048.
+        seq_len: of the windows; None is the run's, or 512.
+
+    Raises:
+        RecipeError: the text is not known or cannot be read.
+        ExportError: an export has no runtime here.
+    """
+    dataset = checked_dataset(dataset, path)
+    if (Path(model) / DESCRIPTION).is_file():
+        item, root = reopened(Path(model))
+        artifact = Artifact.open(root)
+        texts = _texts(artifact, dataset, path, tokens or TOKENS, seq_len)
+        return _of_export(item, Path(model), artifact, texts)
+    try:
+        artifact = Artifact.open(model)
+    except ArtifactError:
+        if (Path(model) / MANIFEST).exists():
+            raise
+        source = open_model(model)
+        source.validate()
+        text = _one_text(source.tokenizer(), dataset or "python-docs", path, tokens or ALL_TOKENS, seq_len)
+        return _alone(source, [text])
+    texts = _texts(artifact, dataset, path, tokens or ALL_TOKENS, seq_len)
+    original = _original(artifact)
+    if original is None:
+        return _alone(artifact, texts)
+    with tempfile.TemporaryDirectory() as folder:
+        return [sentence(text) for text in model_quality(DenseStates(original, Path(folder)), artifact, texts)]
+
+
+def checked_dataset(dataset: str | None, path: Path | None) -> str | None:
+    """The data set to read: ``text`` where only a path is given.
+
+    Raises:
+        RecipeError: it is not known, or is read without ``path`` or only with it.
+    """
+    if dataset is None:
+        return "text" if path is not None else None
+    if dataset not in DATASETS:
+        near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"--dataset {dataset}: not known; allowed: {', '.join(DATASETS)}{hint}")
+    if (dataset == "text") != (path is not None):
+        raise RecipeError(
+            "--dataset text: give the file with --path, a .txt or .jsonl file"
+            if path is None
+            else f"--path {path}: is not read with --dataset {dataset}; leave one of the two out"
+        )
+    return dataset
+
+
+def _of_export(item: PlannedExport, root: Path, artifact: Artifact, texts: Sequence[JudgedText]) -> list[str]:
+    reference: Weights | None = _original(artifact)
+    beside = "" if reference is not None else " (beside the artifact: the dense model cannot be opened)"
+    with tempfile.TemporaryDirectory() as folder:
+        found = export_quality(DenseStates(reference or artifact, Path(folder)), item, root, texts)
+    if not found:
+        raise ExportError(
+            f"{root}: the format {item.format!r} has no runtime here; open it in its program, or evaluate the artifact "
+            f"{artifact.root}"
+        )
+    return [sentence(text) + beside for text in found]
+
+
+def _alone(weights: Weights, texts: Sequence[JudgedText]) -> list[str]:
+    return [f"{text.name}: perplexity {perplexity(weights, text.tokens).value:.4f}" for text in texts]
+
+
+def _original(artifact: Artifact) -> Source | None:
+    """The dense model that the artifact was made from; None, and a warning, if it cannot be opened."""
+    recipe = artifact.manifest["recipe"]
+    if not recipe:
+        return None
+    spec = Recipe.parse(recipe, str(artifact.root / MANIFEST)).model
+    try:
+        source = open_model(spec.path, revision=spec.revision, dtype=spec.dtype)
+        source.validate()
+    except FlatqError as error:
+        log.warning("the dense model cannot be opened, so nothing is compared with it: %s", error)
+        return None
+    return source
+
+
+def _texts(
+    artifact: Artifact, dataset: str | None, path: Path | None, tokens: int, seq_len: int | None
+) -> list[JudgedText]:
+    """The text that was asked for, or the run's own."""
+    recipe = artifact.manifest["recipe"]
+    if dataset is not None or not recipe:
+        return [_one_text(tokenizer_in(artifact.root), dataset or "python-docs", path, tokens, seq_len)]
+    if seq_len is not None:
+        raise RecipeError("--seq-len: is not read for the texts of the run; give a text with --dataset or --path")
+    judged = tokens_of(Recipe.parse(recipe, str(artifact.root / MANIFEST)), artifact).judged
+    return [JudgedText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in judged]
+
+
+def _one_text(tokenizer: Any, dataset: str, path: Path | None, tokens: int, seq_len: int | None) -> JudgedText:
+    seen = {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
+    judged = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=min(seq_len or SEQ_LEN, tokens))
+    text = token_batches(CalibrationSpec.model_validate(seen), [judged], tokenizer).judged[0]
+    return JudgedText(Path(path).stem if path else dataset, text.tokens, calibrated=False)

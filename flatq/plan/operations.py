@@ -1,0 +1,194 @@
+"""What each phase of a run computes, counted from shapes: products of forward passes, of solves, and bytes moved.
+
+Only what grows with the cube of a width, or with tokens times the square of one, is counted, and of element-wise work
+what passes over whole weights. Constants that belong to an algorithm stand beside its formula.
+
+Axes: t tokens, s positions, m d_model, f d_ff, o out_features, i in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+from flatq.calibration.self_text import SIDE_BY_SIDE
+from flatq.machine.speed import Speed
+from flatq.model.decoder import DecoderConfig, LayerDims
+from flatq.model.grid import CLIPS
+from flatq.plan.decide import measurements
+from flatq.quantize.stage import READERS
+from flatq.recipe.grammar import Recipe
+from flatq.stages import walked_along
+
+DOUBLE = 2.5  # float64 products and factorizations, in float32 products
+PASSES = 12 * len(CLIPS) + 60  # of four bytes over a weight: the search of its scales, and the columns one by one
+READING = 12  # bytes moved for each weight that is read and made float32
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Amounts of work: floating-point operations of forward passes and of solves, and bytes moved."""
+
+    forward: float = 0
+    solve: float = 0
+    moved: float = 0
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def seconds(self, speed: Speed) -> float:
+        """Time at these rates, one after the other."""
+        return self.forward / speed.forward + self.solve / speed.solve + self.moved / speed.moved
+
+
+def operations(
+    recipe: Recipe, config: DecoderConfig, plan: Sequence[LayerDims], tokens: dict[str, int], ranges: bool
+) -> dict[str, Operations]:
+    """By phase, in the order of a run.
+
+    Args:
+        config: the dense model.
+        plan: widths that it will have, layer by layer.
+        tokens: that each phase looks at.
+        ranges: whether an export asks for the ranges of keys and values.
+    """
+    planned = config.with_layers(plan)
+    length, scored = recipe.calibration.seq_len, recipe.evaluation[0].seq_len
+    phases = {
+        "self-text": lambda t: _written(config, t, length, min(SIDE_BY_SIDE, recipe.calibration.samples)),
+        "baseline": lambda t: _evaluated(config, t, scored),
+        "sensitivity": lambda t: _sensitivity(config, t, length),
+        "curves": lambda t: _curves(config, t, length),
+        "importance": lambda t: _passed(config, t, length),
+        "bits": lambda t: _bits(recipe, config, t, length),
+        "compress": lambda t: _compressed(recipe, config, planned, t),
+        "evaluate": lambda t: _evaluated(planned, t, scored),
+        "cache-ranges": lambda t: _passed(planned, t, length),
+    }
+    wanted = ["self-text"] if tokens["self-text"] else []
+    wanted += ["baseline", *measurements(recipe, narrows=planned.layers != config.layers)]
+    wanted += ["compress", "evaluate", *(["cache-ranges"] if ranges else [])]
+    return {phase: phases[phase](tokens[phase]) for phase in wanted}
+
+
+def _halves(dims: LayerDims, m: int, s: int) -> tuple[float, float]:
+    """One token through attention and through the MLP; it looks at half of the positions on average."""
+    mlp = 3 * m * dims.d_ff
+    return 2 * (dims.parameters(m) - mlp) + dims.heads * (dims.d_qk + dims.d_v) * s, 2 * mlp
+
+
+def _forward(config: DecoderConfig, t: int, s: int) -> float:
+    return t * sum(sum(_halves(dims, config.d_model, s)) for dims in config.layers)
+
+
+def _passed(config: DecoderConfig, t: int, s: int, times: float = 1) -> Operations:
+    """Tokens through all layers, and what their activations move besides: about 40 [m], 10 [f] and 2 [heads, s]."""
+    m = config.d_model
+    activations = sum(40 * m + 10 * dims.d_ff + 2 * dims.heads * s for dims in config.layers)
+    return Operations(times * _forward(config, t, s), moved=4 * times * t * activations + READING * config.parameters())
+
+
+def _written(config: DecoderConfig, t: int, s: int, rows: int) -> Operations:
+    """Text that the model writes, in float32, so many rows side by side: each step reads all weights."""
+    products = _forward(config, t, s) + 2 * t * config.d_model * config.vocab
+    return Operations(solve=products, moved=4 * config.parameters() * t / rows)
+
+
+def _grams(dims: LayerDims, m: int) -> float:
+    """Second moments of all inputs of a layer, of one token; half of a symmetric matrix is computed."""
+    return 2 * m**2 + (dims.heads * dims.d_v) ** 2 + 2 * dims.kv_heads * dims.d_v**2 + dims.d_ff**2
+
+
+def _evaluated(config: DecoderConfig, t: int, s: int) -> Operations:
+    """In float32, whatever calibration multiplies in."""
+    head = 2 * t * config.d_model * config.vocab
+    passed = _passed(config, t, s)
+    return Operations(solve=passed.forward + head, moved=passed.moved + 16 * t * config.vocab)
+
+
+def _sensitivity(config: DecoderConfig, t: int, s: int) -> Operations:
+    """Forward, then forward again and backward; logits, and noise in their place."""
+    m, v = config.d_model, config.vocab
+    moments = 2 * len(config.layers) * 2 * t * m**2
+    return _passed(config, t, s, 3) + Operations(moments + 4 * t * m * v, moved=100 * t * v)
+
+
+def _curves(config: DecoderConfig, t: int, s: int) -> Operations:
+    m = config.d_model
+    grams = sum((dims.heads * dims.d_v) ** 2 + dims.d_ff**2 for dims in config.layers)
+    solves = sum(_eliminated(dims.d_ff, dims.d_ff // 10, m) + _value_basis(dims, m) for dims in config.layers)
+    return _passed(config, t, s) + Operations(t * grams, solves)
+
+
+def _eliminated(f: int, width: int, m: int) -> float:
+    """The loss's root, the inverse of a Gram, and its updates until ``width`` channels are left."""
+    return DOUBLE * m**3 / 3 + 2 * m**2 * f + f**3 + 0.85 * (f**3 - width**3) + m * (f**2 - width**2)
+
+
+def _value_basis(dims: LayerDims, m: int) -> float:
+    weighted = DOUBLE * m**3 / 3 + 2 * m**2 * dims.heads * dims.d_v
+    return weighted + DOUBLE * (30 * dims.kv_heads * dims.d_v**3 + 2 * m * dims.heads * dims.d_v**2)
+
+
+def _narrowed(recipe: Recipe, before: LayerDims, after: LayerDims, m: int) -> float:
+    """The solves of the FLAT stage in one layer."""
+    if recipe.flat is None:
+        return 0
+    (f, s), (wide, narrow) = (before.d_ff, after.d_ff), (before.heads * before.d_v, after.heads * after.d_v)
+    found = 0.0
+    if s < f:
+        by_leverage = recipe.flat.parts.channels == "leverage"
+        found += f**3 if by_leverage else _eliminated(f, s, m)
+        found += 2 * s * f * m + DOUBLE * (s**3 / 3 + 2 * s**2 * m) + 2 * f**2 * m
+    if narrow < wide:
+        refit = 2 * wide**2 * narrow + 2 * wide * narrow**2 + narrow**3 / 3 + 2 * narrow**2 * m
+        found += _value_basis(before, m) + DOUBLE * refit * recipe.flat.parts.refit + 2 * wide**2 * narrow
+    return found + (s**3 / 3 + 2 * s**2 * m) * recipe.flat.corrects
+
+
+def _rounded(o: int, i: int) -> Operations:
+    """GPTQ of one weight: a factor, the errors that columns pass on, the energy of the output."""
+    return Operations(solve=i**3 / 3 + 3 * o * i**2, moved=4 * PASSES * o * i)
+
+
+def _layer_rounded(dims: LayerDims, m: int) -> Operations:
+    """GPTQ of a layer; linears that read the same activation share its factor."""
+    found = Operations()
+    for readers in READERS.values():
+        for _, names in readers:
+            shapes = [dims.shape(name, m) for name in names]
+            found += _rounded(sum(o for o, _ in shapes), shapes[0][1])
+    return found
+
+
+def _bits(recipe: Recipe, config: DecoderConfig, t: int, s: int) -> Operations:
+    """Each unit alone at each choice; its block then runs in float32."""
+    assert recipe.gptq is not None
+    m, choices, found = (
+        config.d_model,
+        len(set(recipe.gptq.bit_choices)),
+        Operations(moved=READING * config.parameters()),
+    )
+    for dims in config.layers:
+        runs = 1 + 2 * choices  # a half layer has two units
+        forward = t * sum(_halves(dims, m, s))
+        found += Operations(2 * forward + t / 2 * _grams(dims, m), runs * (forward + 2 * t * m**2))
+        once = _layer_rounded(dims, m)
+        found += Operations(solve=choices * once.solve, moved=choices * once.moved)
+    return found
+
+
+def _compressed(recipe: Recipe, config: DecoderConfig, planned: DecoderConfig, t: int) -> Operations:
+    """The walk: each block observed and then run as it has become, the dense model beside it if a stage wants it."""
+    m, s = config.d_model, recipe.calibration.seq_len
+    reference, lag = walked_along(recipe)
+    along = reference or lag
+    found = _passed(config, t, s, 2 if along else 1) + _passed(planned, t, s)
+    for before, after in zip(config.layers, planned.layers, strict=True):
+        drift = along * 2 * before.d_ff * m + lag * (4 * m**2 + 2 * before.heads * before.d_v * m)
+        found += Operations(t * (_grams(before, m) + drift), _narrowed(recipe, before, after, m))
+        if recipe.gptq is not None:
+            found += _layer_rounded(after, m)
+    if recipe.gptq is not None and recipe.gptq.embedding is not None:
+        found += Operations(t * m**2) + _rounded(config.vocab, m)
+    return found

@@ -1,0 +1,104 @@
+"""The scripts that judge the tests and the demo are judged, too."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.demo_band import main, newest, outside
+from tests.mutations import FAULTS, TARGETS, all_mutants, changes, place_of
+
+GOOD: dict[str, Any] = {
+    "baseline": {"perplexity": 9.31, "decoder_parameters": 1000},
+    "result": {"perplexity": 10.61, "decoder_parameters": 899},
+    "exports": [
+        {"name": "onnx", "verify": {"exact": {"kl": 1e-6, "top1": 1.0}, "deployed": {"kl": 0.004, "top1": 0.96}}}
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_every_fault_still_fits_into_the_code_and_leaves_it_readable(fault: Any) -> None:
+    _, text = place_of(fault)
+    assert fault.new in text
+    ast.parse(text)
+
+
+def test_every_target_has_mutants_that_differ_from_the_file() -> None:
+    for pattern, found in all_mutants().items():
+        assert len(found) >= 10, pattern
+        for mutant in found:
+            plain = ast.unparse(ast.parse(Path(__file__).parents[1].joinpath(mutant.file).read_text()))
+            assert mutant.text != plain, mutant.name
+    assert all_mutants().keys() == TARGETS.keys()
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("a + b", ["a - b"]),
+        ("a < b", ["a <= b"]),
+        ("a and b", ["a or b"]),
+        ("not a", ["a"]),
+        ("3", ["4"]),
+        ("0.5", ["1.0"]),
+        ("True", ["False"]),
+        ("a if b else c", ["a", "c"]),
+        ("shrunk(gram, 0.1)", ["gram"]),
+        ("'text'", []),
+    ],
+)
+def test_a_mutation_changes_one_operator_constant_or_call(code: str, expected: list[str]) -> None:
+    assert [ast.unparse(node) for node in changes(ast.parse(code, mode="eval").body)] == expected
+
+
+def test_a_call_whose_result_is_not_used_is_dropped() -> None:
+    assert [ast.unparse(node) for node in changes(ast.parse("stage.apply(block)").body[0])] == ["pass"]
+
+
+def test_numbers_in_their_bands_are_not_objected_to(tmp_path: Path) -> None:
+    assert not list(outside(GOOD))
+    (tmp_path / "report.json").write_text(json.dumps(GOOD))
+    assert main([str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("baseline", "perplexity"), 11.0, r"baseline\.perplexity is 11.0000"),
+        (("result", "perplexity"), 8.0, r"result\.perplexity is 8.0000"),
+        (("result", "perplexity"), 14.9, r"ln\(result"),
+        (("result", "decoder_parameters"), 990, "share of the decoder's parameters"),
+        (("exports",), [], "there is no export"),
+        (("exports", 0, "verify"), None, "onnx was not verified"),
+        (("exports", 0, "verify", "deployed", "kl"), 0.2, "KL divergence of 0.2"),
+        (("exports", 0, "verify", "deployed", "kl"), float("nan"), "KL divergence of nan"),
+        (("exports", 0, "verify", "deployed", "top1"), 0.5, "agrees on 50.0%"),
+    ],
+)
+def test_a_number_outside_its_band_is_named_and_ends_with_1(
+    place: tuple[Any, ...], value: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = copy.deepcopy(GOOD)
+    inner: Any = report
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert main([str(tmp_path)]) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_the_newest_run_of_the_demo_is_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="run `make demo` first"):
+        newest(tmp_path)
+    folder = tmp_path / "smollm2-135m-flat10-int4-0123"
+    folder.mkdir()
+    (folder / "report.json").write_text("{}")
+    assert newest(tmp_path) == newest(folder) == folder / "report.json"
