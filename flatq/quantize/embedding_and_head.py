@@ -54,7 +54,7 @@ def head_moment(weights: Weights, states: HiddenStates, execution: Execution) ->
         for batch in states.batches():
             moment.update(norm(states.states[batch].to(execution.device, torch.float32)))
     moment.gather()
-    moment.move(solver_of(execution.device))
+    moment.to(solver_of(execution.device))
     return moment
 
 
