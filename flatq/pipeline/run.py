@@ -170,9 +170,7 @@ def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
     recipe, source, execution = job.recipe, job.source, job.execution
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
     device, working_set_bytes = execution.device, execution.working_set_bytes
-    found = forecasts(
-        recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges
-    )
+    found = forecasts(recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges)
     return {phase: asdict(said) for phase, said in found.items()}
 
 
