@@ -103,8 +103,8 @@ def run(
     from flatq.machine import distributed
     from flatq.pipeline.run import run as run_recipe
 
-    room = memory_of(memory)
-    done = run_recipe(checked, out, device=device, fresh=fresh, memory=room, predict=forecast, verify=not no_verify)
+    limit = memory_of(memory)
+    done = run_recipe(checked, out, device=device, fresh=fresh, memory=limit, predict=forecast, verify=not no_verify)
     if done is not None:
         print(done)
     distributed.leave()

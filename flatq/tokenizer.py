@@ -154,9 +154,14 @@ def save(tokenizer: Any, out: Path) -> None:
 
 
 def beyond(tokenizer: Any, rows: int) -> dict[int, str]:
-    """Pieces whose number has no row in an embedding of so many rows, by number, ascending."""
+    """Tokens whose id has no row in an embedding of so many rows, by id, ascending."""
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
-    return dict(sorted((number, piece) for piece, number in vocabulary.items() if number >= rows))
+    return dict(sorted((number, token) for token, number in vocabulary.items() if number >= rows))
+
+
+def notes(root: Path) -> list[str]:
+    """What exports will change in these files, see ``deliver_companions``; usually nothing."""
+    return [f"{SETTINGS}: in exports {words}" for words in _readable(_read(root / SETTINGS))[1]]
 
 
 def _readable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -153,10 +153,10 @@ def stream(
         seed: of the draws; the same seed gives the same text.
         eos: ids that end the text; they are not part of it.
         chat: put the prompt into the tokenizer's chat template as a user's message.
-        vocab: rows of the embedding; a prompt with a piece beyond them is refused.
+        vocab: rows of the embedding; a prompt with a token beyond them is refused.
 
     Raises:
-        RecipeError: the prompt has no tokens or one that the model has no row for, there is no chat template, or a
+        RecipeError: the prompt has no tokens or one that the model has no embedding for, there is no chat template, or a
             number is out of range.
     """
     if new_tokens < 0 or temperature < 0:
@@ -166,7 +166,7 @@ def stream(
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     if vocab is not None and max(ids) >= vocab:
         raise RecipeError(
-            f"the prompt holds {tokenizer.convert_ids_to_tokens(max(ids))!r}, number {max(ids)} of the tokenizer, and "
+            f"the prompt holds the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), and "
             f"the model's embedding has {vocab} rows; leave it out"
         )
     choose = _chooser(temperature, np.random.default_rng(seed))

@@ -24,7 +24,7 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -
     Raises:
         RecipeError: a text cannot be read or written, or is too short.
     """
-    writer = SelfText(source, folder.work / "self-text", device)
+    writer = SelfText(source, folder.work / "self-text", device, recipe.calibration.precision)
 
     def drawn() -> Tokens:
         return distributed.on_first(lambda: _drawn(recipe, source.tokenizer(), source.config.vocab, writer))
@@ -44,7 +44,7 @@ def tokens_of(recipe: Recipe, artifact: Artifact) -> Tokens:
         return _drawn(recipe, tokenizer_in(artifact.root), artifact.config.vocab)
     source = open_model(recipe.model.path, revision=recipe.model.revision, dtype=recipe.model.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        writer = SelfText(source, Path(folder))
+        writer = SelfText(source, Path(folder), precision=recipe.calibration.precision)
         return _drawn(recipe, source.tokenizer(), source.config.vocab, writer)
 
 
@@ -57,7 +57,7 @@ def _drawn(recipe: Recipe, tokenizer: Any, rows: int, writer: SelfText | None = 
 
 
 def refuse_beyond(tokens: Tensor, tokenizer: Any, rows: int, where: str) -> None:
-    """Refuse a text with a piece that the model has no row for, naming it.
+    """Refuse a text with a token that the model has no embedding for, naming it.
 
     Args:
         tokens: ids, int64 of any shape.
@@ -66,12 +66,12 @@ def refuse_beyond(tokens: Tensor, tokenizer: Any, rows: int, where: str) -> None
         where: the text, for the message.
 
     Raises:
-        RecipeError: there is such a piece.
+        RecipeError: there is such a token.
     """
     largest = int(tokens.max())
     if largest >= rows:
-        piece = tokenizer.convert_ids_to_tokens(largest)
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise RecipeError(
-            f"{where} holds {piece!r}, number {largest} of the tokenizer, and the model's embedding has {rows} rows; "
-            "take the piece out of the text, or give the model rows for it (resize_token_embeddings of transformers)"
+            f"{where} holds the token {token!r} (id {largest}), and the model's embedding has {rows} rows; "
+            "take the token out of the text, or resize the model's embedding (resize_token_embeddings in transformers)"
         )

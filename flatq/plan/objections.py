@@ -71,7 +71,7 @@ def tokenizer_objections(source: Source, exports: list[PlannedExport]) -> list[s
     tokenizer, rows = source.tokenizer(), source.config.vocab
     stray = beyond(tokenizer, rows)
     found = [
-        f"model: the tokenizer adds {stray[number]!r}, number {number}, to every text, and the embedding has {rows} "
+        f"model: the tokenizer adds {stray[number]!r} (id {number}) to every text, and the embedding has {rows} "
         "rows; get a tokenizer and weights that belong together"
         for number in sorted(set(tokenizer("a")["input_ids"]) & set(stray))
     ]
@@ -85,15 +85,18 @@ def tokenizer_objections(source: Source, exports: list[PlannedExport]) -> list[s
 
 
 def tokenizer_cautions(source: Source) -> list[str]:
-    """Pieces of the tokenizer that the model has no row for: texts without them are read all the same."""
-    if not source.has_tokenizer or not (stray := beyond(source.tokenizer(), source.config.vocab)):
+    """What is odd about the tokenizer and does not stop a run: tokens without an embedding, code that is not run."""
+    if not source.has_tokenizer:
         return []
-    shown = ", ".join(f"{piece!r} (number {number})" for number, piece in list(stray.items())[:3])
-    more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
-    return [
-        f"tokenizer: the embedding has {source.config.vocab} rows, too few for {shown}{more}; texts and prompts with "
-        "such a piece are refused"
-    ]
+    found, stray = source.tokenizer_notes(), beyond(source.tokenizer(), source.config.vocab)
+    if stray:
+        shown = ", ".join(f"{token!r} (id {number})" for number, token in list(stray.items())[:3])
+        more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
+        found.append(
+            f"tokenizer: the embedding has {source.config.vocab} rows, too few for {shown}{more}; texts and prompts "
+            "with such a token are refused"
+        )
+    return found
 
 
 def raise_early_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
