@@ -156,7 +156,7 @@ def stream(
         vocab: rows of the embedding; a prompt with a token beyond them is refused.
 
     Raises:
-        RecipeError: the prompt has no tokens or one that the model has no embedding for, there is no chat template, or a
+        RecipeError: the prompt has no tokens or one without an embedding, there is no chat template, or a
             number is out of range.
     """
     if new_tokens < 0 or temperature < 0:
