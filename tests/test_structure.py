@@ -18,7 +18,7 @@ NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gpt
 WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.units"]
 # From top to bottom: a folder (or file) imports only what stands below it, or itself.
 FLOORS = [
-    "cli", "verbs", "evaluate", "doctor", "pipeline", "plan", "stages", "report", "job", "compress", "export",
+    "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "evaluate", "job", "compress", "export",
     "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "model", "recipe", "machine", "units",
     "linalg", "files", "errors",
 ]  # fmt: skip
