@@ -12,7 +12,7 @@ from flatq.artifact import MANIFEST, RANGES, Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
-from flatq.evaluate.compare import comparison, draw, entries_of
+from flatq.evaluate.compare import comparison, entries_of
 from flatq.evaluate.subjects import subjects_of
 from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
@@ -181,6 +181,8 @@ def compare(paths: list[Path], figure: Path | None) -> str:
     """
     entries = [entry for path in paths for entry in entries_of(path)]
     if figure is not None:
+        from flatq.evaluate.figure import draw  # imports matplotlib, which no other command needs
+
         draw(entries, figure)
     return comparison(entries)
 

@@ -92,7 +92,7 @@ def _run(
 ) -> Path | None:
     raise_absent_packages(exports)
     source = open_source(recipe)
-    room = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
+    working_set_bytes = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
     raise_objections(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one
     raise_early_objections(recipe, source, exports)
     draft(recipe, source)  # refuses a budget that no plan can meet, before anything is measured
@@ -103,7 +103,7 @@ def _run(
         origins = distributed.on_first(lambda: provenance(recipe, source, tokens))
         fixed = {name: origins[name] for name in ("source", "tokens", "versions")}
         distributed.on_first(lambda: folder.depend_on(fixed))
-        job = Job(recipe, source, tokens, folder, Execution.of(recipe.calibration, device, room))
+        job = Job(recipe, source, tokens, folder, Execution.of(recipe.calibration, device, working_set_bytes))
         expected: dict[str, Any] = {}
         if predict:
             expected = folder.phase("forecast", lambda: expectations(job, exports), dict[str, Any])
@@ -175,8 +175,8 @@ def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
     """Forecast of every phase, JSON-ready."""
     recipe, source, execution = job.recipe, job.source, job.execution
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
-    device, room = execution.device, execution.working_set
-    found = forecasts(recipe, source.config, layers, device=device, room=room, ranges=ranges)
+    device, working_set_bytes = execution.device, execution.working_set_bytes
+    found = forecasts(recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges)
     return {phase: asdict(said) for phase, said in found.items()}
 
 
