@@ -22,7 +22,7 @@ from flatq.evaluate.subjects import DENSE
 from flatq.evaluate.tasks import TaskResult, known_results
 from flatq.export.baseline import BASELINE
 from flatq.export.bench import rendered
-from flatq.export.deliver import DESCRIPTION
+from flatq.export.folder import DESCRIPTION
 from flatq.units import number, size
 
 ABSENT = "not measured"
@@ -103,7 +103,7 @@ def _of_export(path: Path) -> Entry:
 
 
 def _of_artifact(path: Path) -> Entry:
-    artifact = Artifact.open(path)
+    artifact = Artifact.open(path, check=False)  # only sizes are read
     run = artifact.root.parent
     if (run / "report.json").is_file():
         entry = next(entry for entry in _of_run(run) if entry.name == f"{run} artifact")
