@@ -11,14 +11,13 @@ no code from a model folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatq.errors import RecipeError
-from flatq.files import lfs_pointer, write_atomically, write_json
+from flatq.files import lfs_pointer, read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -240,16 +239,7 @@ def _settings(root: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """An object of JSON; empty if the file is not there."""
-    if not path.is_file():
-        return {}
-    _refuse_pointer(path)
-    try:
-        data = json.loads(_text(path))
-    except json.JSONDecodeError as damaged:
-        raise RecipeError(f"model: {path}: not valid JSON ({damaged}); {FROM_THE_SOURCE}") from damaged
-    if not isinstance(data, dict):
-        raise RecipeError(f"model: {path}: a JSON object is expected, not {type(data).__name__}; {FROM_THE_SOURCE}")
-    return data
+    return read_json(path, dict[str, Any], FROM_THE_SOURCE, error=RecipeError) if path.is_file() else {}
 
 
 def _text(path: Path) -> str:
@@ -261,7 +251,7 @@ def _text(path: Path) -> str:
 
 def _refuse_pointer(path: Path) -> None:
     if lfs_pointer(path):
-        raise RecipeError(f"model: {path}: a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
+        raise RecipeError(f"model: {path}: a Git LFS pointer, not the file itself; run git lfs pull in its folder")
 
 
 def _first_line(failed: Exception) -> str:

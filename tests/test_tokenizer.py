@@ -258,16 +258,25 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "pieces only": (only_pieces, "tokenizer.model: reading it needs the package sentencepiece"),
     "code": (own_code, "its tokenizer is code of its own"),
     "nothing": (nothing, "has no tokenizer; add tokenizer.json"),
-    "pointer": (write("tokenizer.json", POINTER), "tokenizer.json: a pointer of Git LFS"),
+    "pointer": (write("tokenizer.json", POINTER), "tokenizer.json: a Git LFS pointer"),
     "truncated": (write("tokenizer.json", BROKEN), "tokenizer.json: damaged"),
     "other": (write("tokenizer.json", "{}"), "tokenizer.json: damaged, or not of the tokenizers library"),
-    "settings": (write("tokenizer_config.json", BROKEN), "tokenizer_config.json: not valid JSON"),
-    "settings list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json: a JSON object is expected"),
-    "settings pointer": (write("tokenizer_config.json", POINTER), "tokenizer_config.json: a pointer of Git LFS"),
-    "special tokens": (write("special_tokens_map.json", BROKEN), "special_tokens_map.json: not valid JSON"),
+    "settings": (write("tokenizer_config.json", BROKEN), "tokenizer_config.json: is damaged"),
+    "settings list": (
+        write("tokenizer_config.json", "[]"),
+        "is damaged (Input should be a valid dict",
+    ),
+    "settings pointer": (
+        write("tokenizer_config.json", POINTER),
+        "tokenizer_config.json: is damaged (it is a Git LFS",
+    ),
+    "special tokens": (write("special_tokens_map.json", BROKEN), "special_tokens_map.json: is damaged"),
     "end token": (write("tokenizer_config.json", '{"eos_token": 2}'), "eos_token is 2"),
-    "generation": (write("generation_config.json", BROKEN), "generation_config.json: not valid JSON"),
-    "generation pointer": (write("generation_config.json", POINTER), "generation_config.json: a pointer of Git LFS"),
+    "generation": (write("generation_config.json", BROKEN), "generation_config.json: is damaged"),
+    "generation pointer": (
+        write("generation_config.json", POINTER),
+        "generation_config.json: is damaged (it is a Git LFS",
+    ),
 }
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from flatq.evaluate.tasks import task_cells
 from flatq.export.baseline import BASELINE
-from flatq.files import write_atomically, write_json
+from flatq.files import read_json, write_atomically, write_json
 from flatq.report.findings import findings
 from flatq.report.schema import Report, TextQuality
+from flatq.run_folder import FRESH
 from flatq.units import number, seconds, size, speed, times, with_error
 
 
@@ -29,8 +31,12 @@ def write_report(report: Report, out_dir: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """Inverse of ``write_report``'s JSON."""
-    return Report.model_validate_json(path.read_bytes())
+    """Inverse of ``write_report``'s JSON.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or of another version.
+    """
+    return read_json(path, Report, FRESH)
 
 
 def qualities(report: Report) -> list[tuple[TextQuality, str]]:
@@ -62,6 +68,7 @@ def render(report: Report, template: str) -> str:
         error_names=list(dict.fromkeys(name for layer in report.layers for name in layer.errors)),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True).rstrip(),
         qualities=qualities(report),
+        tasks=task_cells(report.tasks),
         texts=lambda: figures.quality_by_text(report),
         ranks=lambda: figures.rank_profile(report),
         errors=lambda: figures.layer_errors(report),

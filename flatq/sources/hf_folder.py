@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
+from flatq.files import lfs_pointer
 from flatq.model.families import FAMILIES
 from flatq.model.hf_config import config_from_hf
 from flatq.tokenizer import carry, companions, generation_settings, has_tokenizer, notes, open_tokenizer
@@ -104,6 +105,8 @@ class HfFolder:
         # Opened for every read: pages of a mapping that stays open remain in memory, up to the whole model.
         if not file.is_file():
             raise ArtifactError(f"{file}: missing, though {INDEX} names it; the download is incomplete")
+        if lfs_pointer(file):
+            raise ArtifactError(f"{file}: a Git LFS pointer, not the file itself; run git lfs pull in its folder")
         try:
             return safetensors.safe_open(file, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
