@@ -11,6 +11,7 @@ import torch
 
 from flatq.calibration.divergence import DenseStates, divergence
 from flatq.errors import ExportError, RecipeError
+from flatq.export.baseline import BASELINE
 from flatq.export.generate import DecoderRunner
 from flatq.export.quality import first_rows, runner_divergence
 from flatq.model.footprint import weight_bytes
@@ -154,7 +155,9 @@ def test_a_failed_export_leaves_a_report_and_the_other_exports(
 
 
 def test_rivals_are_built_and_judged_in_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe, out = make_recipe(baselines=["dense", "quantized", "same_bytes"]), tmp_path / "out"
+    bench = {"provider": "cpu", "prompt": 4, "new_tokens": 3, "repeats": 1, "threads": 1}
+    recipe = make_recipe(baselines=["dense", "quantized", "same_bytes"], exports=[{"onnx": {}}], bench=bench)
+    out = tmp_path / "out"
     shown = flatq("run", recipe, "--out", out)
     assert shown.exit_code == 0, shown.stderr
     report = read_report(out / "report.json")
@@ -167,7 +170,10 @@ def test_rivals_are_built_and_judged_in_the_same_run(make_recipe: MakeRecipe, tm
     for rival in report.baselines:
         assert [text.text for text in rival.quality] == [text.text for text in report.quality]
         assert all(text.kl > 0 for text in rival.quality)
-    assert "Narrowing" in (out / "report.md").read_text()
+    assert [entry.name for entry in report.bench][:3] == [BASELINE, "onnx", "quantized"]
+    said = (out / "report.md").read_text()
+    assert "Narrowing, beside quantization alone" in said
+    assert f"({alone.description}): onnx decode" in said
 
 
 def test_the_rival_at_the_same_bytes_is_the_nearest_there_is() -> None:

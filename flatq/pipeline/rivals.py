@@ -101,6 +101,12 @@ def judged_rivals(job: Job, dense: DenseStates, target: int, provenance: Mapping
     return [job.folder.phase(f"rival-{rival.name}", partial(judged, rival), dict[str, Any]) for rival in found]
 
 
+def rival_artifacts(job: Job, target: int) -> dict[str, Artifact]:
+    """The models that ``judged_rivals`` built, by name."""
+    found = rivals_of(job.recipe, job.source.config, target, job.itemsize)
+    return {rival.name: Artifact.open(_folder(job, rival).artifact) for rival in found}
+
+
 def measure(rival: Rival, artifact: Artifact, job: Job, quality: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """JSON-ready ``BaselineReport``."""
     config, context = artifact.config, job.recipe.flat.cache_context if job.recipe.flat else CONTEXT
@@ -114,9 +120,13 @@ def measure(rival: Rival, artifact: Artifact, job: Job, quality: Sequence[Mappin
     }
 
 
+def _folder(job: Job, rival: Rival) -> RunFolder:
+    return RunFolder(job.folder.work / "rivals" / rival.name, rival.recipe(job.recipe))
+
+
 def _built(job: Job, rival: Rival, provenance: Mapping[str, Any]) -> Artifact:
     recipe = rival.recipe(job.recipe)
-    folder = RunFolder(job.folder.work / "rivals" / rival.name, recipe)
+    folder = _folder(job, rival)
     if not distributed.broadcast(folder.artifact.exists()):
         if distributed.first():
             folder.work.mkdir(parents=True, exist_ok=True)

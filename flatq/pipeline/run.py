@@ -30,7 +30,7 @@ from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
 from flatq.pipeline.build import build
 from flatq.pipeline.judge import dense_quality, export_quality, model_quality, stop_if_ruined, told
-from flatq.pipeline.rivals import judged_rivals
+from flatq.pipeline.rivals import judged_rivals, rival_artifacts
 from flatq.pipeline.tasks import require_tasks, task_results
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
@@ -151,7 +151,7 @@ def finish(
     written = [exported(job, item, artifact, dense) for item in exports]
     failed = [f"exports.{export['name']}: {export['error']}" for export in written if export.get("error")]
     opened = [item for item, export in zip(exports, written, strict=True) if not export.get("error")]
-    bench = benched(job, opened, complete=not failed)
+    bench = benched(job, opened, artifact, complete=not failed)
     tasks = task_results(job, artifact, opened, complete=not failed)
     report = summarize(
         job.recipe,
@@ -249,10 +249,11 @@ def _whole(out: Path) -> bool:
     return True
 
 
-def benched(job: Job, exports: list[PlannedExport], *, complete: bool) -> list[dict[str, Any]]:
+def benched(job: Job, exports: list[PlannedExport], artifact: Artifact, *, complete: bool) -> list[dict[str, Any]]:
     """Speed of the exports that are there; kept as a phase only if none failed, for one may succeed next time."""
 
     def measure() -> list[dict[str, Any]]:
-        return measured(job.recipe, job.source, job.folder, exports)
+        rivals = rival_artifacts(job, artifact.bytes()) if job.recipe.bench is not None else {}
+        return measured(job.recipe, job.source, job.folder, exports, rivals)
 
     return job.folder.phase("bench", measure, list[dict[str, Any]]) if complete else measure()
