@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +89,22 @@ def test_eval_gives_the_reports_numbers_for_artifact_and_export(exported_run: tu
             assert line.startswith(text.text)
             assert f"perplexity {text.baseline_perplexity:.4g} -> {text.perplexity:.4g}" in line
             assert f"KL {text.kl:.3f}" in line
+
+
+def test_every_runtime_has_the_artifact_s_perplexity(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    exports: list[dict[str, Any]] = [{"onnx": {"precision": "fp32"}}, {"safetensors": {}}]
+    if importlib.util.find_spec("llama_cpp") is not None:
+        exports.append({"gguf": {"precision": "f16"}})
+    recipe = make_recipe(exports=exports, bench=None, evaluation={"dataset": "held-out", "tokens": 512, "seq_len": 64})
+    shown = flatq("run", recipe, "--out", tmp_path / "out")
+    assert shown.exit_code == 0, shown.stderr
+    report = read_report(tmp_path / "out" / "report.json")
+    [artifact] = report.quality
+    assert len(report.exports) == len(exports)
+    for export in report.exports:
+        [found] = export.quality
+        assert found.tokens == artifact.tokens
+        assert found.perplexity == pytest.approx(artifact.perplexity, rel=1e-3), export.name
 
 
 def test_eval_reads_a_path_alone(exported_run: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
