@@ -107,7 +107,7 @@ def _checked(text: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"an object was expected, found {type(value).__name__}")
     stated = value.pop(CHECKSUM, None)
-    if not isinstance(stated, str):
+    if not isinstance(stated, str) or not stated:
         raise ValueError(f"it lacks the key {CHECKSUM!r}, the digest of its content")
     head, _, tail = text.rpartition(stated)
     if hashlib.sha256(f"{head}{BLANK}{tail}".encode()).hexdigest() != stated:
