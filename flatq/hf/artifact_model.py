@@ -1,8 +1,8 @@
 """A flatq artifact as a transformers model: ``AutoModelForCausalLM`` loads it, ``generate`` runs it.
 
 The modules are those of ``Decoder``, so the state dict has the names of the artifact; a quantized weight is
-``X.codes``, ``X.scale``, ``X.zero``. The forward pass, the cache and strict loading are in ``modeling_flatq``; a missing
-tensor, a wrong shape or an unknown tensor raises an ``ArtifactError`` with its name.
+``X.codes``, ``X.scale``, ``X.zero``. The forward pass, the cache and strict loading are in ``modeling_flatq``; a
+missing tensor, a wrong shape or an unknown tensor raises an ``ArtifactError`` with its name.
 
 This is the reference implementation, which dequantizes weights on first use; exports are meant for deployment.
 """
