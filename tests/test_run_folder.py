@@ -169,5 +169,5 @@ def test_a_phase_gives_its_type_back_and_refuses_another(tmp_path: Path) -> None
     with RunFolder.open(tmp_path, RECIPE).working():
         assert RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: curves, list[Curves]) == curves
         assert RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: pytest.fail("again"), list[Curves]) == curves
-        with pytest.raises(ArtifactError, match=r"curves\.json: not a valid result of 'curves'"):
+        with pytest.raises(ArtifactError, match=r"curves\.json: no valid result of 'curves'"):
             RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: pytest.fail("again"), int)

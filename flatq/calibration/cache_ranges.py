@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatq.artifact import RANGES, Artifact, save_shard
+from flatq.artifact import RANGES, Artifact
 from flatq.calibration.block import REMEDY
 from flatq.calibration.half_layers import send_through
 from flatq.calibration.states import embedded
@@ -32,7 +32,7 @@ ROWS = 4  # rows per batch
 def note_cache_ranges(artifact: Artifact, tokens: Tokens, *, precision: str = "auto", device: str = "cpu") -> None:
     """Measure the ranges on the first rows of the calibration text and write them to the artifact's folder."""
     found = cache_ranges(artifact, ranged(tokens.calibration), precision=precision, device=device)
-    save_shard(artifact.root / RANGES, found)
+    artifact.add(RANGES, found)
 
 
 def ranged(calibration: Tensor) -> Tensor:

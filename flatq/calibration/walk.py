@@ -18,7 +18,7 @@ the loop body; the other ranks take part in ``Block.observe`` and receive the ch
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,12 +29,15 @@ from torch import Tensor
 from flatq.calibration.block import MOMENTS, Block, Reference
 from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, stored_as
-from flatq.files import write_json
+from flatq.errors import ArtifactError
+from flatq.files import read_json, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderConfig, locate
 from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import HALVES, Weights
+
+log = logging.getLogger(__name__)
 
 
 def walk(
@@ -102,7 +105,7 @@ def walk(
             dense[then].flush()
         distributed.barrier()
         if distributed.first():
-            write_json(work / "state.json", {"blocks_done": done + 1})
+            write_checksummed(work / "state.json", {"blocks_done": done + 1})
 
 
 def _feed(config: DecoderConfig, tokens: Tensor, path: Path, execution: Execution) -> HiddenStates:
@@ -154,6 +157,13 @@ def _remove(folder: Path) -> None:
 
 
 def blocks_done(work: Path) -> int:
-    """Number of blocks that a previous run finished in this folder."""
+    """How many blocks a killed run had finished in this folder; 0, and a warning, if its note of that is damaged."""
     state = work / "state.json"
-    return int(json.loads(state.read_text())["blocks_done"]) if state.exists() else 0
+    if not state.exists():
+        return 0
+    try:
+        return read_json(state, dict[str, int], "the walk begins with the first block", checksummed=True)["blocks_done"]
+    except ArtifactError as damaged:
+        log.warning("%s", damaged)
+        state.unlink(missing_ok=True)
+        return 0

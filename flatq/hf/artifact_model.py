@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flatq.artifact import MANIFEST
+from flatq.artifact import Artifact
 from flatq.errors import ArtifactError
 from flatq.hf.modeling_flatq import DecoderForCausalLM, FlatqHubConfig, FlatqHubForCausalLM
 from flatq.hf.quantized_linear import quantized_like
@@ -107,7 +107,11 @@ class FlatqForCausalLM(DecoderForCausalLM):
 
 
 def load(
-    root: Path | str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    root: Path | str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    check: bool = True,
 ) -> FlatqForCausalLM:
     """Load a finished artifact as a causal language model.
 
@@ -115,18 +119,15 @@ def load(
         root: folder of the artifact, or a run folder that contains one.
         dtype: data type for computation; ``auto`` is the artifact's. Codes and scales keep their stored types.
         device: device of the model.
+        check: compare every file with its digest first, see ``Artifact.open``.
 
     Raises:
         ArtifactError: the folder is no artifact, a file is damaged, or a tensor is missing or has a wrong shape.
     """
-    root = Path(root)
-    if not (root / "config.json").exists() and (root / "artifact" / MANIFEST).exists():
-        root = root / "artifact"
-    if not (root / "config.json").exists():
-        raise ArtifactError(f"{root} is no flatq artifact: config.json is missing; give the folder that flatq wrote")
+    root = Artifact.open(root, check=check).root
     try:
         model: FlatqForCausalLM = FlatqForCausalLM.from_pretrained(root, dtype=dtype, local_files_only=True)
-    except (OSError, SafetensorError) as fault:
+    except (OSError, ValueError, SafetensorError) as fault:
         raise ArtifactError(f"{root}: a file is missing or damaged ({fault}); run the recipe with --fresh") from fault
     model.to(device)
     return model

@@ -19,9 +19,11 @@ from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.states import Execution
 from flatq.compress.plan import RankPlan
-from flatq.errors import ExportError
+from flatq.errors import ArtifactError, ExportError
 from flatq.export.deliver import deliver, measured
+from flatq.export.folder import description_of
 from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
+from flatq.integrity import refuse_damage
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
@@ -52,6 +54,7 @@ def run(
     memory: int | None = None,
     predict: bool = False,
     verify: bool = True,
+    check: bool = True,
 ) -> Path | None:
     """Execute a recipe; returns the run folder (with several processes only in rank 0, None in the others).
 
@@ -63,28 +66,30 @@ def run(
         memory: limit of RAM in bytes; None is no limit, with the default batch sizes.
         predict: forecast time and memory first, and report the forecast together with the measurements.
         verify: False writes exports without verification, which the report states.
+        check: False does not compare the files of a finished run with their digests.
 
     Raises:
         FlatqError: ``exit_code`` is 2 if the recipe or something that it refers to is wrong, 3 if a stage failed.
     """
     with distributed.joined():
-        return _run(recipe, planned_exports(recipe, verify=verify), out, device, fresh, memory, predict)
+        exports, device = planned_exports(recipe, verify=verify), resolve_device(device)
+        folder = RunFolder.open(out, recipe, fresh=fresh)
+        if folder.finished:
+            if check and distributed.first():
+                refuse_damage(folder.root)
+            log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
+            return folder.root if distributed.part() else None
+        return _run(recipe, exports, folder, device, memory, predict)
 
 
 def _run(
     recipe: Recipe,
     exports: list[PlannedExport],
-    out: Path | None,
+    folder: RunFolder,
     device: str,
-    fresh: bool,
     memory: int | None,
     predict: bool,
 ) -> Path | None:
-    device = resolve_device(device)
-    folder = RunFolder.open(out, recipe, fresh=fresh)
-    if folder.finished:
-        log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
-        return folder.root if distributed.part() else None
     raise_absent_packages(exports)
     source = open_source(recipe)
     working_set_bytes = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
@@ -161,6 +166,7 @@ def finish(
         notes=sizes.cautions(job.recipe, job.source.config),
     )
     write_report(report, folder.root)
+    folder.seal()
     if failed:
         raise ExportError("\n".join([*failed, f"all other results are in {folder.root}/report.md"]))
 
@@ -196,10 +202,7 @@ def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Map
         build(job, plan, grids, origins)
 
     folder.phase("compress", make, NoneType)
-    artifact = Artifact.open(folder.artifact)
-    if distributed.first():
-        artifact.verify()
-    return artifact
+    return Artifact.open(folder.artifact, check=distributed.first())
 
 
 def measure_cache_ranges(job: Job, artifact: Artifact) -> None:
@@ -218,6 +221,8 @@ def exported(job: Job, item: PlannedExport, artifact: Artifact, dense: DenseStat
     An export that fails is reported with its error and does not stop the others.
     """
     folder, tokens, out = job.folder, job.tokens, job.folder.exports / item.name
+    if out.exists() and not _whole(out):
+        folder.forget(f"export-{item.name}", f"quality-{item.name}")
     try:
         done = folder.phase(f"export-{item.name}", lambda: deliver(item, artifact, out, tokens.heldout), dict[str, Any])
         quality = folder.phase(
@@ -228,6 +233,16 @@ def exported(job: Job, item: PlannedExport, artifact: Artifact, dense: DenseStat
         return {"name": item.name, "files": [], "bytes": 0, "sha256": {}, "verify": None, "error": str(error)}
     log_quality(quality, f"export {item.name}")
     return {**done, "quality": quality}
+
+
+def _whole(out: Path) -> bool:
+    """Whether the files of an export from an earlier run are unchanged; logs a warning if not."""
+    try:
+        description_of(out)
+    except ArtifactError as damaged:
+        log.warning("%s; it is written again", damaged)
+        return False
+    return True
 
 
 def benched(job: Job, exports: list[PlannedExport], *, complete: bool) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from flatq.calibration import cache_ranges, sensitivity, states
 from flatq.calibration.perplexity import LOGITS_AT_ONCE
 from flatq.calibration.self_text import SIDE_BY_SIDE, writing_bytes
@@ -23,6 +25,7 @@ from flatq.calibration.tokens import self_tokens
 from flatq.compress import error_curves
 from flatq.errors import RecipeError
 from flatq.machine.memory import give_back, rss_bytes
+from flatq.machine.precision import resolved
 from flatq.machine.speed import measured_speed
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.plan.decide import measurements
@@ -126,7 +129,12 @@ def working_bytes(
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     found = {
-        "self-text": writing_bytes(config, min(SIDE_BY_SIDE, text.samples), max(text.seq_len, scored.seq_len)),
+        "self-text": writing_bytes(
+            config,
+            min(SIDE_BY_SIDE, text.samples),
+            max(text.seq_len, scored.seq_len),
+            getattr(torch, resolved(text.precision)),
+        ),
         "baseline": evaluated,
         "sensitivity": gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab),
         "curves": max(half + max(batch + grams, eliminating, 28 * heads**2), embedding),
