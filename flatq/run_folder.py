@@ -227,9 +227,7 @@ class RunFolder:
             try:
                 return adapter.validate_python(known.result)
             except ValidationError as wrong:
-                raise ArtifactError(
-                    f"{path}: no valid result of {name!r} ({first_fault(wrong)}); {FRESH}"
-                ) from wrong
+                raise ArtifactError(f"{path}: no valid result of {name!r} ({first_fault(wrong)}); {FRESH}") from wrong
         self._highest = max(self._highest, peak_rss_bytes())
         give_back()
         forget_peak()
