@@ -58,6 +58,15 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def from_json(text: str, kind: type[T]) -> T:
+    """JSON that is no file of its own, as a type.
+
+    Raises:
+        ValueError: it is not JSON, or another type.
+    """
+    return TypeAdapter(kind).validate_python(json.loads(text))
+
+
 def read_json(
     path: Path,
     kind: type[T],

@@ -65,6 +65,16 @@ def refuse_damage(run: Path) -> None:
         raise ArtifactError("\n".join([*faults, f"{run}: {FRESH}, or skip the comparison with --no-digests"]))
 
 
+def refuse_damaged_report(run: Path) -> None:
+    """Compare the report of a finished run with its digest, where ``run.json`` is there and has it.
+
+    Raises:
+        ArtifactError: names every file of the run itself that is damaged or missing.
+    """
+    if (run / RUN).is_file() and (fault := _part(run, partial(_own_files, run, True)).fault):
+        raise ArtifactError(f"{fault}; {FRESH}")
+
+
 def examined(path: Path, *, remembered: bool) -> list[Part]:
     """All folders of a run, or the folder of an artifact or export, with their findings.
 

@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from flatq.errors import FlatqError, RecipeError
+from flatq.errors import ArtifactError, FlatqError, RecipeError
 from flatq.evaluate.subjects import Subject
 from flatq.export.bench import rendered
-from flatq.files import file_digest, write_json
+from flatq.files import file_digest, read_json, write_json
 from flatq.machine.environment import version_of
 from flatq.units import number
 
@@ -243,9 +243,9 @@ def known(path: Path, settings: Mapping[str, Any]) -> TaskResult | None:
     if not path.exists():
         return None
     try:
-        result = TaskResult.model_validate_json(path.read_text())
-    except ValidationError:
-        log.warning("%s: is no result of this flatq; the task runs again", path)
+        result = read_json(path, TaskResult, "the task runs again")
+    except ArtifactError as damaged:
+        log.warning("%s", damaged)
         return None
     return result if result.settings == settings else None
 
@@ -255,9 +255,9 @@ def known_results(out: Path) -> dict[str, list[TaskResult]]:
     found: dict[str, list[TaskResult]] = {}
     for path in sorted(out.glob("*/*.json")):
         try:
-            result = TaskResult.model_validate_json(path.read_text())
-        except ValidationError:
-            log.warning("%s: is no result of this flatq; left out", path)
+            result = read_json(path, TaskResult, "it is left out")
+        except ArtifactError as damaged:
+            log.warning("%s", damaged)
         else:
             found.setdefault(path.parent.name, []).append(result)
     return found

@@ -25,7 +25,7 @@ from flatq.export.protocols import (
     Runner,
     absent_packages,
 )
-from flatq.files import file_digest, write_atomically, write_json
+from flatq.files import file_digest, read_json, write_atomically, write_json
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
 from flatq.model.families import FAMILIES
 from flatq.model.grid import Grid, QuantizedWeight
@@ -65,6 +65,7 @@ __all__ = [
     "file_digest",
     "loading_faults",
     "pairs_from_halves",
+    "read_json",
     "register_with_transformers",
     "save_shard",
     "tensor_shapes",

@@ -90,7 +90,7 @@ class BenchResult:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one repeat does; ``vocab`` bounds the random prompt."""
+    """The load of one measurement; ``vocab`` is the range of the random prompt."""
 
     prompt: int
     new_tokens: int

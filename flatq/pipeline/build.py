@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,13 +10,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from flatq.artifact import ENERGIES, Artifact, finish, save_shard, shard_name
 from flatq.calibration.block import Block
 from flatq.calibration.walk import blocks_done, last_states, walk
 from flatq.compress.plan import RankPlan
-from flatq.files import write_json
+from flatq.errors import ArtifactError
+from flatq.files import file_digest, read_json, write_checksummed
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.progress import progress
@@ -31,6 +32,14 @@ from flatq.sources.source import Source
 from flatq.stages import stages_of, walked_along
 
 log = logging.getLogger(__name__)
+
+
+class Finished(BaseModel):
+    """``work/blocks/N.json``: a block's report, and the digests of its two files."""
+
+    report: dict[str, Any]
+    shard: str
+    energies: str
 
 
 def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mapping[str, Any]) -> Artifact:
@@ -47,6 +56,7 @@ def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mappi
     config = source.config.with_layers(plan.layers)
     if distributed.first():
         partial.mkdir(parents=True, exist_ok=True)
+        _start_over_if_damaged(partial, work)
         save_first(source, grids, partial)
     distributed.barrier()
     _walk(job, plan, grids)
@@ -108,7 +118,32 @@ def _finish(
 
 def block_reports(work: Path) -> list[dict[str, Any]]:
     """Reports of the finished blocks, in order: layer and half, shapes, errors, notes."""
-    return [json.loads(path.read_text()) for path in sorted((work / "blocks").glob("*.json"))]
+    return [_finished(path).report for path in sorted((work / "blocks").glob("*.json"))]
+
+
+def _note_of(work: Path, layer: int, half: int) -> Path:
+    """The JSON file of a finished block; its energies are in the same folder."""
+    return work / "blocks" / f"{layer:05d}-{half}.json"
+
+
+def _finished(path: Path) -> Finished:
+    return read_json(path, Finished, "the walk starts over at the first block", checksummed=True)
+
+
+def _start_over_if_damaged(partial: Path, work: Path) -> None:
+    """Restart the walk, with a warning, if a file of a finished block was changed since it was written."""
+    for number in range(blocks_done(work)):
+        path = _note_of(work, *divmod(number, len(HALVES)))
+        try:
+            noted = _finished(path)
+            shard = partial / shard_name(noted.report["layer"], noted.report["half"])
+            for file, digest in ((shard, noted.shard), (path.with_suffix(".safetensors"), noted.energies)):
+                if not file.is_file() or file_digest(file) != digest:
+                    raise ArtifactError(f"{file}: is missing or damaged; the walk starts over at the first block")
+        except ArtifactError as damaged:
+            log.warning("%s", damaged)
+            (work / "state.json").unlink(missing_ok=True)
+            return
 
 
 def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> None:
@@ -123,8 +158,11 @@ def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> 
         stored = parameter.detach().to(dtype)
         parameter.data = stored.float()
         tensors[full] = stored
-    save_shard(partial / shard_name(block.index, block.half), tensors)
-    (work / "blocks").mkdir(exist_ok=True)
+    shard = partial / shard_name(block.index, block.half)
+    save_shard(shard, tensors)
+    noted = _note_of(work, block.index, HALVES.index(block.half))
+    noted.parent.mkdir(exist_ok=True)
+    save_shard(noted.with_suffix(".safetensors"), _energies(block))
     report = {
         "layer": block.index,
         "half": block.half,
@@ -132,8 +170,8 @@ def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> 
         "errors": block.errors,
         "notes": block.notes,
     }
-    save_shard(work / "blocks" / f"{block.index:05d}-{HALVES.index(block.half)}.safetensors", _energies(block))
-    write_json(work / "blocks" / f"{block.index:05d}-{HALVES.index(block.half)}.json", report)
+    digests = {"shard": file_digest(shard), "energies": file_digest(noted.with_suffix(".safetensors"))}
+    write_checksummed(noted, {"report": report, **digests})
 
 
 def energies(work: Path) -> dict[str, Tensor]:

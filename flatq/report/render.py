@@ -15,9 +15,10 @@ import jinja2
 import yaml
 
 from flatq.export.baseline import BASELINE
-from flatq.files import write_atomically, write_json
+from flatq.files import read_json, write_atomically, write_json
 from flatq.report.findings import findings
 from flatq.report.schema import Report, TextQuality
+from flatq.run_folder import FRESH
 from flatq.units import number, seconds, size, speed, times, with_error
 
 
@@ -29,8 +30,12 @@ def write_report(report: Report, out_dir: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """Read a ``report.json``."""
-    return Report.model_validate_json(path.read_bytes())
+    """Read a ``report.json``.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or of another version.
+    """
+    return read_json(path, Report, FRESH)
 
 
 def qualities(report: Report) -> list[tuple[TextQuality, str]]:
