@@ -191,5 +191,5 @@ def opened(root: Path, provider: str, *, check: bool = True) -> Runner:
     item, _ = reopened(root, check=check)
     runner = item.exporter.open(root, item.options, provider=provider)
     if runner is None:
-        raise ExportError(f"{root}: the format {item.format!r} has no runtime of its own here; open it in its program")
+        raise ExportError(f"{root}: no runtime for the format {item.format!r} is available; open it in another program")
     return runner
