@@ -14,7 +14,7 @@ from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.evaluate.compare import comparison, entries_of
 from flatq.evaluate.subjects import subjects_of
-from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
+from flatq.evaluate.tasks import absent_for_tasks, require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
 from flatq.export.folder import DESCRIPTION, description_of, tokenizer_of
@@ -45,7 +45,7 @@ def check(recipe: Recipe) -> list[str]:
     if (Path(recipe.model.path) / "config.json").is_file():
         source, _ = _from_shapes(recipe, exports)
         lines.insert(1, f"             {described(source.config)}")
-    return lines + _warnings(exports)
+    return lines + _warnings(recipe, exports)
 
 
 def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, RankPlan]:
@@ -61,9 +61,9 @@ def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, 
     return source, planned
 
 
-def _warnings(exports: list[PlannedExport]) -> list[str]:
+def _warnings(recipe: Recipe, exports: list[PlannedExport]) -> list[str]:
     """Missing packages, as warnings: the recipe may be meant for another machine."""
-    return [f"! {problem}" for problem in absent_packages_of(exports)]
+    return [f"! {problem}" for problem in absent_packages_of(exports) + absent_for_tasks(recipe)]
 
 
 def plan(recipe: Recipe, *, device: str = "auto") -> str:
@@ -78,7 +78,7 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     ranges = needs_cache_ranges(exports)
     phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
     text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
-    return text + "".join(f"{warning}\n" for warning in _warnings(exports))
+    return text + "".join(f"{warning}\n" for warning in _warnings(recipe, exports))
 
 
 def recipe_of(artifact: Artifact) -> Recipe:

@@ -13,6 +13,8 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from flatq.evaluate.subjects import Subject
 from flatq.export.bench import rendered
 from flatq.files import file_digest, read_json, write_json
 from flatq.machine.environment import version_of
+from flatq.recipe.grammar import Recipe
 from flatq.units import number
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,21 @@ SUITES: dict[str, dict[str, int | None]] = {  # lm-eval's task names; number of 
         "mmlu": 5,
     }
 }
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks with the same settings.
+
+    Attributes:
+        tasks: names with their numbers of examples, see ``tasks_wanted``.
+        limit: first documents of each task only; None takes all.
+        folder: holds task files of one's own.
+    """
+
+    tasks: Mapping[str, int | None]
+    limit: int | None
+    folder: Path | None
 
 
 class Value(BaseModel):
@@ -71,6 +89,25 @@ class TaskResult(BaseModel):
     samples: int
     values: list[Value]
     subtasks: dict[str, list[Value]] = {}
+
+
+def tasks_of(recipe: Recipe) -> list[TaskSet]:
+    """The tasks of a recipe, a set for each text of its evaluation that names some."""
+    found = []
+    for text in recipe.evaluation:
+        names = [name for name in text.tasks if name not in SUITES]
+        wanted = {name: shots for suite in text.tasks if suite in SUITES for name, shots in SUITES[suite].items()}
+        if text.tasks:
+            folder = Path(text.task_folder).expanduser() if text.task_folder else None
+            found.append(TaskSet(wanted | {name: wanted.get(name) for name in names}, text.task_limit, folder))
+    return found
+
+
+def absent_for_tasks(recipe: Recipe) -> list[str]:
+    """What the tasks of a recipe need and this machine lacks, with the command that installs it."""
+    if not recipe.tasks or importlib.util.find_spec("lm_eval") is not None:
+        return []
+    return [f"evaluation.tasks: the package lm-eval is not installed; install it with `{INSTALL}`"]
 
 
 def tasks_wanted(names: Sequence[str], suite: str | None) -> dict[str, int | None]:
@@ -117,7 +154,7 @@ def task_manager(names: Sequence[str], folder: Path | None = None) -> Any:
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=str(folder) if folder else None)
+    manager = _whole_index(folder)
     known = set(manager.all_tasks)
     if unknown := [name for name in names if name not in known]:
         near = {name: difflib.get_close_matches(name, known, n=3) for name in unknown}
@@ -129,6 +166,14 @@ def task_manager(names: Sequence[str], folder: Path | None = None) -> Any:
             ]
         )
     return manager
+
+
+@cache
+def _whole_index(folder: Path | None) -> Any:
+    """Lm-eval's own tasks and those of the folder; reading thousands of files takes ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder) if folder else None)
 
 
 def run_tasks(
@@ -271,21 +316,30 @@ def _digest_of(folder: Path | None) -> str | None:
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
-def task_table(results: Sequence[TaskResult]) -> str:
-    """A row for each metric, a column for each model; with two models their difference."""
+def task_cells(results: Sequence[TaskResult]) -> tuple[list[str], list[list[str]]]:
+    """Heads of the columns, and a row for each metric with a column for each model; of two models their difference."""
     subjects = list(dict.fromkeys(result.subject for result in results))
     cells: dict[tuple[str, str, int], dict[str, Value]] = {}
     for result in results:
         for value in result.values:
             cells.setdefault((result.task, value.metric, result.samples), {})[result.subject] = value
-    table = Table(show_header=True)
-    for column in ("task", "metric", "documents", *subjects, *(["difference"] if len(subjects) == 2 else [])):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    rows = []
     for (task, metric, samples), by in cells.items():
         row = [task, metric, str(samples), *(_cell(by.get(subject)) for subject in subjects)]
         if len(subjects) == 2:
             pair = [by[subject].value for subject in subjects if subject in by]
             row.append(f"{pair[1] - pair[0]:+.4g}" if len(pair) == 2 else "not measured")
+        rows.append(row)
+    return ["task", "metric", "documents", *subjects, *(["difference"] if len(subjects) == 2 else [])], rows
+
+
+def task_table(results: Sequence[TaskResult]) -> str:
+    """``task_cells`` for a terminal."""
+    heads, rows = task_cells(results)
+    table = Table(show_header=True)
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("task", "metric") else "right")
+    for row in rows:
         table.add_row(*row)
     return rendered(table)
 

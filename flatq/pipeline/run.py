@@ -31,6 +31,7 @@ from flatq.model.grid import Grid
 from flatq.pipeline.baselines import quantized_baselines
 from flatq.pipeline.build import build
 from flatq.pipeline.quality import dense_quality, export_quality, log_quality, model_quality, stop_if_ruined
+from flatq.pipeline.tasks import require_tasks, task_results
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
@@ -90,7 +91,8 @@ def _run(
     memory: int | None,
     predict: bool,
 ) -> Path | None:
-    raise_absent_packages(exports)
+    raise_absent_packages(exports, recipe)
+    require_tasks(recipe)
     source = open_source(recipe)
     working_set_bytes = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
     raise_objections(recipe, source.config, [])  # groups wider than the dense weights are also too wide after narrowing
@@ -150,6 +152,7 @@ def finish(
     failed = [f"exports.{export['name']}: {export['error']}" for export in written if export.get("error")]
     opened = [item for item, export in zip(exports, written, strict=True) if not export.get("error")]
     bench = benched(job, opened, complete=not failed)
+    tasks = task_results(job, artifact, opened, complete=not failed)
     report = summarize(
         job.recipe,
         job.source,
@@ -158,6 +161,7 @@ def finish(
         baselines=baselines,
         exports=written,
         bench=bench,
+        tasks=tasks,
         timing=folder.timing(),
         peak_rss_bytes=folder.peak_rss_bytes(),
         memory=folder.memory(),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from flatq.compress.plan import uneven
 from flatq.errors import RecipeError
+from flatq.evaluate.tasks import absent_for_tasks
 from flatq.export.planned import PlannedExport, absent_packages_of
 from flatq.export.protocols import Exporter
 from flatq.model.decoder import DecoderConfig
@@ -50,13 +51,13 @@ def exporter_objections(
     return list(dict.fromkeys(words))
 
 
-def raise_absent_packages(exports: list[PlannedExport]) -> None:
-    """Raise an error for exports that need packages that are not installed, before the run starts.
+def raise_absent_packages(exports: list[PlannedExport], recipe: Recipe | None = None) -> None:
+    """Raise an error for exports or tasks that need packages that are not installed, before the run starts.
 
     Raises:
         RecipeError: lists the missing packages, with the command that installs each.
     """
-    if problems := absent_packages_of(exports):
+    if problems := absent_packages_of(exports) + (absent_for_tasks(recipe) if recipe is not None else []):
         raise RecipeError(problems)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from flatq.evaluate.tasks import task_cells
 from flatq.export.baseline import BASELINE
 from flatq.files import read_json, write_atomically, write_json
 from flatq.report.findings import findings
@@ -71,6 +72,7 @@ def render(report: Report, template: str) -> str:
         error_names=list(dict.fromkeys(name for layer in report.layers for name in layer.errors)),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True).rstrip(),
         qualities=qualities(report),
+        tasks=task_cells(report.tasks),
         texts=lambda: figures.quality_by_text(report),
         ranks=lambda: figures.rank_profile(report),
         errors=lambda: figures.layer_errors(report),

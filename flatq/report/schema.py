@@ -11,6 +11,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 import flatq
+from flatq.evaluate.tasks import TaskResult
 from flatq.export.bench import BenchResult
 from flatq.export.verify import Verification
 from flatq.machine.device import gpu_names
@@ -189,6 +190,7 @@ class Report(Section):
     head: HeadReport | None = None
     exports: list[ExportReport]
     bench: list[BenchResult]
+    tasks: list[TaskResult] = []
     timing: dict[str, float]
     memory: dict[str, int] = {}
     device_memory: dict[str, int] = {}

@@ -71,6 +71,7 @@ def summarize(
     baselines: Sequence[Mapping[str, Any]] = (),
     exports: Sequence[Mapping[str, Any]],
     bench: Sequence[Mapping[str, Any]],
+    tasks: Sequence[Mapping[str, Any]] = (),
     timing: Mapping[str, float],
     peak_rss_bytes: int,
     memory: Mapping[str, int] | None = None,
@@ -88,6 +89,7 @@ def summarize(
         baselines: JSON-ready ``BaselineReport`` of each quantized baseline.
         exports: JSON-ready ``ExportReport`` of each export.
         bench: JSON-ready ``BenchResult`` of each runner.
+        tasks: JSON-ready ``TaskResult`` of each task and model.
         timing: seconds per phase.
         peak_rss_bytes: peak resident memory of this process.
         memory: the same for each phase.
@@ -118,6 +120,7 @@ def summarize(
             "head": artifact.manifest["head"] or None,
             "exports": list(exports),
             "bench": list(bench),
+            "tasks": list(tasks),
             "timing": dict(timing),
             "notes": list(notes),
             "memory": dict(memory or {}),
