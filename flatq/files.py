@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their digests, and the one reader of JSON files."""
+"""Atomic writes, digests of files, and reading of JSON files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make ``path`` appear whole or not at all, also if the machine loses power."""
+    """Write a file atomically (temporary file, fsync, rename)."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -39,7 +39,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline, atomically; refuses NaN, which is no JSON."""
+    """Write indented JSON with a final newline, atomically; NaN raises ``ValueError``."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
