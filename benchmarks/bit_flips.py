@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def commands(run: Path, part: Path, check: bool) -> dict[str, Callable[[], Answe
     """What can be asked of an artifact or an export, by name."""
     unchecked = [] if check else ["--no-digests"]
     out, recipe = run.with_name("new"), run / "recipe.yaml"
-    asked = {
+    asked: dict[str, list[str | Path]] = {
         "generate": ["generate", part, "-p", "The", "--new-tokens", "4", *unchecked],
         "eval": ["eval", part, "--tokens", "64", *unchecked],
     }
@@ -90,10 +91,10 @@ def commands(run: Path, part: Path, check: bool) -> dict[str, Callable[[], Answe
         asked |= {"verify": ["verify", part], "run": ["run", recipe, "--out", run]}
     if part.name != "artifact":
         asked["bench"] = ["bench", part, "--prompt", "2", "--new-tokens", "2", "--repeats", "1"]
-        return {name: lambda words=words: shown(words, None) for name, words in asked.items()}
+        return {name: partial(shown, words, None) for name, words in asked.items()}
     asked["export"] = ["export", part, "--format", "safetensors", "--out", out, "--no-verify", *unchecked]
-    found = {name: lambda words=words: shown(words, out) for name, words in asked.items()}
-    return {**found, "load": lambda: loaded(part, check)}
+    found = {name: partial(shown, words, out) for name, words in asked.items()}
+    return {**found, "load": partial(loaded, part, check)}
 
 
 def shown(words: list[str | Path], out: Path | None) -> Answer:
