@@ -1,13 +1,13 @@
-"""How far a model is from the dense one on a text: perplexities, KL divergence, top-1 agreement, with standard errors.
+"""Divergence of a model from the dense one: perplexities, KL divergence, top-1 agreement, with standard errors.
 
-Perplexity says how well a text is predicted, and text that resembles the calibration hides what was lost. The
-divergence from the dense model needs no labels: it asks at every position whether the two models say the same, also
-where the text itself is unlikely under both.
+Perplexity measures how well a text is predicted; on text similar to the calibration text it underestimates the loss of
+quality. KL divergence and top-1 agreement compare the predictions of the two models at every position, independent of
+the text's own next token.
 
 Standard errors are over rows, not over tokens: tokens of a row share their context, so their measures are correlated
 and an error over tokens would be too small. Rows are windows of the text and are treated as independent. The error
-of the damage is paired (difference of the two models on the same row), which removes what makes one row harder than
-another. With one row there is no standard error, and it is None.
+of the damage is paired (difference of the two models on the same row), which removes the variance between rows. With
+one row the standard error is None.
 
 Memory is half a layer, the final hidden states of both models ([tokens, m] float32) and the logits of a few positions.
 
@@ -36,18 +36,20 @@ from flatq.model.weights import Weights, load_head
 
 LOGITS_AT_ONCE = 1 << 22  # 16 MiB of float32; a chunk holds about six arrays of that size
 MEASURES = 4  # per position: nll of the dense model, nll of the other, KL, agreement
+BINS = 16  # parts of a row, for how KL depends on the position
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """A model beside the dense one on one text; all standard errors are over rows, None for a single row.
+    """Comparison of a model with the dense one on one text; standard errors are over rows, None for a single row.
 
     Attributes:
-        rows, tokens: windows of text, and predicted positions in them.
-        baseline_perplexity, perplexity: of the dense model and of the other.
+        rows, tokens: number of windows, and of predicted positions in them.
+        baseline_perplexity, perplexity: of the dense model and of the compared model.
         damage: ``ln(perplexity / baseline_perplexity)``, nats per token.
         kl: mean over positions of KL(dense || other), nats.
-        top1: share of positions where both find the same token likeliest.
+        top1: fraction of positions where the most likely token is the same.
+        kl_by_position: mean KL of consecutive parts of a row, nearly equal in length, first part first; nats.
     """
 
     rows: int
@@ -60,19 +62,20 @@ class Divergence:
     kl_stderr: float | None
     top1: float
     top1_stderr: float | None
+    kl_by_position: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, means: Tensor, positions: int) -> Divergence:
-        """From the mean measures of each row.
+        """Aggregate the mean measures of each row.
 
         Args:
-            means: float64 [n, 4]: nll of the dense model, nll of the other, KL, agreement.
-            positions: predicted in each row.
+            means: float64 [n, 4 + parts], see ``row_means``.
+            positions: number of predicted positions in each row.
 
         Raises:
             NumericsError: a measure is not finite, or too large for a perplexity.
         """
-        dense, other, kl, top1 = (value.item() for value in means.mean(0))
+        dense, other, kl, top1, *parts = (value.item() for value in means.mean(0))
         largest = math.log(torch.finfo(torch.float64).max)
         for what, value in (("the dense model", dense), ("the compressed model", other)):
             if not math.isfinite(value) or value > largest:
@@ -95,15 +98,27 @@ class Divergence:
             kl_stderr=errors[1],
             top1=top1,
             top1_stderr=errors[2],
+            kl_by_position=tuple(parts),
         )
 
 
+def parts_of(positions: int) -> int:
+    """Into how many parts a row of so many predicted positions is divided."""
+    return min(BINS, positions)
+
+
+def row_means(measures: Tensor) -> Tensor:
+    """Means of a row, and of the KL in each of its parts: float64 [p, 4] -> float64 [4 + parts]."""
+    parts = torch.tensor_split(measures[:, 2], parts_of(len(measures)))
+    return torch.cat([measures.mean(0), torch.stack([part.mean() for part in parts])])
+
+
 class DenseStates:
-    """Final hidden states of the dense model, computed once per text and kept on disk for every later comparison.
+    """Final hidden states of the dense model, computed once per text and cached on disk for later comparisons.
 
     Args:
         weights: of the dense model.
-        folder: where states are kept; it may hold those of an earlier process.
+        folder: of the cache; may contain states of an earlier process.
     """
 
     def __init__(self, weights: Weights, folder: Path, *, device: str = "cpu") -> None:
@@ -111,9 +126,9 @@ class DenseStates:
         self._folder = folder
 
     def hidden(self, tokens: Tensor, *, on_half: Callable[[], object] | None = None) -> Tensor:
-        """What the dense model's head reads, int64 [n, s] -> float32 [n, s, m].
+        """Inputs of the dense model's LM head, int64 [n, s] -> float32 [n, s, m].
 
-        States of more rows that begin with these are read, not computed.
+        Cached states are used if their tokens start with these rows.
         """
         for path in sorted(self._folder.glob("*.safetensors")):
             with safetensors.safe_open(path, framework="pt") as stored:
@@ -133,10 +148,10 @@ class DenseStates:
 
 
 def shared_rows(tokens: Tensor) -> Tensor:
-    """The rows that this process computes, of int64 [n, s].
+    """The rows of int64 [n, s] that this process computes.
 
     Raises:
-        RecipeError: there is nothing to predict.
+        RecipeError: fewer than one row or two positions.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise RecipeError(
@@ -151,20 +166,20 @@ def shared_rows(tokens: Tensor) -> Tensor:
 def divergence(
     dense: DenseStates, weights: Weights, tokens: Tensor, *, on_half: Callable[[], object] | None = None
 ) -> Divergence:
-    """Compare a model with the dense one; under several processes each computes its share of the rows.
+    """Compare a model with the dense one; several processes split the rows between them.
 
     Args:
         dense: the reference.
-        weights: of the model to judge; same vocabulary.
+        weights: of the compared model; same vocabulary.
         tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are predicted.
         on_half: called after each half layer of ``weights``.
 
     Raises:
-        RecipeError: there is nothing to predict, or a token is not in the vocabulary.
+        RecipeError: fewer than one row or two positions, or a token is not in the vocabulary.
         NumericsError: a measure is not finite.
     """
     own, mine = shared_rows(tokens), distributed.share(len(tokens))
-    means = torch.zeros(len(tokens), MEASURES, dtype=torch.float64)
+    means = torch.zeros(len(tokens), MEASURES + parts_of(tokens.shape[1] - 1), dtype=torch.float64)
     if len(own):
         reference = dense.hidden(own)
         hidden = final_hidden(weights, own, device=dense.device, on_half=on_half)
@@ -179,13 +194,13 @@ def divergence(
                     for states, head in zip((reference, hidden), heads, strict=True)
                 ]
                 parts.append(position_measures(pair[0], pair[1], own[row, 1:][at].to(dense.device)))
-            means[mine.start + row] = torch.cat(parts).mean(0).cpu()
+            means[mine.start + row] = row_means(torch.cat(parts)).cpu()
     return Divergence.of(distributed.all_reduce(means), tokens.shape[1] - 1)
 
 
 @torch.inference_mode()
 def dense_perplexity(dense: DenseStates, tokens: Tensor, *, on_half: Callable[[], object] | None = None) -> float:
-    """Perplexity of the dense model; its hidden states are then on disk for ``divergence``. Errors as there."""
+    """Perplexity of the dense model; caches its hidden states for ``divergence``. Raises the same errors."""
     own, head = shared_rows(tokens), dense.head()
     total = torch.zeros((), dtype=torch.float64)
     if len(own):

@@ -1,8 +1,7 @@
-"""What an export costs in its own runtime: the measures of ``calibration.divergence``, on what its users run.
+"""Quality of an export in its runtime with default settings: the measures of ``calibration.divergence``.
 
-The reference is the dense model, not the artifact: a graph that agrees with the artifact in 90 % of its predictions
-does not say what that costs beside the model that people know. Rows go through the runtime one by one, so that the
-logits of one row are the most that is in memory.
+The reference is the dense model, not the artifact, so that the loss includes that of the compression. Rows are computed
+one by one, so that only the logits of one row are in memory.
 """
 
 from __future__ import annotations
@@ -11,15 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flatq.calibration.divergence import LOGITS_AT_ONCE, MEASURES, DenseStates, Divergence, position_measures
+from flatq.calibration.divergence import (
+    LOGITS_AT_ONCE,
+    MEASURES,
+    DenseStates,
+    Divergence,
+    parts_of,
+    position_measures,
+    row_means,
+)
 from flatq.errors import ExportError
 from flatq.export.protocols import Runner
 
-TOKENS = 2048  # of each text: seconds per export on two cores, and a standard error that still tells 0.02 nats apart
+TOKENS = 2048  # per text: takes seconds per export on two cores, and differences of 0.02 nats are significant
 
 
 def first_rows(tokens: Tensor, most: int = TOKENS) -> Tensor:
-    """As many rows of int64 [n, s] as have ``most`` tokens together, at least one."""
+    """The first rows of int64 [n, s] with together at most ``most`` tokens, at least one row."""
     return tokens[: max(1, most // tokens.shape[1])]
 
 
@@ -29,7 +36,7 @@ def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, nam
 
     Args:
         dense: the reference.
-        runner: an export as its users run it.
+        runner: the open export.
         tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are predicted.
         name: of the export, for messages.
 
@@ -38,7 +45,7 @@ def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, nam
         NumericsError: a measure is not finite.
     """
     hidden, head = dense.hidden(tokens), dense.head()
-    means = torch.zeros(len(tokens), MEASURES, dtype=torch.float64)
+    means = torch.zeros(len(tokens), MEASURES + parts_of(tokens.shape[1] - 1), dtype=torch.float64)
     step = max(1, LOGITS_AT_ONCE // len(head))
     for row, text in enumerate(tokens.cpu()):
         logits = torch.from_numpy(runner.logits(text[None].numpy()))
@@ -52,5 +59,5 @@ def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, nam
             at = slice(start, min(start + step, len(text) - 1))
             reference = F.linear(hidden[row, at].to(dense.device), head)
             parts.append(position_measures(reference, logits[0, at].to(reference), text[1:][at].to(reference.device)))
-        means[row] = torch.cat(parts).mean(0).cpu()
+        means[row] = row_means(torch.cat(parts)).cpu()
     return Divergence.of(means, tokens.shape[1] - 1)

@@ -111,9 +111,10 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         model.eval()
         return (model, found) if output_loading_info else model
 
-    def prepare_inputs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What ``generate`` gives to ``forward``, without what only the models of transformers 4 take."""
-        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*args, **options)
+        # transformers looks for the name `kwargs` and then takes the arguments of `forward` for allowed.
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
         return {name: value for name, value in prepared.items() if name not in ("cache_position", "inputs_embeds")}
 
     def forward(
