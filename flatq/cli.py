@@ -116,11 +116,7 @@ def run(
 
 @app.command()
 def check(recipe: RecipeFile) -> None:
-<<<<<<< HEAD
-    """Explain a recipe, or list everything that is wrong with it; of a local model config and tokenizer are read."""
-=======
-    """Describe a recipe, or list all errors in it; for a local model config.json is read."""
->>>>>>> main
+    """Describe a recipe, or list all errors in it; for a local model config.json and tokenizer are read."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)

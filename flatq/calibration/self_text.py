@@ -65,40 +65,23 @@ class Turn:
 Script = tuple[Turn, ...]  # the turns of one text, in order; repeated after the last one
 
 
-<<<<<<< HEAD
 def document_script(tokenizer: Any, ends: frozenset[int], begin: int | None = None) -> Script:
-    """A document: the begin token, then text until an end token.
-
-    Args:
-        tokenizer: the model's.
-        ends: ids at which the model stops, as its settings state them.
-        begin: id that begins a text as its settings state it, for a tokenizer that names none.
-
-    Raises:
-        RecipeError: there is no token that texts begin or end with.
-=======
-def document_script(tokenizer: Any, ends: frozenset[int]) -> Script:
     """Script of a document: the begin-of-text token, then sampled ids until an end token.
 
     Args:
         tokenizer: the model's.
         ends: stop ids of the model.
+        begin: begin-of-text id in the model's settings, for a tokenizer that names none.
 
     Raises:
-        RecipeError: the tokenizer has neither a begin-of-text nor an end-of-text token.
->>>>>>> main
+        RecipeError: there is neither a begin-of-text nor an end-of-text token.
     """
     begin = begin_token(tokenizer, *([] if begin is None else [begin]), *sorted(ends))
     return (Turn((begin,), ends | {begin}),)
 
 
-<<<<<<< HEAD
 def begin_token(tokenizer: Any, *stated: int) -> int:
-    """Id of the token that texts begin with: begin-of-text, else end-of-text, else the first that is stated.
-=======
-def begin_token(tokenizer: Any) -> int:
-    """Id of the first token of a text: begin-of-text, else end-of-text.
->>>>>>> main
+    """Id of the first token of a text: begin-of-text, else end-of-text, else the first of ``stated``.
 
     Raises:
         RecipeError: the tokenizer has neither.

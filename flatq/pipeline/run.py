@@ -97,14 +97,9 @@ def _run(
     working_set_bytes = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
     raise_objections(recipe, source.config, [])  # groups wider than the dense weights are also too wide after narrowing
     raise_early_objections(recipe, source, exports)
-<<<<<<< HEAD
-    draft(recipe, source)  # refuses a budget that no plan can meet, before anything is measured
+    draft(recipe, source)  # raises for a budget that cannot be reached, before anything is measured
     cautions = [*sizes.cautions(recipe, source.config), *tokenizer_cautions(source)]
     for caution in cautions:
-=======
-    draft(recipe, source)  # raises for a budget that cannot be reached, before anything is measured
-    for caution in sizes.cautions(recipe, source.config):
->>>>>>> main
         log.warning(caution)
     with folder.working():
         tokens = run_tokens(recipe, source, folder, device)

@@ -101,30 +101,16 @@ def tokenizer_cautions(source: Source) -> list[str]:
 
 
 def raise_early_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
-<<<<<<< HEAD
-    """Raise what holds for any ranks: tokenizer, lengths of rows, and exporters' objections to layers that differ.
-=======
-    """Raise the objections that are independent of the ranks: to the tokenizer, and to different widths per layer.
->>>>>>> main
+    """Raise the objections that are independent of the ranks: tokenizer, sequence lengths, different widths per layer.
 
     Without a flat stage the ranks are known, so all objections are raised.
 
     Raises:
         RecipeError: lists all objections.
     """
-<<<<<<< HEAD
     problems = too_few_tokens(recipe, source.config) + rows_that_do_not_fit(recipe, source.config, exports)
     if source.has_tokenizer or source.has_weights:
         problems += tokenizer_objections(source, exports)
-=======
-    problems = too_few_tokens(recipe, source.config)
-    carriers = [item for item in exports if type(item.exporter).check_tokenizer is not Exporter.check_tokenizer]
-    if carriers and source.has_tokenizer:  # loading a tokenizer is slow, so only if an exporter checks it
-        described = json.loads(source.tokenizer().backend_tokenizer.to_str())
-        for item in carriers:
-            found = item.exporter.check_tokenizer(described, source.config, item.options)
-            problems += [f"exports.{item.name}: {words}" for words in found]
->>>>>>> main
     if recipe.flat is None:
         problems += exporter_objections(recipe, source.config, exports)
     else:
