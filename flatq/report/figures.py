@@ -32,6 +32,7 @@ COLOURS = {  # placeholder -> CSS variable
     "#0a0b0c": "var(--s7)",
 }
 INK, QUIET, LINE, RESULT, DENSE, *SERIES = COLOURS
+BAR_COLOURS = {"baseline": DENSE, "dense weights": DENSE, "quantized": SERIES[1], "same_bytes": SERIES[1]}
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flatq",
@@ -101,6 +102,7 @@ def size_and_speed(report: Report) -> str:
     weights += [(export.name, export.bytes / 1e6, None) for export in report.exports]
     if not report.exports:
         weights += [("artifact", report.result.bytes / 1e6, None)]
+    weights += [(baseline.name, baseline.bytes / 1e6, None) for baseline in report.baselines]
     panels: list[tuple[str, list[Any]]] = [("Size on disk, MB", weights)]
     if report.bench:
         decode = [(e.name, e.decode_tokens_per_second) for e in report.bench]
@@ -179,8 +181,7 @@ def _bars(axes: Any, title: str, bars: list[Any]) -> None:
     """Horizontal bars with their value at the end and the range as a thin line."""
     widest = max(max(value, *(span or ())) if span else value for _, value, span in bars)
     for row, (name, value, span) in enumerate(bars):
-        dense = name in ("baseline", "dense weights")
-        axes.barh(row, value, 0.6, color=DENSE if dense else RESULT)
+        axes.barh(row, value, 0.6, color=BAR_COLOURS.get(name, RESULT))
         if span:
             axes.plot(span, [row, row], color=INK, lw=1.1, solid_capstyle="butt", marker="|", ms=5)
         end = max(value, span[1]) if span else value
