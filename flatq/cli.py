@@ -199,6 +199,7 @@ def evaluate(
         typer.Option(help="wikitext2, c4, alpaca, python-docs or text; default: the texts of the run."),
     ] = None,
     path: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file, as the text.")] = None,
+    field: Annotated[str | None, typer.Option(help="Key of the text in a .jsonl file [text].")] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens per text [8192, for an export 2048].")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a sequence [512].")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas.")] = None,
@@ -225,7 +226,7 @@ def evaluate(
         return
     from flatq.pipeline.evaluate import evaluate as lines
 
-    asked: dict[str, Any] = {"dataset": dataset, "path": path, "tokens": tokens, "seq_len": seq_len}
+    asked: dict[str, Any] = {"dataset": dataset, "path": path, "field": field, "tokens": tokens, "seq_len": seq_len}
     print("\n".join(lines(model, check=not no_digests, **asked)))
 
 

@@ -115,6 +115,36 @@ def test_eval_reads_a_path_alone(exported_run: tuple[Path, Path], text_file: Pat
     assert shown.stdout.startswith("mine: perplexity")
 
 
+def test_eval_reads_the_field_of_a_record(exported_run: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
+    words = text_file.read_text()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"content": words[:4000], "text": None}))
+    (tmp_path / "b.txt").write_text(words[:4000])
+    asked = ("--tokens", 64, "--seq-len", 32)
+    one = flatq("eval", exported_run[1], "--path", tmp_path / "a.jsonl", "--field", "content", *asked)
+    two = flatq("eval", exported_run[1], "--path", tmp_path / "b.txt", *asked)
+    assert one.exit_code == two.exit_code == 0
+    assert one.stdout.removeprefix("a:") == two.stdout.removeprefix("b:")
+    for refused in (("--path", tmp_path / "b.txt", "--field", "content"), ("--field", "content")):
+        shown = flatq("eval", exported_run[1], *refused)
+        assert shown.exit_code == 2
+        assert "--field content: is the key of the text in a .jsonl file" in shown.stderr
+
+
+def test_eval_judges_a_dense_export_alone_where_its_artifact_is_gone(
+    exported_run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    shown = flatq("export", exported_run[1], "--format", "safetensors", "-o", "format=fp32", "--out", kept)
+    assert shown.exit_code == 0, shown.stderr
+    config = json.loads((kept / "config.json").read_text())
+    moved = tmp_path / "elsewhere" / "deep" / "moved"
+    shutil.copytree(kept, moved)
+    shown = flatq("eval", moved, "--tokens", 64, "--seq-len", 32)
+    plain = config["model_type"] == "llama"
+    assert shown.exit_code == (0 if plain else 3)
+    assert shown.stdout.startswith("python-docs: perplexity") == plain
+
+
 def test_eval_refuses_a_misspelt_dataset_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"--dataset wikitxt2: not known.*did you mean wikitext2\?"):
         checked_dataset("wikitxt2", None)

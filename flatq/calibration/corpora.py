@@ -10,6 +10,7 @@ Text that the model generates itself is in ``self_text``.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import textwrap
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from typing import Any
 
 from flatq.errors import RecipeError
 
+log = logging.getLogger(__name__)
+SURROGATES, REPLACEMENT = re.compile("[\ud800-\udfff]"), "\N{REPLACEMENT CHARACTER}"
 CHARACTERS_PER_TOKEN = 5  # more than any tokenizer in use needs for English
 
 
@@ -117,14 +120,24 @@ def _local_text(corpus: Corpus, tokenizer: Any, place: str) -> str:
     if file.suffix not in (".txt", ".jsonl"):
         raise RecipeError(f"{place}.path: {file} is not supported; allowed: .txt (plain), .jsonl (one object a line)")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark first
     except (OSError, UnicodeDecodeError) as failed:
         raise RecipeError(
             f"{place}.path: {file} cannot be read as UTF-8 text ({failed}); give another file"
         ) from failed
     if corpus.chat_template:
-        return "".join(_chats(text, corpus.field, file, place, tokenizer))
-    return text if file.suffix == ".txt" else "\n\n".join(_records(text, corpus.field, file, place))
+        text = "".join(_chats(text, corpus.field, file, place, tokenizer))
+    elif file.suffix == ".jsonl":
+        text = "\n\n".join(_records(text, corpus.field, file, place))
+    return _without_surrogates(text, file)
+
+
+def _without_surrogates(text: str, file: Path) -> str:
+    r"""Halves of a character such as ``\ud83d``, which JSON can spell and no tokenizer takes, are replaced."""
+    whole, count = SURROGATES.subn(REPLACEMENT, text)
+    if count:
+        log.warning("%s: %d halves of characters (lone surrogates) are read as %s", file, count, REPLACEMENT)
+    return whole
 
 
 def _objects(text: str, file: Path, place: str) -> Iterator[tuple[int, Any]]:
@@ -138,12 +151,35 @@ def _objects(text: str, file: Path, place: str) -> Iterator[tuple[int, Any]]:
 
 
 def _records(text: str, field: str, file: Path, place: str) -> Iterator[str]:
+    """The texts of a .jsonl file; records with an empty text are counted, and the user is told."""
+    read = empty = 0
     for number, record in _objects(text, file, place):
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        if not isinstance(record, dict) or not isinstance(record.get(field, 0), str | None):
             raise RecipeError(
-                f"{place}.field: {file}, line {number}: no text under {field!r}; found: {_keys_of(record)}"
+                f"{place}.field: {file}, line {number}: no text under {field!r}; found: {_keys_of(record)}."
+                f"{_way_out(record)}"
             )
+        if record[field] is None or not record[field].strip():
+            empty += 1
+            continue
+        read += 1
         yield record[field]
+    if not read:
+        raise RecipeError(f"{place}.path: {file} holds no text under {field!r} ({empty} records without); give another")
+    if empty:
+        log.warning("%s: %d of %d records have no text under %r and are skipped", file, empty, read + empty, field)
+
+
+def _way_out(record: Any) -> str:
+    """The key that the user may have meant: of a chat, else of a text."""
+    given = record.items() if isinstance(record, dict) else ()
+    for key, value in given:
+        if isinstance(value, list) and value and all(_is_message(message) for message in value):
+            return f" {key!r} holds a chat: set chat_template: true and field: {key}"
+    texts = [str(key) for key, value in given if isinstance(value, str)]
+    return (
+        f" Name the key with field, such as field: {texts[0]}" if texts else " Each line must hold a text under a key"
+    )
 
 
 def _chats(text: str, field: str, file: Path, place: str, tokenizer: Any) -> Iterator[str]:

@@ -39,6 +39,7 @@ def evaluate(
     *,
     dataset: str | None = None,
     path: Path | None = None,
+    field: str | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
     check: bool = True,
@@ -50,6 +51,7 @@ def evaluate(
         dataset: one text; None is text if ``path`` is given, else the texts of the model's run (python-docs for a
             pretrained model).
         path: file of dataset text.
+        field: key of the text in a .jsonl file; None is text.
         tokens: of each text; None is 8,192, for an export 2,048.
         seq_len: of the windows; None is the run's, or 512.
         check: compare the files of an artifact or export with their digests first.
@@ -59,19 +61,19 @@ def evaluate(
         RecipeError: the text is not known or cannot be read.
         ExportError: the runtime of an export is not available.
     """
-    dataset = checked_dataset(dataset, path)
-    if (Path(model) / DESCRIPTION).is_file():
+    dataset = checked_dataset(dataset, path, field)
+    if (Path(model) / DESCRIPTION).is_file() and not _moved_and_plain(Path(model)):
         item, _ = reopened(Path(model), check=check)
         artifact = artifact_of(Path(model), description_of(Path(model), check=False), check=check)
-        texts = _texts(artifact, dataset, path, tokens or TOKENS, seq_len)
+        texts = _texts(artifact, dataset, path, field, tokens or TOKENS, seq_len)
         return _of_export(item, Path(model), artifact, texts)
     if artifact_in(Path(model)) is None:
         source = open_model(model)
         source.validate()
-        text = _one_text(source.tokenizer(), dataset or "python-docs", path, tokens or ALL_TOKENS, seq_len)
+        text = _one_text(source.tokenizer(), dataset or "python-docs", path, field, tokens or ALL_TOKENS, seq_len)
         return _alone(source, [text])
     artifact = Artifact.open(model, check=check)
-    texts = _texts(artifact, dataset, path, tokens or ALL_TOKENS, seq_len)
+    texts = _texts(artifact, dataset, path, field, tokens or ALL_TOKENS, seq_len)
     original = _original(artifact)
     if original is None:
         return _alone(artifact, texts)
@@ -79,12 +81,26 @@ def evaluate(
         return [sentence(text) for text in model_quality(DenseStates(original, Path(folder)), artifact, texts)]
 
 
-def checked_dataset(dataset: str | None, path: Path | None) -> str | None:
+def _moved_and_plain(root: Path) -> bool:
+    """Whether an export is without its artifact but a dense checkpoint of its own, which can be opened as a model."""
+    if (root / description_of(root, check=False).artifact).is_dir() or not (root / "config.json").is_file():
+        return False
+    try:
+        open_model(str(root)).validate()
+    except FlatqError:
+        return False
+    log.warning("%s: the artifact that it was made from is gone, so it is evaluated alone", root)
+    return True
+
+
+def checked_dataset(dataset: str | None, path: Path | None, field: str | None = None) -> str | None:
     """The data set to read: ``text`` if only a path is given.
 
     Raises:
-        RecipeError: it is not known, or ``path`` is missing or not allowed.
+        RecipeError: it is not known, or ``path`` or ``field`` is missing or not allowed.
     """
+    if field is not None and (path is None or path.suffix != ".jsonl"):
+        raise RecipeError(f"--field {field}: is the key of the text in a .jsonl file; give one with --path")
     if dataset is None:
         return "text" if path is not None else None
     if dataset not in DATASETS:
@@ -133,20 +149,23 @@ def _original(artifact: Artifact) -> Source | None:
 
 
 def _texts(
-    artifact: Artifact, dataset: str | None, path: Path | None, tokens: int, seq_len: int | None
+    artifact: Artifact, dataset: str | None, path: Path | None, field: str | None, tokens: int, seq_len: int | None
 ) -> list[JudgedText]:
     """The requested text, or the texts of the run."""
     recipe = artifact.manifest["recipe"]
     if dataset is not None or not recipe:
-        return [_one_text(tokenizer_in(artifact.root), dataset or "python-docs", path, tokens, seq_len)]
+        return [_one_text(tokenizer_in(artifact.root), dataset or "python-docs", path, field, tokens, seq_len)]
     if seq_len is not None:
         raise RecipeError("--seq-len: is not used for the texts of the run; give a text with --dataset or --path")
     judged = tokens_of(Recipe.parse(recipe, str(artifact.root / MANIFEST)), artifact).judged
     return [JudgedText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in judged]
 
 
-def _one_text(tokenizer: Any, dataset: str, path: Path | None, tokens: int, seq_len: int | None) -> JudgedText:
-    seen = {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
+def _one_text(
+    tokenizer: Any, dataset: str, path: Path | None, field: str | None, tokens: int, seq_len: int | None
+) -> JudgedText:
+    place = {"path": str(path) if path else None, "field": field}
+    seen = {"dataset": dataset, **place, "samples": 1, "seq_len": 16}
     judged = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=min(seq_len or SEQ_LEN, tokens))
     text = token_batches(CalibrationSpec.model_validate(seen), [judged], tokenizer).judged[0]
     return JudgedText(Path(path).stem if path else dataset, text.tokens, calibrated=False)
