@@ -7,6 +7,7 @@
 #                      (5 to 10 minutes to install, 1.7 GB)
 #   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
 #                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
+#   make interop-transformers  transformers 4.57.6 and 5.8.0 load our Hugging Face folders with the code in them
 # make docs    write the generated pages again (results, command line)
 # make package  build sdist and wheel, install the wheel into a bare environment and run it outside of this folder
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
@@ -23,6 +24,7 @@ PIP_FLAGS ?=
 LOWEST_VENV ?= .venv-lowest
 PACKAGE_VENV ?= .venv-package
 GPTQ_VENV ?= .venv-gptq
+TRANSFORMERS_SITES ?= .venv-transformers
 
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
@@ -38,7 +40,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum clean
+.PHONY: demo test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -97,7 +99,7 @@ llamacpp: $(installed)
 	CMAKE_ARGS="$(strip $(llama_flags))" PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(bin)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[llamacpp]"
 
-interop: interop-gptq interop-optimum
+interop: interop-gptq interop-optimum interop-transformers
 
 interop-gptq: $(GPTQ_VENV)/.installed
 	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/python -m pytest -m gptqmodel tests/interop
@@ -120,6 +122,14 @@ $(OPTIMUM_VENV)/.installed: tests/interop/optimum.txt
 	$(OPTIMUM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps onnxruntime-genai==0.18.0
 	touch $@
 
+# Each release with the packages that it needs in another version than ours, in a folder that goes before ours.
+interop-transformers: $(installed) $(TRANSFORMERS_SITES)/4.57.6/.installed $(TRANSFORMERS_SITES)/5.8.0/.installed
+	FLATQ_TRANSFORMERS_SITES=$(TRANSFORMERS_SITES) $(bin)/python -m pytest -m transformers tests/interop
+
+$(TRANSFORMERS_SITES)/%/.installed: tests/interop/transformers-%.txt
+	$(bin)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(@D) --requirement $<
+	touch $@
+
 clean:
-	rm -rf dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

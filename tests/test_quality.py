@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_eval_judges_a_dense_export_alone_where_its_artifact_is_gone(
     shutil.copytree(kept, moved)
     shown = flatq("eval", moved, "--tokens", 64, "--seq-len", 32)
     plain = config["model_type"] == "llama"
-    assert shown.exit_code == (0 if plain else 3)
+    assert (shown.exit_code == 0) == plain, shown.stderr
     assert shown.stdout.startswith("python-docs: perplexity") == plain
 
 

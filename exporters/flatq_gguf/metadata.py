@@ -39,7 +39,8 @@ def model_name(artifact: Artifact, contents: Contents) -> str:
     """``name`` of the options, else the last part of where the model came from."""
     if contents.options.name is not None:
         return contents.options.name
-    origin = str(artifact.manifest.get("source", {}).get("origin", ""))
+    source = artifact.manifest.get("source", {})
+    origin = str(source.get("hub_id") or source.get("origin", ""))
     last = PurePath(origin.removeprefix("package:")).name.removesuffix(".gguf")
     return QUANTIZED_NAME.sub("", last) or contents.config.family
 
@@ -66,13 +67,12 @@ def describe(writer: Any, artifact: Artifact, contents: Contents, kind: str) -> 
     writer.add_description(
         f"{contents.config.family} model compressed by flatq; written as architecture {contents.architecture.name}"
     )
-    origin = str(source.get("origin", ""))
-    if origin.count("/") == 1 and not origin.startswith((".", "/", "package:")):
-        organization, _, name = origin.partition("/")
+    if hub_id := source.get("hub_id"):
+        organization, _, name = hub_id.partition("/")
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, name)
         writer.add_base_model_organization(0, organization)
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{origin}")
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{hub_id}")
     if kind not in ("F32", "F16", "BF16"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[kind])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import jinja2
@@ -71,13 +72,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder{trust})"""
 def model_card(artifact: Artifact, layout: Layout, notes: Sequence[str]) -> str:
     """The card as Markdown.
 
-    Reads ``source`` (``origin``, ``license``), ``recipe`` and ``quality`` (name -> number) from the artifact's
-    manifest, as far as they are there.
+    Reads ``source`` (``hub_id``, ``origin``, ``license``), ``recipe`` and ``quality`` (name -> number) from the
+    artifact's manifest, as far as they are there.
     """
     manifest = artifact.manifest
     source = manifest.get("source", {})
-    origin, license_ = source.get("origin"), source.get("license")
-    base = str(origin) if origin and str(origin).count("/") == 1 and ":" not in str(origin) else None
+    base, license_ = source.get("hub_id"), source.get("license")
+    origin = base or PurePath(str(source.get("origin", ""))).name  # the path to a local model is nobody's business
     dims = layout.source.layers
     card = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     return card.render(

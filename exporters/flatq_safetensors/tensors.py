@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -46,6 +46,7 @@ class Layout:
         config: the widths as written, after padding.
         grids: by stem, what stays quantized, in groups that divide a row; -1 is one group per row.
         dtype: of the tensors that are not quantized, and of the decoded ones.
+        vectors: norms and biases that keep the type which the artifact has them in.
     """
 
     source: DecoderConfig
@@ -53,16 +54,32 @@ class Layout:
     grids: Mapping[str, Grid]
     options: SafetensorsOptions
     dtype: torch.dtype
+    vectors: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions, stored: torch.dtype
+        cls,
+        config: DecoderConfig,
+        grids: Mapping[str, Grid],
+        options: SafetensorsOptions,
+        stored: torch.dtype,
+        vectors: Mapping[str, torch.dtype] | None = None,
     ) -> Layout:
-        """The layout of one export; ``stored`` is the artifact's own dtype."""
+        """The layout of one export.
+
+        Args:
+            config: of the artifact.
+            grids: of the artifact.
+            options: of the export.
+            stored: the artifact's own dtype.
+            vectors: dtype of norms and biases in the artifact, by name; kept where ``options`` ask for no dtype.
+        """
         written = padded_config(config) if options.pad_values else config
         kept = options.written_grids(config, grids) if options.keeps_codes else {}
         wanted = options.dtype if options.keeps_codes else options.format
-        return cls(config, written, kept, options, stored if wanted is None else DTYPES[wanted])
+        if wanted is not None:
+            return cls(config, written, kept, options, DTYPES[wanted])
+        return cls(config, written, kept, options, stored, vectors or {})
 
     @property
     def plain(self) -> bool:
@@ -78,7 +95,7 @@ class Layout:
         hub, stem = NAMES.to_hf(name), name.removesuffix(".weight")
         shape = shapes_of(self.config)[name]
         if stem not in self.grids or not name.endswith(".weight"):
-            return {hub: Planned(shape, self.dtype)}
+            return {hub: Planned(shape, self.vectors.get(name, self.dtype))}
         (rows, columns), grid = shape, self.grids[stem]
         groups, bits = grid.groups(columns), grid.bits
         if self.options.gptq_version is not None:
@@ -133,7 +150,7 @@ class Layout:
         tensor = dense(stored)
         if self.options.pad_values and name.startswith("layers."):
             tensor = pad_dense(tensor, name, self.source.layers[int(name.split(".")[1])])
-        cast = tensor.to(self.dtype)
+        cast = tensor.to(self.vectors.get(name, self.dtype))
         if not bool(cast.isfinite().all()):
             raise ExportError(
                 f"{name}: its largest number {float(tensor.abs().max()):g} is beyond {self.dtype}; write bf16 or fp32"

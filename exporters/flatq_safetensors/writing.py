@@ -26,7 +26,7 @@ from flatq_safetensors.configs import (
 )
 from flatq_safetensors.grouping import ENDS
 from flatq_safetensors.options import SafetensorsOptions
-from flatq_safetensors.tensors import Layout
+from flatq_safetensors.tensors import Layout, shapes_of
 
 SINGLE = "model.safetensors"
 CODE = {"modeling_flatq": "flatq.hf", "decoder": "flatq.model", "dims": "flatq.model"}  # what travels, and from where
@@ -38,7 +38,7 @@ def write_folder(artifact: Artifact, out: Path, options: SafetensorsOptions) -> 
     """Write everything; see ``SafetensorsExporter.write``."""
     out.mkdir(parents=True, exist_ok=True)
     stored = getattr(torch, str(artifact.settings.get("dtype", "float32")))
-    layout = Layout.of(artifact.config, artifact.grids, options, stored)
+    layout = Layout.of(artifact.config, artifact.grids, options, stored, _vectors(artifact))
     files = _write_weights(artifact, layout, out)
     if not layout.plain:
         files += [_write(out / f"{name}.py", travelling_source(name)) for name in CODE]
@@ -54,6 +54,12 @@ def write_folder(artifact: Artifact, out: Path, options: SafetensorsOptions) -> 
     details = {"plain": layout.plain}
     kl = ROUNDING_KL[layout.dtype] if _rounded(artifact, layout, stored) else 0.0
     return Exported(out, (*files, out / "config.json"), notes=tuple(notes), details=details, rounding_kl=kl)
+
+
+def _vectors(artifact: Artifact) -> dict[str, torch.dtype]:
+    """Data types of norms and biases; some publishers keep them in float32 beside bfloat16 matrices."""
+    names = [name for name, shape in shapes_of(artifact.config).items() if len(shape) == 1]
+    return {name: tensor.dtype for name in names if isinstance(tensor := artifact.tensor(name), Tensor)}
 
 
 def travelling_source(name: str) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
@@ -78,7 +77,7 @@ def _walk(job: Job, plan: RankPlan, grids: Mapping[str, Grid]) -> None:
     reference, lag = walked_along(job.recipe)
 
     def save(block: Block) -> None:
-        _save_block(block, source.dtype, partial, work)
+        _save_block(block, source, partial, work)
 
     with progress("compress", len(halves(source.config))) as advance:
         advance(blocks_done(work))
@@ -146,7 +145,7 @@ def _start_over_if_damaged(partial: Path, work: Path) -> None:
             return
 
 
-def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> None:
+def _save_block(block: Block, source: Source, partial: Path, work: Path) -> None:
     """Write a block's tensors and report; unquantized parameters are rounded to their stored precision."""
     tensors: dict[str, Tensor | QuantizedWeight] = {}
     for name, parameter in block.layer.named_parameters():
@@ -155,7 +154,7 @@ def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> 
         if name.endswith(".weight") and linear in block.quantized:
             tensors[full] = block.quantized[linear]
             continue
-        stored = parameter.detach().to(dtype)
+        stored = parameter.detach().to(source.dtype_of(full))
         parameter.data = stored.float()
         tensors[full] = stored
     shard = partial / shard_name(block.index, block.half)

@@ -24,11 +24,12 @@ POINTS = 25  # of a curve in the report
 
 def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]:
     """Provenance of an artifact; the same for two runs of one recipe on one machine."""
+    origin = {"origin": source.origin, **({"hub_id": source.hub_id} if source.hub_id else {})}
     return {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.text,
         "recipe_digest": recipe.digest(),
-        "source": {"origin": source.origin, "files": source.digests(), "license": source.license},
+        "source": {**origin, "files": source.digests(), "license": source.license},
         "tokens": tokens.description,
         "versions": {name: version_of(name) for name in ("flatq", "torch", "transformers", "numpy")},
         "seed": recipe.calibration.seed,

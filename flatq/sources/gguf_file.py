@@ -182,6 +182,10 @@ class GgufFile:
         kinds = {entry.tensor.tensor_type.name for entry in self._blocks.values() if len(entry.shape) > 1}
         return PLAIN_DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """See ``flatq.sources.source.Storage``."""
+        return PLAIN_DTYPES.get(self.tensors[name].tensor.tensor_type.name, torch.float32)
+
     def damage(self) -> list[str]:
         """Always empty: a truncated file raises an error when it is opened."""
         return []

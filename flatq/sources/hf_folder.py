@@ -7,6 +7,7 @@ header, so a truncated download is detected without reading any weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ from flatq.tokenizer import carry, companions, generation_settings, has_tokenize
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+FIRST_NORM, HEAD = "layers.0.input_layernorm.weight", "lm_head.weight"  # one of each kind in every decoder
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -52,6 +55,11 @@ class HfFolder:
         if self._hf.get("model_type") == "flatq":
             raise UnsupportedModel(f"{root}: this is a model that flatq has already compressed; give the original one")
         self.config = config_from_hf(self._hf, where=str(config_file))
+        if (root / ADAPTER).is_file():
+            raise UnsupportedModel(
+                f"{root}: {ADAPTER} says that a LoRA adapter belongs to this model; merge it first (merge_and_unload "
+                "of peft), or remove it and its weights"
+            )
         self._names = FAMILIES[self.config.family].names
         self._weight_map, self._shards = self._list_shards()
         self.has_weights = bool(self._shards)
@@ -76,6 +84,11 @@ class HfFolder:
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ArtifactError(f"{index}: no weight_map of names to files; download it again")
         shards = sorted(set(weight_map.values()))
+        if (self.root / SINGLE).is_file() and SINGLE not in shards:
+            raise ArtifactError(
+                f"{self.root}: {SINGLE} and {INDEX}, which lists {shards[0]} and others, are two sets of weights; "
+                "remove the one that is not wanted"
+            )
         for shard in shards:
             # Prevents path traversal: a name with a path could refer to any file of this machine.
             if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
@@ -115,8 +128,12 @@ class HfFolder:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """See ``flatq.sources.source.Storage``."""
-        named = {self._names.from_hf(name): entry for name, entry in self._headers[0].items()}
-        return {name: entry for name, entry in named.items() if name is not None}
+        stored = self._headers[0]
+        named = {self._names.from_hf(usual): stored[name] for name, usual in usual_names(stored).items()}
+        found = {name: entry for name, entry in named.items() if name is not None}
+        if self.config.tied_head and "embed.weight" not in found and "head.weight" in found:
+            found["embed.weight"] = found.pop("head.weight")  # one matrix under the name of its other use
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,6 +144,10 @@ class HfFolder:
         stated = f"torch.{self._hf.get('dtype') or self._hf.get('torch_dtype')}"
         return next((dtype for dtype in STORED_DTYPES.values() if str(dtype) == stated), torch.float32)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """See ``flatq.sources.source.Storage``."""
+        return STORED_DTYPES.get(self.tensors[name].dtype, torch.float32)
+
     def damage(self) -> list[str]:
         """See ``flatq.sources.source.Storage``."""
         return list(self._headers[1])
@@ -134,10 +155,11 @@ class HfFolder:
     def objections(self) -> list[str]:
         """Unexpected tensors, unsupported data types, a tied head that differs from the embedding."""
         found = []
+        usual = usual_names(self._headers[0])
         for name, entry in self._headers[0].items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # a table in old checkpoints; it is computed from the configuration
-            if self._names.from_hf(name) is None:
+            if self._names.from_hf(usual[name]) is None:
                 found.append(f"{entry.file}: tensor {name} is not part of a {self.config.family} decoder")
             elif entry.dtype not in STORED_DTYPES:
                 found.append(f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}")
@@ -199,6 +221,27 @@ class HfFolder:
             return None  # an invalid model card does not make the model invalid
         stated = front.get("license") if isinstance(front, dict) else None
         return str(stated) if stated else None
+
+
+def usual_names(stored: Iterable[str]) -> dict[str, str]:
+    """Each name of a checkpoint, and the name that the tensor has in a plain checkpoint of a causal language model.
+
+    Base models are saved without ``model.``; torch.compile, peft and models with more parts put a prefix before it.
+    The prefix is what stands before the first layer's norm.
+    """
+    names = list(stored)
+    prefixes = {name.removesuffix(FIRST_NORM) for name in names if name.endswith(FIRST_NORM)}
+    if len(prefixes) != 1:
+        return {name: name for name in names}
+    prefix = prefixes.pop()
+    heads = {outer + HEAD for outer in ("", prefix.removesuffix("model."), prefix.removesuffix("language_model."))}
+
+    def usual(name: str) -> str:
+        if name in heads:
+            return HEAD
+        return "model." + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+    return {name: usual(name) for name in names}
 
 
 def _stated(data: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,10 @@ class Storage(Protocol):
         """Stored type of the weights; float32 if they are quantized blocks."""
         ...
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Stored type of one of ``tensors``; float32 if it is quantized blocks."""
+        ...
+
     @property
     def tensors(self) -> Mapping[str, Stored]:
         """Every tensor that is part of the decoder, by flatq's name."""
@@ -112,11 +116,13 @@ class Source:
         storage: the file format.
         origin: name for messages: path, hub id with its commit, or package file.
         wanted: dtype that ``tensor`` converts to; None keeps the stored dtype.
+        hub_id: ``owner/name`` on the Hugging Face hub; None if the model comes from elsewhere.
     """
 
     storage: Storage
     origin: str
     wanted: torch.dtype | None = None
+    hub_id: str | None = None
 
     @property
     def config(self) -> DecoderConfig:
@@ -127,6 +133,11 @@ class Source:
     def dtype(self) -> torch.dtype:
         """Data type of the weights as returned by ``tensor``; float32 for quantized GGUF."""
         return self.wanted or self.storage.dtype
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Data type of one tensor as returned by ``tensor``; ``dtype`` for a tensor that the model does not have."""
+        stored = name in self.storage.tensors
+        return self.wanted or (self.storage.dtype_of(name) if stored else self.storage.dtype)
 
     @property
     def files(self) -> list[Path]:
@@ -268,7 +279,8 @@ def open_model(path: str, *, revision: str | None = None, dtype: str = "auto", n
     storage: Storage = GgufFile(place) if place.is_file() else HfFolder(place)
     if need_weights and not storage.has_weights:
         raise RecipeError(f"model: {place} holds no weights (*.safetensors); download them, or give another folder")
-    return Source(storage, origin, DTYPES.get(dtype))
+    hub_id, _, commit = origin.partition("@")
+    return Source(storage, origin, DTYPES.get(dtype), hub_id if commit and place.name == commit else None)
 
 
 def _locate(path: str, revision: str | None, need_weights: bool) -> tuple[Path, str]:

@@ -432,7 +432,7 @@ def test_a_failed_export_leaves_no_file_behind(make_artifact: MakeArtifact, monk
 
 def test_the_file_says_where_it_came_from(make_artifact: MakeArtifact) -> None:
     artifact = make_artifact(tiny_config())
-    artifact.manifest["source"] = {"origin": "some-org/Some-Model-1B", "license": "apache-2.0"}
+    artifact.manifest["source"] = {"origin": "a@1", "hub_id": "some-org/Some-Model-1B", "license": "apache-2.0"}
     exported, _ = export(artifact, precision="f16")
     fields, _ = read(exported)
     assert exported.files[0].name == "Some-Model-1B-flatq-F16.gguf"

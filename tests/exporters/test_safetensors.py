@@ -423,7 +423,7 @@ def test_the_files_beside_the_weights_come_along_and_the_card_says_how_it_was_ma
     artifact = tiny_artifact(tmp_path / "a", own_widths(), grid=FOUR)
     (artifact.root / "tokenizer.json").write_text("{}")
     (artifact.root / "chat_template.jinja").write_text("{{ messages }}")
-    source = {"origin": "org/name", "license": "apache-2.0"}
+    source = {"origin": "org/name@0123", "hub_id": "org/name", "license": "apache-2.0"}
     manifest = {"recipe": "version: 1\nmodel: org/name", "source": source, "files": {}}
     write_checksummed(artifact.root / "manifest.json", {**manifest, "quality": {"perplexity": 12.5}})
     folder = export(Artifact.open(artifact.root), tmp_path / "out")
