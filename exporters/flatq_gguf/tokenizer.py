@@ -1,12 +1,12 @@
 """A Hugging Face ``tokenizer.json`` as GGUF metadata.
 
-llama.cpp tokenizes by itself: it is told the pieces, their types and the merges or scores, and by name one of the
-pre-tokenizers that are built into it (``pre_tokenizers.py``). What it cannot be told is refused, before anything is
-computed where the tokenizer is at hand then.
+llama.cpp has its own tokenizer: the file contains the tokens, their types, merges or scores, and the name of a built-in
+pre-tokenizer (``pre_tokenizers.py``). Unsupported tokenizers raise an error; ``flatq run`` checks this before it
+computes anything, if the model has a tokenizer.
 
-Byte-level BPE becomes model ``gpt2``. BPE with byte fallback (Llama 2, Mistral) becomes ``llama``, where llama.cpp
-merges the adjacent pair of the highest score: the negated rank of the merge that makes a piece is that score.
-WordPiece and Unigram were left out: no supported family has them.
+Byte-level BPE becomes model ``gpt2``. BPE with byte fallback (Llama 2, Mistral) becomes ``llama``, for which llama.cpp
+merges the adjacent pair with the highest score; the score of a token is the negated rank of its merge.
+Left out: WordPiece and Unigram, which no supported family has.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Vocabulary:
     Attributes:
         model: ``gpt2`` or ``llama``.
         pre: name of the pre-tokenizer; None for ``llama``, which has none.
-        tokens: one piece per row of the embedding.
-        types: NORMAL and so on, per piece.
-        merges: ``left right``, best first; empty for ``llama``.
-        scores: per piece; empty for ``gpt2``.
-        ids: ``bos``, ``eos``, ``unknown``, ``padding`` where the model has them.
+        tokens: one token per row of the embedding.
+        types: NORMAL and so on, per token.
+        merges: ``left right``, by rank; empty for ``llama``.
+        scores: per token; empty for ``gpt2``.
+        ids: ``bos``, ``eos``, ``unknown``, ``padding``, if the model has them.
         flags: ``add_bos_token`` and so on.
     """
 
@@ -51,16 +51,16 @@ class Vocabulary:
 
 
 def read_vocabulary(root: Path, size: int, settings: dict[str, Any], pre: str | None) -> Vocabulary | None:
-    """The tokenizer beside an artifact; None if there is none.
+    """The tokenizer of an artifact; None if there is none.
 
     Args:
         root: the artifact's folder.
-        size: rows of the embedding; pieces beyond the tokenizer's are marked unused.
+        size: rows of the embedding; rows beyond the tokenizer's vocabulary are marked unused.
         settings: the artifact's ``config.json``, for the token ids.
         pre: name of the pre-tokenizer given by the user.
 
     Raises:
-        ExportError: a tokenizer that GGUF cannot hold or whose pre-tokenizer has no known name.
+        ExportError: GGUF does not support the tokenizer, or its pre-tokenizer is not recognized.
     """
     path = root / FILE
     if not path.exists():
@@ -87,7 +87,7 @@ def read_vocabulary(root: Path, size: int, settings: dict[str, Any], pre: str | 
 
 
 def objections(described: Mapping[str, Any], size: int, pre: str | None) -> list[str]:
-    """Why llama.cpp cannot be given this tokenizer, each with the way out.
+    """Reasons why llama.cpp does not support this tokenizer, each with a remedy.
 
     Args:
         described: a parsed ``tokenizer.json``.
@@ -102,20 +102,19 @@ def objections(described: Mapping[str, Any], size: int, pre: str | None) -> list
     if beyond:
         piece, index, _ = beyond[0]
         found.append(
-            f"piece {piece!r} has number {index}, but the embedding has {size} rows; the tokenizer belongs to another "
-            "model"
+            f"token {piece!r} has id {index}, but the embedding has {size} rows; the tokenizer belongs to another model"
         )
     if not model.get("byte_fallback") and pre is None and name_of(described) is None:
         kinds = " + ".join(step["type"] for step in steps_of(described.get("pre_tokenizer"))) or "none"
         found.append(
             f"llama.cpp's name for this pre-tokenizer ({kinds}) is not known; known: {', '.join(known_names())}. Look "
-            "it up in the model's own GGUF files (key tokenizer.ggml.pre) and set it as the option pre_tokenizer"
+            "it up in existing GGUF files of the model (key tokenizer.ggml.pre) and set the option pre_tokenizer"
         )
     return found
 
 
 def _entries(described: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Every piece with its number and type."""
+    """Every token with its id and type."""
     entries = [(piece, index, NORMAL) for piece, index in described["model"]["vocab"].items()]
     added = described.get("added_tokens", [])
     return entries + [(e["content"], e["id"], CONTROL if e["special"] else USER_DEFINED) for e in added]
@@ -135,7 +134,7 @@ def _pieces(described: Mapping[str, Any], size: int) -> tuple[list[str], list[in
 def _ids(
     number: dict[str, int], config: dict[str, Any], settings: dict[str, Any], model: dict[str, Any]
 ) -> dict[str, int]:
-    """Numbers of the special tokens: what the tokenizer says, else what the model says."""
+    """Ids of the special tokens, from the tokenizer, else from the model's settings."""
     found = {}
     for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"), ("unknown", "unk_token")):
         piece = config.get(key)
@@ -152,7 +151,7 @@ def _ids(
 
 
 def _frame(path: Path, ids: dict[str, int]) -> tuple[bool, bool]:
-    """Whether the tokenizer puts bos before and eos behind a text, found by asking it."""
+    """Whether the tokenizer adds bos and eos to a text, found by encoding one."""
     from tokenizers import Tokenizer
 
     framed = Tokenizer.from_file(str(path)).encode("a").ids

@@ -1,8 +1,8 @@
-"""What the program that will run the graph wants to find beside it: its configuration and a tokenizer it can read.
+"""Additional files that onnxruntime-genai and optimum need: configuration and tokenizer.
 
-Widths per layer need no entry anywhere: both programs take the shapes of the cache from heads and head size, and the
-rest from the graph. transformers 4, which optimum needs, reads the tokenizer's settings in an older spelling than the
-artifact, which is written by transformers 5.
+Widths per layer are not needed in these files: both programs compute the shapes of the cache from heads and head size
+and take everything else from the graph. optimum needs transformers 4, which has an older format of tokenizer settings
+than the artifact, which is written by transformers 5.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NEW_KEYS = ("backend", "is_local", "local_files_only")  # of transformers 5
 
 
 def write_companions(artifact: Artifact, out: Path, options: OnnxOptions) -> list[Path]:
-    """Write the files that ``options.target`` wants; returns them."""
+    """Write the files that ``options.target`` needs; returns their paths."""
     if options.target == "genai":
         write_json(out / "genai_config.json", genai_config(artifact, options))
         return [out / "genai_config.json", *_tokenizer(artifact, out)]
@@ -67,7 +67,7 @@ def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
 
 
 def transformers_config(artifact: Artifact) -> dict[str, Any]:
-    """``config.json`` as transformers 4 reads it; of the MLP it can only say the largest width.
+    """``config.json`` for transformers 4; it can state only the largest width of the MLPs.
 
     Raises:
         UnsupportedModel: the family's configuration cannot describe the model.
@@ -83,7 +83,7 @@ def _token_ids(artifact: Artifact) -> dict[str, Any]:
 
 
 def _tokenizer(artifact: Artifact, out: Path) -> list[Path]:
-    """The artifact's tokenizer, its settings in the older spelling; nothing if it has none."""
+    """Copy the artifact's tokenizer, if any, with settings in the format of transformers 4."""
     root, written = artifact.root, list[Path]()
     for name in (TOKENIZER, TEMPLATE):
         if (root / name).exists():
