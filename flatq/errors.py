@@ -1,7 +1,7 @@
-"""What can go wrong, by whom it can be mended.
+"""All exceptions of flatq, grouped by who can fix the cause.
 
-Every message names the place, the value found, what is allowed and the way out. The command line prints it
-as one paragraph; the exit code says whether the recipe (2) or a stage of the run (3) is to blame.
+Every message names the place, the value, what is allowed and how to fix it. The command line prints it as one
+paragraph; the exit code tells whether the recipe (2) or a stage of the run (3) failed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 
 class FlatqError(Exception):
-    """Base of every error that flatq raises on purpose."""
+    """Base class of all errors that flatq raises on purpose."""
 
     exit_code = 3
 
 
 class RecipeError(FlatqError):
-    """The recipe, or something that it names, cannot be used; holds every problem found, not the first."""
+    """The recipe, or something that it refers to, cannot be used; holds all problems found, not only the first."""
 
     exit_code = 2
 
@@ -26,13 +26,13 @@ class RecipeError(FlatqError):
 
 
 class UnsupportedModel(FlatqError):
-    """The model's family, a switch of its configuration, or its files are not understood."""
+    """The model's family, a setting of its configuration, or its file format is not supported."""
 
     exit_code = 2
 
 
 class NumericsError(FlatqError):
-    """A tensor holds a value that no result could be trusted after (NaN, infinity)."""
+    """A tensor holds NaN or infinity, so no result could be trusted."""
 
 
 class ArtifactError(FlatqError):
@@ -40,8 +40,8 @@ class ArtifactError(FlatqError):
 
 
 class LostProcess(FlatqError):
-    """One of several processes of a run died or fell silent."""
+    """One of several processes of a run died or did not answer in time."""
 
 
 class ExportError(FlatqError):
-    """An exporter cannot write the model, or its runtime disagrees with the artifact."""
+    """An exporter cannot write the model, or its runtime gives results that differ from the artifact's."""

@@ -1,12 +1,20 @@
-"""Files that appear whole or not at all, and their digests."""
+"""Files that appear whole or not at all, their digests, and the one reader of JSON files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from flatq.errors import ArtifactError, FlatqError
+
+T = TypeVar("T")
+CHECKSUM = "sha256"  # key of a file's digest of its own content
 
 
 def file_digest(path: Path) -> str:
@@ -32,3 +40,76 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a final newline, atomically; refuses NaN, which is no JSON."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_checksummed(path: Path, value: Mapping[str, Any]) -> None:
+    """``write_json`` of an object with the digest of its content under ``sha256``; ``read_json`` compares it."""
+    write_json(path, {**value, CHECKSUM: content_digest(value)})
+
+
+def content_digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of an object's content without its key ``sha256``, whatever the order and the spaces."""
+    content = {str(key): entry for key, entry in as_json(value).items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def as_json(value: Any) -> Any:
+    """A value as it comes back from a JSON file: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(value))
+
+
+def read_json(
+    path: Path,
+    kind: type[T],
+    way_out: str,
+    *,
+    error: type[FlatqError] = ArtifactError,
+    checksummed: bool = False,
+) -> T:
+    """The content of a JSON file as a type; every JSON file that flatq reads is read here.
+
+    Args:
+        path: the file.
+        kind: anything that pydantic validates: ``dict[str, Any]``, a dataclass, a model.
+        way_out: what the reader of the message can do.
+        error: to raise.
+        checksummed: written by ``write_checksummed``; the key ``sha256`` is not part of the value.
+
+    Raises:
+        error: missing, unreadable, no UTF-8, no JSON, another digest or another type; one line with the file's name.
+    """
+    try:
+        text = path.read_bytes().decode()
+        if not text.strip():
+            raise ValueError("it is empty")
+        value = json.loads(text)
+        if checksummed:
+            value = _checked(value)
+        return TypeAdapter(kind).validate_python(value)
+    except FileNotFoundError as missing:
+        raise error(f"{path}: is missing; {way_out}") from missing
+    except OSError as failed:
+        raise error(f"{path}: cannot be read ({failed.strerror}); {way_out}") from failed
+    except ValidationError as wrong:
+        raise error(f"{path}: is damaged ({first_fault(wrong)}); {way_out}") from wrong
+    except (ValueError, RecursionError) as damaged:  # not UTF-8, not JSON, or a digest that differs
+        raise error(f"{path}: is damaged ({damaged}); {way_out}") from damaged
+
+
+def _checked(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"an object was expected, found {type(value).__name__}")
+    if CHECKSUM not in value:
+        raise ValueError(f"it lacks the key {CHECKSUM!r}, the digest of its content")
+    if value[CHECKSUM] != content_digest(value):
+        raise ValueError(f"its content does not have the digest under {CHECKSUM!r}")
+    return {key: entry for key, entry in value.items() if key != CHECKSUM}
+
+
+def first_fault(wrong: ValidationError) -> str:
+    """The first thing that pydantic found, in one line, and how many more there are."""
+    found = wrong.errors(include_url=False)
+    place = ".".join(map(str, found[0]["loc"]))
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    words = " ".join(found[0]["msg"].split())
+    return f"{place}: {words}{more}" if place else f"{words}{more}"

@@ -1,4 +1,4 @@
-"""One run as a value: what is asked for, of which model, with which text, where, and how it is computed."""
+"""One run as a value: recipe, model, text, folder and execution settings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Job:
     """What every step of a run needs to know.
 
     Attributes:
-        recipe: what to do.
+        recipe: of the run.
         source: the pretrained model, read lazily.
-        tokens: calibration and held-out text.
-        folder: where phases, hidden states and results are kept.
-        execution: device, precision and memory of the passes through the model.
+        tokens: calibration and evaluation text.
+        folder: run folder for phases, hidden states and results.
+        execution: device, precision and memory of the forward passes.
     """
 
     recipe: Recipe
@@ -31,5 +31,5 @@ class Job:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number that is not quantized."""
+        """Bytes of an unquantized number."""
         return self.source.dtype.itemsize

@@ -12,7 +12,6 @@ A phase is a named computation with a JSON result. It is written down when it en
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -22,16 +21,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from flatq.errors import ArtifactError, FlatqError, RecipeError
-from flatq.files import write_atomically, write_json
+from flatq.files import as_json, file_digest, first_fault, read_json, write_atomically, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
 from flatq.recipe.grammar import Recipe
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+RUN, REPORT = "run.json", "report.json"
+ARTIFACT, EXPORTS = "artifact", "exports"
+SEALED = ("recipe.yaml", "report.md", "report.html", REPORT)  # their digests are in run.json once the run is finished
+OWN = {RUN, *SEALED, ARTIFACT, f"{ARTIFACT}.partial", EXPORTS, "work", "tasks"}
+FRESH = "start over with --fresh"
+
+
+class Begun(BaseModel):
+    """``run.json``: digest of the recipe; of a finished run also the digests of ``SEALED``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    digest: str
+    files: dict[str, str] = {}
+
+
+class Phase(BaseModel):
+    """A finished phase: its result, and what it took."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    result: Any
+    seconds: float
+    peak_rss_bytes: int
+    peak_device_bytes: int
+
+
+class Outcome(BaseModel):
+    """Of an export in ``report.json``, whether it is there."""
+
+    name: str
+    error: str | None = None
+
+
+class Outcomes(BaseModel):
+    """Of ``report.json``, what became of the exports; a report of another version has these, too."""
+
+    exports: list[Outcome] = []
 
 
 class RunFolder:
@@ -40,9 +77,9 @@ class RunFolder:
     def __init__(self, root: Path, recipe: Recipe) -> None:
         self.root, self.recipe = root, recipe
         self.work = root / "work"
-        self.artifact = root / "artifact"
-        self.partial = root / "artifact.partial"
-        self.exports = root / "exports"
+        self.artifact = root / ARTIFACT
+        self.partial = root / f"{ARTIFACT}.partial"
+        self.exports = root / EXPORTS
         self._highest = 0  # bytes, before the phase in hand
 
     @classmethod
@@ -58,7 +95,7 @@ class RunFolder:
             return folder  # the first process checks, creates and writes it
         if fresh and folder.owned:
             shutil.rmtree(root)
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if root.exists() and (not root.is_dir() or any(root.iterdir())) and not folder.barely_begun:
             if not folder.owned:
                 raise RecipeError(f"--out {root}: exists and is no run folder of flatq; choose another place")
             if folder.digest() != recipe.digest():
@@ -75,19 +112,45 @@ class RunFolder:
     @property
     def owned(self) -> bool:
         """Whether flatq made the folder."""
-        return (self.root / "run.json").is_file()
+        return (self.root / RUN).is_file()
+
+    @property
+    def barely_begun(self) -> bool:
+        """Whether the folder holds nothing, or what a run left that was killed before ``run.json`` was there."""
+        if not self.root.is_dir() or self.owned:
+            return False
+        inside = {path.name for path in self.root.iterdir()}
+        return inside <= {"work", f"{RUN}.partial"} and not (self.work.is_dir() and any(self.work.iterdir()))
+
+    def begun(self) -> Begun:
+        """What ``run.json`` says.
+
+        Raises:
+            ArtifactError: it is missing or damaged.
+        """
+        return read_json(self.root / RUN, Begun, FRESH, checksummed=True)
 
     def digest(self) -> str:
         """Digest of the recipe that the folder was made for."""
-        return str(json.loads((self.root / "run.json").read_text())["digest"])
+        return self.begun().digest
 
     @property
     def finished(self) -> bool:
         """Whether a former run wrote its report, and every export succeeded."""
-        path = self.root / "report.json"
-        return path.is_file() and not any(
-            export.get("error") for export in json.loads(path.read_text()).get("exports", [])
-        )
+        return (self.root / REPORT).is_file() and not any(export.error for export in self.outcomes())
+
+    def outcomes(self) -> list[Outcome]:
+        """The exports that the report names.
+
+        Raises:
+            ArtifactError: the report is damaged.
+        """
+        return read_json(self.root / REPORT, Outcomes, FRESH).exports
+
+    def seal(self) -> None:
+        """Note the digests of a finished run's own files in ``run.json``."""
+        files = {name: file_digest(self.root / name) for name in SEALED if (self.root / name).is_file()}
+        write_checksummed(self.root / RUN, Begun(digest=self.recipe.digest(), files=files).model_dump())
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -97,10 +160,10 @@ class RunFolder:
             yield
             return
         new = [place for place in (self.root, *self.root.absolute().parents) if not place.exists()]
-        blank = bool(new) or not any(self.root.iterdir())
+        blank = bool(new) or self.barely_begun
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            write_json(self.root / "run.json", {"digest": self.recipe.digest()})
+            write_checksummed(self.root / RUN, Begun(digest=self.recipe.digest()).model_dump())
             write_atomically(self.root / "recipe.yaml", self.recipe.text.encode())
             distributed.barrier()
             yield
@@ -130,11 +193,12 @@ class RunFolder:
 
         Raises:
             RecipeError: names what changed since the run was begun.
+            ArtifactError: the note is damaged.
         """
-        path, found = self.work / "inputs.json", json.loads(json.dumps(inputs))
+        path, found = self.work / "inputs.json", as_json(inputs)
         if not path.exists():
-            write_json(path, found)
-        noted = json.loads(path.read_text())
+            write_checksummed(path, found)
+        noted = read_json(path, dict[str, Any], FRESH, checksummed=True)
         changed = [key for key in found if noted.get(key) != found[key]]
         if changed:
             raise RecipeError(
@@ -156,13 +220,13 @@ class RunFolder:
         """
         adapter = TypeAdapter(kind)
         path = self.work / "phases" / f"{name}.json"
-        known = distributed.broadcast(json.loads(path.read_text()) if distributed.first() and path.exists() else None)
+        known = distributed.broadcast(self._known(path) if distributed.first() else None)
         if known is not None:
             log.info("%s: already done", name)
             try:
-                return adapter.validate_python(known["result"])
+                return adapter.validate_python(known.result)
             except ValidationError as wrong:
-                raise ArtifactError(f"{path}: is no result of {name!r} ({wrong}); start over with --fresh") from wrong
+                raise ArtifactError(f"{path}: is no result of {name!r} ({first_fault(wrong)}); {FRESH}") from wrong
         self._highest = max(self._highest, peak_rss_bytes())
         give_back()
         forget_peak()
@@ -174,26 +238,43 @@ class RunFolder:
         path.parent.mkdir(exist_ok=True)
         seconds = time.monotonic() - started
         peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes()}
-        write_json(path, {"result": written, "seconds": seconds, **peaks})
+        write_checksummed(path, {"result": written, "seconds": seconds, **peaks})
         log.info("%s: %.1f s, peak memory %.2f GB", name, seconds, peaks["peak_rss_bytes"] / 1e9)
         return result
 
+    def _known(self, path: Path) -> Phase | None:
+        """A finished phase's file; None if there is none, or it is damaged and was removed."""
+        if not path.exists():
+            return None
+        try:
+            return read_json(path, Phase, "this phase is computed again", checksummed=True)
+        except ArtifactError as damaged:
+            log.warning("%s", damaged)
+            path.unlink()
+            if not self.artifact.exists():  # blocks that are done were made by the plan that was lost
+                (self.work / "state.json").unlink(missing_ok=True)
+            return None
+
+    def forget(self, *names: str) -> None:
+        """Let phases be computed again."""
+        for name in names:
+            (self.work / "phases" / f"{name}.json").unlink(missing_ok=True)
+
     def timing(self) -> dict[str, float]:
         """Seconds per finished phase, in the order of finishing."""
-        return {name: round(phase["seconds"], 2) for name, phase in self._phases().items()}
+        return {name: round(phase.seconds, 2) for name, phase in self._phases().items()}
 
     def memory(self) -> dict[str, int]:
         """Largest resident memory during each finished phase (on Linux; elsewhere: until its end)."""
-        return {name: int(phase["peak_rss_bytes"]) for name, phase in self._phases().items()}
+        return {name: phase.peak_rss_bytes for name, phase in self._phases().items()}
 
     def device_memory(self) -> dict[str, int]:
         """Most that each finished phase held on GPUs; without those phases that used none."""
-        held = {name: int(phase["peak_device_bytes"]) for name, phase in self._phases().items()}
-        return {name: peak for name, peak in held.items() if peak}
+        return {name: phase.peak_device_bytes for name, phase in self._phases().items() if phase.peak_device_bytes}
 
-    def _phases(self) -> dict[str, Any]:
+    def _phases(self) -> dict[str, Phase]:
         files = sorted((self.work / "phases").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return {path.stem: json.loads(path.read_text()) for path in files}
+        return {path.stem: phase for path in files if (phase := self._known(path)) is not None}
 
     def peak_rss_bytes(self) -> int:
         """Largest resident memory of this process over all phases, earlier processes of a resumed run included."""

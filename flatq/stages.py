@@ -1,4 +1,4 @@
-"""Which stages a recipe asks for, and what they need of the walk."""
+"""The compression stages of a recipe, and what they need from the walk over the model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from flatq.recipe.grammar import Recipe
 def stages_of(
     recipe: Recipe, plan: RankPlan, grids: Mapping[str, Grid], config: DecoderConfig, work: Path
 ) -> list[FlatStage | GptqStage]:
-    """What is done to each block, in order.
+    """The stages to apply to each block, in order.
 
     Args:
-        grids: of every weight that is to be quantized, by stem.
-        config: the dense model's.
-        work: holds the sensitivity, if the FLAT stage asks for one.
+        recipe: of the run.
+        plan: widths of every layer.
+        grids: quantization grid of every weight that is to be quantized, by stem.
+        config: of the dense model.
+        work: folder with the Fisher information, if the FLAT stage needs it.
     """
     stages: list[FlatStage | GptqStage] = []
     if recipe.flat is not None:
@@ -35,6 +37,6 @@ def stages_of(
 
 
 def walked_along(recipe: Recipe) -> tuple[bool, bool]:
-    """What the stages want to know of the dense model on the way: ``reference`` and ``lag`` of ``walk``."""
+    """What the stages need to know of the dense model during the walk: ``reference`` and ``lag`` of ``walk``."""
     flat, gptq = recipe.flat, recipe.gptq
     return flat is not None and flat.corrects, gptq is not None and gptq.corrects

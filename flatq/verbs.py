@@ -12,11 +12,12 @@ from flatq.artifact import MANIFEST, RANGES, Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
-from flatq.evaluate.compare import comparison, draw, entries_of
+from flatq.evaluate.compare import comparison, entries_of
 from flatq.evaluate.subjects import subjects_of
 from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
+from flatq.export.folder import DESCRIPTION, description_of, tokenizer_of
 from flatq.export.generate import DecoderRunner, stream
 from flatq.export.planned import PlannedExport, absent_packages_of, needs_cache_ranges, planned_exports
 from flatq.export.protocols import Exporter, Runner, exporter_named
@@ -92,44 +93,55 @@ def recipe_of(artifact: Artifact) -> Recipe:
     return Recipe.parse(text, str(artifact.root / MANIFEST))
 
 
-def export(artifact: Path, out: Path, format: str, options: dict[str, Any], *, verify: bool = True) -> list[Path]:
+def export(
+    artifact: Path, out: Path, format: str, options: dict[str, Any], *, verify: bool = True, check: bool = True
+) -> list[Path]:
     """Write one more format of a finished artifact and verify it if ``verify``; returns its files.
 
+    Args:
+        artifact: its folder, or the run folder.
+        out: folder to write.
+        format: name of the exporter.
+        options: of the exporter.
+        verify: open the export in its runtime and compare it with the artifact.
+        check: compare the artifact's files with their digests first.
+
     Raises:
+        ArtifactError: a file of the artifact is missing or damaged.
         RecipeError: unknown exporter or options, or ``out`` exists.
         ExportError: it cannot be written, or its runtime disagrees.
     """
     if out.exists():
         raise RecipeError(f"--out {out}: exists; choose another place")
-    model = Artifact.open(artifact)
+    model = Artifact.open(artifact, check=check)
     exporter = exporter_named(format)
     item = PlannedExport(out.name, format, exporter, checked_options(exporter, options), verify)
     problems = exporter.check(model.config, model.grids, item.options)
     if problems:
         raise RecipeError(problems)
     raise_absent_packages([item])
-    if needs_cache_ranges([item]) and not (model.root / RANGES).exists():
+    if needs_cache_ranges([item]) and RANGES not in model.manifest["files"]:
         text = recipe_of(model)
         tokens = tokens_of(text, model)
         note_cache_ranges(model, tokens, precision=text.calibration.precision)
     return [out / file for file in deliver(item, model, out, None)["files"]]
 
 
-def bench_exports(paths: list[Path], against: list[Path], loads: list[dict[str, int]], **settings: Any) -> str:
+def bench_exports(
+    paths: list[Path], against: list[Path], loads: list[dict[str, int]], *, check: bool = True, **settings: Any
+) -> str:
     """Measure export folders in turns, and graphs of other programs beside them; a table for each load.
 
     Args:
         paths: folders that flatq wrote.
         against: folders with someone else's decoder graph.
         loads: ``prompt``, ``new_tokens`` and ``batch`` of each table.
+        check: compare the exports' files with their digests first.
         settings: the other keys of a recipe's ``bench``.
     """
-    entries = {}
-    for path in paths:
-        item, artifact = reopened(path)
-        entries[str(path)] = (item, path)
+    entries = {str(path): (reopened(path, check=check)[0], path) for path in paths}
+    vocab = min(description_of(path, check=False).vocab for path in paths)
     entries |= {str(path): (foreign(path), path) for path in against}
-    vocab = Artifact.open(artifact).config.vocab
     tables = []
     for load in loads:
         spec = BenchSpec.model_validate({**settings, **load})
@@ -148,6 +160,7 @@ def evaluate_tasks(
     out: Path | None,
     dense: bool,
     provider: str,
+    check: bool = True,
 ) -> str:
     """Tasks of lm-eval for a model and the dense model that it was made from, as a table.
 
@@ -156,7 +169,7 @@ def evaluate_tasks(
     """
     wanted = tasks_wanted(names, suite)
     require_lm_eval()
-    subjects, beside = subjects_of(model, provider=provider, dense=dense)
+    subjects, beside = subjects_of(model, provider=provider, dense=dense, check=check)
     return task_table(run_tasks(subjects, wanted, out or beside, limit=limit, folder=folder))
 
 
@@ -168,24 +181,38 @@ def compare(paths: list[Path], figure: Path | None) -> str:
     """
     entries = [entry for path in paths for entry in entries_of(path)]
     if figure is not None:
+        from flatq.evaluate.figure import draw  # imports matplotlib, which no other command needs
+
         draw(entries, figure)
     return comparison(entries)
 
 
 def generate(
-    path: Path, prompt: str, *, new_tokens: int, temperature: float, seed: int, chat: bool, provider: str
+    path: Path,
+    prompt: str,
+    *,
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+    chat: bool,
+    provider: str,
+    check: bool = True,
 ) -> Iterator[str]:
-    """Text from an export in its runtime, or from an artifact in torch."""
+    """Text from an export in its runtime, or from an artifact in torch.
+
+    Raises:
+        ArtifactError: a file is missing or damaged; not looked for if ``check`` is false.
+    """
     runner: Runner
-    if (path / "export.json").exists():
-        runner = opened(path, provider)
-        artifact = Artifact.open(reopened(path)[1])
+    if (path / DESCRIPTION).exists():
+        described = description_of(path, check=check)
+        tokenizer, ends = tokenizer_of(path, described, check=check), described.token_ids.get("eos_token_id")
+        runner = opened(path, provider, check=False)
     else:
-        artifact = Artifact.open(path)
+        artifact = Artifact.open(path, check=check)
+        tokenizer, ends = tokenizer_in(artifact.root), artifact.settings.get("eos_token_id")
         runner = DecoderRunner(artifact)
-    ends = artifact.settings.get("eos_token_id")
     eos = set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set[int]()
-    tokenizer = tokenizer_in(artifact.root)
     return stream(
         runner, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed, eos=eos, chat=chat
     )

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 LAYERS = 3
+CACHE = tempfile.TemporaryDirectory(prefix="flatq-cache-")
+os.environ["FLATQ_CACHE"] = CACHE.name  # what tests verified is not remembered in the user's own cache
 FLAT = {"flat": {"keep_ratio": 0.8, "rank_multiple": 4, "width_multiple": 16}}
 GPTQ = {"gptq": {"bits": 4, "group_size": 16, "embedding": {"bits": 8, "group_size": 32}}}
 ONNX = [

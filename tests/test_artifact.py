@@ -90,7 +90,7 @@ def test_damaged_papers_are_told_in_words(artifact: Artifact, file: str) -> None
 def test_an_index_that_points_out_of_the_folder_is_refused(artifact: Artifact, shard: str) -> None:
     (artifact.root / INDEX).write_text(json.dumps({"weight_map": {"embed.weight": shard}}))
     with pytest.raises(ArtifactError, match="not a plain file name"):
-        Artifact.open(artifact.root)
+        Artifact.open(artifact.root, check=False)
 
 
 def test_a_tensor_that_is_not_there_is_told(artifact: Artifact) -> None:

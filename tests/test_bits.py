@@ -102,7 +102,7 @@ def test_overrides_stay_out_of_the_choice_and_count_in_the_average() -> None:
 def test_an_average_below_what_the_choices_give_is_objected_to(settings: dict[str, Any]) -> None:
     (problem,) = objections(CONFIG, spec(**settings))
     assert "cannot be reached" in problem
-    assert "choose more" in problem
+    assert "choose a higher average" in problem
 
 
 def test_exporters_hear_of_every_choice_before_anything_is_measured() -> None:

@@ -17,7 +17,7 @@ from flatq.cli import app, parse_options, summary
 from flatq.errors import RecipeError
 from flatq.recipe.grammar import Recipe, json_schema
 
-VERBS = ["run", "check", "plan", "export", "bench", "eval", "compare", "generate", "ls", "doctor", "schema"]
+VERBS = ["run", "check", "plan", "export", "verify", "bench", "eval", "compare", "generate", "ls", "doctor", "schema"]
 GOOD = "version: 1\nmodel: a/b\nstages: [{flat: {keep_ratio: 0.7}}, {gptq: {}}]\nexports: [{onnx: {name: mine}}]\n"
 BAD = "version: 1\nmodel: a/b\nstages: [{flat: {keep_ratio: 70}}, {gptq: {'[b]its': 4}}]\n"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from flatq.errors import RecipeError
-from flatq.evaluate.compare import ABSENT, HELD_OUT, comparison, draw, entries_of
+from flatq.evaluate.compare import ABSENT, HELD_OUT, comparison, entries_of
+from flatq.evaluate.figure import draw
 from flatq.evaluate.tasks import TaskResult, Value
 from flatq.files import write_json
 from tests.conftest import flatq

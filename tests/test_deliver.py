@@ -11,7 +11,8 @@ import torch
 
 from flatq.artifact import Artifact
 from flatq.errors import ArtifactError, ExportError, RecipeError
-from flatq.export.deliver import DESCRIPTION, deliver, opened, reopened, side_by_side
+from flatq.export.deliver import deliver, opened, reopened, side_by_side
+from flatq.export.folder import DESCRIPTION
 from flatq.export.planned import PlannedExport, planned_exports
 from flatq.export.protocols import exporter_named
 from flatq.model.grid import Grid
@@ -95,7 +96,8 @@ def test_what_a_killed_export_left_is_replaced(artifact: Artifact, tmp_path: Pat
 def test_a_folder_that_is_no_export(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / DESCRIPTION).write_text(content)
-    with pytest.raises(ArtifactError, match="no export folder of flatq"):
+    fault = "no export folder of flatq" if content is None else r"export\.json: is damaged"
+    with pytest.raises(ArtifactError, match=fault):
         reopened(tmp_path)
 
 

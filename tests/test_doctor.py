@@ -33,5 +33,5 @@ def test_a_missing_runtime_comes_with_the_way_to_install_it(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("free", "warns"), [(0, True), (3_999_999_999, True), (4_000_000_000, False)])
-def test_scarce_room_is_a_warning(free: int, warns: bool) -> None:
-    assert doctor._room("memory", free, 8_000_000_000, "use less").startswith("!") == warns
+def test_little_free_space_is_a_warning(free: int, warns: bool) -> None:
+    assert doctor._free("memory", free, 8_000_000_000, "use less").startswith("!") == warns

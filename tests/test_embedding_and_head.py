@@ -83,7 +83,7 @@ def test_a_solve_that_breaks_down_is_told(tmp_path: Path) -> None:
     with torch.inference_mode():
         moment.total[0, 0, 1] = moment.total[0, 1, 0] = 10  # no second moment
     said = save_last(TIED, grids_of(TIED), moment, SPEC, tmp_path)
-    assert said["notes"] == ["head: every damping failed, rounded to nearest"]
+    assert said["notes"] == ["head: GPTQ failed with every damping, rounded to nearest"]
 
 
 def test_a_run_killed_before_the_head_ends_with_the_same_bytes(

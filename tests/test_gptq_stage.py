@@ -86,7 +86,7 @@ def test_a_correction_changes_the_codes_behind_the_first_block_only(tmp_path: Pa
 def test_a_correction_needs_a_walk_that_measures_what_to_correct(tmp_path: Path) -> None:
     weights, spec = RandomWeights(tiny_config()), GptqSpec(group_size=16, correction=0.5)
     block = next(walk(weights, TOKENS, tmp_path, lambda _: None, execution=EXACT, reference=True))
-    with pytest.raises(ValueError, match="not measured what to correct"):
+    with pytest.raises(ValueError, match="not measured the drift to correct"):
         GptqStage(spec, planned_grids(weights.config, spec)).apply(block)
 
 
@@ -128,9 +128,9 @@ def test_a_weight_that_is_not_finite_is_named_whatever_the_threads(tmp_path: Pat
     ("correlation", "words"),
     [
         (0.5, []),
-        (1.05, ["o: needed damping 0.1"]),
-        (1.5, ["o: needed damping 1"]),
-        (3.0, ["o: every damping failed, rounded to nearest"]),
+        (1.05, ["o: damping was increased to 0.1"]),
+        (1.5, ["o: damping was increased to 1"]),
+        (3.0, ["o: GPTQ failed with every damping, rounded to nearest"]),
     ],
 )
 def test_a_solve_that_breaks_down_is_told_and_only_this_linear_is_rounded_to_nearest(
@@ -157,4 +157,4 @@ def test_input_channels_that_never_carried_anything_are_counted_in_the_notes(tmp
     for block in walk(weights, TOKENS, tmp_path, lambda _: None, execution=EXACT):
         stage.apply(block)
         notes += block.notes
-    assert notes == ["down: 2 input columns never carried anything"]
+    assert notes == ["down: 2 input columns were always 0"]

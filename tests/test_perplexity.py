@@ -99,7 +99,7 @@ def test_nothing_to_predict_is_an_error(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("token", [-1, 128])
 def test_a_token_outside_the_vocabulary_is_an_error(token: int) -> None:
-    with pytest.raises(RecipeError, match="the model knows 0 to 127"):
+    with pytest.raises(RecipeError, match="the model's vocabulary is 0 to 127"):
         final_hidden(RandomWeights(tiny_config()), torch.tensor([[0, token]]))
 
 

@@ -141,7 +141,7 @@ def test_the_digest_changes_with_every_value(old: str, new: str) -> None:
         ("stages: [{flat: {keep_ratio: 1, rank_multiple: 0}}]", "a whole number in [1, 256]"),
         ("stages: [{flat: {keep_ratio: 1, rank_multiple: 257}}]", "a whole number in [1, 256]"),
         ("stages: [{flat: {keep_ratio: 1, ridge: 0}}]", "a number > 0"),
-        ("stages: [{flat: {keep_ratio: 1, uniform: true, allocation: iprs}}]", "flat.uniform: the same widths"),
+        ("stages: [{flat: {keep_ratio: 1, uniform: true, allocation: iprs}}]", "flat.uniform: iprs allocates by layer"),
         ("stages: [{flat: {keep_ratio: 1, values: all}}]", "'all' is not allowed; one of output, pca, whole"),
         ("stages: [{gptq: {groupsize: 1}}]", "gptq.groupsize: unknown key; did you mean 'group_size'? allowed: bits, "),
         ("stages: [{gptq: {bits: 5}}]", "5 is not allowed; one of 2, 3, 4, 8"),
@@ -160,11 +160,11 @@ def test_the_digest_changes_with_every_value(old: str, new: str) -> None:
         ("stages: [{gptq: {}}, {flat: {keep_ratio: 1}}]", "stages[1]: flat comes after gptq"),
         (
             "stages: [{flat: {keep_ratio: 0.8}}, {gptq: {correction: 0.5}}]",
-            "stages[1].gptq.correction: the flat stage takes back 0.5 of the drift from the dense model already; leave",
+            "stages[1].gptq.correction: the flat stage already corrects 0.5 of the error with respect to",
         ),
         (
             "stages: [{flat: {keep_ratio: 0.8, method: paper, correction: 0.1}}, {gptq: {correction: 1}}]",
-            "takes back 0.1 of the drift from the dense model already",
+            "already corrects 0.1 of the error with respect to the dense",
         ),
         ("stages: [{gptq: {correction: 1.5}}]", "1.5 is not allowed; a number in [0, 1]"),
         ("stages: [{gptq: {}}, {gptq: {}}]", "stages[1]: a second gptq stage; keep one"),

@@ -116,7 +116,7 @@ def report() -> Report:
         ],
         recipe_text="# as it was written\nversion: 1\n",
         layers=[layer(index) for index in range(30)],
-        head=HeadReport(error=0.0123, notes=["head: needed damping 0.1"]),
+        head=HeadReport(error=0.0123, notes=["head: damping was increased to 0.1"]),
         exports=[export("onnx", 74_100_000), export("onnx-gqa", 74_300_000), export("safetensors", 81_000_000, False)],
         bench=[
             speeds("baseline", 41.2, 512.0, 1.21e9),

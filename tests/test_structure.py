@@ -18,9 +18,9 @@ NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gpt
 WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.units"]
 # From top to bottom: a folder (or file) imports only what stands below it, or itself.
 FLOORS = [
-    "cli", "verbs", "evaluate", "doctor", "pipeline", "plan", "stages", "report", "job", "compress", "export",
-    "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "model", "recipe", "machine", "units",
-    "linalg", "files", "errors",
+    "cli", "verbs", "evaluate", "doctor", "pipeline", "plan", "stages", "report", "integrity", "job", "compress",
+    "export", "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "model", "recipe", "machine",
+    "units", "linalg", "digests", "files", "errors",
 ]  # fmt: skip
 ENTRIES = ("__init__", "__main__")  # the package itself, which names things of every floor
 MOST_LINES, MOST_FUNCTION_LINES = 350, 60

@@ -181,7 +181,7 @@ def test_a_local_task_runs_through_dense_artifact_and_onnx(
 
 def test_gguf_runs_the_task_too(lm_eval: None, exported_run: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (make llamacpp)")
-    made = flatq("export", exported_run[1], "--out", tmp_path / "gguf", "--format", "gguf", "-o", "precision=F32")
+    made = flatq("export", exported_run[1], "--out", tmp_path / "gguf", "--format", "gguf", "-o", "precision=f32")
     assert made.exit_code == 0, made.stderr
     [gguf], _ = subjects_of(str(tmp_path / "gguf"), dense=False)
     [artifact], _ = subjects_of(str(exported_run[1]), dense=False)

@@ -55,8 +55,8 @@ class OnnxExporter(Exporter):
 
     def dense(self, options: OnnxOptions) -> OnnxOptions:
         """The same graph with plain weights in a file of their own: written one by one, never all in memory."""
-        floats = {"cache_type": "float", "prompt_branch": "attention"}
-        return options.model_copy(update={"precision": options.activations, "external_data_above": 0, **floats})
+        plain = {"precision": options.activations, "cache_type": "float", "external_data_above": 0}
+        return options.model_copy(update=plain)
 
     def needs_cache_ranges(self, options: OnnxOptions) -> bool:
         """See ``flatq.export.Exporter.needs_cache_ranges``."""

@@ -7,10 +7,6 @@ onnxruntime reads the cache as it lies for one row with factor 1 (hence the scal
 panels first for more. That is why it beats GroupQueryAttention, which does the latter once per query head. Whoever
 runs it makes the caches and says where the new tokens go.
 
-``ReducedByToken`` is the same over a cache in which a token's heads lie side by side, as projections give them: no
-Reshape and no Transpose on the way in and out. Small models, which wait for nodes, decode faster with it; a large or
-a long cache is read more slowly, in pieces of one head of one token.
-
 ``Grouped`` is onnxruntime's GroupQueryAttention, with one head size for keys and values and the cache that other
 programs expect. Value heads are filled up to the key's width with zero rows in the packed projection (a product
 with a few more rows costs less than a Pad node and its copies), and a Slice drops the empty columns from the
@@ -27,7 +23,7 @@ heads, kv key/value heads, g query heads per key head, d d_qk, r d_v.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -54,10 +50,6 @@ class Attention(Protocol):
         """Shapes of a layer's keys and values in the cache."""
         ...
 
-    def around(self, draw: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-        """The whole decoder's outputs, as ``draw`` draws them: in one go, or in branches of the graph."""
-        ...
-
     def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
         """Normed stream [b, s, m] -> (heads' output [b, s, h * r], present keys, present values)."""
         ...
@@ -70,10 +62,6 @@ class _Drawing:
 
     def __init__(self, builder: Builder, linears: Linears, config: DecoderConfig) -> None:
         self.builder, self.linears, self.config = builder, linears, config
-
-    def around(self, draw: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-        """See ``Attention.around``."""
-        return draw()
 
     def reshaped(self, x: Any, name: str, sizes: Sequence[int], shape: Dims) -> Any:
         """``x`` in another shape; 0 keeps a size, -1 takes what is left."""
@@ -174,31 +162,6 @@ class Reduced(_Drawing):
         """[b, s, heads * width] -> [b, heads, s, width]."""
         split = self.split_heads(x, heads, width)
         return self.builder.op("Transpose", [split], ["batch", heads, "sequence", width], perm=[0, 2, 1, 3])
-
-
-class ReducedByToken(Reduced):
-    """The same with a token's heads side by side in the cache, [b, t, kv * d] and [b, t, kv * r]."""
-
-    def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
-        """See ``Attention.cache``."""
-        tokens: Dims = ["batch", self.past]
-        return [*tokens, dims.kv_heads * dims.d_qk], [*tokens, dims.kv_heads * dims.d_v]
-
-    def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """See ``Attention.mix``."""
-        dims = self.config.layers[index]
-        pair, value = self._projected(x, index)
-        query, key = self.linears.split(pair, [count * dims.d_qk for count in (dims.heads, dims.kv_heads)])
-        keys, values = self._written(past, (key, value), dims, axis=1)
-        mixed = self.builder.op(
-            "Attention",
-            [query, keys, values, self._at.mask],
-            [*TOKENS, dims.heads * dims.d_v],
-            scale=1.0,
-            q_num_heads=dims.heads,
-            kv_num_heads=dims.kv_heads,
-        )
-        return mixed, keys, values
 
 
 class Grouped(_Drawing):

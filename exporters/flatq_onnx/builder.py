@@ -43,7 +43,6 @@ class Builder:
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._nodes: list[Any] = []
-        self._outermost = self._nodes
         self._initializers: dict[str, Any] = {}
         self._taken: dict[str, int] = {}
         self._domains = {"": opset}
@@ -123,14 +122,6 @@ class Builder:
         branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
         values = branches["then_branch"].outputs
         return self.ops("If", [condition], [v.shape for v in values], dtype=[v.dtype for v in values], **branches)
-
-    def outside(self, draw: Callable[[], Any]) -> Any:
-        """What ``draw`` draws, in front of all branches, so that each of them can use it."""
-        inside, self._nodes = self._nodes, self._outermost
-        try:
-            return draw()
-        finally:
-            self._nodes = inside
 
     def _branch(self, draw: Callable[[], Sequence[Any]]) -> Any:
         """What ``draw`` draws as a graph of its own, which sees all values of this one."""

@@ -121,12 +121,10 @@ class Cache:
         room = min(self.capacity, -(-(needed + needed // 8) // STEP) * STEP)
         self._valid = np.pad(self._valid, ((0, 0), (0, room - self.room)))
         if self._contract.growth != "returned":
-            axis = 1 if self._contract.cache_layout == "tokens" else 2
             for name, shape in self._shapes(room):
                 wider = np.zeros(shape, self._contract.cache_number)
                 if self.length:
-                    held = (slice(None),) * axis + (slice(self.length),)
-                    wider[held] = self._buffers[name].numpy()[held]
+                    wider[:, :, : self.length] = self._buffers[name].numpy()[:, :, : self.length]
                 self._buffers[name] = _value(wider, self._device)
                 self._binding.bind_ortvalue_input(f"past_key_values.{name}", self._buffers[name])
                 self._binding.bind_ortvalue_output(f"present.{name}", self._buffers[name])
@@ -177,13 +175,8 @@ def empty_cache(contract: Contract, batch: int, positions: int) -> dict[str, NDA
 
 def cache_shapes(contract: Contract, batch: int, positions: int) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of each cache tensor, in the graph's order."""
-
-    def shape(heads: int, width: int) -> tuple[int, ...]:
-        by_token = contract.cache_layout == "tokens"
-        return (batch, positions, heads * width) if by_token else (batch, heads, positions, width)
-
     return [
-        (f"{index}.{part}", shape(layer.heads, width))
+        (f"{index}.{part}", (batch, layer.heads, positions, width))
         for index, layer in enumerate(contract.cache)
         for part, width in (("key", layer.key_width), ("value", layer.value_width))
     ]

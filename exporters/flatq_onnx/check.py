@@ -73,14 +73,10 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
     found = []
     if options.left_padding and options.attention == "reduced":
         found.append("onnx: left_padding is an option of attention: gqa; reduced always handles it, so leave it out")
-    if options.cache_layout == "tokens" and options.attention != "reduced":
-        found.append("onnx: cache_layout: tokens is an option of attention: reduced; leave it out, or use reduced")
     if options.context_length is not None and not options.fused_rope:
         found.append("onnx: context_length only matters where rotary tables are stored (attention: gqa); leave it out")
     if options.cache_type == "int8":
         found += _int8_objections(options)
-    elif options.prompt_branch == "model":
-        found.append("onnx: prompt_branch: model is an option of cache_type: int8; leave it out, or use int8")
     head_sizes = sorted({dims.d_qk for dims in config.layers})
     if len(head_sizes) > 1:
         found.append(f"onnx: layers have different d_qk {head_sizes}; one rotary table serves all, so keep d_qk equal")

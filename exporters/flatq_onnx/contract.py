@@ -23,7 +23,7 @@ MOBILE = "model.ort"
 
 
 class CacheShape(BaseModel):
-    """One layer's cache: keys [b, heads, t, key_width], values [b, heads, t, value_width]; see ``cache_layout``."""
+    """One layer's cache: keys [b, heads, t, key_width], values [b, heads, t, value_width]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +40,6 @@ class Contract(BaseModel):
         growth: how past becomes present. ``fixed``: both are one buffer with room for more than it holds, the mask is
             as long as the buffer, and so all shapes stay as they are; ``shared``: the same, but the mask ends at the
             last token; ``returned``: present is a new tensor, longer than past.
-        cache_layout: ``tokens`` if a token's heads lie side by side, [b, t, heads * width].
         float_type: of logits, and of the cache unless ``cache_type`` is int8.
         context_length: positions that the graph can place; None is no limit of the graph.
         token_ids: the model's bos, eos and pad ids as its own configuration has them.
@@ -49,13 +48,12 @@ class Contract(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
+    schema_version: Literal[2] = 2
     model: str = MODEL
     attention: str
     precision: str
     left_padding: bool
     growth: Literal["fixed", "shared", "returned"]
-    cache_layout: Literal["heads", "tokens"] = "heads"
     float_type: Literal["float32", "float16"]
     cache_type: Literal["float", "int8"] = "float"
     context_length: int | None
@@ -80,7 +78,6 @@ class Contract(BaseModel):
             precision=options.precision,
             left_padding=not options.fused_rope,
             growth="fixed" if reduced or options.fused_rope else "shared",
-            cache_layout=options.cache_layout,
             float_type="float16" if options.activations == "fp16" else "float32",
             cache_type=options.cache_type,
             context_length=(options.context_length or config.max_positions) if options.fused_rope else None,
@@ -126,4 +123,6 @@ class Contract(BaseModel):
         except FileNotFoundError as missing:
             raise ExportError(f"{path} is missing; give the folder that the onnx exporter wrote") from missing
         except (json.JSONDecodeError, ValidationError) as damaged:
-            raise ExportError(f"{path} is damaged ({damaged}); export the model again") from damaged
+            raise ExportError(
+                f"{path} is damaged or of another version of flatq ({damaged}); export the model again"
+            ) from damaged

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from flatq.export import DecoderConfig, Grid
-from flatq_onnx.attention import Attention, Grouped, Reduced, ReducedByToken
+from flatq_onnx.attention import Attention, Grouped, Reduced
 from flatq_onnx.builder import FLOAT, FLOAT16, INT64, MICROSOFT, Builder, Dims, ints
 from flatq_onnx.int8_cache import QuantizedGrouped
 from flatq_onnx.linears import TOKENS, Linears, Part, Read
@@ -69,7 +69,7 @@ class _Sheet:
         attention = self._attention(tokens, valid)
         pasts = [self._past(attention, index) for index in range(len(config.layers))]
         first = build.optional_input("logits_from", ints(-1 if self.options.last_logits_only else 0))
-        outputs = attention.around(lambda: self._decoder(attention, tokens, pasts, first))
+        outputs = self._decoder(attention, tokens, pasts, first)
         parts = [f"{index}.{part}" for index in range(len(pasts)) for part in ("key", "value")]
         for value, name in zip(outputs, ["logits", *(f"present.{part}" for part in parts)], strict=True):
             build.output(value, name)
@@ -91,11 +91,10 @@ class _Sheet:
     def _attention(self, tokens: Any, valid: Any) -> Attention:
         parts = self.builder, self.linears, self.config, tokens, valid
         if self.options.attention == "reduced":
-            return (ReducedByToken if self.options.cache_layout == "tokens" else Reduced)(*parts)
+            return Reduced(*parts)
         limit = self.options.context_length or self.config.max_positions
         if self.options.cache_type == "int8":
-            branch = self.options.prompt_branch
-            return QuantizedGrouped(*parts, positions=limit, ranges=self.ranges, branch=branch)
+            return QuantizedGrouped(*parts, positions=limit, ranges=self.ranges)
         return Grouped(*parts, positions=limit if self.options.fused_rope else None)
 
     def _past(self, attention: Attention, index: int) -> tuple[Any, Any]:

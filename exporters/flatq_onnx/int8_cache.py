@@ -6,15 +6,15 @@ as slow as with floats, because it decodes the cache anew for every query. So a 
 token) takes another branch: attention among its own tokens as they are, unrounded, whose keys and values are then
 rounded into the cache. Both branches round alike, so the cache is the same.
 
-A branch costs a token some microseconds in every layer. ``prompt_branch: model`` has one around the whole decoder
-instead; onnxruntime then packs every weight twice, once for each side.
+The branch is in every layer, which costs a token some microseconds each. One branch around the whole decoder was
+about 4 % faster and made onnxruntime hold every weight twice (docs/decisions/0030).
 
 Value heads are as wide as the keys' in the cache; their empty columns are zeros, a byte each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,33 +35,19 @@ class QuantizedGrouped(Grouped):
     Args:
         parts: what ``Grouped`` takes.
         ranges: see ``flatq.calibration.cache_ranges``.
-        branch: see ``OnnxOptions.prompt_branch``.
         settings: what ``Grouped`` takes.
     """
 
     kept = INT8
 
-    def __init__(self, *parts: Any, ranges: Mapping[str, Tensor], branch: str, **settings: Any) -> None:
+    def __init__(self, *parts: Any, ranges: Mapping[str, Tensor], **settings: Any) -> None:
         super().__init__(*parts, **settings)
-        self._ranges, self._branch = ranges, branch
-        self._reads_prompt: bool | None = None  # of the branch that is being drawn; None outside
+        self._ranges = ranges
         self._new = length(self.builder, self._tokens, 1)
         new = self.builder.op("Squeeze", [self._new, self.builder.constant("const.0", ints(0))], [], dtype=INT64)
         several = self.builder.op("Greater", [new, self.builder.constant("scalar.1", np.array(1))], [], dtype=BOOL)
         whole = self.builder.op("Equal", [new, self._end], [], dtype=BOOL)
         self._prompt = self.builder.op("And", [several, whole], [], dtype=BOOL)
-
-    def around(self, draw: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-        """See ``Attention.around``."""
-        if self._branch == "attention":
-            return draw()
-
-        def reading(prompt: bool) -> Sequence[Any]:
-            self._reads_prompt = prompt
-            return draw()
-
-        outputs: Sequence[Any] = self.builder.either(self._prompt, lambda: reading(True), lambda: reading(False))
-        return outputs
 
     def _attended(self, new: Sequence[Any], index: int, past: Sequence[Any]) -> Sequence[Any]:
         """See ``Grouped``."""
@@ -75,8 +61,6 @@ class QuantizedGrouped(Grouped):
         def token() -> Sequence[Any]:
             return self._node(new, index, past, scales)
 
-        if self._reads_prompt is not None:
-            return prompt() if self._reads_prompt else token()
         outputs: Sequence[Any] = self.builder.either(self._prompt, prompt, token)
         return outputs
 

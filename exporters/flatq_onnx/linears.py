@@ -191,7 +191,7 @@ class Linears:
         if self.builder.float_type == FLOAT16:
             return stored
         if name not in self._widened:
-            self._widened[name] = self.builder.outside(lambda: self.builder.op("Cast", [stored], shape, to=FLOAT))
+            self._widened[name] = self.builder.op("Cast", [stored], shape, to=FLOAT)
         return self._widened[name]
 
     def _bias(self, name: str, parts: tuple[Part, ...], rows: int) -> Any:

@@ -32,8 +32,6 @@ class OnnxOptions(BaseModel):
         attention: ``reduced`` has a value cache as narrow as the model's value heads, written in place, and is right
             for left- and right-padded batches. ``gqa`` is onnxruntime's GroupQueryAttention, whose value heads are as
             wide as the keys' (missing columns are zero): the usual cache shape, which other programs expect.
-        cache_layout: only for ``reduced``: ``heads`` [b, kv, t, width], or ``tokens`` [b, t, kv * width], which decodes
-            faster on a CPU if the model is small and the context a few hundred tokens, and slower else.
         precision: ``fp32``, ``fp16``, or ``int4`` for MatMulNBits nodes that hold the artifact's own codes, whatever
             their bits (the name is that of the usual case); linears without a grid stay plain.
         activations: type of all numbers that are not codes, the cache included.
@@ -41,9 +39,6 @@ class OnnxOptions(BaseModel):
         cache_type: ``int8`` keeps keys and values in 8 bits, one scale per channel, measured on calibration text: a
             quarter of the memory, and faster decoding the longer the context. Only for ``gqa`` without
             ``left_padding``, on a CPU. ``float`` is the type of ``activations``.
-        prompt_branch: only with ``cache_type: int8``, which reads prompts in another way than tokens: ``attention``
-            branches in every layer; ``model`` once around all layers, which decodes a small model's tokens faster but
-            makes onnxruntime hold the weights twice.
         left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, so that left-padded
             batches are right. Without it a padded batch must be padded on the right.
         last_logits_only: whether a program that does not set the input ``logits_from`` gets the last position's
@@ -57,13 +52,11 @@ class OnnxOptions(BaseModel):
 
     target: Literal["ort", "genai", "optimum", "cuda", "mobile"] = "ort"
     attention: Literal["reduced", "gqa"] = "reduced"
-    cache_layout: Literal["heads", "tokens"] = "heads"
     precision: Literal["fp32", "fp16", "int4"] = "int4"
     activations: Literal["fp32", "fp16"] = "fp32"
     accuracy_level: Literal[0, 1, 4] = 4
     left_padding: bool = False
     cache_type: Literal["float", "int8"] = "float"
-    prompt_branch: Literal["attention", "model"] = "attention"
     last_logits_only: bool = False
     context_length: int | None = Field(default=None, ge=1)
     external_data_above: int = Field(default=1_500_000_000, ge=0, le=1_500_000_000)

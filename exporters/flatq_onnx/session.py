@@ -23,7 +23,6 @@ import onnx
 import onnxruntime as ort
 
 from flatq.export import ExportError
-from flatq_onnx.writing import convert
 
 logger = logging.getLogger(__name__)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -177,6 +176,8 @@ def _with_float_activations(path: Path) -> bytes:
     """The graph with every MatMulNBits at accuracy level 0; weights in a file of their own stay there."""
     if path.suffix == ".ort":
         with tempfile.TemporaryDirectory() as folder:
+            from flatq_onnx.writing import convert  # imports onnx_ir, which the other uses of a session do without
+
             plain = Path(folder) / "model.onnx"
             convert(path, plain, "ONNX")
             return _with_float_activations(plain)

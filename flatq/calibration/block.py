@@ -1,4 +1,4 @@
-"""Half a layer with its inputs for all calibration tokens: what a stage observes and changes."""
+"""A block (attention or MLP of one layer) with its inputs for all calibration tokens; stages observe and change it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flatq.machine.precision import blocks_in, forward_precision
 from flatq.model.decoder import DecoderLayer, LayerDims, Positions
 from flatq.model.grid import QuantizedWeight
 
-MOMENTS = frozenset(("input", "values", "inner"))  # all that a block can observe
+MOMENTS = frozenset(("input", "values", "inner"))  # all second moments that a block can measure
 
 
 @dataclass
 class Block:
-    """Half a layer with its inputs; stages change ``layer`` and ``grams`` together."""
+    """Attention or MLP of one layer with its inputs; stages change ``layer`` and ``grams`` together."""
 
     index: int
     half: str
@@ -43,7 +43,7 @@ class Block:
 
     @property
     def place(self) -> str:
-        """For messages, e.g. ``layer 7 attention``."""
+        """Name for messages, such as ``layer 7 attention``."""
         return f"layer {self.index} {self.half}"
 
     @property
@@ -52,13 +52,17 @@ class Block:
         return self.layer.config.layers[self.index]
 
     def observe(self) -> dict[str, Gram]:
-        """Grams of the block as it is now, measured once.
+        """Measure the Grams of the block over all calibration tokens; the first call measures, later calls reuse.
 
-        ``input`` [d_model] feeds q, k, v or gate, up; ``inner`` feeds o [heads * d_v] or down [d_ff]; ``values``
-        [kv_heads blocks of d_v] are the value heads; only those in ``moments`` are measured. With a reference, an MLP's
-        ``drift`` [inner, d_model] is the sum of ``inner^T (y_dense - y)`` over tokens, where y is its output as it is
-        now; if ``inputs`` are wanted, attention's, too, and ``lag`` [d_model, d_model], the sum of ``input^T
-        (input_dense - input)``. With an ``out``, the block's outputs are there afterwards.
+        ``input`` [d_model] is the input of q, k, v or gate, up; ``inner`` is the input of o [heads * d_v] or down
+        [d_ff]; ``values`` [kv_heads blocks of d_v] are the value heads. Only those in ``moments`` are measured. With a
+        reference, ``drift`` [inner, d_model] of an MLP is the sum of ``inner^T (y_dense - y)`` over tokens, where y is
+        the output of the current block. With ``reference.inputs``, ``drift`` is also measured for attention, and so is
+        ``lag`` [d_model, d_model], the sum of ``input^T (input_dense - input)``. If ``out`` is set, the block's outputs
+        are written to it.
+
+        Raises:
+            NumericsError: an activation or a second moment is not finite.
         """
         if not self.grams:
             self.together("observe")
@@ -69,10 +73,10 @@ class Block:
                     gram.gather()
                     if not gram.finite:
                         raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
-                    gram.move(solver_of(self.device))
+                    gram.to(solver_of(self.device))
             self.layer.to(solver_of(self.device))
             if self.drift is not None:
-                # What the block itself gives is known from the Gram: no second look at the tokens.
+                # The block's own output follows from the Gram, so no second pass over the tokens is needed.
                 known = self.grams["inner"].total[0] @ self._last.weight.T
                 self.drift = distributed.all_reduce(self.drift).to(known.device) - known
             if self.lag is not None:
@@ -81,21 +85,21 @@ class Block:
 
     @property
     def _last(self) -> nn.Linear:
-        """What reads the inner activation."""
+        """The linear that reads the inner activation: o or down."""
         return self.layer.o if self.half == "attention" else self.layer.down
 
     @property
     def _first(self) -> Callable[[Tensor], Tensor]:
-        """What makes the inputs of the first linears."""
+        """The norm in front of the first linears."""
         return self.layer.attention_norm if self.half == "attention" else self.layer.mlp_norm
 
     def together(self, what: str) -> None:
-        """Have the other processes do it too; they wait for such a word while the first one's loop body runs."""
+        """Broadcast a command from rank 0; the other processes wait for it while rank 0 runs the loop body."""
         if distributed.first():
             distributed.broadcast(what)
 
     def activations(self, x: Tensor) -> dict[str, Tensor]:
-        """What the linears of the block as it is now meet on a residual stream, float32; names as for ``observe``."""
+        """Inputs of the block's linears for a residual stream [b, s, d_model], float32; names as for ``observe``."""
         layer = self.layer
         with blocks_in(self.precision, self.device):
             found = {"input": self._first(x)}
@@ -135,14 +139,14 @@ class Block:
         self.grams[name].update(x)
 
     def advance(self, out: HiddenStates) -> None:
-        """Send the inputs through the block as it is now."""
+        """Run the current block on all inputs and write its outputs to ``out``."""
         self.layer.to(self.device)
         with forward_precision(self.precision, self.device):
             for batch in self.feed.batches():
                 self._write(self.run(self.feed.states[batch].to(self.device, torch.float32)), batch, out)
 
     def run(self, x: Tensor) -> Tensor:
-        """The block as it is now on the residual stream, [b, s, d_model] -> [b, s, d_model]."""
+        """Run the current block on the residual stream, [b, s, d_model] -> [b, s, d_model]."""
         with blocks_in(self.precision, self.device):
             return self.layer.run(self.half, x, self.positions(x.shape[0]))
 
@@ -157,7 +161,7 @@ class Block:
             raise NumericsError(f"{self.place}: {what} for calibration sample {bad} is not finite; {REMEDY}")
 
     def narrow(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
-        """Replace a linear by one of another shape; the only way to change a width."""
+        """Replace a linear by one of another shape, weight [o, i] and bias [o]; the only way to change a width."""
         rows, columns = weight.shape
         narrowed = nn.Linear(columns, rows, bias=bias is not None, device="meta")
         narrowed.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -166,24 +170,24 @@ class Block:
         setattr(self.layer, linear, narrowed)
 
     def quantize(self, linear: str, weight: QuantizedWeight) -> None:
-        """Put codes in place of a linear's weight; what runs from now on is what the codes decode to."""
+        """Replace a linear's weight by a quantized one; from now on the block runs with the dequantized weight."""
         self.quantized[linear] = weight
         getattr(self.layer, linear).weight = nn.Parameter(weight.dequantize(), requires_grad=False)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Hidden states of the dense model before and after a block, and whether the inputs' lag is wanted, too."""
+    """Hidden states of the dense model before and after a block; ``inputs`` also measures the inputs' lag."""
 
     before: HiddenStates
     after: HiddenStates
     inputs: bool = False
 
     def follow(self, block: Block, batch: slice) -> tuple[Tensor, Tensor]:
-        """Send samples of the dense model through a block that is not changed yet.
+        """Run samples of the dense model through a block that is not changed yet.
 
         Returns:
-            What goes in and what comes out, each [b, s, d_model].
+            Input and output of the block, each [b, s, d_model].
         """
         x = self.before.states[batch].to(block.device, torch.float32)
         y = block.run(x)
@@ -194,7 +198,7 @@ class Reference:
 
 
 def _product(x: Tensor, y: Tensor, so_far: Tensor | None) -> Tensor:
-    """``x^T y`` over all tokens, added to that of earlier batches."""
+    """Add ``x^T y`` over all tokens to the sum of earlier batches, [b, s, i] and [b, s, o] -> [i, o]."""
     if so_far is None:
         so_far = x.new_zeros(x.shape[-1], y.shape[-1])
     return so_far.addmm_(x.flatten(0, 1).T, y.flatten(0, 1))

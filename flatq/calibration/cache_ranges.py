@@ -1,11 +1,10 @@
-"""How large keys and values become, so that a runtime can keep them in 8 bits.
+"""Ranges of keys and values, for runtimes with an int8 KV cache.
 
-A cache of int8 has one scale for each channel of each head, fixed before the first token. A key's channel cannot be
-taken as it is found: the rotary embedding turns it together with its partner by an angle that grows with the position,
-so that what calibration saw at one position comes out elsewhere at another. The pair's length never changes, and is
-what neither of the two can exceed at any position; that is the range of both. Values are not turned.
+An int8 cache has one fixed scale per channel and head. The magnitude of a key's channel depends on the position,
+because the rotary embedding rotates it together with its partner channel. The norm of the pair does not depend on the
+position and bounds both channels at every position; so it is the range of both. Values are not rotated.
 
-The model is the finished one, half a layer in memory at a time, on a part of the calibration text.
+The ranges are measured on the finished model, half a layer in memory at a time, on a part of the calibration text.
 
 Axes: n rows, s positions, m d_model, kv kv_heads, d d_qk, r d_v.
 """
@@ -15,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatq.artifact import RANGES, Artifact, save_shard
+from flatq.artifact import RANGES, Artifact
 from flatq.calibration.block import REMEDY
 from flatq.calibration.half_layers import send_through
 from flatq.calibration.states import embedded
@@ -26,25 +25,25 @@ from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderLayer
 from flatq.model.weights import HALVES, Weights
 
-TOKENS = 8192  # with half as many single tokens suffer, twice as many are no better (docs/decisions/0023)
-ROWS = 4  # that go through a block together
+TOKENS = 8192  # half as many damage single tokens, twice as many are no better (docs/decisions/0023)
+ROWS = 4  # rows per batch
 
 
 def note_cache_ranges(artifact: Artifact, tokens: Tokens, *, precision: str = "auto", device: str = "cpu") -> None:
-    """Measure on the first rows of the calibration text and keep it with the artifact."""
+    """Measure the ranges on the first rows of the calibration text and write them to the artifact's folder."""
     found = cache_ranges(artifact, ranged(tokens.calibration), precision=precision, device=device)
-    save_shard(artifact.root / RANGES, found)
+    artifact.add(RANGES, found)
 
 
 def ranged(calibration: Tensor) -> Tensor:
-    """The rows [n, s] that ranges are measured on, of all calibration tokens."""
+    """The rows [n, s] of the calibration tokens that ranges are measured on."""
     return calibration[: max(1, TOKENS // calibration.shape[1])]
 
 
 def cache_ranges(
     weights: Weights, tokens: Tensor, *, precision: str = "auto", device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Largest magnitudes of keys and values, wherever a token stands.
+    """Largest magnitudes of keys and values, valid at every position.
 
     Args:
         weights: the model that will be deployed.

@@ -1,8 +1,8 @@
-"""What is learnt from calibration tokens: sums that can be taken in parts and merged.
+"""Statistics of calibration tokens: second moments (Grams) and angles.
 
-Both statistics are additive over tokens, so the result does not depend on how the tokens were split over batches
-or processes. Grams are kept as float32 sums of float32 matrix products: measured on SmolLM2 the error against
-float64 is 2e-7 relative, four orders below the damping that every solve adds (docs/decisions/0005).
+Both are sums over tokens, so the result does not depend on how the tokens are split over batches or processes. Grams
+are float32 sums of float32 matrix products: measured on SmolLM2 the relative error against float64 is 2e-7, four orders
+of magnitude below the damping that every solve adds (docs/decisions/0005).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PANEL = 512  # columns of a Gram that are computed together
 
 
 def finite(x: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity: its extremes tell, at a tenth of the time of asking every number."""
+    """Whether a tensor holds neither NaN nor infinity; checking minimum and maximum is ten times as fast."""
     return x.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
@@ -65,20 +65,20 @@ class Gram:
 
     @property
     def finite(self) -> bool:
-        """Whether it holds neither NaN nor infinity: no entry can that the diagonal does not show."""
+        """Whether it holds neither NaN nor infinity; the diagonal is sufficient to check."""
         return bool(torch.isfinite(self._total.diagonal(dim1=1, dim2=2)).all())
 
-    def move(self, device: str) -> None:
-        """Go on on another device."""
+    def to(self, device: str) -> None:
+        """Move the sum to another device, in place."""
         self._total = self._total.to(device)
 
     def gather(self) -> None:
-        """Add up what all processes have seen."""
+        """Sum over all processes, in place."""
         distributed.all_reduce(self.total)
         self.count = int(distributed.all_reduce(torch.tensor(self.count)))
 
     def merge(self, other: Gram) -> Gram:
-        """Gram of both token sets together."""
+        """Gram of the union of both token sets."""
         merged = self._with(self.total + other.total)
         merged.count += other.count
         return merged
@@ -95,12 +95,12 @@ class Gram:
     def congruence(self, decode: Tensor) -> Gram:
         """Gram of ``x R`` for a linear map R, [d, d'] (or [n, d, d'] per block): ``R^T C R``.
 
-        This is how narrowing carries over: no second look at the tokens is needed.
+        It updates the Gram after narrowing, without a second pass over the tokens.
         """
         return self._with(decode.mT.float() @ self.total @ decode.float())
 
     def select(self, index: Tensor) -> Gram:
-        """Gram of some of the features, int64 [d']."""
+        """Gram of the features in ``index``, int64 [d']."""
         return self._with(submatrix(self.total, index))
 
     def _with(self, total: Tensor) -> Gram:
@@ -110,7 +110,7 @@ class Gram:
 
 
 class Angle:
-    """Mean angle between what enters and what leaves a layer, as a share of a half turn.
+    """Mean angle between input and output of a layer, divided by pi.
 
     Source: FLAT-LLM (arXiv 2505.23966), importance of a decoder layer.
     Differs from the authors' code: the cosine is taken row by row instead of as the diagonal of a tokens x tokens
@@ -127,10 +127,10 @@ class Angle:
         self.count += cosine.numel()
 
     def gather(self) -> None:
-        """Add up what all processes have seen."""
+        """Sum over all processes, in place."""
         self.total, count = distributed.all_reduce(torch.tensor([self.total, self.count], dtype=torch.float64)).tolist()
         self.count = int(count)
 
     def mean(self) -> float:
-        """In [0, 1]; 0 for a layer that changes no direction."""
+        """The mean, in [0, 1]; 0 for a layer that does not change the direction of any token."""
         return self.total / max(self.count, 1)

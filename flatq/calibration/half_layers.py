@@ -1,7 +1,7 @@
-"""The loop that everything here shares: every half layer in order, and all text through each of them.
+"""The common loop over a model: all half layers in order, and all text through each of them.
 
-A model that does not fit into memory is read half a layer at a time, so the loop is turned inside out: not "for each
-text, all layers" but "for each half layer, all texts". Each weight is read once.
+A model may not fit into memory, so it is read half a layer (attention or MLP) at a time. The loop runs over half layers
+outside and over texts inside, so that each weight is read once.
 
 Axes: b rows, s positions, m d_model.
 """
@@ -27,13 +27,13 @@ def half_layers(
     backwards: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[int, int, str, DecoderLayer]]:
-    """Every half layer, read when its turn comes: its number, its layer's index, ``attention`` or ``mlp``, and itself.
+    """Read every half layer in order and yield (number, layer index, ``attention`` or ``mlp``, half layer).
 
     Args:
         weights: a source or an artifact.
-        device: where the half layers go.
-        start: number of the first one; those before it are not read.
-        backwards: from the last one to ``start``.
+        device: where the half layers are loaded.
+        start: number of the first half layer; those before it are not read.
+        backwards: in reverse order, from the last one to ``start``.
         dtype: of the weights in memory.
     """
     order = list(enumerate(halves(weights.config)))[start:]
@@ -50,14 +50,14 @@ def send_through(
     on_half: Callable[[], object] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Send embeddings through all layers, in place.
+    """Run embeddings through all layers, in place.
 
     Args:
         weights: a source or an artifact.
-        chunks: rows that are computed together, each float32 [b, s, m] in main memory; become the residual stream
-            after the last layer.
+        chunks: batches, each float32 [b, s, m] in main memory; overwritten with the residual stream after the last
+            layer.
         device: where half a layer and one chunk are computed.
-        seen: called with each half layer and what enters it, before it is computed.
+        seen: called with each half layer and its input [b, s, m], before it is computed.
         on_half: called after each half layer, ``2 * layers`` times, for a progress bar.
         dtype: of the chunks and of the arithmetic, float32 or float64.
     """

@@ -1,4 +1,4 @@
-"""How much each decoder layer turns the residual stream: one walk over the dense model."""
+"""Layer importance: the angle by which each decoder layer rotates the residual stream of the dense model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layer_importance(weights: Weights, tokens: Tensor, work: Path, *, execution:
     samples, length = tokens.shape
     work.mkdir(parents=True, exist_ok=True)
     dtype = stored_as(execution.states, tokens.numel(), config.d_model)
-    size = batch_tokens(config, execution.working_set)
+    size = batch_tokens(config, execution.working_set_bytes)
     feed = HiddenStates(work / "importance-states", (samples, length, config.d_model), dtype, size)
     feed.embed(tokens, weights.tensor("embed.weight"))
     angles = []

@@ -1,15 +1,14 @@
-"""Perplexity of anything that can be read tensor by tensor, with half a layer in memory at a time.
+"""Perplexity of a source or an artifact, with half a layer in memory at a time.
 
-The baseline of a large model does not fit beside its compressed self, and often not at all. So the loop is turned
-inside out: not "for each text, all layers" but "for each half layer, all texts". Memory is one half layer and the
-residual stream of all tokens (``4 * n * s * m`` bytes); each weight is read once. The same walk gives the reference
-logits that exports are verified against.
+The dense model of a large run may not fit into memory. So the loop runs over half layers outside and over texts inside.
+Memory is one half layer and the residual stream of all tokens (``4 * n * s * m`` bytes); each weight is read once. The
+same code computes the reference logits that exports are verified against.
 
-Everything runs in float32 whatever the weights are stored in: dense source and quantized artifact go through the
-same arithmetic, so that their difference is the compression's and nothing else's.
+Everything runs in float32, whatever the weights are stored in: dense source and quantized artifact use the same
+arithmetic, so that the difference of their perplexities is caused by the compression alone.
 
-Left out: sliding evaluation windows with overlap (each row is scored by itself, as the papers' tables are) and
-benchmark tasks, which are lm-eval's business.
+Left out: sliding evaluation windows with overlap (each row is scored separately, as in the papers' tables) and
+benchmark tasks (use lm-eval).
 
 Axes: n rows, s positions, m d_model.
 """
@@ -52,13 +51,13 @@ def perplexity(
     batch: int = 4,
     on_half: Callable[[], object] | None = None,
 ) -> Perplexity:
-    """How well the model predicts each token from those before it in its row.
+    """Perplexity of the model on rows of tokens.
 
     Args:
         weights: a source or an artifact.
-        tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are scored.
+        tokens: int64 [n, s]; position 0 of each row is context, positions 1 .. s-1 are scored.
         device: where half a layer and ``batch`` rows are computed.
-        batch: rows that go through a half layer together; changes speed and memory, not the result.
+        batch: rows per forward pass; changes speed and memory, not the result.
         on_half: called after each half layer, ``2 * layers`` times, for a progress bar.
 
     Raises:
@@ -81,8 +80,8 @@ def perplexity(
     mean = distributed.all_reduce(total).item() / targets.numel()
     if not math.isfinite(mean) or mean > math.log(torch.finfo(torch.float64).max):
         raise NumericsError(
-            f"evaluation: the mean negative log-likelihood is {mean}, which is no perplexity; the weights are damaged "
-            "or overflow float32: check the source checkpoint with `flatq check`"
+            f"evaluation: the mean negative log-likelihood is {mean}, so perplexity is not finite; the weights are "
+            "damaged or overflow float32: check the source checkpoint with `flatq check`"
         )
     return Perplexity(math.exp(mean), total.item(), targets.numel())
 
@@ -97,7 +96,7 @@ def final_hidden(
     on_half: Callable[[], object] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What the head reads: normed residual stream after the last layer, int64 [n, s] -> ``dtype`` [n, s, m].
+    """Input of the LM head: residual stream after the final norm, int64 [n, s] -> ``dtype`` [n, s, m].
 
     The result stays in main memory; ``device`` holds half a layer and ``batch`` rows. In float64, whose rounding is
     a billionth of float32's, it shows how much of a number is float32's rounding noise.
@@ -108,7 +107,7 @@ def final_hidden(
     config = weights.config
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab:
         raise RecipeError(
-            f"tokens: ids run from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to "
+            f"tokens: ids run from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary is 0 to "
             f"{config.vocab - 1}; the tokenizer belongs to another model"
         )
     hidden = embedded(tokens.cpu(), weights.tensor("embed.weight")).to(dtype)
@@ -121,11 +120,11 @@ def final_hidden(
 
 
 def head_logits(weights: Weights, hidden: Tensor, *, device: str = "cpu") -> Iterator[tuple[slice, Tensor]]:
-    """Logits a few rows at a time, so that ``[rows, vocab]`` never exists at once for a large vocabulary.
+    """Logits of a few rows at a time, so that ``[rows, vocab]`` of a large vocabulary is never in memory.
 
     Args:
         weights: of the model.
-        hidden: float32 or float64 [rows, m], as ``final_hidden`` gives it.
+        hidden: float32 or float64 [rows, m], from ``final_hidden``.
         device: where the head is computed.
 
     Yields:

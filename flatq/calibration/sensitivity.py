@@ -1,19 +1,20 @@
-"""How much the model's loss minds an error at each point of the residual stream.
+"""Fisher information of the loss with respect to the residual stream after each block.
 
-A block's output error e changes the loss, to second order, by ``e F e^T / 2`` with F the Fisher information at that
-point. Measured once on a few thousand calibration tokens, it gives errors of different layers, and of attention and
-MLP, one unit, so that one budget can be shared out between all of them.
+An output error e of a block changes the loss, to second order, by ``e F e^T / 2``, where F is the Fisher information at
+that point. It is estimated once on a few thousand calibration tokens. It converts errors of all layers, attention and
+MLP, to the same unit, so that one budget can be divided between them.
 
-F asks what the model expects, not what the text says: at the logits it is ``diag(p) - p p^T`` of the model's own
-probabilities p. Normal noise of that covariance, sent back through the model, has F as its second moment at every
-point on the way. The gradient of the text's own log-likelihood is ruled by the few tokens that surprised the model, and
-chooses worse from as many tokens (Kunstner et al., arXiv 1905.12558; numbers in docs/decisions/0016).
+This is the true Fisher, not the empirical one: at the logits it is ``diag(p) - p p^T`` with the model's probabilities
+p. Gaussian noise of that covariance is backpropagated through the model, and its second moment at each block is F. The
+empirical Fisher (gradients of the text's log-likelihood) is dominated by the few tokens that the model predicts badly,
+and gives worse choices from the same number of tokens (Kunstner et al., arXiv 1905.12558; numbers in
+docs/decisions/0016).
 
-The gradient comes from one forward and one backward pass, block by block: the hidden states between blocks are kept
-in a memory-mapped file, and each block is differentiated alone, so memory is one block and its activations.
+The gradient takes one forward and one backward pass, block by block: the hidden states between blocks are kept in a
+memory-mapped file, and each block is differentiated separately, so memory is one block and its activations.
 
-Gradients of single tokens are heavy-tailed (the first token of a sequence carries hundreds of times the median), so
-each is shortened to three times the median length before it enters the sum.
+Gradients of single tokens are heavy-tailed (the first token of a sequence has hundreds of times the median norm), so
+each gradient is clipped to three times the median norm before it enters the sum.
 
 Axes: n rows, s positions, m d_model.
 """
@@ -39,7 +40,7 @@ from flatq.model.weights import HALVES, Weights, load_head, load_last_norm
 FILE = "sensitivity.f32"
 TOKENS, LENGTH = 2048, 256  # of the calibration tokens, in rows of
 LOGITS = 512  # tokens whose logits are in memory together (at least one row)
-LONGEST = 3.0  # of a token's gradient, in median lengths
+LONGEST = 3.0  # clipping norm of a token's gradient, in median norms
 
 
 class Sensitivity:
@@ -62,9 +63,9 @@ class Sensitivity:
 
 
 def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, execution: Execution = AUTO) -> Sensitivity:
-    """Fisher information of the residual stream after every block, per token.
+    """Fisher information of the residual stream after every block, mean over tokens.
 
-    The result lives in a memory-mapped file of ``work``; ``Sensitivity`` opens it again.
+    The result is a memory-mapped file in ``work``; ``Sensitivity`` opens it again.
 
     Args:
         tokens: calibration tokens, int64 [n, s]; ``TOKENS`` of them are used.
@@ -94,7 +95,7 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, executio
 
 
 class _States:
-    """The states between all blocks, [2 * layers + 1, n, s, m] on disk, and the two ways through a block."""
+    """Hidden states between all blocks, [2 * layers + 1, n, s, m] on disk; forward and backward through a block."""
 
     def __init__(self, weights: Weights, tokens: Tensor, path: Path, dtype: torch.dtype, execution: Execution) -> None:
         config = weights.config
@@ -107,13 +108,14 @@ class _States:
             execution,
             execution.device,
         )
-        self.room = batch_tokens(config, execution.working_set) // 2  # gradients take as much again as activations
+        # Gradients need as much memory as activations.
+        self.batch_tokens = batch_tokens(config, execution.working_set_bytes) // 2
         self.positions = locate(config, 1, length, device=torch.device(self.device))
-        for rows_at_once in self.batches(self.room):
+        for rows_at_once in self.batches(self.batch_tokens):
             self.states[0, rows_at_once] = embedded(tokens[rows_at_once], weights.tensor("embed.weight"))
 
     def batches(self, tokens: int) -> Iterator[slice]:
-        """Slices of this process's rows, so many tokens each (at least one row)."""
+        """Slices of this process's rows, at most ``tokens`` tokens each (at least one row)."""
         step = max(1, tokens // self.length)
         for start in range(self.mine.start, self.mine.stop, step):
             yield slice(start, min(start + step, self.mine.stop))
@@ -121,7 +123,7 @@ class _States:
 
     def forward(self, done: int, layer: DecoderLayer, half: str) -> None:
         with torch.no_grad():
-            for rows in self.batches(self.room):
+            for rows in self.batches(self.batch_tokens):
                 x = self.states[done, rows].to(self.device, torch.float32)
                 self.states[done + 1, rows] = self._run(layer, half, x).cpu()
 
@@ -131,14 +133,14 @@ class _States:
 
     def backward(self, done: int, layer: DecoderLayer, half: str, gradient: Tensor) -> Tensor:
         """Gradient before the block from the one after it, for the rows of this process, [n, s, m]."""
-        for rows in self.batches(self.room):
+        for rows in self.batches(self.batch_tokens):
             mine = self._of_mine(rows)
             x = self.states[done, rows].to(self.device, torch.float32).requires_grad_()
             (gradient[mine],) = torch.autograd.grad(self._run(layer, half, x), x, gradient[mine])
         return gradient
 
     def drawn_gradient(self, weights: Weights) -> Tensor:
-        """Noise that is as wide as the model is unsure, sent back to the stream that the final norm reads."""
+        """Logit noise with the Fisher covariance, backpropagated to the input of the final norm, [n, s, m]."""
         device = self.device
         norm, head = load_last_norm(weights, device=device), load_head(weights, device=device)
         found = torch.zeros(len(self.mine), *self.states.shape[2:], device=device)
@@ -151,21 +153,21 @@ class _States:
         return found
 
     def _of_mine(self, rows: slice) -> slice:
-        """The same rows, counted from the first of this process."""
+        """The same rows, relative to the first row of this process."""
         return slice(rows.start - self.mine.start, rows.stop - self.mine.start)
 
     def close(self) -> None:
-        """Remove the states."""
+        """Delete the file of hidden states."""
         distributed.barrier()
         self.feed.path.unlink(missing_ok=True)
 
 
 def unsure(chances: Tensor, noise: Tensor) -> Tensor:
-    """Noise of covariance ``diag(p) - p p^T``, [..., vocab]: the Fisher information of a choice between tokens.
+    """Noise of covariance ``diag(p) - p p^T``, [..., vocab]: the Fisher information of a categorical distribution.
 
     Args:
-        chances: p, [..., vocab]; used up.
-        noise: of covariance 1, the same shape; used up.
+        chances: probabilities p, [..., vocab]; overwritten.
+        noise: standard normal, the same shape; overwritten.
     """
     root = chances.sqrt_()
     noise.mul_(root)
@@ -173,7 +175,7 @@ def unsure(chances: Tensor, noise: Tensor) -> Tensor:
 
 
 def _noise(rows: slice, like: Tensor) -> Tensor:
-    """Standard normal, for a row of tokens the same whatever rows it is computed with, and wherever."""
+    """Standard normal noise, seeded per row, so that it does not depend on batches, processes or devices."""
     noise = torch.empty(like.shape)
     for row, part in zip(range(rows.start, rows.stop), noise, strict=True):
         part.normal_(generator=torch.Generator().manual_seed(row))
@@ -181,7 +183,7 @@ def _noise(rows: slice, like: Tensor) -> Tensor:
 
 
 def _second_moment(gradient: Tensor, mine: range, rows: int) -> Tensor:
-    """Over all tokens of all processes, each gradient cut to ``LONGEST`` median lengths, [m, m]."""
+    """Second moment over all tokens of all processes, gradients clipped to ``LONGEST`` median norms, [m, m]."""
     lengths = gradient.new_zeros(rows, gradient.shape[1])
     lengths[mine.start : mine.stop] = gradient.norm(dim=-1)
     longest = LONGEST * distributed.all_reduce(lengths).median()
@@ -191,10 +193,14 @@ def _second_moment(gradient: Tensor, mine: range, rows: int) -> Tensor:
 
 
 def weighted(w: Tensor, fisher: Tensor | None) -> Tensor:
-    """``R^T W`` with ``R R^T = F``, for a projection into the residual stream, [m, i].
+    """``R^T W`` with ``R R^T = F``, for the weight W of a projection into the residual stream, [m, i].
 
-    Squared errors become changes of the loss. Any root R does, and the Cholesky factor is much cheaper than the
-    symmetric one. A millionth of the norm on the diagonal stands for the directions that no gradient took.
+    Squared errors of the result are changes of the loss. Any square root R works, and the Cholesky factor is much
+    cheaper than the symmetric root. The ridge of 1e-6 times the norm covers directions without gradients.
+
+    Args:
+        w: [m, i].
+        fisher: F, [m, m]; None returns ``w``.
     """
     if fisher is None:
         return w

@@ -1,13 +1,13 @@
-"""Hidden states of all calibration tokens, on disk, with a batch of them in memory.
+"""Hidden states of all calibration tokens, on disk, with one batch in memory.
 
 A 7B model at 128 x 2048 tokens has 4 GB of hidden states, a 70B model 8 GB: more than the rest of a walk needs. They
-live in a memory-mapped file. Pages that were touched count as resident memory until they are given back, so a feed
-gives them back after every batch; the system keeps them cached for as long as nobody needs the memory.
+are in a memory-mapped file. Touched pages count as resident memory until they are released, so ``HiddenStates``
+releases them after every batch; the system keeps them cached as long as the memory is free.
 
-Stored as float32, or as bfloat16, which halves the disk and the traffic. What that costs is in docs/decisions/0021.
+They are stored as float32, or as bfloat16, which halves disk space and traffic (accuracy: docs/decisions/0021).
 
-Several processes (see ``machine.distributed``) map the same file and each uses its own samples, so that another number
-of processes can go on where these stopped.
+Several processes (see ``machine.distributed``) map the same file and each uses its share of the samples, so that a run
+can be resumed with another number of processes.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import QuantizedWeight
 from flatq.recipe.blocks import CalibrationSpec
 
-BATCH_TOKENS = 2048  # at most, per forward pass: enough for the matrix kernels, and what it needs stays in the heap
-WORKING_SET = 512 << 20  # bytes of a batch's activations, unless one sample alone needs more
-LARGE = 2 << 30  # bytes of float32 states from which on bfloat16 is the better use of the disk
+BATCH_TOKENS = 2048  # at most, per forward pass: enough for efficient matrix products, small enough to reuse the heap
+WORKING_SET = 512 << 20  # bytes of a batch's activations, unless a single sample needs more
+LARGE = 2 << 30  # bytes of float32 states from which on ``auto`` stores bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How tokens are sent through a model.
+    """Settings of the forward passes.
 
     Attributes:
         precision: of the matrix products, see ``precision.forward_precision``.
-        states: how hidden states are stored, ``float32``, ``bfloat16`` or ``auto`` (by their size).
+        states: dtype of the hidden states on disk, ``float32``, ``bfloat16`` or ``auto`` (by their size).
         device: where blocks run.
-        working_set: bytes for the activations of a batch.
+        working_set_bytes: bytes for the activations of a batch.
     """
 
     precision: str = "auto"
     states: str = "auto"
     device: str = "cpu"
-    working_set: int = WORKING_SET
+    working_set_bytes: int = WORKING_SET
 
     @classmethod
-    def of(cls, text: CalibrationSpec, device: str, working_set: int) -> Execution:
-        """As the recipe's calibration block says."""
-        return cls(text.precision, text.states, device, working_set)
+    def of(cls, text: CalibrationSpec, device: str, working_set_bytes: int) -> Execution:
+        """The settings of the recipe's calibration block."""
+        return cls(text.precision, text.states, device, working_set_bytes)
 
 
 AUTO = Execution()
@@ -60,13 +60,13 @@ AUTO = Execution()
 class HiddenStates:
     """Hidden states [samples, seq, d_model] in a memory-mapped file.
 
-    Its blocks are allocated before it is mapped: a full disk is then an ``OSError`` now. Written through the map,
-    a sparse file would end the process with SIGBUS in the middle of the walk.
+    Disk blocks are allocated before the file is mapped, so that a full disk raises ``OSError`` now. Writing to a sparse
+    file through the map would kill the process with SIGBUS in the middle of the walk.
 
     Attributes:
-        states: all of them, ``dtype`` [samples, seq, d_model].
-        mine: the samples of this process.
-        batch_tokens: tokens that are in memory at a time (at least one sample).
+        states: all hidden states, ``dtype`` [samples, seq, d_model].
+        mine: range of the samples of this process.
+        batch_tokens: tokens per batch (at least one sample).
     """
 
     def __init__(
@@ -85,24 +85,24 @@ class HiddenStates:
         self.states: Tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
 
     def embed(self, tokens: Tensor, table: Tensor | QuantizedWeight) -> None:
-        """Begin with the embeddings of int64 tokens [samples, seq], whatever the table is stored as."""
+        """Write the embeddings of int64 tokens [samples, seq], from a dense or quantized table [vocab, d_model]."""
         for batch in self.batches():
             self.states[batch] = embedded(tokens[batch], table)
 
     def flush(self) -> None:
-        """Wait until the states are on the disk: the resume state must never be ahead of them."""
+        """Sync the states to disk; call it before the resume state is written."""
         with self.path.open("rb+") as file:
             os.fsync(file.fileno())
 
     def forget(self) -> None:
-        """Give the pages back: what they hold is in the file, and is read again when it is touched again."""
+        """Release the resident pages (``madvise``); the data is in the file and is read again on access."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def batches(self) -> Iterator[slice]:
         """Slices of this process's samples, at most ``batch_tokens`` tokens each (at least one sample).
 
-        A process without samples gets one empty slice: the shapes of what it measures are then the same as elsewhere.
+        A process without samples gets one empty slice, so that its statistics have the same shapes as elsewhere.
         """
         step = max(1, self.batch_tokens // self.states.shape[1])
         for start in range(self.mine.start, max(self.mine.stop, self.mine.start + 1), step):
@@ -111,7 +111,7 @@ class HiddenStates:
 
 
 def embedded(tokens: Tensor, table: Tensor | QuantizedWeight) -> Tensor:
-    """Rows of an embedding, float32 [..., d_model]; only the rows that are asked for are decoded."""
+    """Embedding lookup, int64 [...] -> float32 [..., d_model]; only the requested rows are dequantized."""
     if isinstance(table, QuantizedWeight):
         codes, scale, zero = (functional.embedding(tokens, part) for part in (table.codes, table.scale, table.zero))
         rows = QuantizedWeight(codes.flatten(0, -2), scale.flatten(0, -2), zero.flatten(0, -2), table.grid)
@@ -120,13 +120,15 @@ def embedded(tokens: Tensor, table: Tensor | QuantizedWeight) -> Tensor:
 
 
 def pieces(tokens: Tensor, length: int, most: int) -> Tensor:
-    """A part of a text in shorter rows, so that it comes from as many places as there are, int64 [k, <= length].
+    """Part of a text, cut into shorter rows so that it covers as many samples as possible, int64 [k, <= length].
 
-    The beginnings of all samples come first, then what follows them; ``most`` tokens in all, or a single row. Shorter
-    rows also take less attention.
+    The first row of each sample comes first, then the second rows, and so on; ``most`` tokens in total, or a single
+    row. Shorter rows also make attention cheaper.
 
     Args:
         tokens: [samples, seq].
+        length: tokens per row, at most.
+        most: total number of tokens, at most.
     """
     samples, seq = tokens.shape
     length = min(length, seq)
@@ -135,25 +137,25 @@ def pieces(tokens: Tensor, length: int, most: int) -> Tensor:
     return rows[: max(1, most // length)]
 
 
-def batch_tokens(config: DecoderConfig, working_set: int = WORKING_SET) -> int:
-    """How many tokens go through half a layer together, so that their activations fit into ``working_set`` bytes."""
-    return max(1, min(BATCH_TOKENS, working_set // activation_bytes(config)))
+def batch_tokens(config: DecoderConfig, working_set_bytes: int = WORKING_SET) -> int:
+    """Tokens per batch, so that the activations of half a layer fit into ``working_set_bytes``."""
+    return max(1, min(BATCH_TOKENS, working_set_bytes // activation_bytes(config)))
 
 
 def activation_bytes(config: DecoderConfig) -> int:
-    """Of one token in the widest MLP, float32: gate, up and their product, and the stream around them."""
+    """Activation bytes of one token in the widest MLP, float32: gate, up, their product, and the residual stream."""
     return 4 * max(3 * dims.d_ff + 4 * config.d_model for dims in config.layers)
 
 
 def stored_as(wanted: str, tokens: int, d_model: int) -> torch.dtype:
-    """The dtype of the states: ``auto`` is bfloat16 for large models, whatever machine this is."""
+    """The dtype of the hidden states; ``auto`` depends on their size only, not on the machine."""
     if wanted == "auto":
         wanted = "bfloat16" if 4 * tokens * d_model >= LARGE else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Give a file real blocks on disk for ``size`` bytes; what it holds stays."""
+    """Allocate disk blocks for ``size`` bytes of a file; existing content is kept."""
     path.touch()
     with path.open("rb+") as file:
         if hasattr(os, "posix_fallocate"):

@@ -1,24 +1,24 @@
-"""One block after another, each with the inputs that the deployed model will give it.
+"""The walk: compress block after block, each on the inputs that it receives in the compressed model.
 
-A block is half a layer (attention, or MLP). ``walk`` yields it with its inputs for all calibration tokens; what the
-loop body does to the block decides what the following blocks see, because on resumption the walk sends the inputs
-through the changed block. Error propagation is not a switch here, it is how the loop works.
+A block is half a layer (attention or MLP). ``walk`` yields it with its inputs for all calibration tokens. The loop body
+changes the block; then the walk runs the inputs through the changed block. So errors always propagate to the following
+blocks.
 
-Hidden states live in two memory-mapped files that take turns: a block reads one and writes the other. Only when the
-block's weights are on disk and its outputs are complete does ``state.json`` name the next block, so a run killed
-anywhere goes on with the block it was in and ends with the same bytes.
+Hidden states are in two memory-mapped files that alternate: a block reads one and writes the other. ``state.json`` is
+advanced to the next block only after the block's weights and outputs are on disk, so a killed run resumes with the
+block that was interrupted, and its result has the same bytes.
 
-A stage may ask for a ``reference``: the hidden states of the dense model, walked along in two files of their own. An
-MLP then also measures its ``drift``: what it would have to add to its output for the stream to be the dense one's
-again, as far as its inner activation can foresee that. If asked, every block does, and the ``lag`` of its inputs, too.
+A stage may request a ``reference``: the hidden states of the dense model, kept in two further files. An MLP then also
+measures its ``drift``: the product of its inner activation with the error of its output with respect to the dense
+model. With ``lag``, attention measures it too, and every block measures the same product for its inputs.
 
-With several processes (see ``machine.distributed``) each sends its own samples through the block. Only the first one's
-loop body runs; the others take part in what it observes, and receive the block that it has changed.
+With several processes (see ``machine.distributed``) each process runs its share of the samples. Only rank 0 executes
+the loop body; the other ranks take part in ``Block.observe`` and receive the changed block.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,12 +29,15 @@ from torch import Tensor
 from flatq.calibration.block import MOMENTS, Block, Reference
 from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, stored_as
-from flatq.files import write_json
+from flatq.errors import ArtifactError
+from flatq.files import read_json, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.progress import progress
 from flatq.model.decoder import DecoderConfig, locate
 from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import HALVES, Weights
+
+log = logging.getLogger(__name__)
 
 
 def walk(
@@ -56,10 +59,10 @@ def walk(
         tokens: calibration tokens, int64 [samples, seq].
         embed: the embedding of the deployed model, if it differs from the model's own.
         work: folder for the hidden states and the resume state; may hold those of a killed run.
-        reference: walk the dense model along; the loop body must observe every block.
-        lag: walk it along and measure how the blocks' inputs lag behind it, too.
-        unchanged: the loop body observes every block and changes none, so each goes by once and not twice.
-        moments: which Grams are wanted of every block, see ``Block.observe``.
+        reference: also compute the hidden states of the dense model; the loop body must observe every block.
+        lag: as ``reference``, and also measure the difference of the blocks' inputs from the dense model's.
+        unchanged: the loop body observes every block and changes none, so one pass per block is enough.
+        moments: which Grams to measure of every block, see ``Block.observe``.
     """
     config, reference = weights.config, reference or lag
     work.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def walk(
         if distributed.first():
             yield block
             if reference and not block.grams:
-                raise ValueError(f"{block.place}: not observed, so the dense model was not walked along")
+                raise ValueError(f"{block.place}: not observed, so the dense model's hidden states were not computed")
             save(block)
             block.together("advance")
         else:
@@ -102,16 +105,16 @@ def walk(
             dense[then].flush()
         distributed.barrier()
         if distributed.first():
-            write_json(work / "state.json", {"blocks_done": done + 1})
+            write_checksummed(work / "state.json", {"blocks_done": done + 1})
 
 
 def _feed(config: DecoderConfig, tokens: Tensor, path: Path, execution: Execution) -> HiddenStates:
     dtype = stored_as(execution.states, tokens.numel(), config.d_model)
-    return HiddenStates(path, (*tokens.shape, config.d_model), dtype, batch_tokens(config, execution.working_set))
+    return HiddenStates(path, (*tokens.shape, config.d_model), dtype, batch_tokens(config, execution.working_set_bytes))
 
 
 def last_states(weights: Weights, tokens: Tensor, work: Path, execution: Execution) -> HiddenStates:
-    """The residual stream after the last block, once a walk over the same folder has ended, [samples, seq, m]."""
+    """The residual stream after the last block, from a finished walk over the same folder, [samples, seq, m]."""
     return _feed(weights.config, tokens, work / f"states-{len(weights.config.layers) * len(HALVES) % 2}", execution)
 
 
@@ -124,13 +127,16 @@ def dense_blocks(
     execution: Execution = AUTO,
     moments: frozenset[str] = MOMENTS,
 ) -> Iterator[Block]:
-    """Every block of the model as it is, with the inputs that ``tokens`` give it.
+    """Every block of the unchanged model, with its inputs for ``tokens``.
 
-    The loop body has to observe every block. Nothing is kept of a killed walk, so it begins anew.
+    The loop body must observe every block. A killed walk starts from the beginning.
 
     Args:
-        work: below it is a folder for the hidden states, gone at the end.
-        name: of the folder, and of the progress that is shown.
+        weights: of the model.
+        tokens: int64 [samples, seq].
+        work: parent of the folder for the hidden states, which is deleted at the end.
+        name: of that folder, and of the progress bar.
+        execution: settings of the forward passes.
         moments: see ``walk``.
     """
     _remove(work / name)
@@ -144,13 +150,20 @@ def dense_blocks(
 
 
 def _remove(folder: Path) -> None:
-    """Once, and nobody goes on before it is done."""
+    """Delete a folder on rank 0; all processes wait for it."""
     if distributed.first():
         shutil.rmtree(folder, ignore_errors=True)
     distributed.barrier()
 
 
 def blocks_done(work: Path) -> int:
-    """How many blocks a killed run had finished in this folder."""
+    """How many blocks a killed run had finished in this folder; 0, and a warning, if its note of that is damaged."""
     state = work / "state.json"
-    return int(json.loads(state.read_text())["blocks_done"]) if state.exists() else 0
+    if not state.exists():
+        return 0
+    try:
+        return read_json(state, dict[str, int], "the walk begins with the first block", checksummed=True)["blocks_done"]
+    except ArtifactError as damaged:
+        log.warning("%s", damaged)
+        state.unlink(missing_ok=True)
+        return 0

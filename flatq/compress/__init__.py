@@ -1,1 +1,1 @@
-"""FLAT low-rank compression: tensors in ``heads``, ``mlp`` and ``allocate``, the model only in ``stage``."""
+"""FLAT low-rank compression; ``heads``, ``mlp`` and ``allocate`` work on tensors, only ``stage`` works on a model."""

@@ -1,11 +1,11 @@
-"""Which layer keeps how much: from importance and a budget to the widths of every layer.
+"""Allocation of a budget over layers: value rank and MLP width of every layer.
 
-Query and key projections stay whole in the paper's method, so the values, outputs and MLPs carry the whole cut.
-A plan is the configuration that the model will have: a tuple of ``LayerDims``. It never costs more than the budget:
-rounding ends below it, by less than a step.
+FLAT does not narrow query and key projections, so the whole reduction comes from values, outputs and MLPs.
+A plan is the configuration of the compressed model: a tuple of ``LayerDims``. It never costs more than the budget;
+after rounding it is below the budget by less than one step.
 
-Widths are rounded to multiples. A multiple as wide as the width itself leaves it whole; that is how ``values: whole``
-is said here.
+Widths are rounded to multiples. A multiple equal to the full width leaves that width unchanged; ``values: whole`` is
+implemented this way.
 
 Axes: L layers.
 """
@@ -22,13 +22,13 @@ from flatq.model.dims import LayerDims
 
 @dataclass(frozen=True, slots=True)
 class Multiples:
-    """What value ranks and MLP widths are rounded to."""
+    """Multiples that value ranks and MLP widths are rounded to."""
 
     rank: int
     width: int
 
     def floor(self, dims: LayerDims) -> LayerDims:
-        """The widths below which there is no choice: 0, or the whole of what stays whole."""
+        """Lower bound of each width: 0, or the full width where it is not narrowed."""
         return replace(
             dims, d_v=dims.d_v if self.rank >= dims.d_v else 0, d_ff=dims.d_ff if self.width >= dims.d_ff else 0
         )
@@ -38,21 +38,21 @@ class Multiples:
         return replace(dims, d_v=min(self.rank, dims.d_v), d_ff=min(self.width, dims.d_ff))
 
     def narrower(self, dims: LayerDims) -> LayerDims:
-        """One step less: of the MLP, or of the values where the MLP has none left, or nothing."""
+        """One step narrower: the MLP if possible, else the values; unchanged if both are at their minimum."""
         if dims.d_ff > self.width:
             return replace(dims, d_ff=(dims.d_ff - 1) // self.width * self.width)
         return replace(dims, d_v=(dims.d_v - 1) // self.rank * self.rank) if dims.d_v > self.rank else dims
 
     def wider(self, dims: LayerDims, whole: LayerDims) -> LayerDims:
-        """One step of the MLP more, or nothing."""
+        """One MLP step wider; unchanged at full width."""
         return replace(dims, d_ff=min((dims.d_ff // self.width + 1) * self.width, whole.d_ff))
 
 
 def iprs(importance: Sequence[float], keep: float) -> list[float]:
-    """Kept share of each layer in proportion to its importance, none above 1, ``keep`` on average.
+    """Kept fraction of each layer, proportional to its importance, at most 1, with mean ``keep``.
 
-    Source: FLAT-LLM (arXiv 2505.23966), importance-preserving rank selection, Algorithm 1: layers whose share would
-    exceed 1 are fixed at 1 and leave the pool with their part of the budget, until none is left.
+    Source: FLAT-LLM (arXiv 2505.23966), importance-preserving rank selection, Algorithm 1: layers whose fraction would
+    exceed 1 are fixed at 1 and removed from the pool with their part of the budget, until no such layer is left.
     """
     shares = [1.0] * len(importance)
     pool, budget = set(range(len(importance))), keep * len(importance)
@@ -70,12 +70,12 @@ def iprs(importance: Sequence[float], keep: float) -> list[float]:
 
 
 def uniform(layers: int, keep: float) -> list[float]:
-    """The same share for every layer: what IPRS is compared with."""
+    """The same fraction for every layer, the reference that IPRS is compared with."""
     return [keep] * layers
 
 
 def share_of_the_rest(layers: Sequence[LayerDims], budget: Budget, multiples: Multiples) -> float:
-    """Share that what can be narrowed keeps, so that all of it together meets the budget; at most 1.
+    """Fraction of the narrowable widths to keep so that the model meets the budget; at most 1.
 
     Raises:
         RecipeError: the smallest plan costs more than the budget.
@@ -103,10 +103,11 @@ def _values_stay(layers: Sequence[LayerDims], multiples: Multiples) -> bool:
 def widths(
     layers: Sequence[LayerDims], budget: Budget, shares: Sequence[float], multiples: Multiples
 ) -> tuple[LayerDims, ...]:
-    """Round each layer's share of value rank and MLP width to what the later stages and runtimes like.
+    """Round each layer's value rank and MLP width to the multiples that later stages and runtimes support.
 
-    Ranks are rounded first; the MLP, whose steps are finer, then makes up for what rounding took or gave in its layer,
-    and last the layers with the largest rest lose or get steps until no step more fits into the budget.
+    Ranks are rounded first. The MLP width, which has finer steps, then compensates for the rounding error of the rank
+    in the same layer. Finally single steps are removed or added where the rounding error is largest, until no further
+    step fits into the budget.
     """
     planned, exact = [], []
     for index, (dims, share) in enumerate(zip(layers, shares, strict=True)):
@@ -120,7 +121,7 @@ def widths(
 
 
 def _rounded(value: float, multiple: int, whole: int) -> int:
-    """Nearest multiple in [one multiple, whole]; the whole width is always allowed."""
+    """Nearest multiple in [one multiple, full width]; the full width is always allowed."""
     if value >= whole:
         return whole
     return min(max(multiple, round(value / multiple) * multiple), whole)
@@ -133,7 +134,7 @@ def _settle(
     budget: Budget,
     multiples: Multiples,
 ) -> tuple[LayerDims, ...]:
-    """Take steps, the worst rounded layer first, until the budget is met; then give those that still fit."""
+    """Remove steps, largest rounding error first, until the budget is met; then add steps that still fit."""
     spare = budget.limit - budget.total(planned)
 
     def move(index: int, to: LayerDims) -> float:
@@ -158,11 +159,11 @@ def _settle(
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """What narrowing one layer costs, in units that are the same for all layers.
+    """Estimated loss increase from narrowing one layer, in a unit that is the same for all layers.
 
     Attributes:
-        value: cost of value heads that are n directions narrower, n = 0 .. d_v; ascending from 0.
-        mlp: cost of an MLP that is n channels narrower, n = 0 .. d_ff or less; ascending from 0.
+        value: cost of removing n directions of each value head, n = 0 .. d_v; ascending from 0.
+        mlp: cost of removing n MLP channels, n = 0 .. d_ff or less; ascending from 0.
     """
 
     value: tuple[float, ...]
@@ -170,7 +171,7 @@ class Curves:
 
 
 def summed(curves: Sequence[Curves]) -> Curves:
-    """The curves of all layers narrowed alike."""
+    """Sum of the curves of several layers that get the same widths."""
     return Curves(
         *(tuple(map(sum, zip(*part, strict=True))) for part in ([c.value for c in curves], [c.mlp for c in curves]))
     )
@@ -179,10 +180,10 @@ def summed(curves: Sequence[Curves]) -> Curves:
 def spend(
     layers: Sequence[LayerDims], budget: Budget, curves: Sequence[Curves], multiples: Multiples
 ) -> tuple[LayerDims, ...]:
-    """One budget over all layers and both halves: take away, step by step, what costs least per unit of the budget.
+    """Greedy allocation of one budget over all layers: repeat the step with the lowest cost per unit of the budget.
 
-    A step is one multiple of ranks or channels. Nothing is narrowed below one multiple. Steps are taken until the
-    budget is met; what the last ones took too much is given back, dearest step first, where it fits.
+    A step removes one multiple of ranks or channels. No width becomes smaller than one multiple. Steps are taken until
+    the budget is met; the most expensive steps are then undone where they still fit.
 
     Raises:
         RecipeError: the curves end before the budget is met.
@@ -200,7 +201,7 @@ def spend(
             return
         cost = curve[gone] - curve[getattr(layers[layer], part) - getattr(planned[layer], part)]
         saved = budget.price(layer, planned[layer]) - budget.price(layer, lower)
-        # A curve that bends down would hide cheap steps behind a dear one; prices are kept from falling.
+        # Where a curve is not convex, a cheap step could follow an expensive one; prices are made non-decreasing.
         heapq.heappush(queue, (max(cost / saved, least), layer, part))
 
     for layer in range(len(layers)):
@@ -220,7 +221,7 @@ def spend(
 
 
 def _lower(dims: LayerDims, part: str, multiples: Multiples) -> LayerDims:
-    """``dims`` with one multiple less of ``d_v`` or ``d_ff``; unchanged where that would leave less than one."""
+    """``dims`` with ``d_v`` or ``d_ff`` reduced by one multiple; unchanged if less than one multiple would remain."""
     multiple, width = (multiples.rank if part == "d_v" else multiples.width), getattr(dims, part)
     below = (width - 1) // multiple * multiple
     return replace(dims, **{part: below}) if below >= multiple else dims
@@ -229,7 +230,7 @@ def _lower(dims: LayerDims, part: str, multiples: Multiples) -> LayerDims:
 def _given_back(
     planned: list[LayerDims], taken: Sequence[tuple[int, LayerDims, float]], spare: float
 ) -> list[LayerDims]:
-    """Undo steps, the last first, that cost no more than ``spare``; of each layer only its very last ones."""
+    """Undo steps in reverse order that need at most ``spare``; in each layer only the most recent ones."""
     final: set[int] = set()
     for layer, before, saved in reversed(taken):
         if layer in final or saved > spare:

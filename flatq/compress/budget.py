@@ -1,8 +1,8 @@
-"""What a model may cost, and what a layer of given widths costs: all that an allocation asks of a budget.
+"""Budgets: a limit for the whole model, and the cost of a layer as a function of its widths.
 
-Allocations compare prices and never look at their unit, so every budget is one function from a layer's widths to a
-number, plus a limit. A price is taken of whole layers and not "per rank" and "per channel": rows of groups, scales and
-a cache make it a staircase, and the difference of two prices is exact where a rate would be an average.
+Allocations compare costs and do not depend on the unit, so every budget is one function from a layer's widths to a
+number, plus a limit. The cost is computed for whole layers, not per rank or per channel: group rows, scales and the
+cache make it a step function, for which the difference of two costs is exact and a rate would be an average.
 
     keep_ratio     parameters of the decoder's linears, as in the FLAT-LLM paper
     size           bytes of all weights as the artifact stores them, at the bits of the stage that follows
@@ -24,20 +24,20 @@ from flatq.quantize.grids import planned_grids
 from flatq.recipe.blocks import FlatSpec, GptqSpec
 from flatq.units import parse_size, size_at_least
 
-Price = Callable[[int, LayerDims], float]  # (layer number, its widths) -> cost; widths may be 0
+Price = Callable[[int, LayerDims], float]  # (layer index, widths) -> cost; widths may be 0
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A limit and the prices to meet it with.
+    """A limit, and the function that gives the cost of a layer.
 
     Attributes:
         key: the recipe's key below ``stages.flat``.
-        given: the value as the recipe states it, for messages.
-        limit: what the model may cost, in parameters or bytes.
-        price: what one layer of some widths costs.
-        rest: what the model costs beside its layers, whatever their widths.
-        unit: what a value of 1 in the recipe costs: all parameters for a share, 1 for bytes.
+        given: the value as written in the recipe, for messages.
+        limit: largest allowed cost of the model, in parameters or bytes.
+        price: cost of one layer with given widths.
+        rest: cost of everything outside the layers, independent of their widths.
+        unit: cost of the value 1 in the recipe: all parameters for a fraction, 1 for bytes.
     """
 
     key: str
@@ -48,26 +48,26 @@ class Budget:
     unit: float = 1
 
     def total(self, layers: Sequence[LayerDims]) -> float:
-        """Cost of a model with these layers."""
+        """Cost of the model with these layers."""
         return self.rest + sum(self.price(index, dims) for index, dims in enumerate(layers))
 
     def written(self, cost: float) -> str:
-        """A cost as the recipe would state it, rounded up."""
+        """A cost in the notation of the recipe, rounded up."""
         return f"{math.ceil(1000 * cost / self.unit) / 1000}" if self.key == "keep_ratio" else size_at_least(cost)
 
     def refusal(self, least: float, reason: str) -> RecipeError:
-        """The error of a limit below ``least``."""
+        """The error for a limit below ``least``, the smallest possible cost."""
         return RecipeError(
             f"stages.flat.{self.key}: {self.given} cannot be reached: {reason}; choose {self.written(least)} or more"
         )
 
 
 def budget_of(config: DecoderConfig, flat: FlatSpec, gptq: GptqSpec | None, itemsize: int) -> Budget:
-    """The budget that a ``flat`` stage names, for a dense model.
+    """The budget of a ``flat`` stage, for a dense model.
 
     Args:
-        gptq: the stage that follows; it decides in how many bits the weights are stored.
-        itemsize: bytes of a number that is not quantized.
+        gptq: the stage that follows; it sets the bits per weight.
+        itemsize: bytes of an unquantized number.
     """
     if flat.keep_ratio is not None:
         return parameter_budget(config.layers, config.d_model, flat.keep_ratio)
@@ -85,14 +85,14 @@ def budget_of(config: DecoderConfig, flat: FlatSpec, gptq: GptqSpec | None, item
 
 
 def parameter_budget(layers: Sequence[LayerDims], d_model: int, keep_ratio: float) -> Budget:
-    """A share of the decoder's parameters."""
+    """Budget that is a fraction of the decoder's parameters."""
     whole = sum(dims.parameters(d_model) for dims in layers)
-    limit = keep_ratio * whole * (1 + 1e-12)  # 0.7 * 10 is 7, not a hair less
+    limit = keep_ratio * whole * (1 + 1e-12)  # so that 0.7 * 10 is not below 7
     return Budget("keep_ratio", f"{keep_ratio}", limit, lambda _, dims: dims.parameters(d_model), unit=whole)
 
 
 def together(layers: Sequence[LayerDims], budget: Budget) -> tuple[tuple[LayerDims, ...], Budget]:
-    """All layers as one that stands for them, at the price of all: its plan gives every layer the same widths.
+    """One layer in place of all, with the summed cost of all, so that every layer gets the same widths.
 
     Raises:
         RecipeError: the layers differ before anything is narrowed.

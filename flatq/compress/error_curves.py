@@ -1,8 +1,8 @@
-"""What narrowing each layer would cost, in closed form: one walk over the dense model.
+"""Error curves: estimated loss increase for every rank and width of every layer, from one walk over the dense model.
 
-The cost of a value rank is the output energy of the directions that it drops, that of an MLP width the running cost of
-channel elimination; both weighted with the loss's sensitivity at that point of the residual stream, so that the numbers
-of all layers and both halves can be compared.
+The cost of a value rank is the output energy of the dropped directions. The cost of an MLP width is the accumulated
+error of channel elimination. Both are weighted with the Fisher information of the loss at that point of the residual
+stream, so that costs of different layers, and of attention and MLP, can be compared.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from flatq.compress.heads import output_basis
 from flatq.compress.mlp import eliminate
 from flatq.model.weights import Weights
 
-TOKENS = 8192  # of the calibration tokens, in the sensitivity's short rows: a curve needs fewer than a solve
-MOMENTS = frozenset(("inner",))  # all that a curve is read from
-DEEPEST = 0.9  # share of a layer's channels that may go
+TOKENS = 8192  # calibration tokens used, in rows of LENGTH; a curve needs fewer tokens than a least-squares fit
+MOMENTS = frozenset(("inner",))  # the only Gram that curves need
+DEEPEST = 0.9  # largest fraction of a layer's channels that may be removed
 
 
 def error_curves(
@@ -38,8 +38,8 @@ def error_curves(
     """Cost of every rank and width of every layer.
 
     Args:
-        tokens: calibration tokens, int64 [n, s]; ``TOKENS`` of them are used.
-        fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
+        tokens: calibration tokens, int64 [n, s]; the first ``TOKENS`` are used.
+        fisher: [2 * layers, m, m] from ``output_sensitivity``; None uses unweighted output errors.
         ridge: relative to the mean diagonal of the MLP's Gram.
     """
     blocks = dense_blocks(
@@ -50,7 +50,7 @@ def error_curves(
 
 
 def _curve(block: Block, fisher: Tensor | None, ridge: float) -> tuple[float, ...]:
-    """Cost of every value rank, or of every MLP width, of one block; see ``error_curves``."""
+    """Cost of every value rank (attention) or MLP width (MLP) of one block; see ``error_curves``."""
     return _value_curve(block, fisher) if block.half == "attention" else _mlp_curve(block, fisher, ridge)
 
 

@@ -1,12 +1,12 @@
-"""Narrower value heads: a change of basis that attention cannot see, then a cut.
+"""Low-rank value heads: a change of basis of each head, then truncation.
 
-Softmax mixes the rows of the values, so any linear map of a value head commutes with attention: it can be undone in
-the columns of the output projection that read the head. Each key/value head gets two maps,
+Attention forms weighted sums over the rows of the values, so any linear map of a value head commutes with it and can
+be undone in the columns of the output projection that read the head. Each key/value head gets two maps,
 
     v' = v E   (``encode`` [d, r])        o' = o reads z' D^T   (``decode`` [d, r], applied to o's columns)
 
 and every query head of its group shares them. With ``E = D = Q`` (leading eigenvectors of the values' Gram) this is
-FLAT's head-wise PCA; an oblique pair (E, D) is what an output-aware basis needs.
+FLAT's head-wise PCA; an output-aware basis needs an oblique pair (E, D).
 
 Axes: k kv_heads, h query heads, g = h / k, d d_v before, r d_v after, m d_model.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadBasis:
-    """``encode`` and ``decode``, both [k, d, r]; ``discarded`` is the share of the values' energy that is lost."""
+    """``encode`` and ``decode``, both [k, d, r]; ``discarded`` is the lost fraction of the values' energy."""
 
     encode: Tensor
     decode: Tensor
@@ -57,7 +57,7 @@ def head_basis(gram: Tensor, rank: int) -> HeadBasis:
 
 
 def orthonormal(encode: Tensor, gram: Tensor) -> HeadBasis:
-    """A basis from orthonormal columns that were chosen elsewhere, [k, d, r], on the values' Gram [k, d, d]."""
+    """``HeadBasis`` of given orthonormal columns [k, d, r]; ``discarded`` follows from the values' Gram [k, d, d]."""
     total = gram.diagonal(dim1=-2, dim2=-1).sum().double()
     kept = ((encode.mT @ gram.double()) * encode.mT).sum()
     return HeadBasis(encode, encode, max(0.0, float(1 - kept / total)) if total > 0 else 0.0)
@@ -79,24 +79,24 @@ def project_heads(w_v: Tensor, v_bias: Tensor | None, w_o: Tensor, basis: HeadBa
 
 
 def spread_over_queries(basis: Tensor, group: int) -> Tensor:
-    """Block-diagonal map of all query heads, [k, d, r] -> [h * d, h * r]: how ``z`` changes when ``v`` does."""
+    """Block-diagonal map of all query heads, [k, d, r] -> [h * d, h * r], that applies ``basis`` to ``z``."""
     return torch.block_diag(*basis.repeat_interleave(group, dim=0))
 
 
 def output_basis(gram: Tensor, w_o: Tensor, kv_heads: int, group: int) -> tuple[Tensor, Tensor]:
-    """Directions of each value head in the order in which the layer's output needs them.
+    """Directions of each value head, ordered by their contribution to the layer's output.
 
     For one query head with Gram C and output columns W the best projection of rank r comes from the leading left
     singular vectors U of ``C^(1/2) W^T``: encode ``C^(-1/2) U``. The query heads of a group share their value head, so
-    their Grams are averaged and their output columns are put side by side.
+    their Grams are averaged and their output columns are concatenated.
 
     Args:
         gram: second moment of the heads' outputs z, [h * d, h * d].
         w_o: [m, h * d]; rows may be weighted, see ``sensitivity``.
 
     Returns:
-        Orthonormal encode, float64 [k, d, d], nested: its first r columns span the best subspace of rank r. And the
-        mean square of the output that each direction carries, [k, d], descending.
+        Orthonormal encode, float64 [k, d, d], nested: its first r columns span the best subspace of rank r; and the
+        mean square of the output due to each direction, [k, d], descending.
     """
     m, columns = w_o.shape
     k, g, d = kv_heads, group, columns // (kv_heads * group)
@@ -112,9 +112,9 @@ def output_basis(gram: Tensor, w_o: Tensor, kv_heads: int, group: int) -> tuple[
 def refit_output(w_o: Tensor, gram: Tensor, encode: Tensor, group: int, *, ridge: float = 1e-4) -> Tensor:
     """Least-squares output projection for narrowed heads, on the Gram of all heads together, [m, h * r].
 
-    ``W C R (R^T C R)^-1`` with R the encoders of all query heads: no other reading of the narrowed heads is closer
-    to the old output on the calibration tokens, up to the ridge (relative to the mean diagonal) that pulls towards
-    ``W R``, the reading without a refit.
+    ``W C R (R^T C R)^-1`` with R the encoders of all query heads: the smallest output error on the calibration tokens
+    of all matrices of this shape, up to the ridge (relative to the mean diagonal), which regularizes towards ``W R``,
+    the projection without a refit.
     """
     spread = spread_over_queries(encode.double(), group)
     half = gram.double() @ spread  # [h * d, h * r]
@@ -127,7 +127,7 @@ def refit_output(w_o: Tensor, gram: Tensor, encode: Tensor, group: int, *, ridge
 
 
 def _square_root(c: Tensor, floor: float = 1e-8) -> tuple[Tensor, Tensor]:
-    """Square root of positive matrices [..., d, d] and its inverse; eigenvalues below ``floor`` of the largest rise."""
+    """Square root of positive matrices [..., d, d] and its inverse; eigenvalues are at least ``floor`` * largest."""
     values, vectors = torch.linalg.eigh(c)
     values = values.clamp(min=(floor * values[..., -1:]).clamp(min=torch.finfo(c.dtype).tiny))
     root = values.sqrt()[..., None, :]

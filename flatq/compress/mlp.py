@@ -1,4 +1,4 @@
-"""A narrower MLP: keep some channels, and let the output projection make up for the others.
+"""Narrower MLPs: select channels, and refit the output projection to compensate for the removed ones.
 
 Axes: m d_model, f d_ff before, s d_ff after.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flatq.linalg import inverse, relative_energy, ridged_factor, solved
 
-STEPS = 32  # of an elimination of all channels; 96 choose no better (docs/decisions/0012)
-ROWS = 256  # of a large matrix that are copied together
+STEPS = 32  # steps in which all channels would be eliminated; 96 steps choose no better (docs/decisions/0012)
+ROWS = 256  # rows of a large matrix that are copied in one operation
 
 
 def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
@@ -30,27 +30,27 @@ def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
 
 
 def leading_channels(scores: Tensor, width: int) -> Tensor:
-    """Indices of the ``width`` best channels, ascending, int64 [s]."""
+    """Indices of the ``width`` channels with the highest scores, ascending, int64 [s]."""
     return torch.sort(torch.topk(scores, width).indices).values
 
 
 def nystroem(w_down: Tensor, gram: Tensor, keep: Tensor, ridge: float = 1e-6) -> Tensor:
-    """Output projection that reads the kept channels in place of all: ``W C[:, S] C[S, S]^-1``, [m, s].
+    """Output projection refitted to the kept channels S by least squares: ``W C[:, S] C[S, S]^-1``, [m, s].
 
-    The least-squares choice: no other [m, s] matrix has a smaller output error on the calibration tokens (up to the
-    ridge, which is relative to the mean diagonal and as small as the precision of the Gram allows).
+    No other [m, s] matrix has a smaller output error on the calibration tokens (up to the ridge, which is relative to
+    the mean diagonal and as small as the precision of the Gram allows).
     """
     w, rows = w_down.to(gram.dtype), gram.index_select(0, keep)
     right, inside = (rows @ w.T).double(), rows.index_select(1, keep)  # [s, m], [s, s]
-    del rows  # as large as what comes next
+    del rows  # as large as the factor
     lower, shift = ridged_factor(inside, ridge)
     del inside
-    right += shift * w.T[keep]  # pulled towards plain selection
+    right += shift * w.T[keep]  # regularized towards plain selection
     return solved(lower, right).T.to(w_down.dtype)
 
 
 def output_error(w: Tensor, gram: Tensor, w_new: Tensor, keep: Tensor) -> float:
-    """Share of the output's energy that is lost by reading only ``keep`` with ``w_new``; 0 is perfect."""
+    """Relative output error (squared) of ``w_new`` on the channels ``keep`` against ``w`` on all; 0 is exact."""
     difference = w.to(gram.dtype, copy=True)
     difference[:, keep] -= w_new.to(gram.dtype)
     return relative_energy(difference, w, gram)
@@ -58,26 +58,26 @@ def output_error(w: Tensor, gram: Tensor, w_new: Tensor, keep: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Elimination:
-    """MLP channels in the order in which they can be done without.
+    """MLP channels in the order of their elimination.
 
     Attributes:
-        order: int64 [removed], the most dispensable first.
-        cost: float64 [removed], mean square of the output's change once this and all earlier channels are gone and the
-            others have made up for them as well as they can.
+        order: int64 [removed], the least important first.
+        cost: float64 [removed], mean square of the output's change after this and all earlier channels are removed
+            and the remaining weights are refitted by least squares.
     """
 
     order: Tensor
     cost: Tensor
 
     def kept(self, channels: int) -> Tensor:
-        """Indices that are left of ``channels``, ascending."""
+        """Indices of the remaining channels out of ``channels``, ascending."""
         alive = torch.ones(channels, dtype=torch.bool, device=self.order.device)
         alive[self.order] = False
         return alive.nonzero()[:, 0]
 
 
 def closed_up(matrix: Tensor, index: Tensor) -> Tensor:
-    """Some rows and columns of a contiguous square matrix, moved up within its memory; what it held is lost.
+    """Submatrix of a contiguous square matrix, compacted in place; the matrix is overwritten.
 
     Args:
         matrix: [n, n].
@@ -95,16 +95,16 @@ def closed_up(matrix: Tensor, index: Tensor) -> Tensor:
 
 
 def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: int | None = None) -> Elimination:
-    """Optimal-brain-surgeon elimination: again and again drop the channels whose loss the others can best make up for.
+    """Eliminate channels by Optimal Brain Surgeon, the ones with the smallest compensated output error first.
 
-    The output's change when channel j goes is ``||W[:, j]||^2 / (C^-1)_jj``; then ``W`` and ``C^-1`` are updated to
-    those of the smaller problem, exactly (``C^-1`` in several steps together: it is the larger by far). Only the choice
-    within one step takes its channels as independent.
+    The squared change of the output when channel j is removed is ``||W[:, j]||^2 / (C^-1)_jj``; then ``W`` and
+    ``C^-1`` are updated exactly to those of the smaller problem (updates of ``C^-1``, the larger one, are accumulated
+    over several steps). The only approximation: channels removed in the same step are chosen independently.
 
     Args:
         w_down: [m, f]; rows may be weighted, see ``sensitivity``.
         gram: second moment of the inner activation, [f, f].
-        width: channels to leave.
+        width: number of channels to keep.
         ridge: relative to the mean diagonal of ``gram``.
         step: channels per elimination; None is f / ``STEPS``.
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), with a layer's output in place of the loss.
@@ -121,7 +121,7 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
         gone = torch.topk(price, min(step, left - width), largest=False).indices
         bridge = torch.addmm(inverted[gone], late[:, gone].T, late, alpha=-1)  # [gone, n]
         among = bridge[:, gone].double()
-        among.diagonal().mul_(1 + torch.finfo(gram.dtype).eps)  # positive, whatever was rounded
+        among.diagonal().mul_(1 + torch.finfo(gram.dtype).eps)  # keeps it positive definite despite rounding
         root = torch.linalg.inv(torch.linalg.cholesky(among)).to(gram.dtype)
         share, lost, before = root @ bridge, root @ rows[gone], total  # [gone, n], [gone, m]
         total += float(lost.square().sum(dtype=torch.float64))
@@ -132,7 +132,7 @@ def eliminate(w_down: Tensor, gram: Tensor, width: int, ridge: float, *, step: i
         late = torch.cat([late, share])
         alive[gone] = False
         left -= len(gone)
-        if left < 0.85 * len(index):  # now and then close the gaps, and bring the inverse up to date in one product
+        if left < 0.85 * len(index):  # compact, and apply the accumulated updates of the inverse in one product
             rest = alive.nonzero()[:, 0]
             rows, inverted, late, index = rows[rest], closed_up(inverted, rest), late[:, rest], index[rest]
             inverted.addmm_(late.T, late, alpha=-1)

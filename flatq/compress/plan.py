@@ -1,4 +1,4 @@
-"""Widths of every layer for a wanted budget, before the walk."""
+"""The rank plan: widths of every layer for a budget, decided before the walk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flatq.recipe.blocks import FlatSpec, GptqSpec
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """The widths that the model will have.
+    """The widths of the compressed model.
 
-    ``requested`` and ``achieved`` are what ``budget`` says: a share of the decoder's parameters (``keep_ratio``), or
-    bytes (``size``, ``decode_bytes``).
+    ``requested`` and ``achieved`` are in the unit of ``budget``: a fraction of the decoder's parameters
+    (``keep_ratio``), or bytes (``size``, ``decode_bytes``).
     """
 
     layers: tuple[LayerDims, ...]
@@ -35,13 +35,14 @@ def plan_ranks(
     gptq: GptqSpec | None = None,
     itemsize: int = 4,
 ) -> RankPlan:
-    """Widths of every layer for a wanted budget.
+    """Widths of every layer for the budget of a ``flat`` stage.
 
     Args:
         importance: one number per layer, for ``allocation: iprs``.
-        curves: one per layer, for ``allocation: curves``. Without what its allocation needs, a plan has equal shares.
+        curves: one per layer, for ``allocation: curves``. Without the measurement that its allocation needs, a plan
+            has equal fractions for all layers.
         gptq: the stage that follows, for budgets in bytes.
-        itemsize: bytes of a number that is not quantized.
+        itemsize: bytes of an unquantized number.
 
     Raises:
         RecipeError: the budget cannot be reached.
@@ -67,9 +68,9 @@ def plan_ranks(
 
 
 def uneven(config: DecoderConfig, spec: FlatSpec) -> DecoderConfig:
-    """The model with value heads that differ, as an allocation layer by layer leaves them; unchanged if none will.
+    """A configuration whose value ranks differ between layers, if the allocation may produce such; else ``config``.
 
-    Which layer keeps how much follows from the weights, but that they will not keep the same is known before.
+    The ranks are known only after measurement; that they will differ is known before.
     """
     same = spec.uniform or spec.parts.allocation == "uniform" or spec.parts.values == "whole" or spec.keep_ratio == 1
     first, *others = config.layers

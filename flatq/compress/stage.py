@@ -1,4 +1,4 @@
-"""FLAT on a model: the rank plan before the walk, and what happens to each block during it."""
+"""The FLAT stage: narrows each block of the walk to its planned widths."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from flatq.recipe.blocks import FlatSpec
 
 
 class FlatStage:
-    """Narrows each block to its planned widths, and its Grams with it."""
+    """Narrows each block, and its Grams, to the planned widths."""
 
     def __init__(self, spec: FlatSpec, plan: RankPlan, fisher: Sensitivity | Tensor | None = None) -> None:
         self.parts, self.ridge, self.plan, self.fisher = spec.parts, spec.ridge, plan, fisher
         self.corrects = spec.corrects
 
     def apply(self, block: Block) -> None:
-        """Observe the block (the dense model that is walked along goes by with it), then narrow it."""
+        """Measure the block's Grams (and the drift from the dense model, if the walk tracks it), then narrow it."""
         block.observe()
         wanted = self.plan.layers[block.index]
         if block.half == "attention":
@@ -37,11 +37,11 @@ class FlatStage:
                 self._narrow_values(block, wanted.d_v)
         elif wanted.d_ff < block.dims.d_ff:
             self._narrow_mlp(block, wanted.d_ff)
-        if self.corrects and block.half == "mlp":  # attention's output projection gains nothing by it
+        if self.corrects and block.half == "mlp":  # no measurable gain for attention's output projection
             self._correct(block)
 
     def _correct(self, block: Block) -> None:
-        """Have ``down`` take back part of what this and the earlier blocks have done to the stream."""
+        """Refit ``down`` to compensate a fraction of the error accumulated in the residual stream so far."""
         gram = block.observe()["inner"]
         if block.drift is None:
             raise ValueError("the walk has no reference to correct towards")
@@ -80,7 +80,7 @@ class FlatStage:
         else:
             keep = eliminate(self._weighted(block, down), gram, width, self.ridge).kept(len(gram))
         corrected = nystroem(down, gram, keep)
-        del gram  # of a 70B model, 3 GB; so the mean is taken once more
+        del gram  # 3 GB for a 70B model; the mean is computed again below
         block.errors["mlp"] = output_error(down, grams["inner"].mean(), corrected, keep)
         for name in ("gate", "up"):
             linear: nn.Linear = getattr(layer, name)

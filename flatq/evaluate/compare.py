@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from flatq.artifact import MANIFEST, Artifact
@@ -24,13 +22,12 @@ from flatq.evaluate.subjects import DENSE
 from flatq.evaluate.tasks import TaskResult, known_results
 from flatq.export.baseline import BASELINE
 from flatq.export.bench import rendered
-from flatq.export.deliver import DESCRIPTION
+from flatq.export.folder import DESCRIPTION
 from flatq.units import number, size
 
 ABSENT = "not measured"
 HELD_OUT = "held-out text"  # what reports with a single text measured on
 WEIGHTS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.data", "*.gguf", "*.safetensors", "*.bin")
-FORMATS = (".svg", ".png")
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def _of_export(path: Path) -> Entry:
 
 
 def _of_artifact(path: Path) -> Entry:
-    artifact = Artifact.open(path)
+    artifact = Artifact.open(path, check=False)  # only sizes are read
     run = artifact.root.parent
     if (run / "report.json").is_file():
         entry = next(entry for entry in _of_run(run) if entry.name == f"{run} artifact")
@@ -190,29 +187,3 @@ def _shown(value: float | None, form: str = "") -> str:
     if value is None:
         return ABSENT
     return format(value, form) if form else number(value)
-
-
-def draw(entries: Sequence[Entry], path: Path) -> None:
-    """Quality against bytes, a panel for each text: models that were measured on it.
-
-    Raises:
-        RecipeError: the file's ending is no format, or no model has a perplexity.
-    """
-    if path.suffix not in FORMATS:
-        raise RecipeError(f"--figure {path}: must end in {' or '.join(FORMATS)}")
-    texts = list(dict.fromkeys(text for entry in entries for text in entry.perplexity))
-    if not texts:
-        raise RecipeError(f"--figure {path}: no model here has a measured perplexity, so there is nothing to draw")
-    with matplotlib.rc_context({"svg.hashsalt": "flatq", "font.size": 9}):
-        figure = Figure(figsize=(6.4, 3.4 * len(texts)), layout="constrained")
-        panels = figure.subplots(len(texts), 1, squeeze=False)[:, 0]
-        for axes, text in zip(panels, texts, strict=True):
-            points = [(e.name, e.bytes / 1e6, e.perplexity[text]) for e in entries if text in e.perplexity]
-            for name, x, y in points:
-                axes.plot(x, y, "o", label=name)
-            axes.set_title(text, loc="left")
-            axes.set_xlabel("MB")
-            axes.set_ylabel("perplexity")
-            axes.grid(alpha=0.3)
-            axes.legend(frameon=False, fontsize=7)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)

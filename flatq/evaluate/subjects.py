@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flatq.artifact import Artifact, tokenizer_in
-from flatq.errors import ArtifactError, FlatqError, RecipeError
-from flatq.export.deliver import DESCRIPTION, opened, reopened
+from flatq.artifact import Artifact, artifact_in, tokenizer_in
+from flatq.errors import FlatqError, RecipeError
+from flatq.export.deliver import opened
+from flatq.export.folder import DESCRIPTION, artifact_of, description_of
 from flatq.export.generate import DecoderRunner
 from flatq.export.protocols import Runner
 from flatq.files import file_digest
@@ -65,24 +66,29 @@ class Subject:
         return min(self.ends) if begin is None else int(begin)
 
 
-def subjects_of(model: str, *, provider: str = "auto", dense: bool = True) -> tuple[list[Subject], Path]:
+def subjects_of(
+    model: str, *, provider: str = "auto", dense: bool = True, check: bool = True
+) -> tuple[list[Subject], Path]:
     """A model, before it the dense model that it was made from, and the folder for their results.
 
     Args:
         model: run, artifact or export folder, or a pretrained model as in a recipe.
         provider: where an export's runtime computes.
         dense: look for the dense model of a compressed one; where it is gone, a warning says so.
+        check: compare the files of an artifact or export with their digests first.
+
+    Raises:
+        ArtifactError: a file of an artifact or export is missing or damaged.
     """
     path = Path(model)
     if (path / DESCRIPTION).is_file():
-        artifact = Artifact.open(reopened(path)[1])
+        artifact = artifact_of(path, description_of(path, check=check), check=check)
         beside = path.parent.parent if path.parent.name == "exports" else path.parent
         one = exported(path, artifact, provider)
     else:
-        try:
-            artifact = Artifact.open(path)
-        except ArtifactError:
+        if artifact_in(path) is None:
             return [pretrained(open_model(model))], Path("tasks") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
+        artifact = Artifact.open(path, check=check)
         beside, one = artifact.root.parent, compressed(artifact)
     before = _dense_of(artifact) if dense else None
     return [*([before] if before else []), one], beside / "tasks"
@@ -108,7 +114,7 @@ def exported(root: Path, artifact: Artifact, provider: str) -> Subject:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     digest = _digest({str(path.relative_to(root)): file_digest(path) for path in files})
     tokenizer = partial(tokenizer_in, artifact.root)
-    open_export = partial(opened, root, provider)
+    open_export = partial(opened, root, provider, check=False)  # by now the files were compared, if they were to be
     return Subject(root.name, digest, artifact.config, artifact.settings, tokenizer, open_export)
 
 

@@ -1,12 +1,10 @@
 """From an artifact to files that a runtime has opened and agreed with.
 
-Beside what the exporter wrote, every export folder holds ``export.json`` (which exporter, which options, which
-artifact), so that ``flatq bench`` and ``flatq generate`` can open it later.
+Beside what the exporter wrote, every export folder holds ``export.json``, see ``flatq.export.folder``.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -22,10 +20,10 @@ from flatq.artifact import Artifact
 from flatq.errors import ArtifactError, ExportError
 from flatq.export.baseline import BASELINE, dense_artifact
 from flatq.export.bench import BenchResult, Load, bench_side_by_side
+from flatq.export.folder import AGAIN, DESCRIPTION, describe, description_of
 from flatq.export.planned import PlannedExport, absent_packages_of, has_runtime
 from flatq.export.protocols import Exported, Runner, exporter_named
 from flatq.export.verify import EXACT, Limits, verify
-from flatq.files import file_digest, write_json
 from flatq.machine.progress import progress
 from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe
@@ -33,7 +31,6 @@ from flatq.run_folder import RunFolder
 from flatq.sources.source import Source
 
 log = logging.getLogger(__name__)
-DESCRIPTION = "export.json"
 
 
 def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor | None) -> dict[str, Any]:
@@ -57,38 +54,37 @@ def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor 
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
-        exported, verification, unverified = _written(
-            item, artifact, growing, os.path.relpath(artifact.root, out), heldout
-        )
+        exported = item.exporter.write(artifact, growing, item.options)
+        origin = os.path.relpath(artifact.root, out)
+        described = describe(growing, artifact, item.format, item.options, origin)
+        verification, unverified = _judged(item, artifact, exported, heldout)
     except BaseException:
         shutil.rmtree(growing, ignore_errors=True)
         raise
-    files = sorted(path.relative_to(exported.root) for path in exported.files)
+    files = sorted(path.relative_to(exported.root).as_posix() for path in exported.files)
     shutil.rmtree(out, ignore_errors=True)
     growing.rename(out)
     if unverified:
         log.warning("exports.%s: not verified: %s", item.name, unverified)
     return {
         "name": item.name,
-        "files": [str(file) for file in files],
+        "files": files,
         "bytes": sum((out / file).stat().st_size for file in files),
-        "sha256": {str(file): file_digest(out / file) for file in files},
+        "sha256": {file: described.files[file] for file in files},
         "verify": verification,
         "unverified": unverified,
         "notes": list(exported.notes),
     }
 
 
-def _written(
-    item: PlannedExport, artifact: Artifact, root: Path, origin: str, heldout: Tensor | None
-) -> tuple[Exported, dict[str, Any] | None, str]:
-    exported = item.exporter.write(artifact, root, item.options)
-    description = {"format": item.format, "options": item.options.model_dump(mode="json"), "artifact": origin}
-    write_json(root / DESCRIPTION, description)
+def _judged(
+    item: PlannedExport, artifact: Artifact, exported: Exported, heldout: Tensor | None
+) -> tuple[dict[str, Any] | None, str]:
+    """The verification, or why there is none."""
     if not item.verify:
-        return exported, None, "verification was switched off"
+        return None, "verification was switched off"
     verification = _verified(item, artifact, exported, heldout)
-    return exported, verification, "" if verification else "the format has no runtime that flatq can open"
+    return verification, "" if verification else "the format has no runtime that flatq can open"
 
 
 def _verified(
@@ -149,21 +145,23 @@ def _dense_twin(item: PlannedExport, source: Source, work: Path) -> tuple[Planne
     return twin, root / "export"
 
 
-def reopened(root: Path) -> tuple[PlannedExport, Path]:
-    """An export folder that ``deliver`` made, and the folder of its artifact.
+def reopened(root: Path, *, check: bool = True) -> tuple[PlannedExport, Path]:
+    """An export folder that ``deliver`` made, and the folder where its artifact was.
+
+    Args:
+        root: the folder.
+        check: compare every file with its digest first, see ``flatq.digests``.
 
     Raises:
-        ArtifactError: it is no such folder.
+        ArtifactError: it is no such folder, or a file is missing or damaged.
     """
+    described = description_of(root, check=check)
+    exporter = exporter_named(described.format)
     try:
-        described = json.loads((root / DESCRIPTION).read_text())
-        exporter = exporter_named(described["format"])
-        options = exporter.Options(**described["options"])
-    except (OSError, ValueError, KeyError, TypeError) as wrong:
-        raise ArtifactError(
-            f"{root}: is no export folder of flatq ({wrong}); give a folder below exports/ of a run"
-        ) from wrong
-    return PlannedExport(root.name, described["format"], exporter, options), (root / described["artifact"]).resolve()
+        options = exporter.Options(**described.options)
+    except ValueError as wrong:  # of another version of the exporter
+        raise ArtifactError(f"{root / DESCRIPTION}: its options are not known here ({wrong}); {AGAIN}") from wrong
+    return PlannedExport(root.name, described.format, exporter, options), (root / described.artifact).resolve()
 
 
 def foreign(root: Path) -> PlannedExport:
@@ -178,13 +176,19 @@ def foreign(root: Path) -> PlannedExport:
     return PlannedExport(str(root), "onnx", exporter, exporter.Options())
 
 
-def opened(root: Path, provider: str) -> Runner:
+def opened(root: Path, provider: str, *, check: bool = True) -> Runner:
     """A runner of an export folder.
 
+    Args:
+        root: the folder.
+        provider: where its runtime computes.
+        check: see ``reopened``.
+
     Raises:
+        ArtifactError: a file is missing or damaged.
         ExportError: the format has no runtime here.
     """
-    item, _ = reopened(root)
+    item, _ = reopened(root, check=check)
     runner = item.exporter.open(root, item.options, provider=provider)
     if runner is None:
         raise ExportError(f"{root}: the format {item.format!r} has no runtime of its own here; open it in its program")

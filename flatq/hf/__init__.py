@@ -1,1 +1,1 @@
-"""The transformers face of flatq: ``AutoModelForCausalLM`` loads artifacts and exported folders."""
+"""Integration with transformers: ``AutoModelForCausalLM`` loads artifacts and exported folders."""

@@ -1,10 +1,10 @@
-"""The transformers face of a flatq artifact: ``AutoModelForCausalLM`` loads it, ``generate`` runs it.
+"""A flatq artifact as a transformers model: ``AutoModelForCausalLM`` loads it, ``generate`` runs it.
 
-The modules are those of ``Decoder`` under their own names, so the tensors of a checkpoint are called
-as in the artifact, quantized ones ``X.codes``, ``X.scale``, ``X.zero``. The forward pass, the cache and strict
-loading are in ``modeling_flatq``; a missing, misshapen or unknown tensor is an ``ArtifactError`` that names it.
+The modules are those of ``Decoder``, so the state dict has the names of the artifact; a quantized weight is
+``X.codes``, ``X.scale``, ``X.zero``. The forward pass, the cache and strict loading are in ``modeling_flatq``; a
+missing tensor, a wrong shape or an unknown tensor raises an ``ArtifactError`` with its name.
 
-This is the reference implementation, decoded to dense matrices on first use; the exporters deploy.
+This is the reference implementation, which dequantizes weights on first use; exports are meant for deployment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flatq.artifact import MANIFEST
+from flatq.artifact import Artifact
 from flatq.errors import ArtifactError
 from flatq.hf.modeling_flatq import DecoderForCausalLM, FlatqHubConfig, FlatqHubForCausalLM
 from flatq.hf.quantized_linear import quantized_like
@@ -46,20 +46,20 @@ class FlatqConfig(FlatqHubConfig):
 
     @classmethod
     def of(cls, config: DecoderConfig, grids: Mapping[str, Grid] | None = None, **others: Any) -> FlatqConfig:
-        """From the core's own values."""
+        """From a ``DecoderConfig`` and grids."""
         return cls(config.to_dict(), {stem: asdict(grid) for stem, grid in (grids or {}).items()}, **others)
 
     @property
     def decoder_grids(self) -> dict[str, Grid]:
-        """The grids as the core's own type."""
+        """The grids as ``Grid`` objects."""
         return {stem: Grid(**grid) for stem, grid in self.grids.items()}
 
 
 def build_decoder(config: DecoderConfig, grids: Mapping[str, Grid]) -> Decoder:
-    """A decoder with empty weights whose modules named in ``grids`` hold codes.
+    """An uninitialized decoder in which the modules named in ``grids`` are quantized modules.
 
     Raises:
-        ArtifactError: a grid names no linear or embedding of this decoder.
+        ArtifactError: a grid does not belong to a linear or embedding of this decoder.
     """
     decoder = Decoder(config)
     for stem, grid in grids.items():
@@ -69,14 +69,14 @@ def build_decoder(config: DecoderConfig, grids: Mapping[str, Grid]) -> Decoder:
             setattr(owner, name, quantized_like(getattr(owner, name), grid))
         except (AttributeError, TypeError) as fault:
             raise ArtifactError(
-                f"config.json: grids[{stem!r}] names no linear or embedding of this model; "
+                f"config.json: grids[{stem!r}] is no linear or embedding of this model; "
                 "expected names like 'layers.0.q', 'embed' or (untied) 'head'"
             ) from fault
     return decoder
 
 
 class FlatqForCausalLM(DecoderForCausalLM):
-    """An artifact as a model that generates."""
+    """An artifact as a causal language model."""
 
     config_class = FlatqConfig
     _no_split_modules = ("DecoderLayer",)
@@ -87,7 +87,7 @@ class FlatqForCausalLM(DecoderForCausalLM):
         decoder = build_decoder(config.decoder_config, config.decoder_grids)
         for name, child in decoder.named_children():
             self.add_module(name, child)
-        # Not registered as a module itself: its children are ours already, under the names of the artifact.
+        # Not registered as a submodule: its children already are, under the names of the artifact.
         self.__dict__["_decoder"] = decoder
         self.post_init()
 
@@ -102,38 +102,39 @@ class FlatqForCausalLM(DecoderForCausalLM):
         return self.body.embed
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The untied head, dense or quantized; None when the embedding serves as head."""
+        """The untied head, dense or quantized; None if the head is tied to the embedding."""
         return self.body.head
 
 
 def load(
-    root: Path | str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    root: Path | str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    check: bool = True,
 ) -> FlatqForCausalLM:
-    """A finished artifact (or a run folder that holds one) as a model that generates.
+    """Load a finished artifact as a causal language model.
 
     Args:
-        root: the folder.
-        dtype: what to compute in; ``auto`` takes the artifact's. Codes and scales are stored as they are.
-        device: where to put it.
+        root: folder of the artifact, or a run folder that contains one.
+        dtype: data type for computation; ``auto`` is the artifact's. Codes and scales keep their stored types.
+        device: device of the model.
+        check: compare every file with its digest first, see ``Artifact.open``.
 
     Raises:
-        ArtifactError: the folder is no artifact, a file is damaged, or a tensor is missing or misshapen.
+        ArtifactError: the folder is no artifact, a file is damaged, or a tensor is missing or has a wrong shape.
     """
-    root = Path(root)
-    if not (root / "config.json").exists() and (root / "artifact" / MANIFEST).exists():
-        root = root / "artifact"
-    if not (root / "config.json").exists():
-        raise ArtifactError(f"{root} is no flatq artifact: config.json is missing; give the folder that flatq wrote")
+    root = Artifact.open(root, check=check).root
     try:
         model: FlatqForCausalLM = FlatqForCausalLM.from_pretrained(root, dtype=dtype, local_files_only=True)
-    except (OSError, SafetensorError) as fault:
+    except (OSError, ValueError, SafetensorError) as fault:
         raise ArtifactError(f"{root}: a file is missing or damaged ({fault}); run the recipe with --fresh") from fault
     model.to(device)
     return model
 
 
 def register() -> None:
-    """Make the auto classes know artifacts and the folders of the safetensors exporter."""
+    """Register artifacts and the folders of the safetensors exporter with the auto classes of transformers."""
     for config, model in ((FlatqConfig, FlatqForCausalLM), (FlatqHubConfig, FlatqHubForCausalLM)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Teach ``AutoModelForCausalLM`` about flatq the moment transformers is there, and not before.
+"""Register flatq with ``AutoModelForCausalLM`` when transformers is imported.
 
-``import flatq`` must be light (checking a recipe needs neither torch nor transformers), yet after it
-``AutoModelForCausalLM.from_pretrained`` must know ``model_type: flatq``, whichever of the two was imported first.
-Registering needs the classes themselves, and they need torch. So: if transformers is already loaded, register
-now; otherwise wait for its first import and register right after it. Only the import of the package itself is
-waited for: at its end no part of transformers is half initialised, so nothing can go round in a circle.
+``import flatq`` must be fast (checking a recipe needs neither torch nor transformers), but after it
+``AutoModelForCausalLM.from_pretrained`` must know ``model_type: flatq``, independent of the order of imports.
+Registration needs the model classes, and they need torch. So if transformers is already imported, the classes are
+registered immediately; otherwise an import hook registers them after the first import of transformers. Only the
+top-level package is hooked: when its import ends, transformers is initialised and circular imports cannot occur.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from types import ModuleType
 
 
 class _AfterTransformers:
-    """A finder that leaves finding to the others, and has a say only in what follows ``import transformers``."""
+    """A meta-path finder that delegates to the other finders and adds the registration to ``import transformers``."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The usual spec of transformers, its execution followed by the registration; None for all else."""
+        """The usual spec of transformers with the registration after its execution; None for other modules."""
         if name != "transformers":
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
@@ -33,7 +33,7 @@ class _AfterTransformers:
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            if self in sys.meta_path:  # stays until here: libraries also ask for a spec only to see if it exists
+            if self in sys.meta_path:  # not removed earlier: find_spec is also called just to test for existence
                 sys.meta_path.remove(self)
             importlib.import_module("flatq.hf.artifact_model")
 

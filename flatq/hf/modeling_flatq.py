@@ -1,15 +1,16 @@
-"""flatq's decoder as transformers knows models: config, cache, ``generate``, strict loading.
+"""flatq's decoder as a transformers model: config, cache, ``generate``, strict loading.
 
-There is no second forward pass here. ``DecoderForCausalLM`` turns an attention mask and a ``DynamicCache`` into what
-``model.decoder`` asks for and wraps the logits. ``FlatqHubForCausalLM`` hangs the same modules up under the names of
-the Hugging Face hub (``model.layers.0.self_attn.q_proj``), which is what quantized loaders find them by.
+The forward pass is that of ``model.decoder``. ``DecoderForCausalLM`` converts an attention mask and a ``DynamicCache``
+to its arguments and wraps the logits. ``FlatqHubForCausalLM`` registers the same modules under the names of the Hugging
+Face hub (``model.layers.0.self_attn.q_proj``), by which loaders of quantized checkpoints find them.
 
-This file travels: an exported folder holds it beside ``decoder.py`` and ``dims.py``, so that ``trust_remote_code=True``
-loads the folder where flatq is not installed. It may import nothing but torch, transformers and those two.
+This file is copied into exported folders together with ``decoder.py`` and ``dims.py``, so that
+``trust_remote_code=True`` loads the folder without an installation of flatq. It may import only torch, transformers and
+those two.
 
-Value heads may be narrower than key heads and differ from layer to layer; a ``DynamicCache`` grows by concatenation
-and does not mind. Left out: static caches, 4-d masks, ``inputs_embeds``, and a cache bounded by the sliding window
-(the window is honoured in the mask; the whole past is kept).
+Value heads may be narrower than key heads and differ between layers; a ``DynamicCache`` supports both because it grows
+by concatenation. Left out: static caches, 4-d masks, ``inputs_embeds``, and a cache that drops positions outside the
+sliding window (the window is applied in the mask; all positions are kept).
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ class FlatqHubConfig(PreTrainedConfig):  # type: ignore[misc]
         """The widths and switches as the decoder's own type.
 
         Raises:
-            ValueError: ``decoder`` lacks a field or has an unknown one.
+            ValueError: a field of ``decoder`` is missing or unknown.
         """
         try:
             return DecoderConfig.from_dict(self.decoder)
         except (KeyError, TypeError) as fault:
-            raise ValueError(f"config.json: `decoder` is not what flatq writes ({fault}); export again") from fault
+            raise ValueError(f"config.json: `decoder` is invalid ({fault}); export again") from fault
 
-    # The names that transformers and its users look for; read-only, because ``decoder`` is where they live.
+    # Standard names of transformers; read-only, because the values are stored in ``decoder``.
     vocab_size = property(lambda self: self.decoder["vocab"])
     hidden_size = property(lambda self: self.decoder["d_model"])
     num_hidden_layers = property(lambda self: len(self.decoder["layers"]))
@@ -78,7 +79,7 @@ class FlatqHubConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """What every way of hanging up the modules has in common; ``body`` is the decoder that holds them."""
+    """Base class of the causal language models; ``body`` is the decoder."""
 
     config_class: ClassVar[type[FlatqHubConfig]] = FlatqHubConfig
     base_model_prefix = ""
@@ -93,14 +94,15 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     @classmethod
     def from_pretrained(cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """A model in evaluation mode, loaded strictly; with ``output_loading_info`` the pair (model, info).
+        """Load strictly and return a model in evaluation mode, or (model, info) with ``output_loading_info``.
 
-        transformers only logs a tensor that a checkpoint lacks, and leaves random numbers in its place.
+        By default transformers only logs missing tensors and leaves them randomly initialized.
 
         Raises:
-            ValueError: (in flatq itself: ``ArtifactError``) tensors are missing, misshapen or unknown; names them.
+            ValueError: (with flatq installed: ``ArtifactError``) tensors are missing, have wrong shapes or are unknown;
+                lists them.
         """
-        options["ignore_mismatched_sizes"] = True  # so that all faults are told at once, below
+        options["ignore_mismatched_sizes"] = True  # all faults are reported together below
         model, found = super().from_pretrained(name_or_path, *args, output_loading_info=True, **options)
         faults = loading_faults(found)
         if faults:
@@ -118,15 +120,15 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         logits_to_keep: int | Tensor = 0,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits, and the cache to go on from.
+        """Logits, and the cache for the next call.
 
         Args:
             input_ids: int64 [b, s].
             attention_mask: [b, t], 0 at padding (left or right); positions count real tokens only.
-            past_key_values: a cache that grows (``DynamicCache``); its length is the past.
-            use_cache: make a cache if none is given.
-            labels: int64 [b, s] to predict (shifted inside), -100 where not.
-            logits_to_keep: only the last so many positions (0: all), or an index tensor.
+            past_key_values: a cache that grows (``DynamicCache``) with the keys and values of past positions.
+            use_cache: create a cache if none is given.
+            labels: int64 [b, s], shifted inside; -100 is ignored by the loss.
+            logits_to_keep: number of last positions to return (0: all), or an index tensor.
             return_dict: False returns a plain tuple.
         """
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -145,7 +147,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
 
 def _valid(mask: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
-    """The attention mask if it hides anything; None where all tokens are real, which is the faster path."""
+    """The attention mask, or None if nothing is masked, which is faster."""
     if mask is None:
         return None
     wanted = (tokens.shape[0], past + tokens.shape[1])
@@ -158,7 +160,7 @@ def _valid(mask: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
 
 
 def loading_faults(found: Mapping[str, Any]) -> list[str]:
-    """What transformers' ``output_loading_info`` has to complain of, a few words per tensor."""
+    """The problems in transformers' ``output_loading_info``, a short message per tensor."""
     wrong = {str(entry[0]): entry[1:] for entry in found.get("mismatched_keys", ())}
     missing = sorted(set(found.get("missing_keys", ())) - set(wrong))
     return [
@@ -185,7 +187,7 @@ HUB_PATHS = {
 
 
 class HubLayer(DecoderLayer):
-    """A decoder layer whose modules hang where the hub's checkpoints have them; its forward pass is inherited."""
+    """A decoder layer whose submodules have the names of hub checkpoints; the forward pass is inherited."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__(config, index)
@@ -196,14 +198,14 @@ class HubLayer(DecoderLayer):
                 self.get_submodule(branch).add_module(leaf, self._modules.pop(name))
 
     def __getattr__(self, name: str) -> Any:
-        """``self.q`` is ``self.self_attn.q_proj``, also after a loader has put another module in its place."""
+        """``self.q`` is ``self.self_attn.q_proj``, also after a loader has replaced that module."""
         return self.get_submodule(HUB_PATHS[name]) if name in HUB_PATHS else super().__getattr__(name)
 
 
 class HubDecoder(Decoder):
-    """A decoder without its head, under the hub's names."""
+    """A decoder without LM head, with the module names of the hub."""
 
-    _pp_plan = _tp_plan = None  # transformers asks a base model for its parallel plans, optimum for every attribute
+    _pp_plan = _tp_plan = None  # transformers reads the parallel plans of a base model, optimum reads every attribute
 
     def __init__(self, config: DecoderConfig) -> None:
         nn.Module.__init__(self)
@@ -218,7 +220,7 @@ class HubDecoder(Decoder):
 
 
 class FlatqHubForCausalLM(DecoderForCausalLM):
-    """A compressed decoder under the hub's names; dense, or packed codes that transformers' quantizers unpack."""
+    """A compressed decoder with the hub's names; dense, or packed codes for the quantizers of transformers."""
 
     base_model_prefix = "model"
     _no_split_modules = ("HubLayer",)
@@ -241,5 +243,5 @@ class FlatqHubForCausalLM(DecoderForCausalLM):
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The untied head; None when the embedding serves as head."""
+        """The untied head; None if the head is tied to the embedding."""
         return None if self.model.config.tied_head else self.lm_head

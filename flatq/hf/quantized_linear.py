@@ -1,11 +1,11 @@
-"""Modules that hold codes instead of a weight: what a quantized decoder is made of in torch.
+"""Quantized linear and embedding modules for torch.
 
-The codes are decoded to a plain matrix on first use and that matrix is kept, so a forward pass costs what a dense
-one costs, and the memory is that of the dense model plus the codes. This is the reference that every export is
-compared with; running on packed codes, small and fast, is the business of the runtimes behind the exporters.
+The codes are dequantized on first use and the dense matrix is kept, so a forward pass is as fast as a dense one, and
+the memory is that of the dense model plus the codes. This is the reference that every export is compared with;
+computation on packed codes is left to the runtimes of the exporters.
 
-The stored scale stays float16 whatever the module is cast to: casting it to bfloat16 would move every weight of
-its group. A cast changes only the dtype that is computed in.
+The scale stays float16 when the module is cast: rounding it to bfloat16 would change every weight of its group. A cast
+only changes the data type of the computation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flatq.model.grid import Grid, QuantizedWeight
 
 
 class QuantizedModule(nn.Module):
-    """Codes, scales and zeros as buffers, and the weight that they stand for.
+    """Codes, scales and zeros as buffers, and the dequantized weight.
 
     Buffers, named as in an artifact: ``codes`` uint8 [o, i], ``scale`` float16 [o, G], ``zero`` uint8 [o, G].
     """
@@ -41,19 +41,19 @@ class QuantizedModule(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The buffers as one value."""
+        """The buffers as a ``QuantizedWeight``."""
         return QuantizedWeight(self.codes, self.scale, self.zero, self.grid)
 
     @property
     def weight(self) -> Tensor:
-        """The decoded matrix, ``compute_dtype`` [o, i]; computed on first use, then kept."""
+        """The dequantized matrix, ``compute_dtype`` [o, i]; computed on first use, then cached."""
         if self._decoded is None:
             with torch.no_grad():
                 self._decoded = self.quantized.dequantize(self.compute_dtype)
         return self._decoded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        """Move the buffers; a cast is remembered in ``compute_dtype`` and leaves the stored scale alone."""
+        """Move the buffers; a cast sets ``compute_dtype`` and does not change the stored scale."""
         kept, probe = self.scale, torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = fn(probe).dtype
@@ -73,7 +73,7 @@ class QuantizedModule(nn.Module):
 
 
 class QuantizedLinear(QuantizedModule):
-    """``nn.Linear`` on codes, [..., i] -> [..., o]; the bias, if any, stays dense."""
+    """Quantized ``nn.Linear``, [..., i] -> [..., o]; the bias, if any, is not quantized."""
 
     def __init__(self, in_features: int, out_features: int, grid: Grid, *, bias: bool = False) -> None:
         super().__init__(in_features, out_features, grid)
@@ -85,7 +85,7 @@ class QuantizedLinear(QuantizedModule):
 
 
 class QuantizedEmbedding(QuantizedModule):
-    """``nn.Embedding`` on codes: one row per token; a tied head multiplies with ``weight``."""
+    """Quantized ``nn.Embedding``; a tied head uses ``weight``."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., i]."""
@@ -93,7 +93,7 @@ class QuantizedEmbedding(QuantizedModule):
 
 
 def quantized_like(module: nn.Module, grid: Grid) -> QuantizedModule:
-    """An empty quantized twin of a dense linear or embedding, ready to receive an artifact's tensors.
+    """An uninitialized quantized module with the shape of a dense linear or embedding.
 
     Raises:
         TypeError: the module is neither.

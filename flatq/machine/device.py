@@ -1,4 +1,4 @@
-"""Where to compute: what is there decides, what was asked for is never silently replaced."""
+"""Choose the torch device; a requested device is never silently replaced by another one."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from flatq.machine import distributed
 
 
 def solver_of(device: str) -> str:
-    """Where solves run: on the device itself, but for Apple's, which have no float64."""
+    """The device for linear solves: ``device`` itself, or the CPU for MPS, which has no float64."""
     return "cpu" if device.startswith("mps") else device
 
 
 def exact(x: Tensor) -> Tensor:
-    """In float64, where there is float64."""
+    """``x`` in float64; on the CPU if its device has no float64 (MPS)."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def gpu_names() -> list[str]:
-    """The NVIDIA devices that torch can use, as they call themselves."""
+    """Names of the NVIDIA devices that torch can use."""
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def resolve_device(wanted: str) -> str:
     """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a torch device that exists.
 
-    Of several processes on one machine each takes the GPU of its own number.
+    With several processes on one machine, each uses the GPU of its local rank.
 
     Raises:
-        RecipeError: the device is unknown or not there.
+        RecipeError: the device is unknown or not available.
     """
     count = torch.cuda.device_count()
     if wanted == "auto":

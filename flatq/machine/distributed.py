@@ -1,17 +1,16 @@
 """Several processes on one run: ``torchrun --nproc-per-node N -m flatq run RECIPE``.
 
-Calibration is a sum over samples, so each process takes its share of them and the sums are added up over all
-processes (gloo between CPUs, NCCL between GPUs). Everything else, which is solving and writing, is done by the first
-process; the others receive the finished block. That keeps one source of truth: no two processes can come to different
-widths because their processors round differently.
+Calibration statistics are sums over samples, so each process computes its share of the samples and the sums are
+all-reduced (gloo between CPUs, NCCL between GPUs). Rank 0 does everything else, that is solving and writing, and
+broadcasts the finished block. So all processes have the same widths, even if their processors round differently.
 
-The functions below are all that the rest of the package knows of it. Without torchrun they do nothing, and the same
-code is a run of one process. All processes must see the run folder (a shared file system between machines).
+The rest of the package uses only the functions below. Without torchrun they do nothing. All processes must have access
+to the run folder (a shared file system between machines).
 
-A process that dies, or does not answer for ``PATIENCE``, ends the run of all with ``LostProcess``. What was finished
-stays, and any other number of processes goes on from there.
+If a process dies or does not answer for ``PATIENCE``, all processes fail with ``LostProcess``. Finished blocks are
+kept, and the run can be resumed with any number of processes.
 
-Left out: splitting the solves. They are a small part of the time at realistic numbers of tokens (docs/decisions/0020).
+Left out: distributed solves. They are a small part of the time at realistic numbers of tokens (docs/decisions/0020).
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ PATIENCE = timedelta(minutes=30)  # the longest solve of a large block takes min
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Whether torchrun started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local_rank() -> int:
-    """Which process of this machine: it takes the GPU of that number."""
+    """Rank of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_size() -> int:
-    """How many processes there are on this machine."""
+    """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meet the other processes that torchrun started, for the enclosed work.
+    """Initialise the process group for the enclosed work and destroy it afterwards.
 
     Raises:
-        LostProcess: they did not come.
+        LostProcess: another process did not join.
     """
     if not launched():
         yield
@@ -71,18 +70,18 @@ def joined() -> Iterator[None]:
 
 
 def part() -> bool:
-    """End what is done together: from here each process is alone. True in the first one, which has the rest to do."""
-    going_on = first()
+    """Destroy the process group. Returns True on rank 0, which does the remaining work alone."""
+    remains = first()
     if dist.is_initialized():
         dist.destroy_process_group()
-    return going_on
+    return remains
 
 
 def leave() -> None:
-    """End a process that torchrun started and whose work is done.
+    """Exit a process that torchrun started and that has finished its work.
 
-    Without the usual tidying up: in it C++ threads of a library once in a while abort the process ("terminate called
-    without an active exception"), and torchrun then calls a finished run failed.
+    It skips interpreter shutdown: there, C++ threads of a library occasionally abort the process ("terminate called
+    without an active exception"), and torchrun then reports a finished run as failed.
     """
     if launched():
         sys.stdout.flush()
@@ -91,23 +90,23 @@ def leave() -> None:
 
 
 def size() -> int:
-    """How many processes there are."""
+    """World size: the number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def first() -> bool:
-    """Whether this is the process that solves and writes."""
+    """Whether this is rank 0, the process that solves and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def share(samples: int) -> range:
-    """The samples of this process: contiguous, as even as possible, in the order of the processes."""
+    """The range of samples of this process: contiguous, as even as possible, ordered by rank."""
     rank, count = (dist.get_rank(), size()) if dist.is_initialized() else (0, 1)
     return range(samples * rank // count, samples * (rank + 1) // count)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place; the result is the same in each."""
+    """Sum a tensor over all processes, in place."""
     if size() > 1:
         with _together():
             dist.all_reduce(tensor)
@@ -115,29 +114,29 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 
 def broadcast(value: T) -> T:
-    """What the first process says, in all processes; the others' own value does not matter."""
+    """Broadcast rank 0's value to all processes; the argument of other ranks is ignored."""
     if size() == 1:
         return value
-    told: list[Any] = [value if first() else None]
+    values: list[Any] = [value if first() else None]
     with _together():
-        dist.broadcast_object_list(told)
-    found: T = told[0]
-    return found
+        dist.broadcast_object_list(values)
+    received: T = values[0]
+    return received
 
 
 def on_first(compute: Callable[[], T]) -> T:
-    """What the first process computes, in all processes; the others do not compute it."""
+    """Compute on rank 0 only and broadcast the result to all processes."""
     result: Any = compute() if first() else None
     return cast(T, broadcast(result))
 
 
 def barrier() -> None:
-    """Go on when all processes are here."""
+    """Block until all processes have reached this point."""
     all_reduce(torch.zeros(1))
 
 
 def broadcast_layer(layer: nn.Module, device: str) -> None:
-    """Give all processes the first one's parameters, whatever shapes they now have."""
+    """Broadcast rank 0's parameters of a layer, shapes included, to all processes, in place."""
     if size() == 1:
         return
     shapes = broadcast({name: tuple(parameter.shape) for name, parameter in layer.named_parameters()})
@@ -156,7 +155,6 @@ def _together() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as lost:  # gloo and NCCL report a closed connection as plain RuntimeErrors
         raise LostProcess(
-            f"another process of this run is gone, or silent for {PATIENCE} ({str(lost).splitlines()[0]:.120}); "
-            "its own message says why. Finished blocks are kept: run the same command again, with any number of "
-            "processes"
+            f"another process of this run died or did not answer for {PATIENCE} ({str(lost).splitlines()[0]:.120}); "
+            "see its error message. Finished blocks are kept: run the same command again, with any number of processes"
         ) from lost

@@ -1,4 +1,4 @@
-"""What this machine runs: package versions and the processor."""
+"""Package versions and the processor of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def version_of(package: str) -> str | None:
-    """Installed version, None if there is none."""
+    """Installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -16,7 +16,7 @@ def version_of(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself."""
+    """Model name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -1,7 +1,7 @@
-"""How much memory this process holds, asked from the system that knows.
+"""Memory use of this process, as the operating system reports it.
 
-On Linux the peak is ``VmHWM`` and not ``getrusage``'s ``ru_maxrss``: the latter survives ``exec``, so a small child of
-a large parent would report the parent's peak as its own.
+On Linux the peak is ``VmHWM`` and not ``getrusage``'s ``ru_maxrss``: the latter survives ``exec``, so a small child
+process of a large parent would report the parent's peak.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import psutil
 
 
 def rss_bytes() -> int:
-    """Resident memory now."""
+    """Current resident memory (RSS)."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process since it started its program."""
+    """Peak resident memory of this process since it started its program."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -38,16 +38,16 @@ def peak_rss_bytes() -> int:
 
 
 def peak_device_bytes() -> int:
-    """Most that torch held on all NVIDIA devices together since ``forget_peak``; 0 without one.
+    """Peak memory that torch reserved on all NVIDIA devices together since ``forget_peak``; 0 without a device.
 
-    What it holds it may not be using: this is what other programs on the device lack.
+    Reserved memory may be unused by torch, but is not available to other programs on the device.
     """
     torch = _torch_on_gpus()
     return 0 if torch is None else sum(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count())))
 
 
 def forget_peak() -> bool:
-    """Let the peaks start anew; False where the system (any but Linux) cannot do that for resident memory."""
+    """Reset the peaks; False where the system cannot do that for resident memory (all but Linux)."""
     if (torch := _torch_on_gpus()) is not None:
         torch.cuda.empty_cache()
         for index in range(torch.cuda.device_count()):
@@ -60,18 +60,19 @@ def forget_peak() -> bool:
 
 
 def give_back() -> bool:
-    """Return what was freed to the system; False where the C library (any but glibc) has no such call.
+    """Return freed heap memory to the system (``malloc_trim``); False where the C library has no such call.
 
-    The heap keeps the pieces between what is still in use: after a phase that is half a gigabyte on SmolLM2.
+    The heap keeps free blocks between blocks in use: after a phase that is half a gigabyte on SmolLM2.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     return bool(trim is not None and trim(0))
 
 
 def device_memory_bytes(pid: int) -> int | None:
-    """Memory that a process holds on all NVIDIA devices; None if there is no way to know (never a guess).
+    """Memory that a process holds on all NVIDIA devices; None if it cannot be measured (it is never estimated).
 
-    NVML counts every library's allocations. Without it (package ``nvidia-ml-py``), torch knows those of this process.
+    NVML counts the allocations of all libraries. Without NVML (package ``nvidia-ml-py``), it is what torch has reserved
+    in this process.
     """
     held = _nvml_bytes(pid)
     if held is None and pid == os.getpid():
@@ -80,7 +81,7 @@ def device_memory_bytes(pid: int) -> int | None:
 
 
 def _torch_on_gpus() -> Any:
-    """The module, if something here has used it on an NVIDIA device."""
+    """The torch module, if this process has already used it on an NVIDIA device."""
     torch = sys.modules.get("torch")
     return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
@@ -99,5 +100,5 @@ def _nvml_bytes(pid: int) -> int | None:
         ]
         nvml.nvmlShutdown()
     except nvml.NVMLError:
-        return None  # no driver, or one that does not tell
+        return None  # no driver, or one that does not report it
     return sum(found) if found else None

@@ -1,9 +1,8 @@
-"""In which precision the calibration's forward passes multiply.
+"""Precision of the matrix products in the forward passes of calibration.
 
-Weights, the residual stream and all sums over tokens are float32. Where the processor multiplies bfloat16 matrices in
-hardware, what happens inside a block (its projections, attention, the gate) is done in bfloat16, as autocast does it:
-1.5 times as fast as float32 activations whose products are rounded on the way in, and as close to float32
-(docs/decisions/0005).
+Weights, the residual stream and all sums over tokens are float32. Where the hardware multiplies bfloat16 matrices, a
+block (projections, attention, gate) runs under bfloat16 autocast: 1.5 times as fast as float32 activations whose
+products are rounded to bfloat16, and as close to float32 (docs/decisions/0005).
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch
 
 
 def resolved(precision: str, device: str = "cpu") -> str:
-    """``float32`` or ``bfloat16``; ``auto`` takes bfloat16 where the device multiplies it in hardware.
+    """``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the device multiplies it in hardware.
 
-    Those are CPUs with AVX512-BF16 or AMX, and NVIDIA GPUs from Ampere on.
+    Those are CPUs with AVX512-BF16 or AMX, and NVIDIA GPUs since Ampere.
     """
     if precision != "auto":
         return precision
@@ -31,10 +30,11 @@ def resolved(precision: str, device: str = "cpu") -> str:
 
 @contextmanager
 def forward_precision(precision: str = "auto", device: str = "cpu", *, gradients: bool = False) -> Iterator[None]:
-    """Products of float32 matrices (Grams, say) in float32, or in what the CPU's kernels put in its place.
+    """Set torch's float32 matmul precision for the enclosed work: ``medium`` for bfloat16, else ``highest``.
 
-    With AMX those are products of bfloat16 roundings summed in float32, with AVX512-BF16 alone twice as fast and as
-    exact as float32 (docs/decisions/0005). Solves belong outside.
+    It applies to products of float32 matrices, such as Grams. ``medium`` means, with AMX, products of bfloat16-rounded
+    values summed in float32; with AVX512-BF16 alone it is twice as fast and as exact as float32 (docs/decisions/0005).
+    Run linear solves outside of it.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if resolved(precision, device) == "bfloat16" else "highest")
@@ -46,7 +46,7 @@ def forward_precision(precision: str = "auto", device: str = "cpu", *, gradients
 
 
 def blocks_in(precision: str, device: str) -> torch.autocast:
-    """What runs a block: activations inside it are of this precision. Sums over tokens belong outside."""
+    """Autocast context for running a block in this precision. Compute sums over tokens outside of it."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=resolved(precision, device) == "bfloat16")
 

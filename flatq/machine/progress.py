@@ -1,8 +1,8 @@
-"""One progress bar for everything that takes more than a few seconds.
+"""Progress reports for everything that takes more than a few seconds.
 
-On a terminal it is a bar with the time left, on stderr, gone when finished, so that stdout stays clean for results.
-Elsewhere (a log file, CI, a notebook's capture) a bar is thousands of control characters, so there it is one log line
-each tenth of the way.
+On a terminal it is a bar with the remaining time, on stderr, and it disappears at the end, so that stdout contains only
+results. Elsewhere (a log file, CI, a notebook) it is one log line per 10 %, because a bar would be thousands of control
+characters.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Advance = Callable[..., None]
 
 @contextmanager
 def progress(what: str, total: int, *, every_percent: int = 10) -> Iterator[Advance]:
-    """Show how far ``what`` has come.
+    """Show the progress of the enclosed work.
 
     Args:
-        what: one or two words.
-        total: steps in all; 0 is allowed and shows nothing.
-        every_percent: without a terminal, log after each such share of the way.
+        what: name of the work, one or two words.
+        total: total number of steps; 0 is allowed and shows nothing.
+        every_percent: without a terminal, log after each such percentage.
 
     Yields:
-        ``advance(steps=1)``, to be called as work gets done.
+        ``advance(steps=1)``, to be called after each step.
     """
     if sys.stderr.isatty():
         with _bar() as bar:

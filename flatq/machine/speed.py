@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices and moves numbers, measured once per process in about 0.2 seconds.
+"""How fast this machine multiplies matrices and moves numbers, measured once per process in about 0.1 seconds.
 
 A machine that others share is as fast as it is at that moment: what follows from these rates is a rough estimate.
 """
@@ -14,7 +14,7 @@ import torch
 
 from flatq.machine.precision import blocks_in, forward_precision, resolved
 
-SECONDS = 0.06  # per rate
+SECONDS = 0.03  # per rate
 WIDTH = {"cpu": 768, "cuda": 4096}  # of the square matrices: large enough for the full rate
 NUMBERS = 1 << 22  # of a vector: 16 MiB, more than a cache holds
 

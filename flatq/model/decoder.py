@@ -1,10 +1,10 @@
-"""One decoder for every supported family, with its own widths in every layer.
+"""One decoder for every supported family, with separate widths for every layer.
 
-Reduced value heads break the stock forward pass of each model library (they view q, k and v with one head
-size), and copying a model file per family is how such projects rot. The families differ by a handful of
-switches, so there is one configuration-driven decoder; parity tests against transformers keep it honest.
+Model libraries assume one head size for q, k and v, so their forward passes do not work with narrower value heads. The
+families differ only in a few settings, so one configurable decoder replaces a copy of the model code per family; parity
+tests compare it with transformers.
 
-Multi-head attention is grouped-query attention with one query head per group: there is a single code path.
+Multi-head attention is grouped-query attention with one query head per group, so there is a single code path.
 
 Axes: b batch, s new positions, t all positions (past and new), h query heads, kv key/value heads,
 d d_qk, r d_v, m d_model, f d_ff.
@@ -52,7 +52,7 @@ class Rope:
     original_max_positions: int = 8192
 
     def inverse_frequencies(self, d_qk: int) -> Tensor:
-        """Angles per position, float32 [d_qk / 2].
+        """Inverse frequencies (angle per position), float32 [d_qk / 2].
 
         Source: Llama 3.1 model card (the ``llama3`` rule interpolates long wavelengths by ``factor``).
         """
@@ -71,7 +71,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Everything about a decoder but its weights.
+    """The configuration of a decoder: widths and settings, without weights.
 
     ``sliding_window`` is the number of positions a query sees (itself included) in every layer, or None.
     """
@@ -91,21 +91,21 @@ class DecoderConfig:
     sliding_window: int | None = None
 
     def with_layers(self, layers: Sequence[LayerDims]) -> DecoderConfig:
-        """The same decoder with other widths."""
+        """The same configuration with other layer widths."""
         return replace(self, layers=tuple(layers))
 
     def has_bias(self, linear: str) -> bool:
-        """Whether one of the seven linears carries a bias."""
+        """Whether one of the seven linears has a bias."""
         if linear in ("q", "k", "v"):
             return self.qkv_bias
         return self.o_bias if linear == "o" else self.mlp_bias
 
     def decoder_parameters(self) -> int:
-        """Weights of all decoder linears: what ``keep_ratio`` is a share of."""
+        """Number of weights in all decoder linears; ``keep_ratio`` is a fraction of this number."""
         return sum(dims.parameters(self.d_model) for dims in self.layers)
 
     def parameters(self) -> int:
-        """All weights, a tied head counted once."""
+        """Number of all weights; a tied head is counted once."""
         norms = self.d_model * (2 * len(self.layers) + 1)
         qk_norms = sum(2 * dims.d_qk for dims in self.layers) if self.qk_norm else 0
         biases = sum(
@@ -128,15 +128,15 @@ class DecoderConfig:
 
 
 class Cache(Protocol):
-    """Key/value memory; transformers' ``DynamicCache`` has this very method."""
+    """KV cache; transformers' ``DynamicCache`` has the same method."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append [b, kv, s, ·] to a layer's past and return all of it, [b, kv, t, ·]."""
+        """Append new keys [b, kv, s, d] and values [b, kv, s, r], and return all of them, [b, kv, t, d or r]."""
         ...
 
 
 class GrowingCache:
-    """The simplest cache: concatenates."""
+    """A KV cache that concatenates."""
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -150,7 +150,7 @@ class GrowingCache:
         return keys, values
 
     def length(self) -> int:
-        """Positions held."""
+        """Number of cached positions."""
         return self.layers[0][0].shape[2] if self.layers else 0
 
 
@@ -170,18 +170,18 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """What attention needs to know of where its tokens stand; made once, shared by all layers."""
+    """Rotary cosines and sines and the attention mask for a batch; computed once, shared by all layers."""
 
     cos: Tensor  # [b or 1, 1, s, d]
     sin: Tensor  # [b or 1, 1, s, d]
-    mask: Tensor | None  # bool [b or 1, 1, s, t], True = may look; None = plain causal from position 0
+    mask: Tensor | None  # bool [b or 1, 1, s, t], True = attends; None = causal from position 0
 
 
 def rotate(x: Tensor, positions: Positions) -> Tensor:
     """Apply the rotary embedding to [b, heads, s, d] (halves convention of Hugging Face checkpoints)."""
     x = x.to(positions.cos.dtype)  # products of two dtypes take three times as long
     turned, half = x * positions.cos, x.shape[-1] // 2
-    sine = positions.sin[..., :half]  # both halves turn by the same angles
+    sine = positions.sin[..., :half]  # both halves rotate by the same angles
     turned[..., :half].addcmul_(x[..., half:], sine, value=-1)
     turned[..., half:].addcmul_(x[..., :half], sine)
     return turned
@@ -213,7 +213,7 @@ def locate(
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # [b, 1, s, d]
     windowed = config.sliding_window is not None and total > config.sliding_window
     mask = None
-    if valid is not None or (past > 0 and length > 1) or windowed:  # a single new token sees all that is there
+    if valid is not None or (past > 0 and length > 1) or windowed:  # a single new token attends to all positions
         query = torch.arange(past, total, device=device)[:, None]
         key = torch.arange(total, device=device)[None]
         mask = key <= query
@@ -222,13 +222,13 @@ def locate(
         mask = mask[None, None]
         if valid is not None:
             mask = mask & valid.bool()[:, None, None, :total]
-            mask = mask | (key == query)[None, None]  # a padded row looks at itself: no empty softmax
+            mask = mask | (key == query)[None, None]  # padding attends to itself: no empty softmax
         mask = mask.expand(batch, 1, length, total)
     return Positions(angles.cos().to(dtype), angles.sin().to(dtype), mask)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP of one layer, or only one of them, when ``halves`` says so."""
+    """Attention and MLP of one layer, or only the halves named in ``halves``."""
 
     q: nn.Linear
     k: nn.Linear
@@ -261,7 +261,7 @@ class DecoderLayer(nn.Module):
             setattr(self, name, nn.Linear(columns, rows, bias=config.has_bias(name)))
 
     def mix(self, normed: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
-        """What the heads bring together, before the output projection: [b, s, m] -> [b, s, h * r]."""
+        """Concatenated outputs of the attention heads, before the output projection: [b, s, m] -> [b, s, h * r]."""
         b, s, _ = normed.shape
         dims = self.config.layers[self.index]
         query = self.q(normed).view(b, s, dims.heads, dims.d_qk)
@@ -274,10 +274,10 @@ class DecoderLayer(nn.Module):
             key, value = cache.update(key, value, self.index)
         rank = value.shape[-1]
         if s == 1 and positions.mask is None:
-            # A token's query heads of one group stand in for positions: keys and values are not repeated for them.
+            # The query heads of a group take the place of positions, so that keys and values need not be repeated.
             query = query.view(b, dims.kv_heads, dims.group, dims.d_qk)
             return F.scaled_dot_product_attention(query, key, value).reshape(b, 1, dims.heads * rank)
-        # The fused kernels want one head size, so narrower values are padded with zeros for the call.
+        # The fused kernels need one head size, so narrower values are padded with zeros for the call.
         mixed = F.scaled_dot_product_attention(
             query,
             key,
@@ -305,7 +305,7 @@ class DecoderLayer(nn.Module):
         return self.attend(x, positions) if half == "attention" else self.transform(x)
 
     def forward(self, x: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
-        """Both halves."""
+        """Attention and MLP on the residual stream, [b, s, m] -> [b, s, m]."""
         return self.transform(self.attend(x, positions, cache))
 
 
@@ -323,7 +323,7 @@ class Decoder(nn.Module):
     def hidden(
         self, tokens: Tensor, *, valid: Tensor | None = None, cache: Cache | None = None, past: int = 0
     ) -> Tensor:
-        """Normed residual stream after the last layer, int64 [b, s] -> [b, s, m]."""
+        """Residual stream after the last layer and the final norm, int64 [b, s] -> [b, s, m]."""
         x = self.embed(tokens)
         positions = locate(self.config, *tokens.shape, past=past, valid=valid, device=tokens.device, dtype=x.dtype)
         for layer in self.layers:
@@ -331,7 +331,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[b, s, m] -> [b, s, vocab]."""
+        """Apply the LM head, [b, s, m] -> [b, s, vocab]."""
         return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
 
     def forward(

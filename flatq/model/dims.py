@@ -1,4 +1,4 @@
-"""The widths of a layer: one vocabulary for what a model has, a plan wants, an artifact states, an exporter checks."""
+"""The widths of a decoder layer, as models, rank plans, artifacts and exporters use them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINEARS = ATTENTION_LINEARS + MLP_LINEARS
 
 @dataclass(frozen=True, slots=True)
 class LayerDims:
-    """The widths of one decoder layer: what a model has, a plan wants, an artifact states."""
+    """The widths of one decoder layer."""
 
     heads: int
     kv_heads: int
@@ -38,5 +38,5 @@ class LayerDims:
         }[linear]
 
     def parameters(self, d_model: int) -> int:
-        """Weights of the seven linears (biases and norms are not counted, as in the paper)."""
+        """Number of weights in the seven linears (biases and norms are not counted, as in the paper)."""
         return sum(math.prod(self.shape(name, d_model)) for name in LINEARS)

@@ -1,8 +1,8 @@
-"""Model families as rows of one table: what their tensors are called and which switches they set.
+"""Model families as rows of one table: their tensor names and configuration settings.
 
-A family is data. Adding one means adding a row here and a case to ``tests/parity``; no model code is copied.
-Whatever a row does not say is read from the model's own ``config.json``, and what flatq's decoder cannot express is
-refused by name: a wrong guess about a switch shows up as slightly bad text, which nobody traces back.
+To add a family, add a row here and a case to ``tests/parity``; no model code is copied. All other settings are read
+from the model's ``config.json``. A setting that flatq's decoder does not support is an error that names it, because a
+wrong default would only show as slightly worse text.
 
 Left out: mixture of experts, partial rotary embeddings, soft caps, windows that differ from layer to layer, and
 rope scalings beyond ``linear`` and ``llama3``.
@@ -17,7 +17,7 @@ from typing import Literal
 
 from flatq.errors import UnsupportedModel
 
-# ours, Hugging Face, GGUF
+# (flatq, Hugging Face, GGUF)
 ENDS = (
     ("embed", "model.embed_tokens", "token_embd"),
     ("norm", "model.norm", "output_norm"),
@@ -40,7 +40,7 @@ INSIDE = (
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Tensor names of a family in the three vocabularies; every row is (ours, Hugging Face, GGUF)."""
+    """Tensor names of a family; every row is (flatq, Hugging Face, GGUF)."""
 
     ends: tuple[tuple[str, str, str], ...] = ENDS
     inside: tuple[tuple[str, str, str], ...] = INSIDE
@@ -50,7 +50,7 @@ class Names:
         return self._translate(name, 0, 1)
 
     def from_hf(self, name: str) -> str | None:
-        """Inverse of ``to_hf``; None for a tensor that flatq has no place for."""
+        """Inverse of ``to_hf``; None for a tensor that flatq's decoder does not have."""
         return self._find(name, 1, 0)
 
     def to_gguf(self, name: str) -> str:
@@ -58,7 +58,7 @@ class Names:
         return self._translate(name, 0, 2)
 
     def from_gguf(self, name: str) -> str | None:
-        """Inverse of ``to_gguf``; None for a tensor that flatq has no place for."""
+        """Inverse of ``to_gguf``; None for a tensor that flatq's decoder does not have."""
         return self._find(name, 2, 0)
 
     def _translate(self, name: str, source: int, target: int) -> str:
@@ -89,12 +89,12 @@ class Family:
 
     Attributes:
         architecture: name of the class in transformers.
-        switches: fields of ``DecoderConfig``; a string is the key of config.json that decides (absent: off).
-        window: ``never``; ``always`` = ``sliding_window`` holds for every layer; ``by_layer`` = it holds from layer
+        switches: fields of ``DecoderConfig``; a string is the key of config.json that sets it (False if absent).
+        window: ``never``; ``always`` = ``sliding_window`` applies to every layer; ``by_layer`` = it applies from layer
             ``max_window_layers`` on, if ``use_sliding_window``.
-        required: keys whose absence has no harmless meaning in this family, null allowed.
+        required: keys that have no safe default in this family; null is allowed.
         gguf: the architecture's name in GGUF files.
-        gguf_permuted: GGUF stores rows of q and k with rotary pairs side by side instead of in halves.
+        gguf_permuted: GGUF stores rows of q and k with rotary pairs interleaved instead of in halves.
     """
 
     model_type: str
@@ -152,7 +152,7 @@ def family_named(model_type: object, where: str = "config.json") -> Family:
     """The row of a ``model_type``.
 
     Raises:
-        UnsupportedModel: lists the supported families and the nearest name.
+        UnsupportedModel: lists the supported families and the closest name.
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
@@ -160,5 +160,5 @@ def family_named(model_type: object, where: str = "config.json") -> Family:
     hint = f" (nearest: {near[0]})" if near else ""
     raise UnsupportedModel(
         f"{where}: model_type {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}. "
-        "A new family is a row of flatq/families.py"
+        "A new family is a row of flatq/model/families.py"
     )

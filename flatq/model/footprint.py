@@ -1,11 +1,11 @@
-"""What a model weighs: bytes stored, and bytes that memory must deliver for each decoded token.
+"""Size of a model: bytes stored, and bytes read from memory per decoded token.
 
-Decoding one token for one user reads every weight once and the whole cache of keys and values once; that traffic, and
-not arithmetic, is what the token costs on every machine of today. So a byte of cache at a context length and a byte of
-weights are worth the same, and a narrower value head pays twice.
+Decoding one token at batch size 1 reads every weight and the whole KV cache once. On current hardware this is bound by
+memory bandwidth, not by arithmetic. So a byte of cache costs as much as a byte of weights, and a narrower value head
+saves both.
 
 Counted: the artifact's tensors as they are deployed (codes at their bits, float16 scales, packed zeros). Not counted:
-activations, and of an embedding that is not the head as well, the one row that is read.
+activations, and the single row that is read from an untied embedding.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from flatq.model.dims import LayerDims
 from flatq.model.grid import Grid
 from flatq.model.names import Stem
 
-CACHE_ITEM = 2  # bytes of a cached number: float16, which llama.cpp and all GPU servers keep
+CACHE_ITEM = 2  # bytes of a cached number: float16, as in llama.cpp and all GPU servers
 Grids = Mapping[str, Grid]
 
 
 def matrix_bytes(shape: tuple[int, int], grid: Grid | None, itemsize: int) -> int:
-    """Bytes of an [out, in] matrix: of its codes if it is quantized, else of its numbers."""
+    """Bytes of an [out, in] matrix, quantized if it has a grid, else ``itemsize`` bytes per number."""
     return grid.stored_bytes(*shape) if grid else math.prod(shape) * itemsize
 
 
@@ -37,7 +37,7 @@ def layer_bytes(config: DecoderConfig, grids: Grids, itemsize: int, index: int, 
 
 
 def table_bytes(config: DecoderConfig, grids: Grids, itemsize: int, name: str) -> int:
-    """Bytes of ``embed`` or ``head``; a tied head is the embedding."""
+    """Bytes of the table ``embed`` or ``head``; a tied head is the embedding."""
     return matrix_bytes((config.vocab, config.d_model), grids.get("embed" if config.tied_head else name), itemsize)
 
 
@@ -48,30 +48,31 @@ def norm_bytes(config: DecoderConfig, itemsize: int) -> int:
 
 
 def ends_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
-    """Bytes of what no layer's widths change: embedding, head and norms."""
+    """Bytes that do not depend on the widths of layers: embedding, head and norms."""
     tables = ("embed",) if config.tied_head else ("embed", "head")
     return norm_bytes(config, itemsize) + sum(table_bytes(config, grids, itemsize, name) for name in tables)
 
 
 def weight_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
-    """Bytes of all tensors: what ``Artifact.bytes`` measures once they exist.
+    """Bytes of all tensors, equal to ``Artifact.bytes`` of the finished artifact.
 
     Args:
+        config: widths of the model.
         grids: of quantized weights, by stem (``layers.0.q``, ``embed``).
-        itemsize: bytes of a number that is not quantized.
+        itemsize: bytes of an unquantized number.
     """
     layers = sum(layer_bytes(config, grids, itemsize, i, dims) for i, dims in enumerate(config.layers))
     return layers + ends_bytes(config, grids, itemsize)
 
 
 def cache_bytes(config: DecoderConfig, dims: LayerDims, context: int) -> int:
-    """Bytes of one layer's keys and values of ``context`` tokens, or of as many as its window sees."""
+    """KV cache bytes of one layer for ``context`` tokens, or for its sliding window if that is smaller."""
     seen = context if config.sliding_window is None else min(context, config.sliding_window)
     return seen * dims.kv_heads * (dims.d_qk + dims.d_v) * CACHE_ITEM
 
 
 def decode_ends_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
-    """Bytes read for a token outside the layers: head and norms."""
+    """Bytes read per decoded token outside the layers: head and norms."""
     return norm_bytes(config, itemsize) + table_bytes(config, grids, itemsize, "head")
 
 

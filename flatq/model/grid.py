@@ -1,11 +1,11 @@
-"""The grid that weights are rounded to: ``scale * (code - zero)``, one scale and zero per group of columns.
+"""The quantization grid: weights are ``scale * (code - zero)``, with one scale and zero point per group of columns.
 
-Codes are unsigned, ``0 .. 2**bits - 1``. A symmetric grid has its zero in the middle, ``2**(bits - 1)``, and
-``scale = 2 * absmax / (2**bits - 1)`` for every group, groups of one sign included (peers mirror the range
+Codes are unsigned, ``0 .. 2**bits - 1``. A symmetric grid has its zero point in the middle, ``2**(bits - 1)``, and
+``scale = 2 * absmax / (2**bits - 1)`` for every group, groups of one sign included (other libraries mirror the range
 only where a negative weight occurs and then clip half of an all-positive group).
 
-Scales are rounded to float16 before anything is coded with them: all export formats can then carry them
-exactly, and what was measured is what is deployed.
+Scales are rounded to float16 before weights are encoded with them, so that all export formats can store them exactly
+and the deployed model equals the measured one.
 
 Axes: o out_features, i in_features, G groups.
 """
@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WEIGHTS_AT_ONCE = 1 << 18  # weights in the working set of a clip search: small enough to stay in the processor's cache
-CLIPS = (1.0, 1.2, 1.1, 0.9, 0.8, 0.7)  # shares of a group's range; above 1, because GPTQ will move its weights
-SMALLEST_SCALE = 2.0**-24  # the least positive float16: an all-zero group still has a scale to divide by
+CLIPS = (1.0, 1.2, 1.1, 0.9, 0.8, 0.7)  # fractions of a group's range; above 1, because GPTQ changes the weights
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16, so that an all-zero group has no scale of 0
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How finely a weight is stored.
+    """Quantization settings of a weight.
 
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: input columns that share a scale; -1 is the whole row. The last group may be shorter.
-        symmetric: zero fixed in the middle of the codes.
+        symmetric: the zero point is the middle code.
     """
 
     bits: int
@@ -45,7 +45,7 @@ class Grid:
 
     @property
     def middle(self) -> int:
-        """The zero of a symmetric grid."""
+        """The zero point of a symmetric grid."""
         return 1 << (self.bits - 1)
 
     def width(self, columns: int) -> int:
@@ -67,7 +67,7 @@ class Grid:
         return torch.arange(columns, device=device) // self.width(columns)
 
     def spread(self, x: Tensor, columns: int) -> Tensor:
-        """What each group has, given to each of its columns, [o, G] -> [o, i]; several times as fast as indexing."""
+        """Repeat the value of each group for its columns, [o, G] -> [o, i]; several times as fast as indexing."""
         return x.unsqueeze(-1).expand(-1, -1, self.width(columns)).reshape(len(x), -1)[:, :columns]
 
     def fit(self, w: Tensor, *, importance: Tensor | None = None, search: bool = False) -> tuple[Tensor, Tensor]:
@@ -75,15 +75,14 @@ class Grid:
 
         Args:
             w: float32 [o, i].
-            importance: weight of each column's error, [i]; all ones if None.
-            search: choose the share of each group's range that is covered by least weighted squared error; plain
-                min-max if not.
+            importance: weight of each column's squared error, [i]; all ones if None.
+            search: search a clip factor for each group that minimises the weighted squared error; False is min-max.
 
         Returns:
-            scale (float32 holding float16 values) and zero (float32 holding codes), both [o, G].
+            scale (float32, rounded to float16 values) and zero (float32, integer codes), both [o, G].
         """
         columns, width = w.shape[1], self.width(w.shape[1])
-        missing = self.groups(columns) * width - columns  # a short last group is filled up with columns that weigh 0
+        missing = self.groups(columns) * width - columns  # pad a short last group with columns of weight 0
         weight = torch.ones(columns, device=w.device) if importance is None else importance.float()
         weight = F.pad(weight, (0, missing)).view(-1, 1, width)
         found = []
@@ -99,8 +98,8 @@ class Grid:
     def _fit_groups(self, w: Tensor, weight: Tensor, search: bool) -> tuple[Tensor, Tensor]:
         """Scale and zero of groups [G, n, o] with column weights [G, 1, n]; both [G, o].
 
-        Rows of the weight are innermost, so that all of a group's scales meet its columns in whole vectors. For the
-        codes that a clip factor gives the best scale is known in closed form, so a few factors are enough.
+        Rows of the weight are the innermost axis, so that operations on a group are vectorised over rows. For the codes
+        of each clip factor the optimal scale has a closed form, so a few factors are enough.
         """
         low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
         whole, zero = self._range(low, high)
@@ -126,8 +125,8 @@ class Grid:
         return scale, torch.round(-low / scale).clamp_(0, self.levels)
 
     def _round(self, w: Tensor, scale: Tensor, zero: Tensor, rounded: Tensor) -> None:
-        """Nearest codes of groups less their zero, into a buffer, for this is where the time goes."""
-        lowest: Any = -self.middle  # numbers are quicker than tensors
+        """Nearest codes of groups minus their zero point, written to a buffer because this dominates the run time."""
+        lowest: Any = -self.middle  # numbers are faster than tensors
         highest: Any = self.levels - self.middle
         if not self.symmetric:
             lowest, highest = -zero[:, None], (self.levels - zero)[:, None]
@@ -145,7 +144,7 @@ def as_half(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
-    """A quantized matrix, one code a byte: packing bytes is the exporters' business.
+    """A quantized matrix with one code per byte; exporters pack the codes.
 
     Attributes:
         codes: uint8 [o, i].
@@ -164,7 +163,7 @@ class QuantizedWeight:
         return self.codes.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``scale * (code - zero)``, [o, i]; a few rows at a time, for the parts of a large table take more than it."""
+        """``scale * (code - zero)``, [o, i]; a few rows at a time, because temporaries of a large table are large."""
         columns = self.codes.shape[1]
         found = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         parts = (part.split(max(1, WEIGHTS_AT_ONCE // columns)) for part in (found, self.codes, self.scale, self.zero))
@@ -175,7 +174,7 @@ class QuantizedWeight:
 
 
 def round_to_nearest(w: Tensor, grid: Grid, *, search: bool = False) -> QuantizedWeight:
-    """Quantize each weight by itself, [o, i]; the baseline that GPTQ has to beat, and the rule for embeddings."""
+    """Round-to-nearest quantization of a weight [o, i]; used for embeddings and as the baseline of GPTQ."""
     w = w.float()
     scale, zero = grid.fit(w, search=search)
     rows = max(1, WEIGHTS_AT_ONCE // w.shape[1])

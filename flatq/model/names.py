@@ -10,7 +10,7 @@ from flatq.model.dims import LINEARS
 
 @dataclass(frozen=True, slots=True)
 class Stem:
-    """A linear of a layer; ``str`` gives its name, which is that of its tensors without ``.weight`` or ``.bias``."""
+    """A linear of a layer; ``str`` gives its name, without the ``.weight`` or ``.bias`` of its tensors."""
 
     layer: int
     linear: str
@@ -20,7 +20,7 @@ class Stem:
 
     @classmethod
     def parse(cls, name: str) -> Stem | None:
-        """``layers.3.q`` or ``layers.3.q.weight``; None for what is no linear of a layer (``embed``, norms)."""
+        """Parse ``layers.3.q`` or ``layers.3.q.weight``; None if it is not a linear of a layer (``embed``, norms)."""
         parts = name.split(".")
         if len(parts) < 3 or parts[0] != "layers" or not parts[1].isdecimal() or parts[2] not in LINEARS:
             return None
@@ -28,7 +28,7 @@ class Stem:
 
     @classmethod
     def of(cls, name: str) -> Stem:
-        """``parse`` of a name that is one of a linear of a layer.
+        """As ``parse``, for a name that must be a linear of a layer.
 
         Raises:
             ValueError: it is not.
@@ -44,5 +44,5 @@ class Stem:
 
 
 def stems_of(config: DecoderConfig) -> list[str]:
-    """Every linear of every layer, by name."""
+    """Names of all linears of all layers."""
     return [str(Stem(index, name)) for index in range(len(config.layers)) for name in LINEARS]

@@ -1,4 +1,4 @@
-"""Weights by name, one at a time: what a checkpoint, a GGUF file and a finished artifact have in common.
+"""Weights by name, one tensor at a time: the common interface of a checkpoint, a GGUF file and an artifact.
 
 Names are those of ``Decoder.state_dict()``: ``embed.weight``, ``layers.3.q.weight``, ``layers.3.q.bias``,
 ``layers.3.attention_norm.weight``, ``norm.weight``, ``head.weight`` (absent when tied).
@@ -23,16 +23,16 @@ class Weights(Protocol):
 
     @property
     def config(self) -> DecoderConfig:
-        """Widths and switches."""
+        """The decoder configuration."""
         ...
 
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
-        """One tensor, read now; quantized linears come with their codes."""
+        """Read one tensor; a quantized linear as codes, scales and zeros."""
         ...
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a decoder of this configuration has, by name, with its shape."""
+    """Shapes of all tensors of a decoder, by name."""
     with torch.device("meta"):
         return {name: tuple(t.shape) for name, t in Decoder(config).state_dict().items()}
 
@@ -45,22 +45,22 @@ def half_names(config: DecoderConfig, index: int, half: str) -> list[str]:
 
 
 def dense(tensor: Tensor | QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The tensor as plain numbers."""
+    """The tensor in a float dtype, dequantized if necessary."""
     return tensor.dequantize(dtype) if isinstance(tensor, QuantizedWeight) else tensor.to(dtype)
 
 
 def head_stem(config: DecoderConfig) -> str:
-    """The table that makes logits, without ``.weight``."""
+    """Name of the LM-head table, without ``.weight``: ``embed`` if tied, else ``head``."""
     return "embed" if config.tied_head else "head"
 
 
 def load_head(weights: Weights, *, device: str = "cpu") -> Tensor:
-    """It as plain numbers, float32 [vocab, m]."""
+    """The LM-head weight, dequantized, float32 [vocab, d_model]."""
     return dense(weights.tensor(f"{head_stem(weights.config)}.weight")).to(device)
 
 
 def load_last_norm(weights: Weights, *, device: str = "cpu") -> RMSNorm:
-    """The norm in front of the head."""
+    """The final norm, in front of the LM head."""
     norm = RMSNorm(weights.config.d_model, weights.config.norm_eps)
     norm.weight = nn.Parameter(dense(weights.tensor("norm.weight")), requires_grad=False)
     return norm.to(device)
@@ -69,7 +69,7 @@ def load_last_norm(weights: Weights, *, device: str = "cpu") -> RMSNorm:
 def load_half(
     weights: Weights, index: int, half: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> DecoderLayer:
-    """One half of a layer, ready to run."""
+    """Load one half (``attention`` or ``mlp``) of a layer, dequantized, in evaluation mode."""
     with torch.device("meta"):
         layer = DecoderLayer(weights.config, index, halves=(half,))
     _fill(layer, weights, f"layers.{index}.", dtype, device)
@@ -77,7 +77,7 @@ def load_half(
 
 
 def load_decoder(weights: Weights, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
-    """The whole decoder in memory, quantized weights decoded."""
+    """Load the whole decoder into memory, dequantized."""
     with torch.device("meta"):
         decoder = Decoder(weights.config)
     _fill(decoder, weights, "", dtype, device)

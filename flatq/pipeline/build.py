@@ -58,7 +58,7 @@ def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mappi
         manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work), "head": head}
         _finish(source, config, grids, manifest, partial, job.folder.artifact)
     distributed.barrier()
-    return Artifact.open(job.folder.artifact)
+    return Artifact.open(job.folder.artifact, check=False)
 
 
 def _walk(job: Job, plan: RankPlan, grids: Mapping[str, Grid]) -> None:

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flatq.artifact import MANIFEST, Artifact, tokenizer_in
+from flatq.artifact import MANIFEST, Artifact, artifact_in, tokenizer_in
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.tokens import JudgedText, token_batches
-from flatq.errors import ArtifactError, ExportError, FlatqError, RecipeError
-from flatq.export.deliver import DESCRIPTION, reopened
+from flatq.errors import ExportError, FlatqError, RecipeError
+from flatq.export.deliver import reopened
+from flatq.export.folder import DESCRIPTION, artifact_of, description_of
 from flatq.export.planned import PlannedExport
 from flatq.export.quality import TOKENS, first_rows
 from flatq.model.weights import Weights
@@ -40,6 +41,7 @@ def evaluate(
     path: Path | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
+    check: bool = True,
 ) -> list[str]:
     """A line for each text.
 
@@ -50,26 +52,25 @@ def evaluate(
         path: file of dataset text.
         tokens: of each text; None is 8,192, for an export 2,048.
         seq_len: of the windows; None is the run's, or 512.
+        check: compare the files of an artifact or export with their digests first.
 
     Raises:
+        ArtifactError: a file of an artifact or export is missing or damaged.
         RecipeError: the text is not known or cannot be read.
         ExportError: an export has no runtime here.
     """
     dataset = checked_dataset(dataset, path)
     if (Path(model) / DESCRIPTION).is_file():
-        item, root = reopened(Path(model))
-        artifact = Artifact.open(root)
+        item, _ = reopened(Path(model), check=check)
+        artifact = artifact_of(Path(model), description_of(Path(model), check=False), check=check)
         texts = _texts(artifact, dataset, path, tokens or TOKENS, seq_len)
         return _of_export(item, Path(model), artifact, texts)
-    try:
-        artifact = Artifact.open(model)
-    except ArtifactError:
-        if (Path(model) / MANIFEST).exists():
-            raise
+    if artifact_in(Path(model)) is None:
         source = open_model(model)
         source.validate()
         text = _one_text(source.tokenizer(), dataset or "python-docs", path, tokens or ALL_TOKENS, seq_len)
         return _alone(source, [text])
+    artifact = Artifact.open(model, check=check)
     texts = _texts(artifact, dataset, path, tokens or ALL_TOKENS, seq_len)
     original = _original(artifact)
     if original is None:

@@ -124,4 +124,4 @@ def _built(job: Job, rival: Rival, provenance: Mapping[str, Any]) -> Artifact:
         alone = replace(job, recipe=recipe, folder=folder)
         plan: RankPlan = draft(recipe, job.source)
         build(alone, plan, bit_plan(alone, plan), provenance)
-    return Artifact.open(folder.artifact)
+    return Artifact.open(folder.artifact, check=distributed.first())

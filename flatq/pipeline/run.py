@@ -19,9 +19,11 @@ from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.states import Execution
 from flatq.compress.plan import RankPlan
-from flatq.errors import ExportError
+from flatq.errors import ArtifactError, ExportError
 from flatq.export.deliver import deliver, measured
+from flatq.export.folder import description_of
 from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
+from flatq.integrity import refuse_damage
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
@@ -52,6 +54,7 @@ def run(
     memory: int | None = None,
     predict: bool = False,
     verify: bool = True,
+    check: bool = True,
 ) -> Path | None:
     """Do everything that the recipe says; returns the run folder (None in all but the first of several processes).
 
@@ -63,31 +66,33 @@ def run(
         memory: bytes of RAM to stay below; None takes what the default batch sizes need.
         predict: forecast time and memory first, and report them beside what was measured.
         verify: False writes exports without opening them, which the report says.
+        check: False does not compare the files of a finished run with their digests.
 
     Raises:
         FlatqError: with ``exit_code`` 2 where the recipe or what it names is wrong, 3 where a stage failed.
     """
     with distributed.joined():
-        return _run(recipe, planned_exports(recipe, verify=verify), out, device, fresh, memory, predict)
+        exports, device = planned_exports(recipe, verify=verify), resolve_device(device)
+        folder = RunFolder.open(out, recipe, fresh=fresh)
+        if folder.finished:
+            if check and distributed.first():
+                refuse_damage(folder.root)
+            log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
+            return folder.root if distributed.part() else None
+        return _run(recipe, exports, folder, device, memory, predict)
 
 
 def _run(
     recipe: Recipe,
     exports: list[PlannedExport],
-    out: Path | None,
+    folder: RunFolder,
     device: str,
-    fresh: bool,
     memory: int | None,
     predict: bool,
 ) -> Path | None:
-    device = resolve_device(device)
-    folder = RunFolder.open(out, recipe, fresh=fresh)
-    if folder.finished:
-        log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
-        return folder.root if distributed.part() else None
     raise_absent_packages(exports)
     source = open_source(recipe)
-    room = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
+    working_set_bytes = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
     raise_objections(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one
     raise_early_objections(recipe, source, exports)
     draft(recipe, source)  # refuses a budget that no plan can meet, before anything is measured
@@ -98,7 +103,7 @@ def _run(
         origins = distributed.on_first(lambda: provenance(recipe, source, tokens))
         fixed = {name: origins[name] for name in ("source", "tokens", "versions")}
         distributed.on_first(lambda: folder.depend_on(fixed))
-        job = Job(recipe, source, tokens, folder, Execution.of(recipe.calibration, device, room))
+        job = Job(recipe, source, tokens, folder, Execution.of(recipe.calibration, device, working_set_bytes))
         expected: dict[str, Any] = {}
         if predict:
             expected = folder.phase("forecast", lambda: expectations(job, exports), dict[str, Any])
@@ -161,6 +166,7 @@ def finish(
         notes=sizes.cautions(job.recipe, job.source.config),
     )
     write_report(report, folder.root)
+    folder.seal()
     if failed:
         raise ExportError("\n".join([*failed, f"what was done all the same is in {folder.root}/report.md"]))
 
@@ -169,8 +175,8 @@ def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
     """Forecast of every phase, JSON-ready."""
     recipe, source, execution = job.recipe, job.source, job.execution
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
-    device, room = execution.device, execution.working_set
-    found = forecasts(recipe, source.config, layers, device=device, room=room, ranges=ranges)
+    device, working_set_bytes = execution.device, execution.working_set_bytes
+    found = forecasts(recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges)
     return {phase: asdict(said) for phase, said in found.items()}
 
 
@@ -196,10 +202,7 @@ def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Map
         build(job, plan, grids, origins)
 
     folder.phase("compress", make, NoneType)
-    artifact = Artifact.open(folder.artifact)
-    if distributed.first():
-        artifact.verify()
-    return artifact
+    return Artifact.open(folder.artifact, check=distributed.first())
 
 
 def measure_cache_ranges(job: Job, artifact: Artifact) -> None:
@@ -218,6 +221,8 @@ def exported(job: Job, item: PlannedExport, artifact: Artifact, dense: DenseStat
     One that fails is reported with its error, and the others are still written.
     """
     folder, tokens, out = job.folder, job.tokens, job.folder.exports / item.name
+    if out.exists() and not _whole(out):
+        folder.forget(f"export-{item.name}", f"quality-{item.name}")
     try:
         done = folder.phase(f"export-{item.name}", lambda: deliver(item, artifact, out, tokens.heldout), dict[str, Any])
         quality = folder.phase(
@@ -228,6 +233,16 @@ def exported(job: Job, item: PlannedExport, artifact: Artifact, dense: DenseStat
         return {"name": item.name, "files": [], "bytes": 0, "sha256": {}, "verify": None, "error": str(error)}
     told(quality, f"export {item.name}")
     return {**done, "quality": quality}
+
+
+def _whole(out: Path) -> bool:
+    """Whether an export that an earlier run wrote is as it was written; if not, a warning says so."""
+    try:
+        description_of(out)
+    except ArtifactError as damaged:
+        log.warning("%s; it is written again", damaged)
+        return False
+    return True
 
 
 def benched(job: Job, exports: list[PlannedExport], *, complete: bool) -> list[dict[str, Any]]:

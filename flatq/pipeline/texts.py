@@ -21,7 +21,7 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -
     Raises:
         RecipeError: a text cannot be read or written, or is too short.
     """
-    writer = SelfText(source, folder.work / "self-text", device)
+    writer = SelfText(source, folder.work / "self-text", device, recipe.calibration.precision)
 
     def drawn() -> Tokens:
         return distributed.on_first(
@@ -43,5 +43,5 @@ def tokens_of(recipe: Recipe, artifact: Artifact) -> Tokens:
         return token_batches(recipe.calibration, recipe.evaluation, tokenizer_in(artifact.root))
     source = open_model(recipe.model.path, revision=recipe.model.revision, dtype=recipe.model.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        writer = SelfText(source, Path(folder))
+        writer = SelfText(source, Path(folder), precision=recipe.calibration.precision)
         return token_batches(recipe.calibration, recipe.evaluation, source.tokenizer(), writer)

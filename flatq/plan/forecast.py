@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from flatq.calibration import cache_ranges, sensitivity, states
 from flatq.calibration.perplexity import LOGITS_AT_ONCE
 from flatq.calibration.self_text import SIDE_BY_SIDE, writing_bytes
@@ -23,6 +25,7 @@ from flatq.calibration.tokens import self_tokens
 from flatq.compress import error_curves
 from flatq.errors import RecipeError
 from flatq.machine.memory import give_back, rss_bytes
+from flatq.machine.precision import resolved
 from flatq.machine.speed import measured_speed
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.plan.decide import measurements
@@ -54,7 +57,7 @@ def forecasts(
     plan: Sequence[LayerDims],
     *,
     device: str = "cpu",
-    room: int = WORKING_SET,
+    working_set_bytes: int = WORKING_SET,
     ranges: bool = False,
 ) -> dict[str, Forecast]:
     """By phase, in the order of a run.
@@ -62,12 +65,12 @@ def forecasts(
     Args:
         config: the dense model.
         plan: widths that it will have, layer by layer, or with equal shares.
-        room: bytes for the activations of a batch.
+        working_set_bytes: bytes for the activations of a batch.
         ranges: whether an export asks for the ranges of keys and values.
     """
     speed = measured_speed(device, recipe.calibration.precision)
     works = operations(recipe, config, plan, _tokens(recipe), ranges)
-    needs = working_bytes(config, recipe, room, ranges)
+    needs = working_bytes(config, recipe, working_set_bytes, ranges)
     give_back()
     held = rss_bytes()
     return {
@@ -94,7 +97,7 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
 
 
 def working_bytes(
-    config: DecoderConfig, recipe: Recipe, room: int = WORKING_SET, ranges: bool = False
+    config: DecoderConfig, recipe: Recipe, working_set_bytes: int = WORKING_SET, ranges: bool = False
 ) -> dict[str, int]:
     """What each phase holds at its largest, besides the process itself."""
     m, f, tables = config.d_model, max(dims.d_ff for dims in config.layers), config.vocab * config.d_model
@@ -103,7 +106,9 @@ def working_bytes(
     half = 4 * max(3 * f * m, layer - 3 * f * m)
     text, scored = recipe.calibration, recipe.evaluation[0]
     one = activation_bytes(config) * text.seq_len
-    batch = min(max(room, one), activation_bytes(config) * min(states.BATCH_TOKENS, text.samples * text.seq_len))
+    batch = min(
+        max(working_set_bytes, one), activation_bytes(config) * min(states.BATCH_TOKENS, text.samples * text.seq_len)
+    )
     rows = min(TOGETHER, scored.tokens // scored.seq_len)  # that go through an evaluation together
     evaluated = 4 * scored.tokens * m + max(
         half + activation_bytes(config) * rows * scored.seq_len, 6 * tables + 8 * LOGITS_AT_ONCE
@@ -124,7 +129,12 @@ def working_bytes(
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
     found = {
-        "self-text": writing_bytes(config, min(SIDE_BY_SIDE, text.samples), max(text.seq_len, scored.seq_len)),
+        "self-text": writing_bytes(
+            config,
+            min(SIDE_BY_SIDE, text.samples),
+            max(text.seq_len, scored.seq_len),
+            getattr(torch, resolved(text.precision)),
+        ),
         "baseline": evaluated,
         "sensitivity": gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab),
         "curves": max(half + max(batch + grams, eliminating, 28 * heads**2), embedding),
@@ -153,7 +163,10 @@ def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None, range
             f"--memory: {memory / 1e9:.2f} GB is too little; with one sample of {recipe.calibration.seq_len} tokens at "
             f"a time this model needs about {least / 1e9:.2f} GB: give that much, or lower calibration.seq_len"
         )
-    room = WORKING_SET
-    while room > 1 and rss_bytes() + max(working_bytes(config, recipe, room, ranges).values()) > memory:
-        room //= 2
-    return room
+    working_set_bytes = WORKING_SET
+    while (
+        working_set_bytes > 1
+        and rss_bytes() + max(working_bytes(config, recipe, working_set_bytes, ranges).values()) > memory
+    ):
+        working_set_bytes //= 2
+    return working_set_bytes

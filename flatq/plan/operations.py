@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from flatq.calibration.self_text import SIDE_BY_SIDE
+from flatq.machine.precision import resolved
 from flatq.machine.speed import Speed
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.model.grid import CLIPS
@@ -55,7 +56,7 @@ def operations(
     planned = config.with_layers(plan)
     length, scored = recipe.calibration.seq_len, recipe.evaluation[0].seq_len
     phases = {
-        "self-text": lambda t: _written(config, t, length, min(SIDE_BY_SIDE, recipe.calibration.samples)),
+        "self-text": lambda t: _written(recipe, config, t),
         "baseline": lambda t: _evaluated(config, t, scored),
         "sensitivity": lambda t: _sensitivity(config, t, length),
         "curves": lambda t: _curves(config, t, length),
@@ -88,10 +89,14 @@ def _passed(config: DecoderConfig, t: int, s: int, times: float = 1) -> Operatio
     return Operations(times * _forward(config, t, s), moved=4 * times * t * activations + READING * config.parameters())
 
 
-def _written(config: DecoderConfig, t: int, s: int, rows: int) -> Operations:
-    """Text that the model writes, in float32, so many rows side by side: each step reads all weights."""
-    products = _forward(config, t, s) + 2 * t * config.d_model * config.vocab
-    return Operations(solve=products, moved=4 * config.parameters() * t / rows)
+def _written(recipe: Recipe, config: DecoderConfig, t: int) -> Operations:
+    """Text that the model writes, many rows side by side: each step reads all weights."""
+    text = recipe.calibration
+    products = _forward(config, t, text.seq_len) + 2 * t * config.d_model * config.vocab
+    moved = config.parameters() * t / min(SIDE_BY_SIDE, text.samples)
+    if resolved(text.precision) == "bfloat16":
+        return Operations(forward=products, moved=2 * moved)
+    return Operations(solve=products, moved=4 * moved)
 
 
 def _grams(dims: LayerDims, m: int) -> float:

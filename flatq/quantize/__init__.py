@@ -1,1 +1,1 @@
-"""GPTQ post-training quantization: tensors in ``gptq`` and ``grid``, the model only in ``stage``."""
+"""GPTQ post-training quantization; ``gptq`` works on tensors, only ``stage`` works on a model."""

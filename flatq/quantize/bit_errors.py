@@ -1,12 +1,13 @@
-"""What fewer bits cost, linear by linear: quantize one unit alone, run its block, see how far the output moves.
+"""Quantization error per unit of linears and bit width, measured: quantize one unit, run its block, compare outputs.
 
-The move is weighed by how much the loss minds it at that point of the residual stream (the sensitivity that FLAT's
-curves use), so errors of q and k, which pass a softmax, of gate and up, which pass a product, and of layers early and
-late are all changes of the loss and can share one budget. Errors are measured on the dense model, each unit alone: that
-they add up is an assumption.
+The output error is weighted with the Fisher information of the loss at that point of the residual stream, as FLAT's
+error curves are. Errors of q and k (before the softmax), of gate and up (before the product) and of early and late
+layers are then estimates of the same quantity, the loss increase, and can share one budget. Each unit is quantized
+alone in the dense model; that the errors add up is an assumption.
 
-GPTQ is fitted to the first half of every sample and judged by the second. The tokens that it was fitted to flatter what
-reads many channels: ``down`` would get the fewest bits and is what needs them most (docs/decisions/0019).
+GPTQ is fitted on the first half of every sample and evaluated on the second half. Evaluated on the fitted tokens,
+linears with many inputs look better than they are: ``down`` would get the fewest bits and needs the most
+(docs/decisions/0019).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from flatq.quantize.grids import planned_grids
 from flatq.quantize.stage import READERS, quantized_together
 from flatq.recipe.blocks import GptqSpec
 
-TOKENS = 4096  # of the calibration tokens
+TOKENS = 4096  # calibration tokens used
 
 
 def bit_errors(
@@ -44,23 +45,23 @@ def bit_errors(
     *,
     execution: Execution = AUTO,
 ) -> dict[str, dict[str, float]]:
-    """Cost of each of ``bit_choices`` for each unit, as ``bits.choose`` wants it.
+    """Cost of each of ``bit_choices`` for each unit, the input of ``bits.choose``.
+
+    With several processes rank 0 measures, on its own samples.
 
     Args:
         tokens: calibration tokens, int64 [n, s]; the first ``TOKENS`` are used.
-        fisher: [2 * layers, m, m] of ``output_sensitivity``; None compares plain output errors.
-
-    With several processes the first one measures, on its own samples.
+        fisher: [2 * layers, m, m] from ``output_sensitivity``; None uses unweighted output errors.
 
     Returns:
-        By first stem of a unit; bits as text, ready for JSON.
+        Costs by the first stem of a unit, then by bits as text (JSON-ready).
     """
     (_, units), grids = free_units(weights.config, spec), planned_grids(weights.config, spec)
     found: dict[str, dict[str, float]] = {}
     some = pieces(tokens, tokens.shape[1], TOKENS)
     blocks = dense_blocks(weights, some, work, name="bits", execution=execution, moments=frozenset())
     for number, block in enumerate(blocks):
-        block.observe()  # sends the inputs of the next block on their way
+        block.observe()  # also computes the inputs of the next block
         found |= _block_errors(block, units, grids, spec, None if fisher is None else fisher[number])
     return found
 
@@ -72,11 +73,11 @@ def _block_errors(
     spec: GptqSpec,
     fisher: Tensor | None,
 ) -> dict[str, dict[str, float]]:
-    """What ``bit_errors`` finds in one block.
+    """The entries of ``bit_errors`` for one block.
 
     Args:
         units: of the whole model.
-        grids: of every linear of the model; which bits they have does not matter.
+        grids: of every linear of the model; their bits are not used.
     """
     fisher = None if fisher is None else fisher.to(block.device)
     fitted, before = _fitted(block), _outputs(block)
@@ -114,12 +115,12 @@ def _errors(
         moved = [after - y for after, y in zip(_outputs(block), before, strict=True)]
         for linear, weight in zip(linears, whole, strict=True):
             linear.weight = nn.Parameter(weight, requires_grad=False)
-        costs[str(bits)] = sum(_weighed(e, fisher) for e in moved) / sum(len(e) for e in moved)
+        costs[str(bits)] = sum(_squared_norm(e, fisher) for e in moved) / sum(len(e) for e in moved)
     return costs
 
 
 def _fitted(block: Block) -> dict[str, Tensor]:
-    """Second moments of what the linears read, [i, i], over the first half of every sample."""
+    """Second moments of the linears' inputs, [i, i], over the first half of every sample."""
     grams: dict[str, Gram] = {}
     with forward_precision(block.precision, block.device):
         for batch in block.feed.batches():
@@ -129,7 +130,7 @@ def _fitted(block: Block) -> dict[str, Tensor]:
 
 
 def _outputs(block: Block) -> list[Tensor]:
-    """What the block makes of the other half, [tokens, m] per batch; 8 bits round less than bfloat16, hence float32."""
+    """The block's outputs for the second half, [tokens, m] per batch; float32, as bfloat16 is coarser than 8 bits."""
     made = []
     with forward_precision("float32"):
         for batch in block.feed.batches():
@@ -139,6 +140,6 @@ def _outputs(block: Block) -> list[Tensor]:
     return made
 
 
-def _weighed(error: Tensor, fisher: Tensor | None) -> float:
+def _squared_norm(error: Tensor, fisher: Tensor | None) -> float:
     moved = error if fisher is None else error @ fisher
     return float((moved * error).sum())

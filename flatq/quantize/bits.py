@@ -1,12 +1,11 @@
-"""Which linear gets how many bits: by rule (``overrides``), or by a budget and measured errors (``average_bits``).
+"""Bits of every linear: by rule (``overrides``), or by a budget and measured errors (``average_bits``).
 
-The budget is spent like a budget for ranks: every unit of linears begins with the fewest bits, and again and again the
-step that takes most error away per bit is bought, until the average is reached. A unit is what servers fuse into one
-matrix and what reads one activation: q, k, v; o; gate, up; down. What a unit's errors are is measured elsewhere
-(``quantize.bit_errors``); here are only numbers.
+Greedy allocation: every unit of linears starts with the fewest bits; the step that reduces the error most per bit is
+taken until the average is reached. A unit is a set of linears that read the same activation and that inference servers
+fuse into one matrix: q, k, v; o; gate, up; down. The errors are measured by ``quantize.bit_errors``.
 
-Left out: bits per expert or per head, and any search beyond this greedy one, which is exact up to its last step because
-prices are taken from the lower convex hull of each unit's errors.
+Left out: bits per expert or per head, and other searches. The greedy search is exact up to its last step because steps
+follow the lower convex hull of each unit's errors.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ class Unit:
     """Linears that get the same bits.
 
     Attributes:
-        stems: their names, ``layers.3.q``.
-        weights: how many they hold in all.
-        errors: bits -> what quantizing them so costs, in a unit that is the same for all.
+        stems: names of the linears, such as ``layers.3.q``.
+        weights: total number of weights.
+        errors: bits -> error of quantizing the unit to so many bits, in the same unit for all.
     """
 
     stems: tuple[str, ...]
@@ -40,14 +39,14 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """Weights whose bits the overrides fix, and the bits that they take."""
+    """Number of weights whose bits the overrides fix, and their total bits."""
 
     total: int
     spent: int
 
 
 def override_of(stem: str, spec: GptqSpec) -> OverrideSpec:
-    """What the patterns say about a linear; for each key the longest pattern wins, whatever their order."""
+    """Settings of the patterns that match a linear; for each key the longest pattern wins, independent of order."""
     found: dict[str, object] = {}
     for pattern in sorted(spec.overrides, key=lambda pattern: (len(pattern), pattern)):
         if fnmatchcase(stem, pattern):
@@ -67,7 +66,7 @@ def unmatched(config: DecoderConfig, spec: GptqSpec) -> list[str]:
 
 
 def out_of_reach(config: DecoderConfig, spec: GptqSpec) -> list[str]:
-    """Whether ``average_bits`` lies below what its choices and the overrides can give."""
+    """A message if ``average_bits`` is below the smallest average that its choices and the overrides allow."""
     if spec.average_bits is None:
         return []
     pinned, units = free_units(config, spec)
@@ -75,18 +74,18 @@ def out_of_reach(config: DecoderConfig, spec: GptqSpec) -> list[str]:
     least = (pinned.spent + min(spec.bit_choices) * sum(unit.weights for unit in units)) / max(total, 1)
     if not units or least > spec.average_bits + 1e-9:
         return [
-            f"stages.gptq.average_bits: {spec.average_bits} cannot be reached: the fewest of bit_choices and the "
-            f"overrides make {least:.2f}; choose more, or add a smaller choice"
+            f"stages.gptq.average_bits: {spec.average_bits} cannot be reached: the smallest of bit_choices and the "
+            f"overrides give {least:.2f}; choose a higher average, or add a smaller choice"
         ]
     return []
 
 
 def choose(config: DecoderConfig, spec: GptqSpec, errors: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
-    """Bits of every linear that the overrides leave open, by stem.
+    """Bits of every linear whose bits the overrides do not fix, by stem.
 
     Args:
         config: planned widths; the average is over their weights.
-        errors: by the first stem of a unit, what each of ``bit_choices`` costs; bits as text, as JSON has them.
+        errors: by the first stem of a unit, the error for each of ``bit_choices``; bits as text, as JSON keys.
     """
     pinned, units = free_units(config, spec)
     units = [
@@ -100,14 +99,14 @@ def choose(config: DecoderConfig, spec: GptqSpec, errors: Mapping[str, Mapping[s
 
 
 def expected(config: DecoderConfig, spec: GptqSpec) -> dict[str, int]:
-    """A choice of the wanted average before anything is measured, as if each bit quartered the same error."""
+    """A choice with the wanted average before errors are measured, assuming that each bit quarters the same error."""
     _, units = free_units(config, spec)
     guess = {unit.stems[0]: {str(bits): unit.weights * 4.0**-bits for bits in spec.bit_choices} for unit in units}
     return choose(config, spec, guess)
 
 
 def spend(units: Sequence[Unit], budget: float) -> list[int]:
-    """Bits of each unit, so that weights times bits stay within the budget and the errors' sum is small."""
+    """Bits of each unit that minimize the sum of errors, with weights times bits within the budget."""
     hulls = [_hull(unit.errors) for unit in units]
     chosen = [0] * len(units)
     left = budget - sum(unit.weights * hull[0] for unit, hull in zip(units, hulls, strict=True))
@@ -150,7 +149,7 @@ def _slope(errors: Mapping[int, float], fewer: int, more: int) -> float:
 
 
 def free_units(config: DecoderConfig, spec: GptqSpec) -> tuple[Pinned, list[Unit]]:
-    """What the overrides fix, and the units (without errors) that are left to choose for."""
+    """The weights that the overrides fix, and the remaining units (without errors), whose bits are to be chosen."""
     total = spent = 0
     units = []
     for index, dims in enumerate(config.layers):

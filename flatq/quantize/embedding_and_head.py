@@ -1,11 +1,11 @@
-"""What lies before the first and after the last block: embedding, last norm and head.
+"""Quantization of the embedding and the LM head.
 
-The head is a linear like any other, so it is solved like one (``quantize.gptq``): on the second moment of what it
-really reads, the residual stream at the end of the walk, normed. Rounded to nearest instead, 4 bits of it do several
-times the damage of all other linears together (docs/decisions/0010).
+The head is quantized with GPTQ like any other linear (``quantize.gptq``), on the second moment of its inputs: the
+residual stream after the last block and the final norm. With round-to-nearest, a 4-bit head adds several times the
+error of all other linears together (docs/decisions/0010).
 
-A table that is embedding and head at once is solved as the head, for that is where its errors count; the walk then
-begins with the table as it was. An embedding of its own is rounded to nearest before the walk, which begins with it.
+A tied table (embedding and head are one matrix) is quantized as the head, where its errors matter most; the walk then
+starts from the unquantized embedding. An untied embedding is rounded to nearest before the walk, which starts from it.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from flatq.quantize.stage import notes_on, quantize_table, quantized_together
 from flatq.recipe.blocks import GptqSpec
 
 EMBEDDING, ENDS = "embedding.safetensors", "ends.safetensors"
-HEAD_AT_ONCE = 1 << 22  # weights in the working set of its solve: little beside a table; fewer take longer
+HEAD_AT_ONCE = 1 << 22  # weights that are quantized at once: small compared to a table; smaller values are slower
 
 
 def first_table(weights: Weights, grids: Mapping[str, Grid]) -> Tensor | QuantizedWeight:
-    """The embedding that the walk begins with, [vocab, m]."""
+    """The embedding that the walk starts from, [vocab, m]."""
     if "embed" in grids and not _solved_last(weights.config, grids):
         return quantize_table(weights, "embed.weight", grids["embed"])
     return weights.tensor("embed.weight")
 
 
 def head_moment(weights: Weights, states: HiddenStates, execution: Execution) -> Gram:
-    """Second moment of what the head reads, over the samples of all processes, [m, m].
+    """Second moment of the LM head's inputs, over the samples of all processes, [m, m].
 
     Args:
-        states: of the residual stream after the last block.
+        states: the residual stream after the last block.
     """
     norm, moment = (
         load_last_norm(weights, device=execution.device),
@@ -54,29 +54,29 @@ def head_moment(weights: Weights, states: HiddenStates, execution: Execution) ->
         for batch in states.batches():
             moment.update(norm(states.states[batch].to(execution.device, torch.float32)))
     moment.gather()
-    moment.move(solver_of(execution.device))
+    moment.to(solver_of(execution.device))
     return moment
 
 
 def quantized_head(weights: Weights, grid: Grid, moment: Gram, spec: GptqSpec) -> GptqResult:
-    """The table that makes logits, in codes [vocab, m]."""
+    """The LM head quantized with GPTQ, [vocab, m]."""
     table = load_head(weights, device=str(moment.total.device))
     return quantized_together([table], moment.mean(), grid, spec, at_once=HEAD_AT_ONCE)
 
 
 def _solved_last(config: DecoderConfig, grids: Mapping[str, Grid]) -> bool:
-    """Whether the embedding is the head, too, and in codes."""
+    """Whether the embedding is tied to the head and quantized."""
     return config.tied_head and "embed" in grids
 
 
 def save_first(weights: Weights, grids: Mapping[str, Grid], folder: Path) -> None:
-    """Write what the walk begins with, unless it is solved after it."""
+    """Write the embedding that the walk starts from, unless it is quantized after the walk."""
     if not _solved_last(weights.config, grids):
         save_shard(folder / EMBEDDING, {"embed.weight": first_table(weights, grids)})
 
 
 def saved_first(weights: Weights, grids: Mapping[str, Grid], folder: Path) -> Tensor | QuantizedWeight:
-    """What ``save_first`` has written; mapped, not read."""
+    """The embedding that ``save_first`` has written, memory-mapped."""
     if not (folder / EMBEDDING).exists():
         return first_table(weights, grids)
     shard: Any = safetensors.safe_open(folder / EMBEDDING, framework="pt")
@@ -90,10 +90,10 @@ def saved_first(weights: Weights, grids: Mapping[str, Grid], folder: Path) -> Te
 def save_last(
     weights: Weights, grids: Mapping[str, Grid], moment: Gram | None, spec: GptqSpec | None, folder: Path
 ) -> dict[str, Any]:
-    """Write last norm and head; returns what there is to report of the head, JSON-ready.
+    """Write the final norm and the head; returns the head's error and notes for the report, JSON-ready.
 
     Args:
-        moment: ``head_moment``; None leaves the head as it is.
+        moment: from ``head_moment``; None leaves the head unquantized.
         spec: how to quantize it.
     """
     stem, said = head_stem(weights.config), dict[str, Any]()

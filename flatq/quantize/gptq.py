@@ -1,4 +1,4 @@
-"""GPTQ: round one input column after another, and let the columns still to come make up for each rounding.
+"""GPTQ: round the input columns one by one; the columns not yet rounded compensate for each rounding error.
 
 Choices, with their numbers in docs/decisions/0008 and 0009:
 
@@ -7,14 +7,14 @@ Choices, with their numbers in docs/decisions/0008 and 0009:
 - Groups are static: scales are fixed before the first column is rounded. Columns can then be visited by descending
   activation energy (``act_order``) and still be stored in their own order, which every export format needs.
 - All linears that read the same activation (q, k, v; gate, up) are solved in one call, their rows stacked.
-- Columns pass on their errors by the factors of the Gram itself, ``H = (I + U) D (I + U)^T``: column i is rounded with
-  ``sum over j before i of (w_j - q_j) U_ji`` added, which is what GPTQ's updates by the inverse's factor amount to.
-  There is nothing to invert, so float32 is enough, and what is lost is known at the end: ``sum of D_i r_i^2`` over
-  the roundings r.
+- Errors are propagated with the factors of the Gram itself, ``H = (I + U) D (I + U)^T``: column i is rounded after
+  ``sum over j before i of (w_j - q_j) U_ji`` is added, which is equivalent to GPTQ's updates with the Cholesky factor
+  of the inverse. No matrix is inverted, so float32 is enough, and the total output error follows directly:
+  ``sum of D_i r_i^2`` over the rounding errors r.
 
 Axes: o out_features, i in_features, G groups.
 Source: GPTQ (arXiv 2210.17323), Algorithm 1, sections 3.2 and 3.3 (lazy batches, Cholesky);
-QuIP (arXiv 2307.13304), section 3 (LDLQ, and that it is the same).
+QuIP (arXiv 2307.13304), section 3 (LDLQ, and its equivalence to GPTQ).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from flatq.errors import NumericsError
 from flatq.linalg import has_factor_, submatrix
 from flatq.model.grid import Grid, QuantizedWeight
 
-WEIGHTS_AT_ONCE = 1 << 24  # weights in the working set of a solve: 64 MiB each of rest, scales, zeros, codes
-DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn when the solve breaks down
+WEIGHTS_AT_ONCE = 1 << 24  # weights that are quantized at once: 64 MiB each for residuals, scales, zeros, codes
+DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the requested damping, tried in turn if the factorization fails
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GptqResult:
-    """What came out.
+    """A quantized weight and its error.
 
     Attributes:
         weight: codes, scales and zeros.
-        lost, total: energy of the output's change and of the output itself on the calibration tokens, float64 [o].
-        dead: input columns that never carried anything; they keep their nearest codes.
-        damping: relative damping that the solve needed; None if every step of the ladder failed and the weight was
-            rounded to nearest instead, which the caller must report.
+        lost, total: mean square of the output error and of the output on the calibration tokens, float64 [o].
+        dead: number of input columns that were always 0; they are rounded to nearest.
+        damping: relative damping that was used; None if every step of the ladder failed and the weight was rounded to
+            nearest instead, which the caller must report.
     """
 
     weight: QuantizedWeight
@@ -52,7 +52,7 @@ class GptqResult:
     damping: float | None
 
     def error_of(self, rows: slice = slice(None)) -> float:
-        """Share of the output's energy that is lost in some of the rows."""
+        """Relative output error (squared) of some of the rows."""
         total = float(self.total[rows].sum())
         return max(0.0, float(self.lost[rows].sum())) / total if total > 0 else 0.0
 
@@ -68,16 +68,16 @@ def gptq(
     block_size: int = 64,
     at_once: int = WEIGHTS_AT_ONCE,
 ) -> GptqResult:
-    """Quantize a weight so that its outputs on the calibration tokens change least.
+    """Quantize a weight with the smallest output error on the calibration tokens.
 
     Args:
         w: [o, i].
         gram: second moment of the inputs, [i, i].
-        damping: added to the diagonal, relative to its mean over live columns.
+        damping: added to the diagonal, relative to its mean over columns that are not dead.
         act_order: visit columns by descending energy.
-        clip_search: search the scale of each group; else it covers the group's largest weight.
-        block_size: columns whose corrections are applied one by one; the rest follows in one product.
-        at_once: weights in the working set: so many are solved together, whole rows and at least one.
+        clip_search: search the scale of each group; otherwise it covers the group's largest weight (min-max).
+        block_size: columns whose updates are applied one by one; the others follow in one product (lazy batch).
+        at_once: upper limit of weights that are quantized at once; whole rows, at least one.
 
     Raises:
         NumericsError: the weight or the Gram is not finite.
@@ -86,10 +86,10 @@ def gptq(
         raise NumericsError("GPTQ: the weight or the second moment of its inputs is not finite")
     energy = gram.diagonal().clamp(min=0).float()
     feedback = _feedback(gram, energy == 0, _order(energy, act_order), damping)
-    # A row's codes depend on no other row: a large weight is solved a few rows at a time.
+    # Rows are independent, so a large weight is quantized a few rows at a time.
     parts = []
     for some in w.split(max(1, at_once // w.shape[1])):
-        rows = some.float().T.contiguous().T  # [o, i], a column contiguous: everything below goes column by column
+        rows = some.float().T.contiguous().T  # [o, i], column-major: everything below works column by column
         scale, zero = grid.fit(rows, importance=energy, search=clip_search)
         weight, lost = _rounded(rows, gram, feedback, scale, zero, grid, block_size)
         parts.append((weight.codes, weight.scale, weight.zero, lost, _energy(rows, gram)))
@@ -107,7 +107,7 @@ def _rounded(
     grid: Grid,
     block_size: int,
 ) -> tuple[QuantizedWeight, Tensor]:
-    """Some rows in codes, and the energy that each loses, float64 [o]; to nearest where there are no factors."""
+    """Quantized rows and the error of each, float64 [o]; round-to-nearest if there is no ``feedback``."""
     lost = None
     if feedback is None:
         codes = grid.encode(w, *(grid.spread(part, w.shape[1]) for part in (scale, zero)))
@@ -124,14 +124,15 @@ def _energy(w: Tensor, h: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feedback:
-    """How columns make up for each other: ``H = (I + U) D (I + U)^T`` in visiting order, U strictly upper.
+    """Error feedback between columns: ``H = (I + U) D (I + U)^T`` in visiting order, U strictly upper.
 
     Attributes:
         order: the column that is visited i-th, int64 [i].
-        share: U, what column i takes over of the error of column j, float32 [j, i]; anything on and below the diagonal.
-        price: D, what a square of the error that is left costs, float32 [i].
-        added: to the diagonal of the Gram, float32 [i].
-        damping: relative damping that it took.
+        share: U, fraction of the error of column j that is added to column i, float32 [j, i]; entries on and below the
+            diagonal are not used.
+        price: D, weight of each column's squared rounding error, float32 [i].
+        added: damping added to the diagonal of the Gram, float32 [i].
+        damping: relative damping that was used.
     """
 
     order: Tensor
@@ -142,20 +143,20 @@ class Feedback:
 
 
 def _order(energy: Tensor, act_order: bool) -> Tensor:
-    """In which order columns are visited, int64 [i]."""
+    """Order in which columns are visited, int64 [i]."""
     if not act_order:
         return torch.arange(len(energy), device=energy.device)
     return torch.argsort(energy, descending=True, stable=True)
 
 
 def _feedback(gram: Tensor, dead: Tensor, order: Tensor, damping: float) -> Feedback | None:
-    """The factors of the damped Gram, or None if no damping of the ladder makes it positive."""
+    """The factors of the damped Gram, or None if no step of the ladder makes it positive definite."""
     if bool(dead.all()):
         return None
-    # Back to front, H = L L^T; read from the back, L is the upper factor.
+    # With rows and columns reversed, H = L L^T; reversing L gives the upper factor.
     backwards = order.flip(0)
     permuted = submatrix(gram, backwards)
-    added = torch.where(dead, 1.0, 0.0)[backwards]  # a dead one correlates with nothing: any positive number will do
+    added = torch.where(dead, 1.0, 0.0)[backwards]  # a dead column is uncorrelated: any positive number works
     mean = float(gram.diagonal()[~dead].double().mean())
     for rung in DAMPING_LADDER:
         for dtype in (torch.float32, torch.float64):
@@ -169,15 +170,14 @@ def _feedback(gram: Tensor, dead: Tensor, order: Tensor, damping: float) -> Feed
     return None
 
 
-@torch.inference_mode()  # half of the time of a narrow weight's sweep was spent on bookkeeping for gradients
+@torch.inference_mode()  # autograd took half of the time of a small weight
 def _sweep(
     w: Tensor, feedback: Feedback, scale: Tensor, zero: Tensor, grid: Grid, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes of every column in stored order, uint8 [o, i], and the energy that is lost, float64 [o].
+    """Codes of every column in stored order, uint8 [o, i], and the error of each row, float64 [o].
 
-    When its turn comes, a column takes over its share of the errors of all columns before it (their sum is a product
-    of a matrix and a vector within a block, of two matrices for earlier blocks), is rounded, and its own whole error,
-    that of the rounding and what it took over, takes its place.
+    Each column in turn: add the propagated errors of all earlier columns (a matrix-vector product within a block, one
+    matrix product for all earlier blocks), round, and replace the column by its total error, original minus rounded.
     """
     order, share = feedback.order, feedback.share
     rest = w.T[order]  # [i, o]: a column of the weight is a row here
@@ -190,14 +190,14 @@ def _sweep(
         block = slice(start, min(start + block_size, len(rest)))
         whole, earlier = rest[block], slice(start)
         value, errors = torch.addmm(whole, share[earlier, block].T, rest[earlier]), torch.zeros_like(whole)
-        shares, before = share[block, block].T.contiguous(), errors.T  # those to come are still 0
+        shares, before = share[block, block].T.contiguous(), errors.T  # later columns are still 0
         columns = zip(*(x.unbind() for x in (whole, value, errors, codes[block], shares)), strict=True)
         for g, (column, here, error, code, taken) in zip(group[block].tolist(), columns, strict=True):
             here.addmv_(before, taken)
             torch.div(here, scales[g], out=code).round_().clamp_(lowest[g], highest[g])
             torch.addcmul(column, code, scales[g], value=-1, out=error)
         value += errors
-        value -= whole  # what its own rounding has done to each column
+        value -= whole  # rounding error of each column alone
         rest[block] = errors
         lost += (value.square_() * feedback.price[block, None]).sum(0, dtype=torch.float64)
         lost -= (errors.square_() * feedback.added[block, None]).sum(0, dtype=torch.float64)

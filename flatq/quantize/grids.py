@@ -1,4 +1,4 @@
-"""Which weight gets which grid, and what stands against it; from shapes alone."""
+"""The quantization grid of every weight, and why one is impossible; from shapes alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def planned_grids(
     """Grid of every weight that will be quantized, by stem (``layers.3.q``, ``embed``, ``head``).
 
     Args:
-        bits: what ``average_bits`` chose, by stem; None takes a stand-in of the same average (``bits.expected``).
+        bits: chosen for ``average_bits``, by stem; None uses an estimate with the same average (``bits.expected``).
     """
     if spec is None:
         return {}
@@ -39,7 +39,7 @@ def planned_grids(
 
 
 def possible_grids(config: DecoderConfig, spec: GptqSpec | None) -> list[dict[str, Grid]]:
-    """The grids that a recipe can lead to, for exporters to judge: with ``average_bits`` one per choice."""
+    """The grids that a recipe can lead to, for exporters to check; with ``average_bits`` one per choice."""
     if spec is None or spec.average_bits is None:
         return [planned_grids(config, spec)]
     stems = [stem for unit in free_units(config, spec)[1] for stem in unit.stems]
@@ -47,14 +47,14 @@ def possible_grids(config: DecoderConfig, spec: GptqSpec | None) -> list[dict[st
 
 
 def objections(config: DecoderConfig, spec: GptqSpec | None) -> list[str]:
-    """What stands against quantizing a model of these widths so, in words."""
+    """Messages with the reasons why a model of these widths cannot be quantized with ``spec``."""
     if spec is None:
         return []
     return _too_wide(config, spec) + unmatched(config, spec) + out_of_reach(config, spec)
 
 
 def _too_wide(config: DecoderConfig, spec: GptqSpec) -> list[str]:
-    """Groups that are wider than the weights they should divide."""
+    """A message if a group is larger than a row of its weight."""
     found: dict[str, list[str]] = {}
     sizes: set[int] = set()
     for stem, grid in planned_grids(config, spec).items():

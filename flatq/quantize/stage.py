@@ -1,4 +1,4 @@
-"""GPTQ on a model: which linear gets which grid, and what happens to each block during the walk."""
+"""The GPTQ stage: quantizes the linears of each block of the walk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flatq.model.weights import Weights, dense
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE, GptqResult, gptq
 from flatq.recipe.blocks import GptqSpec
 
-# Linears that read the same activation are solved together, on one factor of one Gram.
+# Linears that read the same activation are quantized together, with one factorization of one Gram.
 READERS = {
     "attention": (("input", ("q", "k", "v")), ("inner", ("o",))),
     "mlp": (("input", ("gate", "up")), ("inner", ("down",))),
@@ -26,27 +26,27 @@ READERS = {
 
 
 def quantize_table(weights: Weights, name: str, grid: Grid) -> QuantizedWeight:
-    """An embedding, rounded to nearest with the clip factor searched (each row is read by itself)."""
+    """An embedding, rounded to nearest with a search of the clip factor (each token reads a single row)."""
     return round_to_nearest(dense(weights.tensor(name)), grid, search=True)
 
 
 class GptqStage:
-    """Quantizes the linears of each block on the Grams that the earlier stages left.
+    """Quantizes the linears of each block, on the Grams that the earlier stages have updated.
 
-    With ``correction`` a weight first moves towards what gives the dense model's outputs on the inputs that it will
-    really get (asymmetric calibration): q, k, v and gate, up towards theirs on the dense model's inputs, o and down
-    towards the dense residual stream. The walk must measure drift and lag then.
+    With ``correction`` a weight is first refitted to give the dense model's outputs on the inputs that it gets in the
+    quantized model (asymmetric calibration): q, k, v, gate and up are fitted to their outputs on the dense model's
+    inputs, o and down to the dense residual stream. The walk must then measure drift and lag.
 
     Args:
-        spec: how.
-        grids: which linears, each to its grid.
+        spec: settings of GPTQ.
+        grids: grid by stem; linears that are not in it stay unquantized.
     """
 
     def __init__(self, spec: GptqSpec, grids: Mapping[str, Grid]) -> None:
         self.spec, self.grids = spec, grids
 
     def apply(self, block: Block) -> None:
-        """Observe the block if no stage did, then replace its linears by codes."""
+        """Measure the block's Grams if no earlier stage did, then quantize its linears."""
         grams = block.observe()
         groups, problems = [], []
         for gram, names in READERS[block.half]:
@@ -63,7 +63,7 @@ class GptqStage:
             _place(block, group, result, self.spec.damping)
 
     def _solved(self, problems: Sequence[tuple[Sequence[Tensor], Gram, Grid]]) -> list[GptqResult]:
-        """Two problems at a time, each with half of the threads: a sweep over columns keeps one busy and no more."""
+        """Solve two problems in parallel, each with half of the threads: the column loop uses only one thread."""
 
         def solve(problem: tuple[Sequence[Tensor], Gram, Grid]) -> GptqResult:
             weights, gram, grid = problem
@@ -76,10 +76,10 @@ class GptqStage:
             with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
                 return list(pool.map(solve, problems))
         finally:
-            torch.set_num_threads(threads)  # MKL counts for the whole process
+            torch.set_num_threads(threads)  # MKL's number of threads is global
 
     def _by_grid(self, index: int, names: tuple[str, ...]) -> list[tuple[Grid, list[str]]]:
-        """Linears that share their grid, which are solved in one call; those without one are left as they are."""
+        """Linears grouped by grid, each group for one call; those without a grid are left out."""
         found: dict[Grid, list[str]] = {}
         for name in names:
             grid = self.grids.get(str(Stem(index, name)))
@@ -90,22 +90,22 @@ class GptqStage:
 
 @torch.inference_mode()
 def corrected(block: Block, gram: str, weights: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Weights that take back a share of the drift from the dense model, as far as their input foresees it.
+    """Weights refitted to compensate a fraction of the drift from the dense model (ridge regression on their inputs).
 
     Source: GPTAQ (arXiv 2504.02692), asymmetric calibration.
-    Differs from it: o and down answer for the residual stream and not for their own product alone; a share, and a fit
-    that distrusts what few tokens say, in place of the whole correction folded into the sweep.
+    Differs from it: o and down are fitted to the residual stream instead of to their own output; only a fraction is
+    applied, from a regularized fit, before the column loop instead of inside it.
 
     Args:
-        gram: of the activation that the weights read, ``input`` or ``inner``.
+        gram: name of the Gram of the weights' inputs, ``input`` or ``inner``.
         weights: each [o, i].
-        share: 0 to 1; 1 takes back all that the fit foresees.
+        share: fraction of the fitted correction that is applied, 0 to 1.
     """
     seen, drift = block.observe()[gram], block.drift
     if gram == "input" and block.lag is not None:
         drift = block.lag @ torch.cat(list(weights)).T
     elif gram == "input" or drift is None:
-        raise ValueError("the walk has not measured what to correct")
+        raise ValueError("the walk has not measured the drift to correct")
     found = drift_correction(seen.mean(), drift / seen.count).to(weights[0].dtype)
     parts = found.split([len(weight) for weight in weights])
     return [weight + share * part for weight, part in zip(weights, parts, strict=True)]
@@ -114,7 +114,7 @@ def corrected(block: Block, gram: str, weights: Sequence[Tensor], share: float) 
 def quantized_together(
     weights: Sequence[Tensor], moment: Tensor, grid: Grid, spec: GptqSpec, *, at_once: int = WEIGHTS_AT_ONCE
 ) -> GptqResult:
-    """GPTQ of weights that read the same activation, their rows stacked (with contiguous columns)."""
+    """GPTQ of weights that read the same activation, with their rows concatenated (column-major)."""
     together = torch.cat([weight.T for weight in weights], 1).T if len(weights) > 1 else weights[0]
     return gptq(
         together,
@@ -129,7 +129,7 @@ def quantized_together(
 
 
 def _place(block: Block, names: list[str], result: GptqResult, damping: float) -> None:
-    """Put codes in place of linears that read the same activation."""
+    """Replace linears that read the same activation by their quantized weights, and record errors and notes."""
     block.notes += notes_on("+".join(names), result, damping)
     row, part = 0, result.weight
     for name in names:
@@ -140,12 +140,12 @@ def _place(block: Block, names: list[str], result: GptqResult, damping: float) -
 
 
 def notes_on(names: str, result: GptqResult, damping: float) -> list[str]:
-    """What a user should know of a solve that did not go as asked, in words."""
+    """Warnings about a result of GPTQ: fallback to rounding, increased damping, dead columns."""
     notes = []
     if result.damping is None:
-        notes.append(f"{names}: every damping failed, rounded to nearest")
+        notes.append(f"{names}: GPTQ failed with every damping, rounded to nearest")
     elif result.damping > damping * 1.5:
-        notes.append(f"{names}: needed damping {result.damping:g}")
+        notes.append(f"{names}: damping was increased to {result.damping:g}")
     if result.dead:
-        notes.append(f"{names}: {result.dead} input columns never carried anything")
+        notes.append(f"{names}: {result.dead} input columns were always 0")
     return notes

@@ -1,14 +1,13 @@
 """The recipe: one YAML file that holds everything that changes a number.
 
-This file is the whole grammar. A class is a block of the file, a field is a key, the text below a field is its
-documentation (editors show it, from ``flatq schema``). Models are frozen, unknown keys are refused, and every
-mistake is reported at once with its line, so that no run dies in its third hour of a misspelt word. Nothing here
-imports torch: checking a recipe takes a blink.
+The blocks are in ``recipe.blocks``: a class is a block of the file, a field is a key. Models are frozen, unknown keys
+are errors, and all mistakes are reported at once with their lines, before a run starts. Nothing here imports torch, so
+checking a recipe is fast.
 
-A new option is a new field of ``FlatSpec`` or ``GptqSpec``, a new stage a class with a ``kind`` and a row in
-``Stage``. What an exporter accepts is the exporter's own grammar and is checked by its ``Options``.
+A new option is a new field of ``FlatSpec`` or ``GptqSpec``. A new stage is a class with a ``kind`` and an entry in
+``Stage``. The options of an exporter are defined and checked by its ``Options`` model.
 
-Left out: variables, includes and inheritance between files. A recipe that is read alone can be trusted alone.
+Left out: variables, includes and inheritance between files. A recipe is complete in itself.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def _export(entry: Any) -> Any:
 
 
 def _as_written(export: ExportSpec) -> dict[str, Any]:
-    """Inverse of ``_export``; a default is left out, so that the digests of older recipes stay as they were."""
+    """Inverse of ``_export``; defaults are omitted, so that the digests of older recipes do not change."""
     unverified = {} if export.verify else {"verify": False}
     return {export.format: {"name": export.name, **unverified, **export.options}}
 
@@ -110,18 +109,18 @@ Export = Annotated[
 
 
 class Recipe(Spec):
-    """What to do with which model."""
+    """A recipe: the model, the stages, the exports and the measurements."""
 
     version: Literal[1]
     """Version of this grammar."""
     model: ModelEntry
     """The pretrained model: its path, or a mapping with path, revision and dtype."""
     calibration: CalibrationSpec = CalibrationSpec(dataset="wikitext2")
-    """The text whose activations decide what is kept."""
+    """The calibration text: its activations are the statistics that FLAT and GPTQ work on."""
     evaluation: Evaluation = (EvaluationSpec(),)
-    """The text on which perplexity is measured, or a list of texts; reports state the first one first."""
+    """The text on which perplexity is measured, or a list of texts; reports lead with the first."""
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
-    """What is done to the model, in this order: flat, gptq, or both."""
+    """The compression stages, in this order: flat, gptq, or both."""
     exports: Annotated[tuple[Export, ...], Field(strict=False)] = ()
     """The formats to write."""
     bench: BenchSpec | None = None
@@ -149,7 +148,7 @@ class Recipe(Spec):
         """Read a recipe file.
 
         Raises:
-            RecipeError: the file cannot be read, or anything in it is wrong; one line per problem.
+            RecipeError: the file cannot be read, or it contains errors; one line per error.
         """
         try:
             with Path(path).open("rb") as file:
@@ -166,7 +165,7 @@ class Recipe(Spec):
         """Read a recipe's text; ``name`` is the file name for messages and for ``Recipe.name``.
 
         Raises:
-            RecipeError: anything in it is wrong; one line per problem.
+            RecipeError: the text contains errors; one line per error.
         """
         if len(text.encode(errors="replace")) > LARGEST_FILE:
             raise RecipeError(f"{name}: larger than {LARGEST_FILE:,} bytes; a recipe is a page of YAML")
@@ -185,12 +184,12 @@ class Recipe(Spec):
 
     @property
     def text(self) -> str:
-        """The source text; empty if the recipe was made in Python."""
+        """The source text; empty if the recipe was built in Python."""
         return self._text
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
+        """The file name without its extension."""
         return Path(self._source).stem
 
     @property
@@ -204,17 +203,17 @@ class Recipe(Spec):
         return next((stage for stage in self.stages if isinstance(stage, GptqSpec)), None)
 
     def digest(self) -> str:
-        """SHA-256 of the content, hexadecimal; comments, order of keys and spelt-out defaults do not change it."""
+        """SHA-256 of the content, hexadecimal; comments, key order and explicit defaults do not change it."""
         content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def problem(self, place: Place, sentence: str) -> str:
-        """A line of a ``RecipeError`` about a place that only others can judge."""
+        """A line of a ``RecipeError``: file, line number, place and message."""
         return f"{self._source}:{self._document.line(place)}: {written(place)}: {sentence}"
 
 
 def explain_options(recipe: Recipe, index: int, options: type[BaseModel], error: ValidationError) -> list[str]:
-    """What an exporter's ``Options`` refused in ``exports[index]``, as lines of a ``RecipeError``."""
+    """Validation errors of an exporter's ``Options`` in ``exports[index]``, as lines of a ``RecipeError``."""
     under = ("exports", index, recipe.exports[index].format)
     return [recipe.problem(place, sentence) for place, sentence in explain(error, options, under=under)]
 
@@ -225,11 +224,9 @@ def _validated(value: Any) -> tuple[Recipe | None, list[tuple[Place, str]]]:
     except ValidationError as error:
         wrong = explain(error, Recipe)
     if isinstance(value, dict):
-        if not isinstance(
-            value.get("evaluation"), list
-        ):  # a single block is the list of it, and stands in the file alone
+        if not isinstance(value.get("evaluation"), list):  # a single block was wrapped in a list: drop its index
             wrong = [(at[:1] + at[2:] if at[:2] == ("evaluation", 0) else at, sentence) for at, sentence in wrong]
-        # Rules ran only if all else was right: judge them anew. They also judge the names of exports, in their place.
+        # pydantic runs the rules only if all fields are valid, so run them here; they also check export names.
         ruled = [("exports", "name"), ("exports", "verify")]
         wrong = [fault for fault in wrong if fault[0] and (fault[0][0], *fault[0][2:]) not in ruled]
         wrong += broken_rules(value)
@@ -237,5 +234,5 @@ def _validated(value: Any) -> tuple[Recipe | None, list[tuple[Place, str]]]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of the file as it is written, for editors."""
+    """JSON Schema of the recipe file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

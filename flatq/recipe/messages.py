@@ -1,8 +1,8 @@
-"""Say what is wrong with a value in the words of the file it stands in.
+"""Turn pydantic's validation errors into messages that refer to the recipe file.
 
-pydantic knows what it refused; it does not say everything that would have been right, nor which key was meant.
-Both are read from the model's own JSON Schema, so a new option needs no sentence here: its type, range and
-choices are its message. Works for the recipe and for the options of any exporter.
+pydantic reports what is invalid, but not every valid value and not the closest known key. Both are read from the
+model's JSON Schema, so a new option needs no message here: its type, range and choices are the message. This works for
+the recipe and for the options of any exporter.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ MOST_PROBLEMS = 50
 
 
 def explain(error: ValidationError, model: type[BaseModel], *, under: Place = ()) -> list[tuple[Place, str]]:
-    """Each fault as (place, sentence without the place), at most ``MOST_PROBLEMS`` of them.
+    """Each error as (place, message without the place), at most ``MOST_PROBLEMS`` of them.
 
     Args:
         error: what pydantic raised.
         model: what the value was validated against.
-        under: where the validated value stands in the file; put before each place.
+        under: path of the validated value in the file; prepended to each place.
     """
     root = _schema(model)
     faults = error.errors(include_url=False)
-    told = [((*under, *fault["loc"]), _sentence(root, fault)) for fault in faults[:MOST_PROBLEMS]]
+    lines = [((*under, *fault["loc"]), _sentence(root, fault)) for fault in faults[:MOST_PROBLEMS]]
     if len(faults) > MOST_PROBLEMS:
-        told.append(((*under, *faults[MOST_PROBLEMS]["loc"]), f"and {len(faults) - MOST_PROBLEMS} problems more"))
-    return told
+        lines.append(((*under, *faults[MOST_PROBLEMS]["loc"]), f"and {len(faults) - MOST_PROBLEMS} problems more"))
+    return lines
 
 
 def written(place: Place) -> str:
-    """A place as a reader would write it: ``stages[0].flat.keep_ratio``."""
+    """A place as text: ``stages[0].flat.keep_ratio``."""
     text = ""
     for step in place:
         if isinstance(step, int):
@@ -49,7 +49,7 @@ def written(place: Place) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML would show it, short and safe to print."""
+    """A value as YAML text, shortened and safe to print."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
@@ -61,7 +61,7 @@ def shown(value: Any) -> str:
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """The sentence for a key that nobody reads, with the nearest one that somebody does."""
+    """The message for an unknown key, with the closest known key."""
     near = get_close_matches(key.lower()[:60], known, n=1, cutoff=0.6)
     guess = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown key; {guess}allowed: {', '.join(known) or 'none'}"
@@ -98,7 +98,7 @@ def _sentence(root: Schema, fault: Any) -> str:
 
 
 def _branches(root: Schema, schema: Schema) -> Iterator[Schema]:
-    """The alternatives of a schema, references followed."""
+    """The alternatives of a schema, with references resolved."""
     if "$ref" in schema:
         yield from _branches(root, root["$defs"][schema["$ref"].rsplit("/", 1)[-1]])
         return

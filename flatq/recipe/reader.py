@@ -1,11 +1,11 @@
-"""Read a small YAML file that a person wrote, keep the line of every value, refuse what would surprise.
+"""Read a small YAML file, keep the line number of every value, and reject ambiguous constructs.
 
-YAML 1.1, which PyYAML speaks, turns ``no`` into false, ``010`` into eight and leaves ``1e-3`` text. Here plain
-scalars follow the core schema of YAML 1.2 without its hexadecimal and octal numbers: ``null``, ``true``,
-``false``, decimal numbers; everything else is text, and the grammar that reads the result says what it wanted.
+YAML 1.1, which PyYAML implements, turns ``no`` into false and ``010`` into eight, and reads ``1e-3`` as text. Here
+plain scalars follow the core schema of YAML 1.2 without hexadecimal and octal numbers: ``null``, ``true``, ``false``,
+decimal numbers. Everything else is text, and the recipe's models report a wrong type.
 
-Left out on purpose: anchors and aliases (a few lines of them unfold to gigabytes), tags (they build objects),
-merge keys, several documents in one file. A duplicate key is a problem, not a silent overwrite.
+Left out on purpose: anchors and aliases (a few lines can expand to gigabytes), tags (they construct objects), merge
+keys, several documents in one file. A duplicate key is an error, not a silent overwrite.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Document:
     duplicates: list[tuple[int, Place]] = field(default_factory=list)
 
     def line(self, place: Place) -> int:
-        """Line of a place, or of the nearest one around it that is written in the file."""
+        """Line of a place, or of the closest enclosing place that is in the file."""
         return next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), 1)
 
 
 class Unreadable(Exception):
-    """The text is not YAML that can be accepted; ``line`` counts from 1."""
+    """The text is not valid YAML or uses an unsupported construct; ``line`` counts from 1."""
 
     def __init__(self, line: int, message: str) -> None:
         self.line = line
@@ -56,7 +56,7 @@ class Unreadable(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's parser; stops at the first anchor, alias, tag or too deep level, before anything is built."""
+    """PyYAML's parser; stops at the first anchor, alias, tag or too deep level, before any object is constructed."""
 
     depth = 0
 
@@ -79,7 +79,7 @@ def read(text: str) -> Document:
     """Parse one document.
 
     Raises:
-        Unreadable: bad syntax, or a construct that is not accepted.
+        Unreadable: bad syntax, or an unsupported construct.
     """
     try:
         loader = _Loader(text)

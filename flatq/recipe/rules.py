@@ -1,8 +1,7 @@
-"""Rules between keys of a recipe, which no single field can state.
+"""Rules between several keys of a recipe.
 
-They are judged on the file's plain values, not on the validated models, so that a broken rule is reported beside
-every other mistake and not only after those are mended. A value of the wrong type is the grammar's business: rules
-pass over it.
+They are checked on the plain values of the file, not on the validated models, so that a broken rule is reported
+together with all other errors. Values of a wrong type are ignored here, because the models report them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Broken = Iterator[tuple[Place, str]]
 
 
 def broken_rules(recipe: Mapping[str, Any]) -> Broken:
-    """Each broken rule as (place, sentence)."""
+    """Each broken rule as (place, message)."""
     yield from _stages(_entries(recipe, "stages"))
     yield from _exports(_entries(recipe, "exports"))
     yield from _calibration(recipe)
@@ -44,7 +43,7 @@ def _stages(entries: list[tuple[int, str, Any]]) -> Broken:
         elif kind == "flat" and "gptq" in seen:
             yield (
                 ("stages", index),
-                "flat comes after gptq, but narrowing would undo the rounding; move flat before gptq",
+                "flat comes after gptq, which would discard the quantization; move flat before gptq",
             )
         seen.append(kind)
 
@@ -59,7 +58,7 @@ def _flat(place: Place, options: Mapping[str, Any]) -> Broken:
     if options.get("uniform") is True and options.get("allocation") == "iprs":
         yield (
             (*place, "uniform"),
-            "the same widths for all layers leave iprs nothing to share out; remove `uniform` or `allocation`",
+            "iprs allocates by layer, and uniform gives all layers the same widths; remove `uniform` or `allocation`",
         )
 
 
@@ -71,13 +70,13 @@ def _corrected_twice(place: Place, flat: Mapping[str, Any]) -> Broken:
     if stage.corrects:
         yield (
             place,
-            f"the flat stage takes back {stage.parts.correction} of the drift from the dense model already; leave it "
-            "out here, or set correction: 0 in the flat stage",
+            f"the flat stage already corrects {stage.parts.correction} of the error with respect to the dense model; "
+            "remove this key, or set correction: 0 in the flat stage",
         )
 
 
 def _number(value: Any) -> bool:
-    """Whether it is one, and not 0."""
+    """Whether the value is a number other than 0."""
     return isinstance(value, int | float) and value != 0
 
 

@@ -1,14 +1,14 @@
-"""A GGUF file as a source: metadata into a configuration, blocks into numbers, row orders back.
+"""A GGUF file as a source of weights: reads its metadata, dequantizes its tensors, restores the row order.
 
-The metadata is rewritten as the keys of a Hugging Face ``config.json`` and goes through the same door
-(``families.config_from_hf``), so that there is one place where a model is accepted or refused. gguf's own code
-reads the file and decodes its blocks; a decoded quantized tensor is float32, exactly what llama.cpp's weights mean.
+The metadata is converted to the keys of a Hugging Face ``config.json`` and validated by the same code
+(``hf_config.config_from_hf``), so that support for a model is decided in one place. The gguf package reads the file and
+dequantizes its blocks; a dequantized tensor is float32 and has exactly the values that llama.cpp uses.
 
-Two things are undone. For architecture ``llama`` the converter writes the rows of q and k with the two partners of a
-rotary pair side by side; flatq's decoder wants halves. And Llama 3's rope scaling arrives as a tensor of divisors,
-from which the rule's parameters are recovered; divisors that no known parameters explain are refused.
+Two changes of llama.cpp's converter are reverted. For architecture ``llama`` it interleaves the two rows of a rotary
+pair in q and k; flatq's decoder stores them in halves. And it stores Llama 3's rope scaling as a tensor of divisors,
+from which the parameters are recovered; divisors that match no known parameters raise an error.
 
-Left out: files split in parts (join them with llama-gguf-split --merge), and arrays of widths per layer.
+Left out: split files (join them with llama-gguf-split --merge), and arrays of widths per layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flatq.model.hf_config import config_from_hf
 from flatq.sources.gguf_tokenizer import read_tokenizer
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NUMBERS_AT_ONCE = 1 << 20  # that are decoded together: what gguf holds meanwhile is a few times as large
+NUMBERS_AT_ONCE = 1 << 20  # numbers dequantized in one call; gguf's temporaries are a few times as large
 ROPE_DIVISORS = "rope_freqs.weight"
 # GGUF key (below the architecture's name) -> key of config.json
 KEYS = {
@@ -83,7 +83,7 @@ class GgufFile:
             return None
         value = field.contents()
         if field.types[-1] == gguf.GGUFValueType.FLOAT32 and isinstance(value, float):
-            return float(str(np.float32(value)))  # 1e-05 was written, not 9.999999747378752e-06
+            return float(str(np.float32(value)))  # 1e-05 instead of 9.999999747378752e-06
         return value
 
     def _family(self) -> Family:
@@ -130,7 +130,7 @@ class GgufFile:
         return None if kind == "none" else {"rope_type": kind, "factor": factor}
 
     def _refuse_extras(self, values: Mapping[str, Any]) -> None:
-        """Metadata that changes the computation and has no counterpart in a config.json of these families."""
+        """Reject metadata that changes the computation and cannot be expressed in a config.json of these families."""
         prefix = self.family.gguf
         head_dim, context = values.get("head_dim"), values.get("max_position_embeddings") or 0
         window = self._value(f"{prefix}.attention.sliding_window")
@@ -153,7 +153,7 @@ class GgufFile:
         divisors = torch.from_numpy(np.array(entry.tensor.data, dtype=np.float32))
         plain = rope.inverse_frequencies(d_qk)
         if rope.scaling is None and divisors.shape == plain.shape:
-            # All Llama 3.x releases; their factors (8, 32) show as the largest divisor.
+            # All Llama 3.x releases; their factor (8 or 32) is the largest divisor.
             guess = replace(
                 rope,
                 scaling="llama3",
@@ -182,13 +182,13 @@ class GgufFile:
         return PLAIN_DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
     def damage(self) -> list[str]:
-        """None: a truncated file is refused when it is opened."""
+        """Always empty: a truncated file raises an error when it is opened."""
         return []
 
     def objections(self) -> list[str]:
-        """Tensors without a place in the decoder."""
+        """Tensors that are not part of the decoder."""
         return [
-            f"{self.path}: tensor {name} has no place in a {self.family.model_type} decoder"
+            f"{self.path}: tensor {name} is not part of a {self.family.model_type} decoder"
             for name in self._blocks
             if self.family.names.from_gguf(name) is None and name != ROPE_DIVISORS
         ]
@@ -218,7 +218,7 @@ class GgufFile:
         return tensor
 
     def _forget(self) -> None:
-        """Give back the pages of the mapped file, or in the end the whole model would be in memory."""
+        """Release the pages of the mapped file; otherwise the whole model would stay in memory."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)
 
@@ -245,7 +245,7 @@ class GgufFile:
 
 
 def halves_from_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Rotary partners side by side -> first partners, then second partners: [heads * d, ...] -> the same shape."""
+    """Interleaved rotary pairs to halves (all first elements, then all second): [heads * d, ...] -> the same shape."""
     paired = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [heads, d / 2, 2, ...]
     return paired.transpose(1, 2).reshape(rows.shape)
 

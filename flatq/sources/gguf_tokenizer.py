@@ -1,10 +1,10 @@
-"""The tokenizer inside a GGUF file, cut as llama.cpp cuts.
+"""The tokenizer inside a GGUF file, with the pre-tokenizer of llama.cpp.
 
-A GGUF file holds the vocabulary and the merges, but of the rule by which text is cut before merging only a name, one
-that is built into llama.cpp. transformers knows some of these names and for every other one takes the rule of GPT-2
-without a word, which gives other tokens. So a name is either known here, or refused.
+A GGUF file holds the vocabulary and the merges, but only the name of the pre-tokenizer, which is built into llama.cpp.
+transformers knows some of these names and silently uses the pre-tokenizer of GPT-2 for all others, which gives other
+tokens. So a name that is not known here raises an error.
 
-Left out: names whose rule transformers has no expression for (they would have to be written down here).
+Left out: names whose regular expressions transformers does not have.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from flatq.errors import UnsupportedModel
 
-# Digits one by one, then the rule of GPT-2.
+# Split digits, then use the pre-tokenizer of GPT-2.
 DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 AS_GPT2 = {"gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion", "granite-docling"}
-# A word that is in the vocabulary is one token, whatever the merges say; and bos goes first unless the file says no.
+# ignore_merges: a word in the vocabulary is one token; bos is added unless the file disables it.
 WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 
@@ -26,11 +26,11 @@ def read_tokenizer(path: Path, model: str | None, pre: str | None) -> Any:
 
     Args:
         path: the file.
-        model: its ``tokenizer.ggml.model``; only ``gpt2`` (byte-level) has rules with names.
+        model: its ``tokenizer.ggml.model``; only ``gpt2`` (byte-level BPE) has named pre-tokenizers.
         pre: its ``tokenizer.ggml.pre``.
 
     Raises:
-        UnsupportedModel: the name of the rule is missing or not known.
+        UnsupportedModel: the name of the pre-tokenizer is missing or not known.
     """
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoTokenizer
@@ -39,7 +39,7 @@ def read_tokenizer(path: Path, model: str | None, pre: str | None) -> Any:
     if model == "gpt2" and pre not in DIGITS_FIRST | AS_GPT2 | set(GGUF_PRE_TOKENIZER_SPLITS):
         known = ", ".join(sorted(DIGITS_FIRST | AS_GPT2 | set(GGUF_PRE_TOKENIZER_SPLITS)))
         raise UnsupportedModel(
-            f"{path}: tokenizer.ggml.pre is {pre!r}, a way to cut text that is not known here; known: {known}. "
+            f"{path}: tokenizer.ggml.pre {pre!r} is not a supported pre-tokenizer; supported: {known}. "
             "Use the Hugging Face folder of this model"
         )
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)

@@ -1,7 +1,7 @@
 """A Hugging Face model folder: ``config.json``, safetensors (one file or shards with an index), tokenizer.
 
-The header of a safetensors file lists every tensor with its shape, and the library checks that the file is as
-long as its header says: a truncated download is found without reading a single weight.
+The header of a safetensors file lists every tensor with its shape, and the library compares the file's length with the
+header, so a truncated download is detected without reading any weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# One of these sets is what a fast tokenizer can be made from.
+# A fast tokenizer can be built from any one of these sets of files.
 TOKENIZER_SETS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -88,7 +88,7 @@ class HfFolder:
             raise ArtifactError(f"{index}: no weight_map of names to files; download it again")
         shards = sorted(set(weight_map.values()))
         for shard in shards:
-            # A name with a path in it could read any file of this machine into the result.
+            # Prevents path traversal: a name with a path could refer to any file of this machine.
             if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
                 raise ArtifactError(
                     f"{index}: {shard!r} is not a plain .safetensors file name; do not trust this folder"
@@ -113,7 +113,7 @@ class HfFolder:
         return stored, damaged
 
     def _handle(self, file: Path) -> Any:
-        # Opened anew each time: pages of a mapping that is kept stay in memory, in the end the whole model.
+        # Opened for every read: pages of a mapping that stays open remain in memory, up to the whole model.
         if not file.is_file():
             raise ArtifactError(f"{file}: missing, though {INDEX} names it; the download is incomplete")
         try:
@@ -129,7 +129,7 @@ class HfFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Stored type of the embedding; without weights, what config.json says."""
+        """Stored type of the embedding; without weights, the type in config.json."""
         entry = self.tensors.get("embed.weight")
         if entry is not None:
             return STORED_DTYPES.get(entry.dtype, torch.float32)
@@ -141,13 +141,13 @@ class HfFolder:
         return list(self._headers[1])
 
     def objections(self) -> list[str]:
-        """Tensors without a place, types that are no plain floats, a tied head that is not the embedding."""
+        """Unexpected tensors, unsupported data types, a tied head that differs from the embedding."""
         found = []
         for name, entry in self._headers[0].items():
             if name.endswith("rotary_emb.inv_freq"):
-                continue  # a table that old checkpoints carry; it follows from the configuration
+                continue  # a table in old checkpoints; it is computed from the configuration
             if self._names.from_hf(name) is None:
-                found.append(f"{entry.file}: tensor {name} has no place in a {self.config.family} decoder")
+                found.append(f"{entry.file}: tensor {name} is not part of a {self.config.family} decoder")
             elif entry.dtype not in STORED_DTYPES:
                 found.append(f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}")
         if not found and self._head_is_loose():
@@ -204,7 +204,7 @@ class HfFolder:
         try:
             front = yaml.safe_load(parts[1])
         except yaml.YAMLError:
-            return None  # the card is prose for people; a flaw in it says nothing about the model
+            return None  # an invalid model card does not make the model invalid
         stated = front.get("license") if isinstance(front, dict) else None
         return str(stated) if stated else None
 

@@ -1,11 +1,11 @@
-"""Open a pretrained model and read it tensor by tensor, never all of it at once.
+"""Open a pretrained model and read its tensors one at a time.
 
-A model comes from a Hugging Face folder, a hub id, a ``.gguf`` file, or ``package:DIST/FILE`` (a file that an
-installed Python package ships: real weights without a download site). Two storages know the formats
-(``hf_folder``, ``gguf_file``); what is the same for both lives here in ``Source``: finite checks, shapes checked
-against the configuration before hours of work, digests for the manifest.
+A model is a Hugging Face folder, a hub id, a ``.gguf`` file, or ``package:DIST/FILE`` (a file that an installed Python
+package ships, so that real weights are available without the hub). Two storages implement the formats (``hf_folder``,
+``gguf_file``). ``Source`` adds what both need: checks for NaN and infinity, comparison of all shapes with the
+configuration before the run starts, digests for the manifest.
 
-Only safetensors and GGUF are read. Pickled checkpoints (``.bin``, ``.pt``) run code when opened, and are refused.
+Only safetensors and GGUF are supported. Pickled checkpoints (``.bin``, ``.pt``) run code when opened and are rejected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HUB_FILES = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "README.md"]
 
 
 class Stored(Protocol):
-    """What a header says of a tensor."""
+    """A tensor's entry in the header of a file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,12 +44,12 @@ class Stored(Protocol):
 
     @property
     def file(self) -> Path:
-        """Where its bytes are."""
+        """File that holds the tensor."""
         ...
 
 
 class Storage(Protocol):
-    """A file format: headers at once, tensors on demand, under flatq's names."""
+    """A file format: headers are read on opening, tensors on demand, under flatq's names."""
 
     config: DecoderConfig
     files: list[Path]
@@ -62,24 +62,24 @@ class Storage(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, Stored]:
-        """Every tensor that has a place in the decoder, by flatq's name."""
+        """Every tensor that is part of the decoder, by flatq's name."""
         ...
 
     def damage(self) -> list[str]:
-        """Files that cannot be read, in words."""
+        """One message for each file that cannot be read."""
         ...
 
     def objections(self) -> list[str]:
-        """Readable contents that flatq has no place for, in words."""
+        """One message for each tensor that is readable but not supported."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """One tensor as stored (quantized blocks: decoded to float32)."""
+        """One tensor as stored (quantized blocks: dequantized to float32)."""
         ...
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the files of a tokenizer are there."""
+        """Whether the files of a tokenizer exist."""
         ...
 
     def tokenizer(self) -> Any:
@@ -91,18 +91,18 @@ class Storage(Protocol):
         ...
 
     def license(self) -> str | None:
-        """As the publisher names it."""
+        """License in the model's metadata, if any."""
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """A pretrained model, opened; satisfies ``flatq.model.weights.Weights``.
+    """An open pretrained model; satisfies ``flatq.model.weights.Weights``.
 
     Attributes:
-        storage: the format behind it.
-        origin: what to print: the path, hub id with its commit, or package file.
-        wanted: dtype that ``tensor`` converts to; None leaves each tensor as stored.
+        storage: the file format.
+        origin: name for messages: path, hub id with its commit, or package file.
+        wanted: dtype that ``tensor`` converts to; None keeps the stored dtype.
     """
 
     storage: Storage
@@ -116,22 +116,22 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in, or were asked to be converted to; float32 for quantized GGUF."""
+        """Data type of the weights as returned by ``tensor``; float32 for quantized GGUF."""
         return self.wanted or self.storage.dtype
 
     @property
     def files(self) -> list[Path]:
-        """Every file that the model is read from."""
+        """All files of the model."""
         return self.storage.files
 
     @property
     def has_weights(self) -> bool:
-        """False for a folder that holds only a ``config.json``, which is enough for a plan."""
+        """False for a folder with only a ``config.json``, which is sufficient for ``flatq plan``."""
         return self.storage.has_weights
 
     @property
     def license(self) -> str | None:
-        """The license as the publisher names it, if the files say."""
+        """License in the model's metadata, if any."""
         return self.storage.license()
 
     @cached_property
@@ -139,15 +139,15 @@ class Source:
         return tensor_shapes(self.config)
 
     def names(self) -> list[str]:
-        """Names of all tensors that the configuration asks for."""
+        """Names of all tensors of the configuration."""
         return sorted(self._shapes)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, read now, with the shape that the configuration gives it.
+        """Read one tensor and check that it has the shape given by the configuration.
 
         Raises:
-            ArtifactError: it is missing, misshapen or cannot be read.
-            NumericsError: it holds NaN or infinity.
+            ArtifactError: it is missing, has another shape, or cannot be read.
+            NumericsError: it contains NaN or infinity.
         """
         wrong = self._wrong(name)
         if wrong is not None:
@@ -160,7 +160,7 @@ class Source:
             as_what = f" as {self.wanted}" if self.wanted else ""
             raise NumericsError(
                 f"{self.storage.tensors[name].file}: tensor {name} holds {count} values that are NaN or infinite"
-                f"{as_what}; nothing computed from it could be trusted. Get the file again, or another dtype"
+                f"{as_what}; results would be meaningless. Download the file again, or use another dtype"
             )
         return tensor
 
@@ -169,24 +169,24 @@ class Source:
         if stored is None:
             return f"{self.origin}: tensor {name} is missing; the download may be incomplete"
         if shape != stored.shape:
-            return f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the configuration says {shape}"
+            return f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the configuration expects {shape}"
         return None
 
     def validate(self) -> None:
-        """Check names and shapes of all tensors from the headers, before any compute.
+        """Check names and shapes of all tensors from the headers, without reading weights.
 
         Raises:
-            ArtifactError: missing or misshapen tensors, damaged files; all of them at once.
-            UnsupportedModel: the weights are whole, but hold something that flatq has no place for.
+            ArtifactError: missing tensors, wrong shapes, damaged files; lists all of them.
+            UnsupportedModel: the weights are complete, but contain tensors that flatq does not support.
         """
         damage = self.storage.damage()
         damage += [wrong for name in self.names() if (wrong := self._wrong(name)) is not None]
         if damage:
             raise ArtifactError("\n".join(_shortened(damage)))
-        strangers = sorted(set(self.storage.tensors) - set(self._shapes) - {"head.weight"})
+        unexpected = sorted(set(self.storage.tensors) - set(self._shapes) - {"head.weight"})
         objections = self.storage.objections() + [
-            f"{self.storage.tensors[name].file}: tensor {name} has no place in this {self.config.family} configuration"
-            for name in strangers
+            f"{self.storage.tensors[name].file}: tensor {name} is not part of this {self.config.family} configuration"
+            for name in unexpected
         ]
         if objections:
             raise UnsupportedModel("\n".join(_shortened(objections)))
@@ -201,7 +201,7 @@ class Source:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the files of a tokenizer are there; a plan is made without."""
+        """Whether the files of a tokenizer exist; ``flatq plan`` does not need them."""
         return self.storage.has_tokenizer
 
     @cached_property
@@ -209,15 +209,15 @@ class Source:
         return self.storage.tokenizer()
 
     def tokenizer(self) -> Any:
-        """The model's ``PreTrainedTokenizerFast``; made once.
+        """The model's ``PreTrainedTokenizerFast``; loaded once.
 
         Raises:
-            RecipeError: its files are missing; the message says which to add.
+            RecipeError: its files are missing; the message lists which to add.
         """
         return self._tokenizer
 
     def settings(self) -> dict[str, Any]:
-        """``bos_token_id``, ``eos_token_id``, ``pad_token_id`` as far as the model states them."""
+        """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, if the model defines them."""
         return self.storage.settings()
 
 
@@ -233,10 +233,10 @@ def open_model(path: str, *, revision: str | None = None, dtype: str = "auto", n
         path: Hugging Face folder, hub id ``owner/name``, ``.gguf`` file, or ``package:DIST/FILE``.
         revision: branch, tag or commit of a hub id.
         dtype: ``auto`` = as stored; or ``float32``, ``bfloat16``, ``float16``.
-        need_weights: False accepts a folder that holds only ``config.json``.
+        need_weights: False accepts a folder with only a ``config.json``.
 
     Raises:
-        RecipeError: there is no such model, or it holds no weights.
+        RecipeError: the model does not exist, or has no weights.
         UnsupportedModel: its family or a switch is not supported.
         ArtifactError: a file is damaged.
     """
@@ -300,7 +300,7 @@ def _downloaded(hub_id: str, revision: str | None, need_weights: bool) -> tuple[
     except (OSError, HTTPError, HFValidationError) as failed:
         reason = str(failed).strip().splitlines()[0] if str(failed).strip() else type(failed).__name__
         raise RecipeError(
-            f"model: there is no folder {hub_id}, and the hub did not give it ({type(failed).__name__}: {reason}). "
+            f"model: {hub_id} is no local folder, and the download failed ({type(failed).__name__}: {reason}). "
             "Check the name and your access (`hf auth login` for gated models); offline, give a local folder, "
             "a .gguf file or package:DIST/FILE"
         ) from failed

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ValidationError
 
 from flatq.artifact import Artifact
 from flatq.errors import ArtifactError, FlatqError
-from flatq.export.deliver import DESCRIPTION, deliver
+from flatq.export.deliver import deliver
+from flatq.export.folder import DESCRIPTION
 from flatq.export.planned import PlannedExport, has_runtime
 from flatq.export.protocols import GROUP, Exported, Exporter, FloatArray, Runner, exporter_named
 from flatq.export.verify import EXACT_SHARE

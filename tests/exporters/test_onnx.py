@@ -41,13 +41,11 @@ from tests.models import tiny_config
 TOLERANCE = 1e-3  # the issue allows 5e-3; these models differ by float32 rounding only
 LAYOUTS: dict[str, dict[str, Any]] = {
     "reduced": {"attention": "reduced"},
-    "reduced-tokens": {"attention": "reduced", "cache_layout": "tokens"},
     "gqa": {"attention": "gqa"},
     "gqa-left": {"attention": "gqa", "left_padding": True},
     "gqa-int8": {"attention": "gqa", "cache_type": "int8"},
-    "gqa-int8-one-branch": {"attention": "gqa", "cache_type": "int8", "prompt_branch": "model"},
 }
-INT8 = ("gqa-int8", "gqa-int8-one-branch")
+INT8 = ("gqa-int8",)
 RIGHT_ONLY = ("gqa", *INT8)  # where padding may stand
 if too_old_for_int8():
     for layout in INT8:
@@ -756,7 +754,6 @@ def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, tar
     ("options", "objection"),
     [
         ({"target": "genai", "attention": "reduced"}, "genai needs attention: gqa"),
-        ({"attention": "gqa", "cache_layout": "tokens"}, "an option of attention: reduced"),
         ({"target": "optimum", "left_padding": False}, "pads on the left"),
         ({"target": "cuda", "left_padding": True}, "slow path"),
         ({"target": "cuda", "activations": "fp32"}, "computes in fp16"),
@@ -764,7 +761,6 @@ def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, tar
         pytest.param({"cache_type": "int8", "attention": "reduced"}, "not for attention: reduced", marks=needs_int8),
         pytest.param({"cache_type": "int8", "target": "optimum"}, "not for left_padding", marks=needs_int8),
         pytest.param({"cache_type": "int8", "activations": "fp16"}, "not for fp16", marks=needs_int8),
-        ({"prompt_branch": "model"}, "an option of cache_type: int8"),
     ],
 )
 def test_what_a_target_cannot_take_is_refused(options: dict[str, Any], objection: str) -> None:

@@ -196,7 +196,7 @@ def test_a_disk_that_fills_up_during_the_walk_keeps_the_finished_blocks(
     assert shown.exit_code == 3
     assert "layer-00001-mlp.safetensors: cannot be written" in shown.stderr
     assert not list((out / "artifact.partial").glob("*.partial"))
-    assert json.loads((out / "work" / "state.json").read_text()) == {"blocks_done": 3}
+    assert json.loads((out / "work" / "state.json").read_text())["blocks_done"] == 3
     assert flatq("run", recipe, "--out", out).exit_code == 0
 
 

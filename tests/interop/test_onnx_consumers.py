@@ -96,15 +96,14 @@ def test_it_writes_what_the_artifact_writes(
     assert generated(script, tmp_path) == [wanted[:1], wanted[1:], wanted]
 
 
-@pytest.mark.parametrize("branch", ["attention", "model"])
 @pytest.mark.parametrize("share", [True, False], ids=["one buffer", "a new cache every step"])
 def test_genai_keeps_a_cache_of_int8(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool, branch: str
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
 ) -> None:
     calibration = np.random.default_rng(0).integers(artifact.config.vocab, size=(8, 32))
     ranges = cache_ranges(artifact, torch.from_numpy(calibration))
     monkeypatch.setattr(artifact, "cache_ranges", lambda: ranges)  # a finished run's own stay as they are
-    chosen = {"target": "genai", "cache_type": "int8", "prompt_branch": branch, "accuracy_level": 0}
+    chosen = {"target": "genai", "cache_type": "int8", "accuracy_level": 0}
     options = OnnxOptions.model_validate(chosen)
     artifact.settings["eos_token_id"] = artifact.config.vocab - 1
     OnnxExporter().write(artifact, tmp_path, options)

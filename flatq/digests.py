@@ -1,0 +1,152 @@
+"""Files compared with their SHA-256, and a memory of what was found right.
+
+Reading a model once more only to be sure of it takes as long as reading it. So a file that had its digest is
+remembered with size, times and inode, and not read again while these stay the same. The memory is one small file per
+folder in the user's cache, because the folder itself may be read-only and lists all of its own files. A bit that flips
+on the disk by itself leaves all of these as they were: ``remembered=False``, as in ``flatq verify``, reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from flatq.errors import ArtifactError
+from flatq.files import file_digest, read_json, write_json
+
+log = logging.getLogger(__name__)
+SETTLED_NS = 2_000_000_000  # a file changed later than this before it is read could change again with the same times
+Stamp = list[int]  # size, times of content and of metadata in nanoseconds, inode
+Memory = dict[str, tuple[str, Stamp]]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a folder holds beside what it should.
+
+    Attributes:
+        files: how many were compared.
+        bytes: their sizes together.
+        damaged: files with another digest, or that cannot be read.
+        missing: files that are listed and not there.
+        unexpected: files that are there and not listed; hidden ones are not counted.
+    """
+
+    files: int
+    bytes: int
+    damaged: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    @property
+    def wrong(self) -> str:
+        """Damaged and missing files in words; empty if there are none."""
+        kinds = {"damaged": self.damaged, "missing": self.missing}
+        return "; ".join(f"{kind} files: {', '.join(names)}" for kind, names in kinds.items() if names)
+
+
+def compared(
+    root: Path, digests: Mapping[str, str], *, beside: Collection[str] = (), remembered: bool = True
+) -> Findings:
+    """Compare every listed file of a folder.
+
+    Args:
+        root: the folder.
+        digests: SHA-256 by path in the folder, with forward slashes.
+        beside: files that belong there and have no digest in the list, and folders that are not looked into.
+        remembered: do not read files again that were right before and have not been written since.
+    """
+    known = _recall(root) if remembered else {}
+    outside = [name for name in digests if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    inside = [name for name in digests if name not in outside]
+    missing = [name for name in inside if not (root / name).is_file()]
+    there = [name for name in inside if name not in missing]
+    stamps = {name: _stamp(root / name) for name in there}
+    unread = [name for name in there if known.get(name) != (digests[name], stamps[name])]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = dict(zip(unread, pool.map(_digest_of, [root / name for name in unread]), strict=True))
+    damaged = [name for name in unread if found[name] != digests[name]]
+    right = [name for name in there if name not in damaged]
+    if unread:
+        _remember(root, {name: (digests[name], stamps[name]) for name in right})
+    listed = {*digests, *beside}
+    return Findings(
+        files=len(there),
+        bytes=sum(stamp[0] for stamp in stamps.values()),
+        damaged=(*damaged, *outside),
+        missing=tuple(missing),
+        unexpected=tuple(sorted(_strangers(root, listed))),
+    )
+
+
+def digests_of(root: Path, *, but: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file of a folder but ``but``, by path in it."""
+    return {name: file_digest(root / name) for name in _files_in(root) if name not in but}
+
+
+def _files_in(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def _strangers(root: Path, listed: Collection[str], below: str = "") -> Iterator[str]:
+    """Files that are not listed; folders that are listed are not looked into."""
+    for path in (root / below).iterdir():
+        name = f"{below}{path.name}"
+        if name in listed or _hidden(path.name):
+            continue
+        if path.is_dir():
+            yield from _strangers(root, listed, f"{name}/")
+        else:
+            yield name
+
+
+def _hidden(name: str) -> bool:
+    """Whether nobody looks for a file of that name: what desktops and Python leave behind."""
+    return name.startswith(".") or name == "__pycache__"
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as failed:
+        log.warning("%s: cannot be read (%s)", path, failed.strerror)
+        return ""
+
+
+def _stamp(path: Path) -> Stamp:
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+
+
+def _place(root: Path) -> Path:
+    """Where a folder is remembered: below ``FLATQ_CACHE``, else in the user's cache."""
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatq"
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
+    return Path(os.environ.get("FLATQ_CACHE") or users) / "digests" / f"{name}.json"
+
+
+def _recall(root: Path) -> Memory:
+    try:
+        place = _place(root)
+        return read_json(place, Memory, "delete it") if place.exists() else {}
+    except (ArtifactError, RuntimeError, OSError) as unusable:  # RuntimeError: this user has no home folder
+        log.debug("the memory of digests cannot be used: %s", unusable)
+        return {}
+
+
+def _remember(root: Path, right: Memory) -> None:
+    """Keep what was right, but for files written a moment ago, whose times would not tell another write."""
+    settled = time.time_ns() - SETTLED_NS
+    kept = {name: entry for name, entry in right.items() if max(entry[1][1:3]) < settled}
+    try:
+        place = _place(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, kept)
+    except (RuntimeError, OSError) as failed:
+        log.debug("the memory of digests cannot be written: %s", failed)
