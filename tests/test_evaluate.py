@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from flatq.artifact import MANIFEST
 from flatq.calibration.perplexity import perplexity
 from flatq.errors import ArtifactError, ExportError, RecipeError
 from flatq.export.quality import TOKENS
+from flatq.files import write_checksummed
 from flatq.pipeline.evaluate import evaluate
 from flatq.pipeline.texts import tokens_of
 from flatq.recipe.grammar import Recipe
@@ -27,11 +28,10 @@ def made(runs: Runs) -> Made:
     return runs(evaluation={"tokens": 4096}, stages=[GPTQ], exports=exports)
 
 
-def copied(made: Made, place: Path, recipe: str | None = None) -> Path:
+def copied(made: Made, place: Path, recipe: str = "") -> Path:
     """The run folder elsewhere, its artifact with another recipe or none."""
     root = Path(shutil.copytree(made.root, place))
-    manifest = json.loads((root / "artifact" / "manifest.json").read_text())
-    (root / "artifact" / "manifest.json").write_text(json.dumps({**manifest, "recipe": recipe}))
+    write_checksummed(root / "artifact" / MANIFEST, {**made.artifact.manifest, "recipe": recipe})
     return root
 
 
@@ -88,7 +88,7 @@ def test_a_part_of_the_run_s_texts_can_be_asked_for_but_no_other_length(made: Ma
 def test_a_damaged_artifact_is_told_and_not_taken_for_a_pretrained_model(made: Made, tmp_path: Path) -> None:
     root = copied(made, tmp_path / "run") / "artifact"
     (root / "config.json").write_text("{")
-    with pytest.raises(ArtifactError, match="damaged artifact"):
+    with pytest.raises(ArtifactError, match="damaged"):
         evaluate(str(root))
 
 

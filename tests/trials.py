@@ -26,6 +26,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 240  # seconds of one run of tests, after which a fault counts as noticed: it hangs
+WITHOUT_FAULT = 1200  # seconds of the same on unchanged code, where it is an error
 QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # pytest itself is imported before it starts
 LATE = "exported_run"  # the fixture that takes longest
 
@@ -109,6 +110,7 @@ class Running:
         self.place, self.began = copied(Path(tempfile.mkdtemp(prefix="flatq-mutant-"))), time.monotonic()
         if trial.file is not None:
             (self.place / trial.file).write_text(trial.text)
+        self.longest = WITHOUT_FAULT if trial.file is None else LONGEST
         self.reached: dict[str, Reached] = {}
         self.child = os.fork()
         if self.child == 0:
@@ -116,7 +118,7 @@ class Running:
 
     def verdict(self) -> str | None:
         """What noticed the fault, empty if nothing did, None while the tests run."""
-        late = time.monotonic() - self.began > LONGEST
+        late = time.monotonic() - self.began > self.longest
         if late:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.child, signal.SIGKILL)  # and all that it has started
@@ -132,7 +134,7 @@ class Running:
         code = os.waitstatus_to_exitcode(status)
         failed = re.search(r"^(?:FAILED|ERROR) (\S+::\S*)", shown, re.MULTILINE)
         if late or code == 0:
-            return f"no end after {LONGEST} s" if late else ""
+            return f"no end after {self.longest} s" if late else ""
         return failed[1] if failed else f"exit code {code}: {shown.strip()[-300:]}"
 
 
