@@ -6,7 +6,8 @@ import ast
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
 COMPARED = {
@@ -27,7 +28,8 @@ class Mutant:
         lines: of what is changed.
         body: lines of the function.
         change: before and after, each cut at 70 characters.
-        text: of the whole file with the change, without its comments.
+        number: counts the file's mutants from 0.
+        original: text of the file.
     """
 
     file: str
@@ -35,11 +37,20 @@ class Mutant:
     lines: range
     body: range
     change: str
-    text: str
+    number: int
+    original: str = field(repr=False)
 
     @property
     def name(self) -> str:
         return f"{self.file}:{self.lines.start} {self.function}: {self.change}"
+
+    @property
+    def text(self) -> str:
+        """The whole file with the change, without its comments."""
+        tree = ast.parse(self.original)
+        _, _, changed, put = next(islice(all_changes(tree), self.number, None))
+        put(changed)
+        return ast.unparse(ast.fix_missing_locations(tree))
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -87,29 +98,32 @@ class Places(ast.NodeVisitor):
         inside = isinstance(node, ast.FunctionDef | ast.ClassDef)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             self.around.append(node)
-        for field, value in ast.iter_fields(node):
-            if field in ("annotation", "returns", "decorator_list", "bases", "type_params"):
+        for name, value in ast.iter_fields(node):
+            if name in ("annotation", "returns", "decorator_list", "bases", "type_params"):
                 continue
             for index, child in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(child, ast.AST) and not unseen(child):
-                    self.note(node, field, index if isinstance(value, list) else None, child)
+                    self.note(node, name, index if isinstance(value, list) else None, child)
                     self.visit(child)
         if inside:
             self.around.pop()
 
-    def note(self, parent: ast.AST, field: str, index: int | None, child: ast.AST) -> None:
+    def note(self, parent: ast.AST, name: str, index: int | None, child: ast.AST) -> None:
         def put(node: ast.AST) -> None:
             if index is None:
-                setattr(parent, field, node)
+                setattr(parent, name, node)
             else:
-                getattr(parent, field)[index] = node
+                getattr(parent, name)[index] = node
 
         if self.around:
             self.found.append((tuple(self.around), child, put))
 
 
 def unseen(node: ast.AST) -> bool:
+    """Whether no mutant is made of it: of some calls, and of ``strict=True``, which can only raise."""
     call = node.value if isinstance(node, ast.Expr) else node
+    if isinstance(node, ast.keyword):
+        return node.arg == "strict"
     return isinstance(call, ast.Call) and bool(UNSEEN.match(ast.unparse(call.func)))
 
 
@@ -118,17 +132,23 @@ def lines(node: ast.AST) -> range:
     return range(first, (getattr(node, "end_lineno", None) or first) + 1)
 
 
-def mutants(file: str, text: str) -> list[Mutant]:
-    """All of one file, in the order of its lines."""
-    tree = ast.parse(text)
+Put = Callable[[ast.AST], None]
+
+
+def all_changes(tree: ast.Module) -> Iterator[tuple[tuple[ast.FunctionDef | ast.ClassDef, ...], ast.AST, ast.AST, Put]]:
+    """Functions around a place, what stands there, what could stand there, and how to put it there."""
     places = Places()
     places.visit(tree)
-    found = []
     for around, node, put in places.found:
         for changed in changes(node):
-            before, after = (" ".join(ast.unparse(each).split())[:70] for each in (node, changed))
-            put(changed)
-            function, whole = ".".join(each.name for each in around), ast.unparse(ast.fix_missing_locations(tree))
-            found.append(Mutant(file, function, lines(node), lines(around[-1]), f"{before} -> {after}", whole))
-            put(node)
+            yield around, node, changed, put
+
+
+def mutants(file: str, text: str) -> list[Mutant]:
+    """All of one file, in the order of its lines."""
+    found = []
+    for number, (around, node, changed, _) in enumerate(all_changes(ast.parse(text))):
+        before, after = (" ".join(ast.unparse(each).split())[:70] for each in (node, changed))
+        function = ".".join(each.name for each in around)
+        found.append(Mutant(file, function, lines(node), lines(around[-1]), f"{before} -> {after}", number, text))
     return found

@@ -183,6 +183,7 @@ CANDIDATES: tuple[list[str], ...] = (
     ],
     ["tests/faults/test_run_faults.py", "tests/test_objections.py"],
     [
+        "tests/test_evaluate.py",
         "tests/test_quality.py",
         "tests/test_pipeline.py",
         "tests/test_embedding_and_head.py",

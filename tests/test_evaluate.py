@@ -98,3 +98,12 @@ def test_an_export_whose_format_has_no_runtime_is_refused_with_its_artifact(
     monkeypatch.setattr("flatq_onnx.OnnxExporter.open", lambda *_, **__: None)
     with pytest.raises(ExportError, match=r"'onnx' has no runtime here.*evaluate the artifact .*artifact$"):
         evaluate(str(made.root / "exports" / "onnx"))
+
+
+def test_a_text_that_the_model_wrote_is_written_again_for_eval(runs: Runs) -> None:
+    calibration = {"dataset": "self", "path": None, "samples": 4, "seq_len": 32}
+    made = runs(calibration=calibration, evaluation={"dataset": None, "tokens": 128, "seq_len": 32}, stages=[GPTQ])
+    assert [text["calibrated"] for text in made.report["quality"]] == [True, False]
+    for line, text in zip(evaluate(str(made.root)), made.report["quality"], strict=True):
+        assert line.startswith(text["text"])
+        assert f"perplexity {text['baseline_perplexity']:.4g} -> {text['perplexity']:.4g}, " in line

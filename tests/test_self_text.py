@@ -28,7 +28,6 @@ from flatq.calibration.tokens import self_tokens, token_batches
 from flatq.errors import NumericsError, RecipeError
 from flatq.model.decoder import Decoder
 from flatq.model.weights import load_decoder
-from flatq.pipeline.evaluate import evaluate
 from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
 from flatq.sources.source import Source, open_model
 from tests.conftest import MakeRecipe, flatq
@@ -289,9 +288,7 @@ def test_messages_need_a_template(source: Source, tmp_path: Path) -> None:
         texts(source, tmp_path, {"dataset": "text", "path": str(file), "chat_template": True}, [{}])
 
 
-def test_a_run_calibrated_on_its_own_text_can_be_repeated_and_judged_again(
-    make_recipe: MakeRecipe, tmp_path: Path
-) -> None:
+def test_a_run_calibrated_on_its_own_text_is_repeatable(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(calibration={"dataset": "self", "samples": 8, "seq_len": 64, "precision": "float32"})
     for name in ("a", "b"):
         shown = flatq("run", recipe, "--out", tmp_path / name)
@@ -302,9 +299,6 @@ def test_a_run_calibrated_on_its_own_text_can_be_repeated_and_judged_again(
     assert [text["calibrated"] for text in a["tokens"]["judged"]] == [True, False]
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert "self-text" in report["timing"]
-    for line, text in zip(evaluate(str(tmp_path / "a")), report["quality"], strict=True):
-        assert line.startswith(text["text"])
-        assert f"perplexity {text['baseline_perplexity']:.4g} -> {text['perplexity']:.4g}, " in line
 
 
 def test_the_plan_tells_what_writing_takes(make_recipe: MakeRecipe) -> None:

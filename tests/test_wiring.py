@@ -22,6 +22,7 @@ from torch import Tensor
 from flatq.calibration.perplexity import final_hidden
 from flatq.errors import NumericsError, RecipeError
 from flatq.model.decoder import LINEARS
+from flatq.model.footprint import decode_bytes
 from flatq.model.grid import round_to_nearest
 from flatq.recipe import blocks
 from flatq.recipe.grammar import Recipe
@@ -454,6 +455,8 @@ def _(runs: Runs) -> None:
     assert output.dims == pca.dims
     assert pca.errors(0)["value"] < 0.98 * output.errors(0)["value"], "no basis keeps more of the values than theirs"
     assert all(dims.d_v == 16 for dims in whole.dims)
+    for name in of_layer(0, "v", "o"):
+        assert torch.equal(whole.weight(name), pretrained(runs, name)), "what is not narrowed is left as it is"
     assert not same(output, pca, "layers.0.v")
 
 
@@ -751,13 +754,14 @@ def _(runs: Runs) -> None:
 
 @case("baselines")
 def _(runs: Runs) -> None:
-    stages = [{"flat": EVEN}, {"gptq": GPTQ}]
+    stages = [{"flat": {"decode_bytes": "260kB", "context": 64, "correction": 0}}, {"gptq": GPTQ}]
     for asked in (["dense"], ["dense", "same_bytes"], ["dense", "quantized"]):
         made = runs(stages=stages, baselines=asked)
         assert [rival["name"] for rival in made.report["baselines"]] == asked[1:]
-    (rival,) = made.report["baselines"]
-    assert rival["quality"][0]["perplexity"] == gptq(runs).perplexity, "the same model without narrowing"
-    assert rival["bytes"] == gptq(runs).report["result"]["bytes"]
+    (rival,), alone = made.report["baselines"], gptq(runs)
+    assert rival["quality"][0]["perplexity"] == alone.perplexity, "the same model without narrowing"
+    assert rival["bytes"] == alone.report["result"]["bytes"]
+    assert rival["decode_bytes"] == decode_bytes(alone.artifact.config, alone.artifact.grids, 4, context=64)
 
 
 @case("stop_above")

@@ -5,6 +5,8 @@ torch is imported once. Every run of tests is a fork of this process, so it need
 
 from __future__ import annotations
 
+import atexit
+import compileall
 import contextlib
 import json
 import os
@@ -18,6 +20,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -81,22 +84,30 @@ class Tracer:
             self.tests[item.nodeid] = [seconds, LATE in item.fixturenames, sorted(self.lines)]
 
 
-def copied(place: Path) -> Path:
-    """The package, its exporters and its tests."""
+@cache
+def template() -> Path:
+    """The package, its exporters and its tests, compiled; removed when this process ends."""
+    place = Path(tempfile.mkdtemp(prefix="flatq-template-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
     skip = shutil.ignore_patterns("__pycache__", "golden", "interop")
     for name in ("flatq", "exporters", "tests", "recipes"):
         shutil.copytree(ROOT / name, place / name, ignore=skip)
     shutil.copy(ROOT / "pyproject.toml", place)
+    for name in ("flatq", "exporters"):
+        compileall.compile_dir(place / name, quiet=1)
     return place
 
 
 def import_once() -> None:
     """What every fork needs and no fault touches."""
     import datasets  # noqa: F401
+    import gguf  # noqa: F401
+    import hypothesis  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import onnx_ir  # noqa: F401
     import onnxruntime  # noqa: F401
     import torch
+    import transformers.models.auto.tokenization_auto
     import transformers.models.llama.modeling_llama  # noqa: F401
     import typer.testing  # noqa: F401
 
@@ -107,7 +118,8 @@ class Running:
     """A trial in a process of its own."""
 
     def __init__(self, trial: Trial) -> None:
-        self.place, self.began = copied(Path(tempfile.mkdtemp(prefix="flatq-mutant-"))), time.monotonic()
+        self.place, self.began = Path(tempfile.mkdtemp(prefix="flatq-mutant-")).resolve(), time.monotonic()
+        shutil.copytree(template(), self.place, dirs_exist_ok=True)
         if trial.file is not None:
             (self.place / trial.file).write_text(trial.text)
         self.longest = WITHOUT_FAULT if trial.file is None else LONGEST

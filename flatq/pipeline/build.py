@@ -46,7 +46,7 @@ def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mappi
     tokens, execution = job.tokens.calibration, job.execution
     config = source.config.with_layers(plan.layers)
     if distributed.first():
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
         save_first(source, grids, partial)
     distributed.barrier()
     _walk(job, plan, grids)
