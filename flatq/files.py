@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their digests, and the one reader of JSON files."""
+"""Atomic writes, digests of files, and reading of JSON files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make ``path`` appear whole or not at all, also if the machine loses power."""
+    """Write a file atomically (temporary file, fsync, rename)."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -38,7 +38,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline, atomically; refuses NaN, which is no JSON."""
+    """Write indented JSON with a final newline, atomically; NaN raises ``ValueError``."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -56,6 +56,15 @@ def content_digest(value: Mapping[str, Any]) -> str:
 def as_json(value: Any) -> Any:
     """A value as it comes back from a JSON file: tuples are lists, keys are strings."""
     return json.loads(json.dumps(value))
+
+
+def from_json(text: str, kind: type[T]) -> T:
+    """JSON that is no file of its own, as a type.
+
+    Raises:
+        ValueError: it is not JSON, or another type.
+    """
+    return TypeAdapter(kind).validate_python(json.loads(text))
 
 
 def read_json(

@@ -19,8 +19,10 @@ from tests.conftest import flatq
 
 @pytest.fixture
 def run(exported_run: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of the finished run, whose report a test may change."""
-    return Path(shutil.copytree(exported_run[1], tmp_path / "run"))
+    """A copy of the finished run, whose report a test may change: ``run.json``, which has its digest, is gone."""
+    root = Path(shutil.copytree(exported_run[1], tmp_path / "run"))
+    (root / "run.json").unlink()
+    return root
 
 
 def test_a_run_is_dense_artifact_and_exports(run: Path) -> None:
@@ -32,6 +34,15 @@ def test_a_run_is_dense_artifact_and_exports(run: Path) -> None:
     assert (dense.bytes, artifact.bytes) == (report["baseline"]["bytes"], report["result"]["bytes"])
     text = next(iter(artifact.perplexity))
     assert artifact.damage[text] == pytest.approx(math.log(artifact.perplexity[text] / dense.perplexity[text]))
+
+
+def test_a_report_that_was_changed_is_refused(exported_run: tuple[Path, Path], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(exported_run[1], tmp_path / "run"))
+    report = root / "report.json"
+    report.write_text(report.read_text().replace('"bytes": 1', '"bytes": 2'))
+    shown = flatq("compare", root)
+    assert shown.exit_code == 3
+    assert "damaged files: report.json" in shown.stderr
 
 
 def test_what_was_not_measured_is_said_so(run: Path) -> None:
@@ -93,7 +104,7 @@ def test_artifacts_exports_and_foreign_graphs_have_bytes(run: Path, tmp_path: Pa
 def test_no_model_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
     shown = flatq("compare", tmp_path)
     assert shown.exit_code == 2
-    assert "holds no model" in shown.stderr
+    assert "has no model" in shown.stderr
 
 
 @pytest.mark.parametrize(("name", "start"), [("out.svg", b"<?xml"), ("out.png", b"\x89PNG")])

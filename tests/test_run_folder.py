@@ -113,7 +113,7 @@ def test_a_resumed_run_must_find_the_inputs_it_was_begun_with(tmp_path: Path) ->
     with folder.working():
         folder.depend_on({"source": {"a": "1"}, "versions": ("x", 2)})
         folder.depend_on({"source": {"a": "1"}, "versions": ("x", 2)})
-        with pytest.raises(RecipeError, match=r"source changed since this run was begun.*--fresh"):
+        with pytest.raises(RecipeError, match=r"source changed since this run was started.*--fresh"):
             folder.depend_on({"source": {"a": "2"}, "versions": ("x", 2)})
 
 
@@ -169,5 +169,5 @@ def test_a_phase_gives_its_type_back_and_refuses_another(tmp_path: Path) -> None
     with RunFolder.open(tmp_path, RECIPE).working():
         assert RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: curves, list[Curves]) == curves
         assert RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: pytest.fail("again"), list[Curves]) == curves
-        with pytest.raises(ArtifactError, match=r"curves\.json: is no result of 'curves'"):
+        with pytest.raises(ArtifactError, match=r"curves\.json: no valid result of 'curves'"):
             RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: pytest.fail("again"), int)

@@ -15,9 +15,11 @@ from flatq.artifact import Artifact
 from flatq.errors import RecipeError
 from flatq.evaluate import tasks
 from flatq.evaluate.subjects import Subject, subjects_of
-from flatq.evaluate.tasks import SUITES, known_results, run_tasks, task_table, tasks_wanted, values_of
+from flatq.evaluate.tasks import SUITES, known_results, run_tasks, task_table, tasks_of, tasks_wanted, values_of
 from flatq.export.generate import DecoderRunner
-from tests.conftest import flatq
+from flatq.recipe.grammar import Recipe
+from flatq.report.render import read_report
+from tests.conftest import ONNX, MakeRecipe, flatq
 
 DATA = Path(__file__).parent / "data" / "tasks"
 TASK = "tiny_choice"
@@ -90,7 +92,7 @@ def asked(*arguments: Any) -> SimpleNamespace:
 
 
 def test_the_suite_s_tasks_are_in_lm_eval_s_registry(lm_eval: None) -> None:
-    tasks.task_manager(list(SUITES["flat-paper"]))
+    tasks.task_manager(list(SUITES["flat-paper"]), DATA)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_names(lm_eval: None) -> None:
@@ -214,6 +216,53 @@ def test_the_command_line_shows_dense_and_compressed_side_by_side(
     assert all(word in shown.stdout for word in ("dense", "artifact", "difference", "acc_norm", "±"))
     results = [result for group in known_results(tmp_path).values() for result in group]
     assert task_table(sorted(results, key=lambda result: result.subject != "dense")) in shown.stdout
+
+
+def test_a_recipe_s_tasks_are_in_its_report(lm_eval: None, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    scored = {"tokens": 256, "seq_len": 64, "tasks": [TASK], "task_folder": str(DATA)}
+    recipe = make_recipe(evaluation=scored, exports=ONNX[2:], bench=None)
+    assert flatq("run", recipe, "--out", tmp_path / "out").exit_code == 0
+    report = read_report(tmp_path / "out" / "report.json")
+    assert [(result.task, result.subject) for result in report.tasks] == [
+        (TASK, subject) for subject in ("dense", "artifact", "fp32")
+    ]
+    assert report.tasks[1].values == report.tasks[2].values
+    assert known_results(tmp_path / "out" / "tasks").keys() == {"dense", "artifact", "fp32"}
+    assert f"| {TASK} | acc_norm |" in (tmp_path / "out" / "report.md").read_text()
+    assert "acc_norm" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_an_unknown_task_of_a_recipe_is_refused_before_work(
+    lm_eval: None, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    scored = {"tokens": 256, "seq_len": 64, "tasks": ["tiny_choise"], "task_folder": str(DATA)}
+    shown = flatq("run", make_recipe(evaluation=scored), "--out", tmp_path / "out")
+    assert shown.exit_code == 2
+    assert "did you mean tiny_choice" in shown.stderr
+
+
+def test_check_says_that_tasks_need_lm_eval(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    recipe = make_recipe(evaluation={"tokens": 256, "seq_len": 64, "tasks": ["flat-paper"]})
+    assert "evaluation.tasks: the package lm-eval is not installed" in flatq("check", recipe).stdout
+    refused = flatq("run", recipe, "--out", tmp_path / "out")
+    assert (refused.exit_code, "pip install 'flatq[eval]'" in refused.stderr) == (2, True)
+
+
+def test_a_suite_in_a_recipe_is_its_tasks() -> None:
+    recipe = Recipe.parse(
+        "version: 1\nmodel: a\nexports: [{onnx: {}}]\nevaluation: {tasks: [flat-paper, mine], task_limit: 5}\n"
+    )
+    [found] = tasks_of(recipe)
+    assert (found.tasks, found.limit) == (SUITES["flat-paper"] | {"mine": None}, 5)
+    assert "mmlu" in tasks_wanted([], "flat-paper")
+
+
+def test_a_limit_without_tasks_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"evaluation.task_limit: only read with `tasks`"):
+        Recipe.parse("version: 1\nmodel: a\nevaluation: {task_limit: 5}\n")
 
 
 def test_a_pretrained_model_runs_alone(lm_eval: None, tiny_model: Path, tmp_path: Path) -> None:

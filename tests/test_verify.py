@@ -157,7 +157,7 @@ def test_an_ill_conditioned_model_is_told_from_a_wrong_export(caplog: pytest.Log
     sound, ill = Cancelling(1.0), Cancelling(1e6)
     noise = Case.draw(ill, None, 0).noise
     for model, by in ((sound, 1.0), (ill, 1e4 * noise)):
-        with pytest.raises(ExportError, match="The export is wrong or its runtime has a fault"):
+        with pytest.raises(ExportError, match="The export or its runtime is faulty"):
             verify(model, lambda m=model, d=by: Shifted(m, d))
     assert caplog.text.count("float32 rounding alone moves its logits") == 1
     with pytest.raises(ExportError, match="The model is ill-conditioned: float32 rounding alone"):

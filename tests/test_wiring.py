@@ -6,6 +6,7 @@ for. So each key has a case here, on a small model with structure, and a new key
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -681,6 +682,38 @@ def _(runs: Runs) -> None:
     assert isinstance(made.artifact.tensor("layers.0.v.weight"), Tensor)
     assert torch.equal(made.weight("layers.0.v"), runs.source().tensor("layers.0.v.weight").float())
     assert "layers.0.v" not in made.artifact.grids
+
+
+# ---- tasks: one run of both kinds of models on a local task
+
+TASKS = Path(__file__).parent / "data" / "tasks"
+
+
+def tasked(runs: Runs) -> list[dict[str, Any]]:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'flatq[eval]')")
+    given = {"tasks": ["tiny_choice"], "task_limit": 3, "task_folder": str(TASKS)}
+    with contextlib.chdir(TASKS):  # the task file names its data below the current folder
+        made = runs(stages=STAGES, evaluation={"tokens": 128, "seq_len": 64, **given}, exports=[{"onnx": {}}])
+    found: list[dict[str, Any]] = made.report["tasks"]
+    return found
+
+
+@case("evaluation.tasks")
+def _(runs: Runs) -> None:
+    assert [(row["task"], row["subject"]) for row in tasked(runs)] == [
+        ("tiny_choice", subject) for subject in ("dense", "artifact", "onnx")
+    ]
+    assert benched(runs)[0].report["tasks"] == []
+
+
+@case("evaluation.task_limit")
+def _(runs: Runs) -> None:
+    assert {row["samples"] for row in tasked(runs)} == {3}
+
+
+@case("evaluation.task_folder")
+def _(runs: Runs) -> None:
+    assert all(row["settings"]["local_tasks"] for row in tasked(runs))
 
 
 # ---- exports and bench: two runs, in which all keys differ

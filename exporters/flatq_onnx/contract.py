@@ -6,14 +6,13 @@ a layout are not in it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from flatq.export import Artifact, ExportError, write_json
+from flatq.export import Artifact, ExportError, read_json, write_json
 from flatq_onnx.options import OnnxOptions
 
 CONTRACT = "flatq_onnx.json"
@@ -117,12 +116,4 @@ class Contract(BaseModel):
         Raises:
             ExportError: the file is missing or is not what ``save`` writes.
         """
-        path = root / CONTRACT
-        try:
-            return cls.model_validate(json.loads(path.read_text()))
-        except FileNotFoundError as missing:
-            raise ExportError(f"{path} is missing; give the folder that the onnx exporter wrote") from missing
-        except (json.JSONDecodeError, ValidationError) as damaged:
-            raise ExportError(
-                f"{path} is damaged or of another version of flatq ({damaged}); export the model again"
-            ) from damaged
+        return read_json(root / CONTRACT, cls, "export the model again", error=ExportError)

@@ -7,19 +7,37 @@ how those programs name them. Anything else is refused by name.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import onnx
+from pydantic import BaseModel
 
-from flatq.export import ExportError
+from flatq.export import ExportError, read_json
 from flatq_onnx.contract import CacheShape, Contract
 
 KNOWN = {"input_ids", "attention_mask", "position_ids"}
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 FLOATS = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
+
+
+class GenaiDecoder(BaseModel):
+    """``model.decoder`` of ``genai_config.json``."""
+
+    head_size: int
+
+
+class GenaiModel(BaseModel):
+    """``model`` of ``genai_config.json``."""
+
+    decoder: GenaiDecoder
+
+
+class GenaiConfig(BaseModel):
+    """The part of ``genai_config.json`` that is read here."""
+
+    model: GenaiModel
 
 
 def contract_of(root: Path) -> Contract:
@@ -85,12 +103,15 @@ def _cache(path: Path, inputs: dict[str, Any]) -> list[CacheShape]:
 
 
 def _head_size(root: Path) -> int:
-    """What onnxruntime-genai's configuration says where the graph leaves the width open; 0 if there is none."""
-    try:
-        stated = json.loads((root / "genai_config.json").read_text())
-        return int(stated["model"]["decoder"]["head_size"])
-    except (OSError, ValueError, KeyError, TypeError):
+    """What onnxruntime-genai's configuration says where the graph leaves the width open; 0 if there is none.
+
+    Raises:
+        ExportError: there is one, and it is damaged.
+    """
+    path = root / "genai_config.json"
+    if not path.is_file():
         return 0  # the caller refuses it
+    return read_json(path, GenaiConfig, "get the folder again", error=ExportError).model.decoder.head_size
 
 
 def _sizes(tensor: Any) -> list[int]:

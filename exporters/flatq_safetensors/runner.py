@@ -9,7 +9,6 @@ way it went.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from flatq.export import INDEX, ExportError, FloatArray, Grid, IntArray, loading_faults, register_with_transformers
+from flatq.export import (
+    INDEX,
+    ExportError,
+    FloatArray,
+    Grid,
+    IntArray,
+    loading_faults,
+    read_json,
+    register_with_transformers,
+)
 from flatq_safetensors.configs import Versions
 from flatq_safetensors.packing import GptqLinear, dequantize_gptq, unpack_compressed
 
@@ -30,6 +38,21 @@ PARTS = (
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
 )
+
+
+AGAIN = "export the model again"
+
+
+class Config(BaseModel):
+    """The part of ``config.json`` that is read here."""
+
+    quantization_config: dict[str, Any] | None = None
+
+
+class Index(BaseModel):
+    """``model.safetensors.index.json``: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 class TransformersRunner:
@@ -81,10 +104,10 @@ def load_strictly(folder: Path) -> tuple[Any, str]:
         ExportError: a tensor is missing, misshapen or unknown (transformers would only log it).
     """
     register_with_transformers()  # so that the auto classes know folders with widths per layer
-    described = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    how = "" if described is None or _reads(described) else f" ({described['quant_method']} decoded by flatq)"
+    described = read_json(folder / "config.json", Config, AGAIN, error=ExportError).quantization_config
     try:
-        if how:
+        how = "" if described is None or _reads(described) else f" ({described['quant_method']} decoded by flatq)"
+        if described is not None and how:
             model, faults = _from_state(folder, decoded_state(folder, described))
         else:
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -95,8 +118,10 @@ def load_strictly(folder: Path) -> tuple[Any, str]:
                 local_files_only=True,
             )
             faults = loading_faults(found)
-    except (ValueError, RuntimeError, OSError, SafetensorError) as fault:
-        raise ExportError(f"{folder}: transformers cannot load what was written: {fault}") from fault
+    except ExportError:
+        raise
+    except Exception as fault:  # the libraries below raise whatever they like at a damaged file
+        raise ExportError(f"{folder}: transformers cannot load what was written: {fault}; {AGAIN}") from fault
     if faults:
         raise ExportError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
     return model, how
@@ -196,7 +221,8 @@ def _grid_of(group: dict[str, Any]) -> Grid:
 
 def _read_all(folder: Path) -> dict[str, Tensor]:
     index = folder / INDEX
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    mapped = read_json(index, Index, AGAIN, error=ExportError).weight_map if index.exists() else {}
+    files = set(mapped.values()) or {"model.safetensors"}
     state: dict[str, Tensor] = {}
     for file in sorted(files):
         state |= load_file(folder / file)

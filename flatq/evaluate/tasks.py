@@ -1,8 +1,8 @@
-"""Tasks of EleutherAI's lm-eval for several models side by side; each finished task is a file, so a run resumes.
+"""Tasks of EleutherAI's lm-eval for one or several models; the result of each task is a file, so runs can be resumed.
 
     OUT/SUBJECT/TASK.json
 
-A file counts only for the very same model files, settings, lm-eval version and local task files.
+A result is reused only for the same model files, settings, lm-eval version and local task files.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from flatq.errors import FlatqError, RecipeError
+from flatq.errors import ArtifactError, FlatqError, RecipeError
 from flatq.evaluate.subjects import Subject
 from flatq.export.bench import rendered
-from flatq.files import file_digest, write_json
+from flatq.files import file_digest, read_json, write_json
 from flatq.machine.environment import version_of
+from flatq.recipe.grammar import Recipe
 from flatq.units import number
 
 log = logging.getLogger(__name__)
 INSTALL = "pip install 'flatq[eval]'"
 LONGEST = 2048  # positions; the logits of a longer window would need gigabytes
-SUITES: dict[str, dict[str, int | None]] = {  # lm-eval's names, with the number of examples where it is not the task's
+SUITES: dict[str, dict[str, int | None]] = {  # lm-eval's task names; number of few-shot examples, None: the task's
     "flat-paper": {
         "wikitext": None,
         "arc_easy": None,
@@ -46,8 +49,23 @@ SUITES: dict[str, dict[str, int | None]] = {  # lm-eval's names, with the number
 }
 
 
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks with the same settings.
+
+    Attributes:
+        tasks: names with their numbers of examples, see ``tasks_wanted``.
+        limit: first documents of each task only; None takes all.
+        folder: holds task files of one's own.
+    """
+
+    tasks: Mapping[str, int | None]
+    limit: int | None
+    folder: Path | None
+
+
 class Value(BaseModel):
-    """One metric; ``stderr`` is None where lm-eval gives none."""
+    """One metric; ``stderr`` is None if lm-eval gives none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     metric: str
@@ -59,8 +77,8 @@ class TaskResult(BaseModel):
     """One task of one model.
 
     Attributes:
-        settings: what the result depends on.
-        samples: documents, those of subtasks added up.
+        settings: everything that the result depends on.
+        samples: number of documents, including those of subtasks.
         subtasks: metrics of the tasks inside a group.
     """
 
@@ -73,11 +91,30 @@ class TaskResult(BaseModel):
     subtasks: dict[str, list[Value]] = {}
 
 
+def tasks_of(recipe: Recipe) -> list[TaskSet]:
+    """The tasks of a recipe, a set for each text of its evaluation that names some."""
+    found = []
+    for text in recipe.evaluation:
+        names = [name for name in text.tasks if name not in SUITES]
+        wanted = {name: shots for suite in text.tasks if suite in SUITES for name, shots in SUITES[suite].items()}
+        if text.tasks:
+            folder = Path(text.task_folder).expanduser() if text.task_folder else None
+            found.append(TaskSet(wanted | {name: wanted.get(name) for name in names}, text.task_limit, folder))
+    return found
+
+
+def absent_for_tasks(recipe: Recipe) -> list[str]:
+    """What the tasks of a recipe need and this machine lacks, with the command that installs it."""
+    if not recipe.tasks or importlib.util.find_spec("lm_eval") is not None:
+        return []
+    return [f"evaluation.tasks: the package lm-eval is not installed; install it with `{INSTALL}`"]
+
+
 def tasks_wanted(names: Sequence[str], suite: str | None) -> dict[str, int | None]:
-    """Task names with their numbers of examples; None leaves the number to the task.
+    """Task names with their number of few-shot examples; None is the task's default.
 
     Raises:
-        RecipeError: no such suite, or no task at all.
+        RecipeError: the suite is unknown, or no task is given.
     """
     if suite is not None and suite not in SUITES:
         raise RecipeError(f"--suite {suite}: is unknown; suites: {', '.join(SUITES)}")
@@ -89,7 +126,7 @@ def tasks_wanted(names: Sequence[str], suite: str | None) -> dict[str, int | Non
 
 
 def require_lm_eval() -> None:
-    """Say at once that a package is missing.
+    """Fail early if lm-eval is missing.
 
     Raises:
         RecipeError: lm-eval is not installed.
@@ -99,14 +136,14 @@ def require_lm_eval() -> None:
 
 
 def task_manager(names: Sequence[str], folder: Path | None = None) -> Any:
-    """Lm-eval's index of tasks, read from its YAML files; no network.
+    """Lm-eval's index of tasks, read from its YAML files without network.
 
     Args:
-        names: the tasks that must be there.
-        folder: holds task files of one's own; where they define all ``names``, lm-eval's thousands are not indexed.
+        names: the tasks that must exist.
+        folder: with local task files; if they define all ``names``, lm-eval's own tasks are not indexed (slow).
 
     Raises:
-        RecipeError: lm-eval is not installed, the folder is none, or a task is in neither.
+        RecipeError: lm-eval is not installed, the folder does not exist, or a task is unknown.
     """
     require_lm_eval()
     if folder is not None and not folder.is_dir():
@@ -117,7 +154,7 @@ def task_manager(names: Sequence[str], folder: Path | None = None) -> Any:
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=str(folder) if folder else None)
+    manager = _whole_index(folder)
     known = set(manager.all_tasks)
     if unknown := [name for name in names if name not in known]:
         near = {name: difflib.get_close_matches(name, known, n=3) for name in unknown}
@@ -131,6 +168,14 @@ def task_manager(names: Sequence[str], folder: Path | None = None) -> Any:
     return manager
 
 
+@cache
+def _whole_index(folder: Path | None) -> Any:
+    """Lm-eval's own tasks and those of the folder; reading thousands of files takes ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder) if folder else None)
+
+
 def run_tasks(
     subjects: Sequence[Subject],
     tasks: Mapping[str, int | None],
@@ -139,14 +184,14 @@ def run_tasks(
     limit: int | None = None,
     folder: Path | None = None,
 ) -> list[TaskResult]:
-    """Every task for every model; what an earlier call left in ``out`` is read instead.
+    """Run every task for every model, unless ``out`` has its result.
 
     Args:
         subjects: the models, loaded one after the other.
-        tasks: names and numbers of examples, see ``tasks_wanted``.
+        tasks: names and numbers of few-shot examples, see ``tasks_wanted``.
         out: folder of the results.
-        limit: first documents of each task only; None takes all.
-        folder: holds task files of one's own.
+        limit: number of first documents of each task; None is all.
+        folder: with local task files.
     """
     manager = task_manager(list(tasks), folder)
     local = _digest_of(folder)
@@ -173,7 +218,7 @@ def run_tasks(
 def _computed(
     subject: Subject, missing: Mapping[str, tuple[Path, dict[str, str | int | None]]], manager: Any
 ) -> dict[str, TaskResult]:
-    """The tasks that are not done, each written down as soon as it is."""
+    """Run the missing tasks; each result is written when the task is finished."""
     if not missing:
         return {}
     from flatq.evaluate.harness import HarnessModel
@@ -213,7 +258,7 @@ def _one(model: Any, subject: str, name: str, settings: dict[str, str | int | No
             log_samples=False,
             bootstrap_iters=1000,
         )
-    except OSError as gone:  # the network's errors and those of missing files
+    except OSError as gone:  # network errors and missing files
         raise FlatqError(
             f"task {name}: its data cannot be loaded ({gone}); lm-eval downloads them once, or give local data with "
             "--include-path; finished tasks are kept"
@@ -225,7 +270,7 @@ def _one(model: Any, subject: str, name: str, settings: dict[str, str | int | No
 
 
 def values_of(raw: Mapping[str, Any]) -> list[Value]:
-    """Metrics out of lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}``."""
+    """Metrics from lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}``."""
     values = []
     for key, value in raw.items():
         metric, comma, filtered = key.partition(",")
@@ -243,9 +288,9 @@ def known(path: Path, settings: Mapping[str, Any]) -> TaskResult | None:
     if not path.exists():
         return None
     try:
-        result = TaskResult.model_validate_json(path.read_text())
-    except ValidationError:
-        log.warning("%s: is no result of this flatq; the task runs again", path)
+        result = read_json(path, TaskResult, "the task runs again")
+    except ArtifactError as damaged:
+        log.warning("%s", damaged)
         return None
     return result if result.settings == settings else None
 
@@ -255,9 +300,9 @@ def known_results(out: Path) -> dict[str, list[TaskResult]]:
     found: dict[str, list[TaskResult]] = {}
     for path in sorted(out.glob("*/*.json")):
         try:
-            result = TaskResult.model_validate_json(path.read_text())
-        except ValidationError:
-            log.warning("%s: is no result of this flatq; left out", path)
+            result = read_json(path, TaskResult, "it is left out")
+        except ArtifactError as damaged:
+            log.warning("%s", damaged)
         else:
             found.setdefault(path.parent.name, []).append(result)
     return found
@@ -271,21 +316,30 @@ def _digest_of(folder: Path | None) -> str | None:
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
-def task_table(results: Sequence[TaskResult]) -> str:
-    """A row for each metric, a column for each model; with two models their difference."""
+def task_cells(results: Sequence[TaskResult]) -> tuple[list[str], list[list[str]]]:
+    """Heads of the columns, and a row for each metric with a column for each model; of two models their difference."""
     subjects = list(dict.fromkeys(result.subject for result in results))
     cells: dict[tuple[str, str, int], dict[str, Value]] = {}
     for result in results:
         for value in result.values:
             cells.setdefault((result.task, value.metric, result.samples), {})[result.subject] = value
-    table = Table(show_header=True)
-    for column in ("task", "metric", "documents", *subjects, *(["difference"] if len(subjects) == 2 else [])):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    rows = []
     for (task, metric, samples), by in cells.items():
         row = [task, metric, str(samples), *(_cell(by.get(subject)) for subject in subjects)]
         if len(subjects) == 2:
             pair = [by[subject].value for subject in subjects if subject in by]
             row.append(f"{pair[1] - pair[0]:+.4g}" if len(pair) == 2 else "not measured")
+        rows.append(row)
+    return ["task", "metric", "documents", *subjects, *(["difference"] if len(subjects) == 2 else [])], rows
+
+
+def task_table(results: Sequence[TaskResult]) -> str:
+    """``task_cells`` for a terminal."""
+    heads, rows = task_cells(results)
+    table = Table(show_header=True)
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("task", "metric") else "right")
+    for row in rows:
         table.add_row(*row)
     return rendered(table)
 

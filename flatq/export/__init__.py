@@ -1,7 +1,7 @@
-"""The plug-in API: everything that an exporter imports from flatq, and nothing else.
+"""The plug-in API: everything that an exporter may import from flatq.
 
-Start with ``Exporter``. docs/writing-an-exporter.md has a complete example. The modules of the core import from
-``flatq.export.protocols`` and its neighbours, never from here.
+Start with ``Exporter``. docs/writing-an-exporter.md has a complete example. The modules of the core import from the
+modules that define these names, never from here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flatq.export.protocols import (
     Runner,
     absent_packages,
 )
-from flatq.files import file_digest, write_atomically, write_json
+from flatq.files import file_digest, read_json, write_atomically, write_json
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
 from flatq.model.families import FAMILIES
 from flatq.model.grid import Grid, QuantizedWeight
@@ -65,6 +65,7 @@ __all__ = [
     "file_digest",
     "loading_faults",
     "pairs_from_halves",
+    "read_json",
     "register_with_transformers",
     "save_shard",
     "tensor_shapes",

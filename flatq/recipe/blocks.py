@@ -111,6 +111,9 @@ def rows_by_share(shares: Sequence[float], rows: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+TaskName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w.-]+$")]
+
+
 class EvaluationSpec(TextSpec):
     """A text on which perplexity is measured, before and after compression; it shares no tokens with calibration."""
 
@@ -123,6 +126,13 @@ class EvaluationSpec(TextSpec):
     """Total number of tokens."""
     seq_len: Annotated[int, Field(ge=2, le=131_072)] = 512
     """Tokens in a sequence."""
+    tasks: Annotated[tuple[TaskName, ...], Field(strict=False)] = ()
+    """Tasks of lm-eval by name, such as arc_easy; flat-paper is the eleven of the FLAT-LLM paper. They are run on the
+    dense model, the artifact and every export."""
+    task_limit: Annotated[int, Field(ge=1)] | None = None
+    """Only the first documents of each task; null is all of them."""
+    task_folder: Annotated[str, Field(min_length=1)] | None = None
+    """Folder with task files of your own, which work offline."""
 
 
 CONTEXT = 4096

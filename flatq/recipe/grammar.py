@@ -202,6 +202,11 @@ class Recipe(Spec):
         """The quantization stage."""
         return next((stage for stage in self.stages if isinstance(stage, GptqSpec)), None)
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, each once."""
+        return tuple(dict.fromkeys(name for text in self.evaluation for name in text.tasks))
+
     def digest(self) -> str:
         """SHA-256 of the content, hexadecimal; comments, key order and explicit defaults do not change it."""
         content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

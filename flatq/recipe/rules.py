@@ -156,6 +156,9 @@ def _evaluation(recipe: Mapping[str, Any]) -> Broken:
         names.append(spec.get("name"))
         if spec.get("name") is not None and spec.get("dataset") is None:
             yield (*place, "name"), "one name for two texts; say `dataset: held-out` or `dataset: other`"
+        for key in ("task_limit", "task_folder"):
+            if spec.get(key) is not None and not spec.get("tasks"):
+                yield (*place, key), "only read with `tasks`; name them, or remove it"
         tokens, length = spec.get("tokens", 8192), spec.get("seq_len", 512)
         if isinstance(tokens, int) and isinstance(length, int) and tokens < length:
             yield (*place, "tokens"), f"{tokens} is not allowed; at least one sequence of seq_len = {length} tokens"
