@@ -181,7 +181,7 @@ CANDIDATES: tuple[list[str], ...] = (
         "tests/test_bits.py",
         "tests/test_plan.py",
     ],
-    ["tests/faults/test_run_faults.py", "tests/test_objections.py"],
+    ["tests/faults/test_run_faults.py", "tests/test_objections.py", "tests/test_integrity.py"],
     [
         "tests/test_evaluate.py",
         "tests/test_quality.py",

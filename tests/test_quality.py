@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flatq.pipeline.judge import export_quality, stop_if_ruined
 
 from flatq.calibration.divergence import DenseStates, divergence
 from flatq.calibration.tokens import JudgedText
@@ -21,6 +20,7 @@ from flatq.export.quality import first_rows, runner_divergence
 from flatq.model.footprint import weight_bytes
 from flatq.pipeline.baselines import nearest_in_bytes
 from flatq.pipeline.evaluate import checked_dataset
+from flatq.pipeline.quality import export_quality, stop_if_ruined
 from flatq.quantize.grids import planned_grids
 from flatq.recipe.blocks import GptqSpec
 from flatq.recipe.grammar import Recipe
