@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from flatq.calibration.divergence import DenseStates, divergence
 from flatq.calibration.tokens import JudgedText
 from flatq.errors import ExportError, NumericsError, RecipeError
+from flatq.export.baseline import BASELINE
 from flatq.export.generate import DecoderRunner
 from flatq.export.planned import PlannedExport
 from flatq.export.protocols import exporter_named
@@ -94,6 +97,22 @@ def test_eval_gives_the_reports_numbers_for_artifact_and_export(exported_run: tu
             assert line.startswith(text.text)
             assert f"perplexity {text.baseline_perplexity:.4g} -> {text.perplexity:.4g}" in line
             assert f"KL {text.kl:.3f}" in line
+
+
+def test_every_runtime_has_the_artifact_s_perplexity(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    exports: list[dict[str, Any]] = [{"onnx": {"precision": "fp32"}}, {"safetensors": {}}]
+    if importlib.util.find_spec("llama_cpp") is not None:
+        exports.append({"gguf": {"precision": "f16"}})
+    recipe = make_recipe(exports=exports, bench=None, evaluation={"dataset": "held-out", "tokens": 512, "seq_len": 64})
+    shown = flatq("run", recipe, "--out", tmp_path / "out")
+    assert shown.exit_code == 0, shown.stderr
+    report = read_report(tmp_path / "out" / "report.json")
+    [artifact] = report.quality
+    assert len(report.exports) == len(exports)
+    for export in report.exports:
+        [found] = export.quality
+        assert found.tokens == artifact.tokens
+        assert found.perplexity == pytest.approx(artifact.perplexity, rel=1e-3), export.name
 
 
 def test_eval_reads_a_path_alone(exported_run: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
@@ -194,7 +213,9 @@ def test_a_failed_export_leaves_a_report_and_the_other_exports(
 
 
 def test_quantized_baselines_are_built_and_evaluated_in_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe, out = make_recipe(baselines=["dense", "quantized", "same_bytes"]), tmp_path / "out"
+    bench = {"provider": "cpu", "prompt": 4, "new_tokens": 3, "repeats": 1, "threads": 1}
+    recipe = make_recipe(baselines=["dense", "quantized", "same_bytes"], exports=[{"onnx": {}}], bench=bench)
+    out = tmp_path / "out"
     shown = flatq("run", recipe, "--out", out)
     assert shown.exit_code == 0, shown.stderr
     report = read_report(out / "report.json")
@@ -207,7 +228,10 @@ def test_quantized_baselines_are_built_and_evaluated_in_the_same_run(make_recipe
     for baseline in report.baselines:
         assert [text.text for text in baseline.quality] == [text.text for text in report.quality]
         assert all(text.kl > 0 for text in baseline.quality)
-    assert "Narrowing" in (out / "report.md").read_text()
+    assert [entry.name for entry in report.bench][:3] == [BASELINE, "onnx", "quantized"]
+    said = (out / "report.md").read_text()
+    assert "Narrowing, beside quantization alone" in said
+    assert f"({alone.description}): onnx decode" in said
 
 
 def test_the_baseline_at_the_same_bytes_is_the_nearest_there_is() -> None:
