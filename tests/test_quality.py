@@ -160,7 +160,7 @@ def lost(text: str, damage: float) -> dict[str, object]:
 def test_the_text_that_lost_most_decides_whether_a_model_is_ruined(caplog: pytest.LogCaptureFixture) -> None:
     recipe = Recipe.parse(f"{HEAD}stop_above: 0.5\n")
     stop_if_ruined(recipe, [lost("one", 0.1), lost("two", 0.5)])
-    with pytest.raises(NumericsError, match=r"ruined: on two its perplexity is 20, .* 10: 0\.510 nats lost"):
+    with pytest.raises(NumericsError, match=r" two .*20,.* 10\D.*0\.510 .*0\.5\D"):
         stop_if_ruined(recipe, [lost("one", 0.1), lost("two", 0.51), lost("three", 0.2)])
     assert not caplog.records
 
@@ -170,7 +170,7 @@ def test_without_a_limit_a_ruined_model_is_warned_of(caplog: pytest.LogCaptureFi
     stop_if_ruined(recipe, [lost("one", 1.0)])
     assert not caplog.records
     stop_if_ruined(recipe, [lost("one", 1.01)])
-    assert "ruined: on one" in caplog.text
+    assert " one " in caplog.text
     assert "stop_above: null" in caplog.text
 
 
