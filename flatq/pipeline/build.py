@@ -111,7 +111,7 @@ def _finish(
     files = [*first, *(shard_name(index, half) for index, half in halves(config)), ENDS]
     for stray in partial.glob("*.partial"):
         stray.unlink()
-    source.tokenizer().save_pretrained(str(partial))
+    source.carry_tokenizer(partial)
     settings = {**source.settings(), "dtype": str(source.dtype).removeprefix("torch.")}
     finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
 
