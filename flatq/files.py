@@ -14,8 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from flatq.errors import ArtifactError, FlatqError
 
 T = TypeVar("T")
-CHECKSUM = "sha256"  # key of a file's digest of its own content
+CHECKSUM = "sha256"  # key of the digest of the other keys
 BLANK = "0" * 64
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def file_digest(path: Path) -> str:
@@ -88,6 +90,8 @@ def read_json(
         text = path.read_bytes().decode()
         if not text.strip():
             raise ValueError("it is empty")
+        if text.startswith(LFS_POINTER.decode()):
+            raise ValueError("it is a Git LFS pointer, not the file itself; `git lfs pull` fetches that")
         value = json.loads(text)
         if checksummed:
             value = _checked(text, value)
@@ -122,3 +126,9 @@ def first_fault(wrong: ValidationError) -> str:
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
     words = " ".join(found[0]["msg"].split())
     return f"{place}: {words}{more}" if place else f"{words}{more}"
+
+
+def lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one that ``git lfs pull`` has not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER

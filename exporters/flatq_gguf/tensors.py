@@ -108,7 +108,7 @@ class Contents:
         expected = shapes_of(self.config)[name]
         if found != expected:
             raise ExportError(
-                f"gguf: {name} has shape {list(found)}, the artifact's config.json says {list(expected)}; run again "
+                f"gguf: {name} has shape {list(found)}, the artifact's config.json gives {list(expected)}; run again "
                 "with --fresh"
             )
 

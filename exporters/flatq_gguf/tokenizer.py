@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatq.export import ExportError
+from flatq.export import Artifact, ExportError
 from flatq_gguf.pre_tokenizers import known_names, name_of, steps_of
 
 FILE = "tokenizer.json"
@@ -35,8 +35,9 @@ class Vocabulary:
         types: NORMAL and so on, per token.
         merges: ``left right``, by rank; empty for ``llama``.
         scores: per token; empty for ``gpt2``.
-        ids: ``bos``, ``eos``, ``unknown``, ``padding``, if the model has them.
+        ids: ``bos``, ``eos``, ``unknown``, ``padding``, if the model has them; further end tokens as ``eot``, ``eom``.
         flags: ``add_bos_token`` and so on.
+        chat_templates: by name.
     """
 
     model: str
@@ -47,21 +48,21 @@ class Vocabulary:
     scores: list[float]
     ids: dict[str, int]
     flags: dict[str, bool]
-    chat_template: str | None
+    chat_templates: dict[str, str]
 
 
-def read_vocabulary(root: Path, size: int, settings: dict[str, Any], pre: str | None) -> Vocabulary | None:
+def read_vocabulary(artifact: Artifact, size: int, pre: str | None) -> Vocabulary | None:
     """The tokenizer of an artifact; None if there is none.
 
     Args:
-        root: the artifact's folder.
+        artifact: the exported artifact.
         size: rows of the embedding; rows beyond the tokenizer's vocabulary are marked unused.
-        settings: the artifact's ``config.json``, for the token ids.
         pre: name of the pre-tokenizer given by the user.
 
     Raises:
         ExportError: GGUF does not support the tokenizer, or its pre-tokenizer is not recognized.
     """
+    root, settings = artifact.root, artifact.settings
     path = root / FILE
     if not path.exists():
         return None
@@ -75,15 +76,15 @@ def read_vocabulary(root: Path, size: int, settings: dict[str, Any], pre: str | 
     adds_bos, adds_eos = _frame(path, ids)
     flags = {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
-    template = _chat_template(root, config)
+    templates = artifact.chat_templates()
     if described["model"].get("byte_fallback"):
         if ids.get("unknown") is not None:
             types[ids["unknown"]] = UNKNOWN
         flags["add_space_prefix"] = _prefixes_space(described)
         scores = _scores(tokens, types, described["model"]["merges"])
-        return Vocabulary("llama", None, tokens, types, [], scores, ids, flags, template)
+        return Vocabulary("llama", None, tokens, types, [], scores, ids, flags, templates)
     flags["add_space_prefix"] = False
-    return Vocabulary("gpt2", pre or name_of(described), tokens, types, merges, [], ids, flags, template)
+    return Vocabulary("gpt2", pre or name_of(described), tokens, types, merges, [], ids, flags, templates)
 
 
 def objections(described: Mapping[str, Any], size: int, pre: str | None) -> list[str]:
@@ -147,7 +148,10 @@ def _ids(
             index = stated[0] if isinstance(stated, list) else stated
         if index is not None:
             found[name] = int(index)
-    return found
+    ends = settings.get("eos_token_id")
+    further = [int(end) for end in ends if end != found.get("eos")] if isinstance(ends, list) else []
+    # llama.cpp stops at each of these three tokens.
+    return found | dict(zip(("eot", "eom"), further, strict=False))
 
 
 def _frame(path: Path, ids: dict[str, int]) -> tuple[bool, bool]:
@@ -175,11 +179,3 @@ def _scores(tokens: list[str], types: list[int], merges: list[Any]) -> list[floa
         rank.setdefault(left + right, index)
     last = len(merges)
     return [float(-rank.get(piece, last)) if kind == NORMAL else 0.0 for piece, kind in zip(tokens, types, strict=True)]
-
-
-def _chat_template(root: Path, config: dict[str, Any]) -> str | None:
-    beside = root / "chat_template.jinja"
-    if beside.exists():
-        return beside.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None

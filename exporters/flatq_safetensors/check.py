@@ -29,7 +29,7 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: Safete
         problems.append(f"format {options.format}: no linear is quantized; write format bf16 or fp16, or add gptq")
     if options.format == "compressed-tensors" and Versions.reading(inside, embedding=options.packed_embedding) is None:
         problems.append(
-            "format compressed-tensors: no release of that package reads asymmetric weights beside 3 bits or a packed "
+            "format compressed-tensors: no release of that package reads asymmetric weights with 3 bits or a packed "
             "embedding; quantize with symmetric: true, leave packed_embedding out, or write format gptq_v2"
         )
     written = padded_config(config) if options.pad_values else config

@@ -160,7 +160,7 @@ def _chats(text: str, field: str, file: Path, place: str, tokenizer: Any) -> Ite
             )
         try:
             yield str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as refused:  # a template may raise whatever it likes
+        except Exception as refused:  # a template may raise any exception
             raise RecipeError(
                 f"{place}.chat_template: {file}, line {number}: the model's chat template refuses this chat ({refused})"
             ) from refused

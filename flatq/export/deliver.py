@@ -107,7 +107,7 @@ def measured(
     """Speed and memory of every export that has a runtime, of the dense model and of the baselines; JSON-ready.
 
     Args:
-        recipe: its bench block says what is measured.
+        recipe: its bench block defines what is measured.
         source: the dense model.
         folder: the run's.
         exports: the finished exports.
