@@ -1,6 +1,6 @@
-"""flatq makes a large language model small and fast without training it.
+"""flatq compresses large language models after training: FLAT low-rank compression, GPTQ quantization, exports.
 
-The public names are loaded when they are first used: reading a recipe must not wait for torch.
+The public names are imported when they are first used, because reading a recipe does not need torch.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""What a run leaves on disk: widths, tensors, codes, and where they came from.
+"""The artifact: the compressed model on disk, with its provenance.
 
-The folder is a Hugging Face model folder (``config.json`` with ``model_type: flatq``, safetensors shards, an
-index, the tokenizer), so that transformers loads it as it is. Every block of a layer is a shard of its own: it
-is written the moment the block is finished, which is what makes a killed run resumable and the memory small.
+The folder is a Hugging Face model folder (``config.json`` with ``model_type: flatq``, safetensors shards, an index, the
+tokenizer), which transformers loads. Each block (attention or MLP of one layer) is a separate shard, written when the
+block is finished, so that an interrupted run can be resumed and memory stays small.
 
-A quantized linear is stored as three tensors, ``NAME.codes`` (uint8, one code a byte), ``NAME.scale`` (float16)
-and ``NAME.zero`` (uint8); ``config.json`` lists its grid under ``grids``. ``energies.safetensors`` is no part of the
-model: it says how much each input of each linear carried during calibration, for quantizers that ask;
-``cache_ranges.safetensors``, if an export wants it, how large keys and values become. Nothing in the folder depends on
-the clock or the machine's name: the same recipe gives the same bytes.
+A quantized linear is stored as three tensors, ``NAME.codes`` (uint8, one code per byte), ``NAME.scale`` (float16) and
+``NAME.zero`` (uint8); ``config.json`` lists its grid under ``grids``. Two files are not part of the model:
+``energies.safetensors`` holds the mean square of each input of each linear during calibration, for exporters whose
+quantizer uses it; ``cache_ranges.safetensors``, if an export needs it, holds the largest keys and values. Nothing in
+the folder depends on the time or the machine's name: the same recipe gives the same bytes.
 
-``manifest.json`` holds the SHA-256 of every other file and of its own content. ``Artifact.open`` compares them before
-anything is used.
+``manifest.json`` holds the SHA-256 of every other file and of its own content. ``Artifact.open`` verifies them.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor | QuantizedWeight]) -> N
     """Write one safetensors file atomically; a quantized ``X.weight`` becomes ``X.codes``, ``X.scale``, ``X.zero``.
 
     Raises:
-        ArtifactError: it cannot be written, most often because the disk is full.
+        ArtifactError: the file cannot be written, for example because the disk is full.
     """
     flat: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -79,14 +78,14 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor | QuantizedWeight]) -> N
     partial = path.with_name(path.name + ".partial")
     try:
         safetensors.torch.save_file(flat, partial, metadata={"format": "pt"})
-    except (safetensors.SafetensorError, OSError) as failed:  # the library has a type of its own for a full disk
+    except (safetensors.SafetensorError, OSError) as failed:  # a full disk is a SafetensorError
         partial.unlink(missing_ok=True)
         raise ArtifactError(
             f"{path}: cannot be written ({failed}); free some space or choose another place with --out, and run again"
         ) from failed
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
-    partial.chmod(0o644)  # the library makes it private, which surprises whoever publishes the folder
+    partial.chmod(0o644)  # the library creates it with mode 0600, which is unexpected in a published folder
     partial.replace(path)
 
 
@@ -108,7 +107,7 @@ class Artifact:
                 since are not read again.
 
         Raises:
-            ArtifactError: a file is missing, damaged, or is not what flatq writes.
+            ArtifactError: a file is missing, damaged or invalid.
         """
         root = artifact_in(Path(root)) or Path(root)
         for name in (MANIFEST, "config.json", INDEX):
@@ -123,9 +122,7 @@ class Artifact:
         index = read_json(root / INDEX, Index, AGAIN).weight_map
         for file in set(index.values()):
             if Path(file).name != file:
-                raise ArtifactError(
-                    f"{root / INDEX}: {file!r} is not a plain file name; the folder is not to be trusted"
-                )
+                raise ArtifactError(f"{root / INDEX}: {file!r} is not a plain file name; do not trust this folder")
         return cls(root, settings, manifest, index)
 
     @property
@@ -134,13 +131,13 @@ class Artifact:
         return self._config
 
     def names(self) -> list[str]:
-        """Names of all tensors, a quantized linear once, as ``X.weight``."""
+        """Names of all tensors; a quantized linear is listed once, as ``X.weight``."""
         stems = {name.removesuffix(".codes") + ".weight" for name in self._index if name.endswith(".codes")}
         plain = {name for name in self._index if not name.endswith(tuple(f".{part}" for part in PARTS))}
         return sorted(stems | plain)
 
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
-        """One tensor, read now."""
+        """Read one tensor."""
         stem = name.removesuffix(".weight")
         if stem in self.grids:
             codes, scale, zero = (self._read(f"{stem}.{part}") for part in PARTS)
@@ -151,7 +148,7 @@ class Artifact:
         """Mean square of every input of every linear on the calibration tokens, float32 [i], by stem.
 
         Raises:
-            ArtifactError: the artifact keeps none (a dense model written as it is, or an early version's).
+            ArtifactError: the artifact has none (an uncompressed model, or written by an early version).
         """
         path = self.root / ENERGIES
         if not path.exists():
@@ -172,7 +169,7 @@ class Artifact:
     def _read(self, name: str) -> Tensor:
         if name not in self._index:
             raise ArtifactError(f"{self.root}: no tensor {name!r}; the artifact is damaged, run again with --fresh")
-        # Opened anew each time: pages of a mapping that is kept stay in memory, in the end the whole model.
+        # Opened for every read: pages of a mapping that stays open remain in memory, up to the whole model.
         path = self.root / self._index[name]
         try:
             shard: Any = safetensors.safe_open(path, framework="pt")
@@ -182,7 +179,7 @@ class Artifact:
         return tensor
 
     def bytes(self) -> int:
-        """Size of all tensors with ``bits`` per code: what a deployment stores."""
+        """Size of all tensors if codes are packed to ``bits`` each, as in a deployment."""
         total = 0
         for name in self.names():
             tensor = self.tensor(name)
@@ -193,7 +190,7 @@ class Artifact:
         return total
 
     def note_quality(self, quality: Mapping[str, Any]) -> None:
-        """Put measured quality into the manifest, where model cards find it."""
+        """Write measured quality into the manifest, from where model cards read it."""
         if self.manifest.get("quality") != quality:
             self.manifest["quality"] = dict(quality)
             write_checksummed(self.root / MANIFEST, self.manifest)
@@ -274,10 +271,10 @@ def finish(
     manifest: Mapping[str, Any],
     weight_files: Sequence[str],
 ) -> Artifact:
-    """Turn a folder of shards into an artifact: index, config and manifest, then one rename.
+    """Turn a folder of shards into an artifact: write index, config and manifest, then rename it to ``root``.
 
     Args:
-        partial: folder that holds ``weight_files`` and the tokenizer's files.
+        partial: folder with ``weight_files`` and the tokenizer's files.
         settings: extra top-level keys of ``config.json`` (token ids, dtype).
         manifest: provenance; the files' digests and its own are added here.
     """
@@ -302,12 +299,12 @@ def finish(
 
 
 def shard_name(index: int, half: str) -> str:
-    """File of one block."""
+    """File name of one block."""
     return f"layer-{index:05d}-{half}.safetensors"
 
 
 def tokenizer_in(root: Path) -> Any:
-    """The tokenizer that an artifact carries.
+    """The tokenizer of an artifact.
 
     Raises:
         ArtifactError: it is missing or damaged.

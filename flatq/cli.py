@@ -1,9 +1,9 @@
-"""The command line: each verb is a few lines that call the library.
+"""The command line; each command is a few lines that call the library.
 
-What changes a number is in the recipe; here are only places, the device, resuming and how much is said. torch is
-imported inside the verbs that compute, so that ``--help``, ``check --help`` and ``schema`` answer at once.
+Everything that affects results is in the recipe; the options are only paths, device, resuming and verbosity. torch is
+imported inside the commands that need it, so that ``--help``, ``check --help`` and ``schema`` are fast.
 
-Exit codes: 0 done, 2 the recipe or what it names is wrong, 3 a stage failed, 130 interrupted.
+Exit codes: 0 success, 2 the recipe or something that it refers to is wrong, 3 a stage failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ INTERRUPTED = 130
 
 
 class Verbs(TyperGroup):
-    """All verbs; turns what flatq raises into a paragraph on stderr and an exit code."""
+    """The group of commands; prints errors of flatq on stderr and sets the exit code."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run the verb that was asked for."""
+        """Run a command."""
         stderr = Console(stderr=True, soft_wrap=True)
         try:
             return super().invoke(ctx)
@@ -40,23 +40,21 @@ class Verbs(TyperGroup):
             stderr.print(Text(str(error), style="red"))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            stderr.print("interrupted; the same command goes on from here")
+            stderr.print("interrupted; run the same command again to resume")
             raise typer.Exit(INTERRUPTED) from interrupt
 
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:N or mps.")]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Write exports unverified; the report says so.")]
-NoDigests = Annotated[
-    bool, typer.Option("--no-digests", help="Use the files without comparing them with their digests.")
-]
-Provider = Annotated[str, typer.Option(help="Where the runtime computes: auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not verify exports; the report states it.")]
+NoDigests = Annotated[bool, typer.Option("--no-digests", help="Do not compare files with their digests.")]
+Provider = Annotated[str, typer.Option(help="Device of the runtime: auto, cpu or cuda.")]
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version and leave."""
+    """Print the version and exit."""
     if wanted:
         print(f"flatq {flatq.__version__}")
         raise typer.Exit
@@ -64,14 +62,16 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def settings(
-    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; twice for details.")] = 0,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")] = False,
+    verbose: Annotated[
+        int, typer.Option("-v", "--verbose", count=True, help="More log output; twice for details.")
+    ] = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make a large language model small and fast without training it.
+    """Compress large language models after training: FLAT low-rank, GPTQ, export to ONNX, GGUF and safetensors.
 
     Start with: flatq check recipes/smollm2-135m-flat10-int4.yaml
     """
@@ -91,9 +91,9 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     forecast: Annotated[
         bool,
-        typer.Option("--forecast", help="Estimate time and memory first, and report them beside what was measured."),
+        typer.Option("--forecast", help="Predict time and memory first, and report them with the measurements."),
     ] = False,
-    memory: Annotated[str | None, typer.Option(help="RAM to stay below, as in 6GB; batches are made to fit.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Limit of RAM, such as 6GB; sets the batch sizes.")] = None,
     no_verify: NoVerify = False,
     no_digests: NoDigests = False,
 ) -> None:
@@ -116,7 +116,7 @@ def run(
 
 @app.command()
 def check(recipe: RecipeFile) -> None:
-    """Explain a recipe, or list everything that is wrong with it; of a local model its config.json is read."""
+    """Describe a recipe, or list all errors in it; for a local model config.json is read."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
@@ -147,7 +147,7 @@ def export(
     no_verify: NoVerify = False,
     no_digests: NoDigests = False,
 ) -> None:
-    """Write one more format of a finished artifact, and verify it."""
+    """Export a finished artifact to another format, and verify the export."""
     options = parse_options(option or [])
     from flatq import verbs
 
@@ -159,9 +159,9 @@ def export(
 def verify(
     path: Annotated[Path, typer.Argument(help="Artifact, export or run folder.", show_default=False)],
 ) -> None:
-    """Read every file and compare it with its digest; names those that are damaged, missing or unexpected.
+    """Read every file and compare it with its digest; lists files that are damaged, missing or unexpected.
 
-    Exit code 3 if there are such files. Other verbs compare, too, but do not read again what was right before.
+    Exit code 3 if there are such files. Other commands also compare digests, but skip files verified before.
     """
     from flatq.integrity import verified
 
@@ -172,14 +172,14 @@ def verify(
 def bench(
     paths: Annotated[list[Path], typer.Argument(help="Export folders, measured in turn.", show_default=False)],
     against: Annotated[
-        list[Path] | None, typer.Option(help="Folder with another program's ONNX decoder; repeatable.")
+        list[Path] | None, typer.Option(help="Folder with an ONNX decoder of another program; repeatable.")
     ] = None,
     provider: Provider = "auto",
-    prompt: Annotated[list[int] | None, typer.Option(min=1, help="Tokens read at once [128]; repeatable.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated one by one.")] = 64,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences side by side [1]; repeatable.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements, of which the median counts.")] = 5,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")] = 0,
+    prompt: Annotated[list[int] | None, typer.Option(min=1, help="Prompt length in tokens [128]; repeatable.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated tokens.")] = 64,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size [1]; repeatable.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements; the median is reported.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 is the runtime's default.")] = 0,
     no_digests: NoDigests = False,
 ) -> None:
     """Measure tokens per second, first-token latency, load time and memory of exports."""
@@ -196,23 +196,25 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Artifact, export, or a model as in a recipe.", show_default=False)],
     dataset: Annotated[
         str | None,
-        typer.Option(help="wikitext2, c4, alpaca, python-docs or text; the run's own texts if not given."),
+        typer.Option(help="wikitext2, c4, alpaca, python-docs or text; default: the texts of the run."),
     ] = None,
-    path: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file of yours, as the text.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text [8192, for an export 2048].")] = None,
+    path: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file, as the text.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens per text [8192, for an export 2048].")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a sequence [512].")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval instead, separated by commas.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas.")] = None,
     suite: Annotated[str | None, typer.Option(help="A list of tasks: flat-paper.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="First documents of each task; all if not given.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for task results; tasks/ beside the model.")] = None,
-    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out the model before compression.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="First documents of each task; default: all.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with local task files.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for task results; default: tasks/ next to the model.")
+    ] = None,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Do not evaluate the dense model.")] = False,
     provider: Provider = "auto",
     no_digests: NoDigests = False,
 ) -> None:
-    """Measure perplexity and divergence from the dense model on held-out text; an export in its own runtime.
+    """Measure perplexity and divergence from the dense model on held-out text; exports in their runtime.
 
-    With --tasks: tasks of lm-eval, beside the dense model; finished tasks are kept.
+    With --tasks: tasks of lm-eval, for the model and the dense model; results of finished tasks are reused.
     """
     if tasks is not None or suite is not None:
         from flatq import verbs
@@ -231,11 +233,11 @@ def evaluate(
 def compare(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Run, artifact or export folders, or foreign models.", show_default=False),
+        typer.Argument(help="Run, artifact or export folders, or models of other programs.", show_default=False),
     ],
-    figure: Annotated[Path | None, typer.Option(help="Write quality against bytes as .svg or .png.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write a figure of quality against bytes, .svg or .png.")] = None,
 ) -> None:
-    """Put models side by side: bytes, quality per text, tasks and speed, as far as they were measured."""
+    """Compare models: bytes, quality per text, tasks and speed, from existing measurements."""
     from flatq import verbs
 
     print(verbs.compare(paths, figure))
@@ -244,15 +246,15 @@ def compare(
 @app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="Artifact, run or export folder.", show_default=False)],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.", show_default=False)],
-    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 42,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message, to be answered.")] = False,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.", show_default=False)],
+    new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 42,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the prompt as a user message of a chat.")] = False,
     provider: Provider = "auto",
     no_digests: NoDigests = False,
 ) -> None:
-    """Let a compressed model write."""
+    """Generate text with a compressed model."""
     from flatq import verbs
 
     sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
@@ -263,12 +265,12 @@ def generate(
 
 @app.command(name="ls")
 def list_recipes(
-    folder: Annotated[Path, typer.Argument(help="Where to look for .yaml files.")] = Path("recipes"),
+    folder: Annotated[Path, typer.Argument(help="Folder with .yaml files.")] = Path("recipes"),
 ) -> None:
     """List the recipes in a folder."""
     files = sorted(folder.glob("*.yaml"))
     if not files:
-        raise RecipeError(f"{folder}: holds no .yaml file; give the folder that your recipes are in")
+        raise RecipeError(f"{folder}: has no .yaml file; give a folder with recipes")
     width = max(len(str(file)) for file in files)
     for file in files:
         print(f"{file!s:{width}}  {summary(file)}")
@@ -276,7 +278,7 @@ def list_recipes(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has: versions, devices, runtimes, exporters, memory."""
+    """Describe this machine: versions, devices, runtimes, exporters, memory."""
     from flatq.doctor import doctor as lines
 
     print("\n".join(lines()))
@@ -305,7 +307,7 @@ def memory_of(text: str | None) -> int | None:
 
 
 def summary(file: Path) -> str:
-    """A recipe in one line, or the first thing that is wrong with it."""
+    """A recipe in one line, or its first error."""
     from flatq.recipe.grammar import Recipe
 
     try:
@@ -319,10 +321,10 @@ def summary(file: Path) -> str:
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
-    """``["precision=int4", "opset=23"]`` as exporter options, values read as in a recipe.
+    """Parse ``["precision=int4", "opset=23"]`` to exporter options; values have the syntax of a recipe.
 
     Raises:
-        RecipeError: an entry is not ``KEY=VALUE``, or a key comes twice.
+        RecipeError: an entry is not ``KEY=VALUE``, or a key is given twice.
     """
     from flatq.recipe.reader import Unreadable, read
 

@@ -1,9 +1,9 @@
-"""Files compared with their SHA-256, and a memory of what was found right.
+"""Comparison of files with their SHA-256 digests, with a cache of verified files.
 
-Reading a model once more only to be sure of it takes as long as reading it. So a file that had its digest is
-remembered with size, times and inode, and not read again while these stay the same. The memory is one small file per
-folder in the user's cache, because the folder itself may be read-only and lists all of its own files. A bit that flips
-on the disk by itself leaves all of these as they were: ``remembered=False``, as in ``flatq verify``, reads everything.
+Computing the digest of a model takes as long as reading it. So a verified file is recorded with its size, times and
+inode, and not read again while these are unchanged. The cache is one small file per folder in the user's cache
+directory, because the folder itself may be read-only. Corruption of the disk does not change size, times and inode:
+``remembered=False``, as in ``flatq verify``, reads every file.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from flatq.errors import ArtifactError
 from flatq.files import file_digest, read_json, write_json
 
 log = logging.getLogger(__name__)
-SETTLED_NS = 2_000_000_000  # a file changed later than this before it is read could change again with the same times
+SETTLED_NS = 2_000_000_000  # a file changed less than this ago could change again without a change of its times
 Stamp = list[int]  # size, times of content and of metadata in nanoseconds, inode
 Memory = dict[str, tuple[str, Stamp]]
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a folder holds beside what it should.
+    """Result of comparing a folder with its list of digests.
 
     Attributes:
-        files: how many were compared.
-        bytes: their sizes together.
+        files: number of compared files.
+        bytes: their total size.
         damaged: files with another digest, or that cannot be read.
-        missing: files that are listed and not there.
-        unexpected: files that are there and not listed; hidden ones are not counted.
+        missing: files that are listed and do not exist.
+        unexpected: files that exist and are not listed, except hidden ones.
     """
 
     files: int
@@ -46,7 +46,7 @@ class Findings:
 
     @property
     def wrong(self) -> str:
-        """Damaged and missing files in words; empty if there are none."""
+        """Damaged and missing files as text; empty if there are none."""
         kinds = {"damaged": self.damaged, "missing": self.missing}
         return "; ".join(f"{kind} files: {', '.join(names)}" for kind, names in kinds.items() if names)
 
@@ -59,8 +59,8 @@ def compared(
     Args:
         root: the folder.
         digests: SHA-256 by path in the folder, with forward slashes.
-        beside: files that belong there and have no digest in the list, and folders that are not looked into.
-        remembered: do not read files again that were right before and have not been written since.
+        beside: expected files without a digest in the list, and folders that are skipped.
+        remembered: skip files that were verified before and are unchanged since.
     """
     known = _recall(root) if remembered else {}
     outside = [name for name in digests if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
@@ -81,12 +81,12 @@ def compared(
         bytes=sum(stamp[0] for stamp in stamps.values()),
         damaged=(*damaged, *outside),
         missing=tuple(missing),
-        unexpected=tuple(sorted(_strangers(root, listed))),
+        unexpected=tuple(sorted(_unlisted(root, listed))),
     )
 
 
 def digests_of(root: Path, *, but: Collection[str] = ()) -> dict[str, str]:
-    """SHA-256 of every file of a folder but ``but``, by path in it."""
+    """SHA-256 of every file of a folder except ``but``, by path relative to it."""
     return {name: file_digest(root / name) for name in _files_in(root) if name not in but}
 
 
@@ -94,20 +94,20 @@ def _files_in(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
-def _strangers(root: Path, listed: Collection[str], below: str = "") -> Iterator[str]:
-    """Files that are not listed; folders that are listed are not looked into."""
+def _unlisted(root: Path, listed: Collection[str], below: str = "") -> Iterator[str]:
+    """Files that are not listed; listed folders are skipped."""
     for path in (root / below).iterdir():
         name = f"{below}{path.name}"
         if name in listed or _hidden(path.name):
             continue
         if path.is_dir():
-            yield from _strangers(root, listed, f"{name}/")
+            yield from _unlisted(root, listed, f"{name}/")
         else:
             yield name
 
 
 def _hidden(name: str) -> bool:
-    """Whether nobody looks for a file of that name: what desktops and Python leave behind."""
+    """Whether a file is created by desktops or Python and can be ignored."""
     return name.startswith(".") or name == "__pycache__"
 
 
@@ -125,7 +125,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _place(root: Path) -> Path:
-    """Where a folder is remembered: below ``FLATQ_CACHE``, else in the user's cache."""
+    """Cache file of a folder: below ``FLATQ_CACHE``, else in the user's cache directory."""
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatq"
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
     return Path(os.environ.get("FLATQ_CACHE") or users) / "digests" / f"{name}.json"
@@ -136,12 +136,12 @@ def _recall(root: Path) -> Memory:
         place = _place(root)
         return read_json(place, Memory, "delete it") if place.exists() else {}
     except (ArtifactError, RuntimeError, OSError) as unusable:  # RuntimeError: this user has no home folder
-        log.debug("the memory of digests cannot be used: %s", unusable)
+        log.debug("the cache of digests cannot be used: %s", unusable)
         return {}
 
 
 def _remember(root: Path, right: Memory) -> None:
-    """Keep what was right, but for files written a moment ago, whose times would not tell another write."""
+    """Record verified files, except recently written ones, for which another write might not change the times."""
     settled = time.time_ns() - SETTLED_NS
     kept = {name: entry for name, entry in right.items() if max(entry[1][1:3]) < settled}
     try:
@@ -149,4 +149,4 @@ def _remember(root: Path, right: Memory) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(place, kept)
     except (RuntimeError, OSError) as failed:
-        log.debug("the memory of digests cannot be written: %s", failed)
+        log.debug("the cache of digests cannot be written: %s", failed)

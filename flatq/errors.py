@@ -32,7 +32,7 @@ class UnsupportedModel(FlatqError):
 
 
 class NumericsError(FlatqError):
-    """A tensor holds NaN or infinity, so no result could be trusted."""
+    """A tensor contains NaN or infinity, or a result is too bad to be used."""
 
 
 class ArtifactError(FlatqError):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their digests, and the one reader of JSON files."""
+"""Atomic writes, digests of files, and reading of JSON files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from flatq.errors import ArtifactError, FlatqError
 
 T = TypeVar("T")
 CHECKSUM = "sha256"  # key of a file's digest of its own content
+BLANK = "0" * 64
 
 
 def file_digest(path: Path) -> str:
@@ -24,7 +25,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make ``path`` appear whole or not at all, also if the machine loses power."""
+    """Write a file atomically (temporary file, fsync, rename)."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -38,19 +39,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline, atomically; refuses NaN, which is no JSON."""
+    """Write indented JSON with a final newline, atomically; NaN raises ``ValueError``."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_checksummed(path: Path, value: Mapping[str, Any]) -> None:
-    """``write_json`` of an object with the digest of its content under ``sha256``; ``read_json`` compares it."""
-    write_json(path, {**value, CHECKSUM: content_digest(value)})
-
-
-def content_digest(value: Mapping[str, Any]) -> str:
-    """SHA-256 of an object's content without its key ``sha256``, whatever the order and the spaces."""
-    content = {str(key): entry for key, entry in as_json(value).items() if key != CHECKSUM}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """``write_json`` of an object with a last key ``sha256``: the digest of the file with zeros in its place."""
+    blank = json.dumps({**value, CHECKSUM: BLANK}, indent=2, allow_nan=False) + "\n"
+    head, _, tail = blank.rpartition(BLANK)
+    write_atomically(path, f"{head}{hashlib.sha256(blank.encode()).hexdigest()}{tail}".encode())
 
 
 def as_json(value: Any) -> Any:
@@ -93,7 +90,7 @@ def read_json(
             raise ValueError("it is empty")
         value = json.loads(text)
         if checksummed:
-            value = _checked(value)
+            value = _checked(text, value)
         return TypeAdapter(kind).validate_python(value)
     except FileNotFoundError as missing:
         raise error(f"{path}: is missing; {way_out}") from missing
@@ -105,14 +102,17 @@ def read_json(
         raise error(f"{path}: is damaged ({damaged}); {way_out}") from damaged
 
 
-def _checked(value: Any) -> Any:
+def _checked(text: str, value: Any) -> dict[str, Any]:
+    """An object without its digest, which is compared with the text."""
     if not isinstance(value, dict):
         raise ValueError(f"an object was expected, found {type(value).__name__}")
-    if CHECKSUM not in value:
+    stated = value.pop(CHECKSUM, None)
+    if not isinstance(stated, str) or not stated:
         raise ValueError(f"it lacks the key {CHECKSUM!r}, the digest of its content")
-    if value[CHECKSUM] != content_digest(value):
+    head, _, tail = text.rpartition(stated)
+    if hashlib.sha256(f"{head}{BLANK}{tail}".encode()).hexdigest() != stated:
         raise ValueError(f"its content does not have the digest under {CHECKSUM!r}")
-    return {key: entry for key, entry in value.items() if key != CHECKSUM}
+    return value
 
 
 def first_fault(wrong: ValidationError) -> str:

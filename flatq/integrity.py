@@ -1,7 +1,7 @@
-"""``flatq verify``: whether every file of an artifact, an export or a run is the one that was written.
+"""``flatq verify``: compare every file of an artifact, an export or a run with its digest.
 
-Commands that use a model compare its files, too, but do not read again what they found right before; ``verified``
-reads everything. A run is its own files, its artifact and its exports.
+Commands that use a model also compare its files, but skip files that were verified before; ``verified`` reads every
+file. For a run, these are its own files, its artifact and its exports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flatq.run_folder import ARTIFACT, EXPORTS, FRESH, OWN, REPORT, RUN, Begun, 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A folder and what was found in it; without findings the reason why its list of files cannot be read."""
+    """A folder and its findings; if its list of files cannot be read, ``found`` is None and ``reason`` says why."""
 
     root: Path
     found: Findings | None
@@ -29,40 +29,40 @@ class Part:
 
     @property
     def fault(self) -> str:
-        """Damaged and missing files in words; empty if there are none."""
+        """Damaged and missing files as text; empty if there are none."""
         if self.found is None:
             return self.reason
         return f"{self.root}: {self.found.wrong}" if self.found.wrong else ""
 
     @property
-    def strange(self) -> str:
-        """Unexpected files in words; empty if there are none."""
+    def unexpected(self) -> str:
+        """Unexpected files as text; empty if there are none."""
         names = self.found.unexpected if self.found else ()
         return f"{self.root}: unexpected files: {', '.join(names)}" if names else ""
 
 
 def verified(path: Path) -> list[str]:
-    """Read every file that has a digest; a line for each folder.
+    """Read every file that has a digest; returns one line for each folder.
 
     Raises:
-        ArtifactError: names every file that is damaged, missing or unexpected; or nothing there is flatq's.
+        ArtifactError: lists every file that is damaged, missing or unexpected; or the folder was not written by flatq.
     """
     parts = examined(path, remembered=False)
-    faults = [words for part in parts for words in (part.fault, part.strange) if words]
+    faults = [words for part in parts for words in (part.fault, part.unexpected) if words]
     if faults:
         raise ArtifactError("\n".join(faults))
     return [f"{p.root}: OK, {p.found.files} files, {p.found.bytes:,} bytes" for p in parts if p.found]
 
 
 def refuse_damage(run: Path) -> None:
-    """Compare the files of a finished run; what was right before and has not been written since is not read again.
+    """Compare the files of a finished run with their digests; files verified before and unchanged are skipped.
 
     Raises:
-        ArtifactError: names every file that is damaged or missing.
+        ArtifactError: lists every file that is damaged or missing.
     """
     faults = [part.fault for part in examined(run, remembered=True) if part.fault]
     if faults:
-        raise ArtifactError("\n".join([*faults, f"{run}: {FRESH}, or go on without the comparison by --no-digests"]))
+        raise ArtifactError("\n".join([*faults, f"{run}: {FRESH}, or skip the comparison with --no-digests"]))
 
 
 def refuse_damaged_report(run: Path) -> None:
@@ -76,7 +76,7 @@ def refuse_damaged_report(run: Path) -> None:
 
 
 def examined(path: Path, *, remembered: bool) -> list[Part]:
-    """Every folder of flatq at a place.
+    """All folders of a run, or the folder of an artifact or export, with their findings.
 
     Args:
         path: a run folder, an artifact or an export.
@@ -105,7 +105,7 @@ def _part(root: Path, find: Callable[[], Findings]) -> Part:
 
 
 def _of_run(run: Path, remembered: bool) -> list[Part]:
-    """The run's own files, its artifact, its exports; of a run that is not finished those that are there."""
+    """The run's own files, its artifact and its exports; for an unfinished run only those that exist."""
     parts = [_part(run, lambda: _own_files(run, remembered))]
     artifact, finished = run / ARTIFACT, (run / REPORT).is_file()
     if finished or artifact.is_dir():

@@ -13,7 +13,7 @@ from flatq.sources.source import Source
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every step of a run needs to know.
+    """The inputs and settings that the steps of a run share.
 
     Attributes:
         recipe: of the run.

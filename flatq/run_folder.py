@@ -1,12 +1,13 @@
-"""The run folder: what is finished, what is cached, and how long each phase took.
+"""The run folder: results of finished phases, with their time and memory.
 
-    DIR/recipe.yaml          the recipe's text, as given
+    DIR/recipe.yaml          the text of the recipe
     DIR/work/                cached phases, hidden states, resume state; removed when the run is finished
-    DIR/artifact/            the compressed model (artifact.partial/ while it grows)
+    DIR/artifact/            the compressed model (artifact.partial/ until it is complete)
     DIR/exports/NAME/        one folder per export
     DIR/report.{json,md,html}
 
-A phase is a named computation with a JSON result. It is written down when it ends, so a killed run repeats no phase.
+A phase is a named computation with a JSON result. The result is written when the phase ends, so an interrupted run
+repeats no finished phase.
 """
 
 from __future__ import annotations
@@ -80,19 +81,19 @@ class RunFolder:
         self.artifact = root / ARTIFACT
         self.partial = root / f"{ARTIFACT}.partial"
         self.exports = root / EXPORTS
-        self._highest = 0  # bytes, before the phase in hand
+        self._highest = 0  # bytes, before the current phase
 
     @classmethod
     def open(cls, out: Path | None, recipe: Recipe, *, fresh: bool = False) -> RunFolder:
-        """The folder of this recipe, checked but not yet created.
+        """The folder of a recipe; it is checked here and created by ``working``.
 
         Raises:
-            RecipeError: the folder holds another recipe's run, is not flatq's, or cannot be written.
+            RecipeError: the folder belongs to another recipe, was not created by flatq, or cannot be written.
         """
         folder = cls(out or Path("runs") / f"{recipe.name}-{recipe.digest()[:8]}", recipe)
         root = folder.root
         if not distributed.first():
-            return folder  # the first process checks, creates and writes it
+            return folder  # only rank 0 checks, creates and writes it
         if fresh and folder.owned:
             shutil.rmtree(root)
         if root.exists() and (not root.is_dir() or any(root.iterdir())) and not folder.barely_begun:
@@ -111,19 +112,19 @@ class RunFolder:
 
     @property
     def owned(self) -> bool:
-        """Whether flatq made the folder."""
+        """Whether flatq created the folder."""
         return (self.root / RUN).is_file()
 
     @property
     def barely_begun(self) -> bool:
-        """Whether the folder holds nothing, or what a run left that was killed before ``run.json`` was there."""
+        """Whether the folder is empty, or was left by a run that ended before ``run.json`` was written."""
         if not self.root.is_dir() or self.owned:
             return False
         inside = {path.name for path in self.root.iterdir()}
         return inside <= {"work", f"{RUN}.partial"} and not (self.work.is_dir() and any(self.work.iterdir()))
 
     def begun(self) -> Begun:
-        """What ``run.json`` says.
+        """The content of ``run.json``.
 
         Raises:
             ArtifactError: it is missing or damaged.
@@ -131,16 +132,16 @@ class RunFolder:
         return read_json(self.root / RUN, Begun, FRESH, checksummed=True)
 
     def digest(self) -> str:
-        """Digest of the recipe that the folder was made for."""
+        """Digest of the folder's recipe."""
         return self.begun().digest
 
     @property
     def finished(self) -> bool:
-        """Whether a former run wrote its report, and every export succeeded."""
+        """Whether an earlier run wrote its report and every export succeeded."""
         return (self.root / REPORT).is_file() and not any(export.error for export in self.outcomes())
 
     def outcomes(self) -> list[Outcome]:
-        """The exports that the report names.
+        """The exports listed in the report.
 
         Raises:
             ArtifactError: the report is damaged.
@@ -148,13 +149,13 @@ class RunFolder:
         return read_json(self.root / REPORT, Outcomes, FRESH).exports
 
     def seal(self) -> None:
-        """Note the digests of a finished run's own files in ``run.json``."""
+        """Write the digests of a finished run's files to ``run.json``."""
         files = {name: file_digest(self.root / name) for name in SEALED if (self.root / name).is_file()}
         write_checksummed(self.root / RUN, Begun(digest=self.recipe.digest(), files=files).model_dump())
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Create the folder for the enclosed work; an error before anything of worth exists removes it again."""
+        """Create the folder for the enclosed work; an error before the first saved state removes it again."""
         if not distributed.first():
             distributed.barrier()
             yield
@@ -179,7 +180,7 @@ class RunFolder:
         shutil.rmtree(self.work)
 
     def _vanish(self, new: list[Path]) -> None:
-        """Leave the disk as it was: ``new`` are the folder and its parents, as far as they were made for this run."""
+        """Remove the folder; ``new`` lists the folder and parents that were created by this run."""
         shutil.rmtree(self.root, ignore_errors=True)
         if not new:
             self.root.mkdir(exist_ok=True)
@@ -189,11 +190,11 @@ class RunFolder:
             parent.rmdir()
 
     def depend_on(self, inputs: Mapping[str, Any]) -> None:
-        """Note what the run is made from; a resumed run must find the same, or its blocks would not fit together.
+        """Record the inputs of the run; a resumed run must have the same inputs.
 
         Raises:
-            RecipeError: names what changed since the run was begun.
-            ArtifactError: the note is damaged.
+            RecipeError: lists the inputs that changed since the run was started.
+            ArtifactError: ``inputs.json`` is damaged.
         """
         path, found = self.work / "inputs.json", as_json(inputs)
         if not path.exists():
@@ -202,21 +203,21 @@ class RunFolder:
         changed = [key for key in found if noted.get(key) != found[key]]
         if changed:
             raise RecipeError(
-                f"{self.root}: {', '.join(changed)} changed since this run was begun, and its finished part no longer "
-                "fits; put back what was there, or start over with --fresh"
+                f"{self.root}: {', '.join(changed)} changed since this run was started, so it cannot be resumed; "
+                "restore the former inputs, or start over with --fresh"
             )
 
     def phase(self, name: str, compute: Callable[[], T], kind: type[T]) -> T:
-        """Result of a phase, computed now or read from where an earlier run of this folder left it.
+        """Result of a phase: computed, or read from the file of an earlier run.
 
         Args:
-            name: of the phase, and of its file.
-            compute: gives the result.
-            kind: type of the result, anything that pydantic can write as JSON and read back: numbers, lists, dicts,
-                dataclasses, models. In every case what comes back is what was read back.
+            name: name of the phase and of its file.
+            compute: computes the result.
+            kind: type of the result; anything that pydantic can convert to JSON and back: numbers, lists, dicts,
+                dataclasses, models. The result is always converted to JSON and back, also when it was just computed.
 
         Raises:
-            ArtifactError: the file of a finished phase holds something else.
+            ArtifactError: the file of a finished phase holds another type.
         """
         adapter = TypeAdapter(kind)
         path = self.work / "phases" / f"{name}.json"
@@ -226,7 +227,7 @@ class RunFolder:
             try:
                 return adapter.validate_python(known.result)
             except ValidationError as wrong:
-                raise ArtifactError(f"{path}: is no result of {name!r} ({first_fault(wrong)}); {FRESH}") from wrong
+                raise ArtifactError(f"{path}: no valid result of {name!r} ({first_fault(wrong)}); {FRESH}") from wrong
         self._highest = max(self._highest, peak_rss_bytes())
         give_back()
         forget_peak()
@@ -251,25 +252,25 @@ class RunFolder:
         except ArtifactError as damaged:
             log.warning("%s", damaged)
             path.unlink()
-            if not self.artifact.exists():  # blocks that are done were made by the plan that was lost
+            if not self.artifact.exists():  # finished blocks were built from the plan that was lost
                 (self.work / "state.json").unlink(missing_ok=True)
             return None
 
     def forget(self, *names: str) -> None:
-        """Let phases be computed again."""
+        """Delete the results of phases, so that they are computed again."""
         for name in names:
             (self.work / "phases" / f"{name}.json").unlink(missing_ok=True)
 
     def timing(self) -> dict[str, float]:
-        """Seconds per finished phase, in the order of finishing."""
+        """Seconds per finished phase, in the order in which they finished."""
         return {name: round(phase.seconds, 2) for name, phase in self._phases().items()}
 
     def memory(self) -> dict[str, int]:
-        """Largest resident memory during each finished phase (on Linux; elsewhere: until its end)."""
+        """Peak resident memory during each finished phase (on Linux; elsewhere: since the start of the process)."""
         return {name: phase.peak_rss_bytes for name, phase in self._phases().items()}
 
     def device_memory(self) -> dict[str, int]:
-        """Most that each finished phase held on GPUs; without those phases that used none."""
+        """Peak GPU memory of each finished phase that used a GPU."""
         return {name: phase.peak_device_bytes for name, phase in self._phases().items() if phase.peak_device_bytes}
 
     def _phases(self) -> dict[str, Phase]:
@@ -277,15 +278,15 @@ class RunFolder:
         return {path.stem: phase for path in files if (phase := self._known(path)) is not None}
 
     def peak_rss_bytes(self) -> int:
-        """Largest resident memory of this process over all phases, earlier processes of a resumed run included."""
+        """Peak resident memory over all phases, including those of earlier processes of a resumed run."""
         return max([peak_rss_bytes(), self._highest, *self.memory().values()])
 
 
 def require_space(root: Path, wanted: int, what: str) -> None:
-    """Fail early if the disk cannot hold what is to be written.
+    """Fail early if there is not enough disk space.
 
     Raises:
-        FlatqError: names the place, what is needed and what is free.
+        FlatqError: with the folder, the space needed and the free space.
     """
     existing = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free

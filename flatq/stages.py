@@ -37,6 +37,6 @@ def stages_of(
 
 
 def walked_along(recipe: Recipe) -> tuple[bool, bool]:
-    """What the stages need to know of the dense model during the walk: ``reference`` and ``lag`` of ``walk``."""
+    """Whether the walk must track the dense model for the stages: arguments ``reference`` and ``lag`` of ``walk``."""
     flat, gptq = recipe.flat, recipe.gptq
     return flat is not None and flat.corrects, gptq is not None and gptq.corrects

@@ -1,4 +1,4 @@
-"""Sizes as people write them, read once; sizes, durations, speeds and ratios, written once. Imports no torch."""
+"""Parse sizes; format sizes, durations, speeds and ratios. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _BYTES = TypeAdapter(ByteSize)
 
 
 def parse_size(text: str) -> int:
-    """Bytes, above 0: ``90MB`` and ``1.5GB`` in powers of ten, ``6GiB`` in powers of two, ``7000`` as it is.
+    """Bytes, above 0: ``90MB`` and ``1.5GB`` in powers of ten, ``6GiB`` in powers of two, ``7000`` is bytes.
 
     Raises:
-        ValueError: the text is none of these.
+        ValueError: the text has another form.
     """
     try:
         found = int(_BYTES.validate_python(text)) if "bit" not in text.lower() else 0  # ByteSize also reads bits
@@ -25,16 +25,16 @@ def parse_size(text: str) -> int:
 
 
 def size_at_least(count: float) -> str:
-    """Bytes as a recipe states them, rounded up so that ``parse_size`` gives ``count`` or more: ``90.5MB``."""
+    """Bytes in the notation of recipes, rounded up so that ``parse_size`` gives ``count`` or more: ``90.5MB``."""
     unit, factor = next(((u, f) for u, f in (("GB", 10**9), ("MB", 10**6)) if count >= f), ("kB", 10**3))
     thousandths = math.ceil(1000 * count / factor)
-    while parse_size(text := f"{thousandths / 1000:.10g}{unit}") < count:  # a product of floats may fall a byte short
+    while parse_size(text := f"{thousandths / 1000:.10g}{unit}") < count:  # float rounding may give one byte less
         thousandths += 1
     return text
 
 
 def size(count: float) -> str:
-    """Bytes for people, decimal units, three digits: ``135 MB``."""
+    """Bytes in decimal units with three digits: ``135 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -48,7 +48,7 @@ def speed(rate: float) -> str:
 
 
 def seconds(duration: float) -> str:
-    """``340 ms``, ``12.1 s``, ``7 min 12 s``, ``2 h 5 min``; from two days on ``30 days``."""
+    """``340 ms``, ``12.1 s``, ``7 min 12 s``, ``2 h 5 min``; two days or more as ``30 days``."""
     if duration < 1:
         return f"{duration * 1000:.3g} ms"
     if duration < 99.95:
@@ -61,16 +61,16 @@ def seconds(duration: float) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits, thousands apart."""
+    """Four digits, with thousands separators."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def times(ratio: float, up: str, down: str) -> str:
-    """A ratio result / baseline in words: ``3.10 x faster``, or below one ``3.10 x slower``."""
+    """A ratio result / baseline in words: ``3.10 x faster``, or for ratios below one ``3.10 x slower``."""
     return f"{ratio:.2f} x {up}" if ratio >= 1 else f"{1 / ratio:.2f} x {down}"
 
 
 def with_error(value: float, stderr: float | None, form: str) -> str:
-    """A measured value with its standard error, as ``+0.130 ± 0.004``; alone where the error is not known."""
-    said = format(value, form)
-    return said if stderr is None else f"{said} ± {format(stderr, form.lstrip('+'))}"
+    """A measured value with its standard error, as ``+0.130 ± 0.004``; only the value if the error is not known."""
+    text = format(value, form)
+    return text if stderr is None else f"{text} ± {format(stderr, form.lstrip('+'))}"

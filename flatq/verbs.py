@@ -1,4 +1,4 @@
-"""What the command line does besides ``run``: check, plan, export, bench, eval, compare, generate."""
+"""The commands besides ``run``: check, plan, export, bench, eval, compare, generate."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from flatq.sources.source import Source
 
 
 def check(recipe: Recipe) -> list[str]:
-    """The recipe in words, and what is not installed for its exports.
+    """A description of the recipe, and warnings about packages that its exports need.
 
-    Of a model in a local folder its config.json is read too: family, shapes and the exporters' objections to them.
+    For a model in a local folder config.json is read as well, to describe its shapes and check the exports.
 
     Raises:
-        RecipeError: an exporter is missing, refuses its options, or objects to the model.
+        RecipeError: an exporter is missing, its options are invalid, or it does not support the model.
     """
     exports, lines = planned_exports(recipe), explanation(recipe)
     if (Path(recipe.model.path) / "config.json").is_file():
@@ -49,10 +49,10 @@ def check(recipe: Recipe) -> list[str]:
 
 
 def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, RankPlan]:
-    """The model without its weights, and the widths that it would get with equal shares.
+    """The model without its weights, and the plan with equal fractions for all layers.
 
     Raises:
-        RecipeError: the budget cannot be reached, or groups or an exporter do not fit the planned model.
+        RecipeError: the budget cannot be reached, or GPTQ or an exporter does not support the planned model.
     """
     source = open_source(recipe, need_weights=False)
     raise_early_objections(recipe, source, exports)
@@ -62,15 +62,15 @@ def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, 
 
 
 def _warnings(recipe: Recipe, exports: list[PlannedExport]) -> list[str]:
-    """What ``flatq run`` would refuse on this machine; another machine may have it."""
+    """Missing packages, as warnings: the recipe may be meant for another machine."""
     return [f"! {problem}" for problem in absent_packages_of(exports) + absent_for_tasks(recipe)]
 
 
 def plan(recipe: Recipe, *, device: str = "auto") -> str:
-    """Parameters, sizes, memory and time to expect, from the model's shapes alone.
+    """Predicted parameters, sizes, memory and time, from the model's shapes alone.
 
     Raises:
-        RecipeError: an exporter objects to the planned model.
+        RecipeError: an exporter does not support the planned model.
     """
     exports = planned_exports(recipe)
     source, planned = _from_shapes(recipe, exports)
@@ -82,14 +82,14 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
-    """The recipe that made an artifact.
+    """The recipe of an artifact.
 
     Raises:
-        RecipeError: it was made without a recipe file.
+        RecipeError: the artifact has no recipe.
     """
     text = artifact.manifest["recipe"]
     if not text:
-        raise RecipeError(f"{artifact.root}: keeps no recipe, so its calibration text is unknown; run a recipe again")
+        raise RecipeError(f"{artifact.root}: has no recipe, so its calibration text is unknown; run a recipe again")
     return Recipe.parse(text, str(artifact.root / MANIFEST))
 
 
@@ -109,7 +109,7 @@ def export(
     Raises:
         ArtifactError: a file of the artifact is missing or damaged.
         RecipeError: unknown exporter or options, or ``out`` exists.
-        ExportError: it cannot be written, or its runtime disagrees.
+        ExportError: it cannot be written, or its logits differ from the artifact's.
     """
     if out.exists():
         raise RecipeError(f"--out {out}: exists; choose another place")
@@ -130,11 +130,11 @@ def export(
 def bench_exports(
     paths: list[Path], against: list[Path], loads: list[dict[str, int]], *, check: bool = True, **settings: Any
 ) -> str:
-    """Measure export folders in turns, and graphs of other programs beside them; a table for each load.
+    """Measure export folders and ONNX decoders of other programs in turn; returns a table for each load.
 
     Args:
-        paths: folders that flatq wrote.
-        against: folders with someone else's decoder graph.
+        paths: export folders of flatq.
+        against: folders with an ONNX decoder of another program.
         loads: ``prompt``, ``new_tokens`` and ``batch`` of each table.
         check: compare the exports' files with their digests first.
         settings: the other keys of a recipe's ``bench``.
@@ -162,7 +162,7 @@ def evaluate_tasks(
     provider: str,
     check: bool = True,
 ) -> str:
-    """Tasks of lm-eval for a model and the dense model that it was made from, as a table.
+    """Run tasks of lm-eval for a model and its dense model; returns a table.
 
     Raises:
         RecipeError: lm-eval is not installed, or a task is unknown.
@@ -174,7 +174,7 @@ def evaluate_tasks(
 
 
 def compare(paths: list[Path], figure: Path | None) -> str:
-    """A table of everything that was measured of some models; a figure of quality against bytes if a file is named.
+    """A table of the existing measurements of some models; optionally a figure of quality against bytes.
 
     Raises:
         RecipeError: a path is no model, or the figure's name does not end in .svg or .png.
@@ -222,7 +222,7 @@ def checked_options(exporter: Exporter, options: dict[str, Any]) -> BaseModel:
     """An exporter's options from the command line.
 
     Raises:
-        RecipeError: names each option that is refused.
+        RecipeError: lists the invalid options.
     """
     try:
         return exporter.Options(**options)

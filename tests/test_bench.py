@@ -120,7 +120,7 @@ class Orders:
 
 
 @pytest.mark.parametrize(
-    ("opener", "message"), [(open_nothing, "no runtime of its own"), (open_broken, "OSError: no such graph")]
+    ("opener", "message"), [(open_nothing, "no runtime for this format"), (open_broken, "OSError: no such graph")]
 )
 def test_a_failure_is_answered_with_its_cause(opener: OpenRunner, message: str) -> None:
     pipe, before = Orders("open"), signal.getsignal(signal.SIGINT)

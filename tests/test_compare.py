@@ -104,7 +104,7 @@ def test_artifacts_exports_and_foreign_graphs_have_bytes(run: Path, tmp_path: Pa
 def test_no_model_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
     shown = flatq("compare", tmp_path)
     assert shown.exit_code == 2
-    assert "holds no model" in shown.stderr
+    assert "has no model" in shown.stderr
 
 
 @pytest.mark.parametrize(("name", "start"), [("out.svg", b"<?xml"), ("out.png", b"\x89PNG")])

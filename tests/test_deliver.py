@@ -121,7 +121,7 @@ def test_cuda_is_missed_before_anything_is_computed(tmp_path: Path) -> None:
     shown = flatq("check", file)
     assert shown.exit_code == 2
     assert shown.stderr.count("\n") == 1
-    assert "fast.yaml:5: bench.provider: cuda was asked for, but the runtime of onnx" in shown.stderr
+    assert "fast.yaml:5: bench.provider: cuda is not available in the installed runtime of onnx" in shown.stderr
 
 
 def test_graphs_of_other_programs_are_measured_beside_ours(artifact: Artifact, tmp_path: Path) -> None:

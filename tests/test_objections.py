@@ -75,10 +75,10 @@ def test_a_run_whose_recipe_says_verify_false_reports_it_in_red_and_measures_wha
     bench = {"prompt": 4, "new_tokens": 2, "repeats": 1, "threads": 1, "baseline": False}
     shown = flatq("run", make_recipe(stages=[FLAT], exports=exports, bench=bench), "--out", tmp_path / "out")
     assert shown.exit_code == 0, shown.stderr
-    assert "exports.gguf: not verified: verification was switched off" in caplog.messages
+    assert "exports.gguf: not verified: verification was disabled" in caplog.messages
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     gguf, onnx = report["exports"]
-    assert (gguf["verify"], gguf["unverified"]) == (None, "verification was switched off")
+    assert (gguf["verify"], gguf["unverified"]) == (None, "verification was disabled")
     assert onnx["verify"] is not None
     assert onnx["unverified"] == ""
     assert [entry["name"] for entry in report["bench"]] == ["onnx"]
@@ -86,7 +86,7 @@ def test_a_run_whose_recipe_says_verify_false_reports_it_in_red_and_measures_wha
     page = (tmp_path / "out" / "report.html").read_text()
     assert '<small class="unverified">not verified</small>' in page
     assert ".unverified, small.unverified { color: light-dark(#c62828," in page
-    assert "**not verified**: verification was switched off" in (tmp_path / "out" / "report.md").read_text()
+    assert "**not verified**: verification was disabled" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_verify_true_is_the_default_and_changes_no_digest() -> None:

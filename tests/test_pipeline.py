@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flatq as package
@@ -24,7 +25,7 @@ from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import load_decoder
 from flatq.report.render import read_report
 from flatq.sources.source import open_model
-from tests.conftest import FLAT, GPTQ, LAYERS, ONNX, MakeRecipe, digests, flatq, manifest_of
+from tests.conftest import FLAT, GPTQ, LAYERS, ONNX, MakeRecipe, digests, flatq, manifest_of, usual_recipe
 
 BLOCKS = 2 * LAYERS
 REPORT = {
@@ -98,6 +99,22 @@ def test_two_runs_give_the_same_bytes(exported_run: tuple[Path, Path], tmp_path:
     assert flatq("run", recipe, "--out", tmp_path / "out").exit_code == 0
     for part in ("artifact", "exports"):
         assert digests(tmp_path / "out" / part) == digests(out / part)
+
+
+def test_an_export_that_was_damaged_before_the_run_was_finished_is_written_again(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, out = make_recipe(exports=ONNX[2:], stages=[GPTQ]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("flatq.pipeline.run.summarize", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert flatq("run", recipe, "--out", out).exit_code == 130
+    before = digests(out / "exports")
+    model = out / "exports" / "fp32" / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    assert flatq("run", recipe, "--out", out).exit_code == 0
+    assert "damaged files: model.onnx" in caplog.text
+    assert "it is written again" in caplog.text
+    assert digests(out / "exports") == before
 
 
 def test_fresh_starts_over(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -253,6 +270,41 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_with_the_same_bytes(
 
     assert flatq("run", recipe, "--out", whole).exit_code == 0
     assert digests(killed / "artifact") == digests(whole / "artifact")
+
+
+@pytest.fixture(scope="module")
+def broken_off(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file: Path
+) -> tuple[Path, Path, dict[str, str]]:
+    """A recipe, the folder of its run that was broken off after the last block, and what the artifact should be."""
+    root = tmp_path_factory.mktemp("broken")
+    recipe = root / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(usual_recipe(tiny_model, text_file) | {"stages": [GPTQ]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flatq.pipeline.build.finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert flatq("run", recipe, "--out", root / "out").exit_code == 130
+    whole = Path(shutil.copytree(root / "out", root / "whole"))
+    assert flatq("run", recipe, "--out", whole).exit_code == 0
+    return recipe, root / "out", digests(whole / "artifact")
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["artifact.partial/layer-00001-mlp.safetensors", "work/blocks/00001-0.json", "work/blocks/00001-1.safetensors",
+     "work/state.json", "work/phases/baseline.json"],
+)  # fmt: skip
+def test_what_a_killed_run_left_damaged_is_made_again_with_the_same_bytes(
+    file: str, broken_off: tuple[Path, Path, dict[str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, left, expected = broken_off
+    out = Path(shutil.copytree(left, tmp_path / "out"))
+    content = bytearray((out / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / file).write_bytes(content)
+    assert flatq("run", recipe, "--out", out).exit_code == 0
+    assert f"{Path(file).name}: is " in caplog.text
+    assert "damaged" in caplog.text
+    assert digests(out / "artifact") == expected
 
 
 def test_a_run_whose_export_failed_goes_on_with_the_export(

@@ -14,8 +14,8 @@ from flatq.errors import ExportError, RecipeError
 from flatq.export.generate import DecoderRunner
 from flatq.export.quality import first_rows, runner_divergence
 from flatq.model.footprint import weight_bytes
+from flatq.pipeline.baselines import nearest_in_bytes
 from flatq.pipeline.evaluate import checked_dataset
-from flatq.pipeline.rivals import nearest_in_bytes
 from flatq.quantize.grids import planned_grids
 from flatq.recipe.blocks import GptqSpec
 from flatq.report.render import read_report
@@ -101,7 +101,7 @@ def test_eval_refuses_a_misspelt_dataset_with_the_nearest() -> None:
         checked_dataset("wikitxt2", None)
     with pytest.raises(RecipeError, match="give the file with --path"):
         checked_dataset("text", None)
-    with pytest.raises(RecipeError, match="is not read with --dataset c4"):
+    with pytest.raises(RecipeError, match="is not used with --dataset c4"):
         checked_dataset("c4", Path("a.txt"))
     assert checked_dataset(None, Path("a.txt")) == "text"
     assert checked_dataset(None, None) is None
@@ -153,7 +153,7 @@ def test_a_failed_export_leaves_a_report_and_the_other_exports(
     assert [export.error for export in read_report(out / "report.json").exports] == [None, None]
 
 
-def test_rivals_are_built_and_judged_in_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_quantized_baselines_are_built_and_evaluated_in_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, out = make_recipe(baselines=["dense", "quantized", "same_bytes"]), tmp_path / "out"
     shown = flatq("run", recipe, "--out", out)
     assert shown.exit_code == 0, shown.stderr
@@ -164,13 +164,13 @@ def test_rivals_are_built_and_judged_in_the_same_run(make_recipe: MakeRecipe, tm
     assert alone.parameters == same.parameters == report.baseline.parameters
     assert alone.bytes > report.result.bytes
     assert abs(same.bytes / report.result.bytes - 1) < abs(alone.bytes / report.result.bytes - 1)
-    for rival in report.baselines:
-        assert [text.text for text in rival.quality] == [text.text for text in report.quality]
-        assert all(text.kl > 0 for text in rival.quality)
+    for baseline in report.baselines:
+        assert [text.text for text in baseline.quality] == [text.text for text in report.quality]
+        assert all(text.kl > 0 for text in baseline.quality)
     assert "Narrowing" in (out / "report.md").read_text()
 
 
-def test_the_rival_at_the_same_bytes_is_the_nearest_there_is() -> None:
+def test_the_baseline_at_the_same_bytes_is_the_nearest_there_is() -> None:
     dense, spec = tiny_config(), GptqSpec(bits=4, group_size=16)
     sizes = {
         (bits, group): weight_bytes(dense, planned_grids(dense, GptqSpec(bits=bits, group_size=group)), 4)

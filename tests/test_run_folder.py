@@ -113,8 +113,81 @@ def test_a_resumed_run_must_find_the_inputs_it_was_begun_with(tmp_path: Path) ->
     with folder.working():
         folder.depend_on({"source": {"a": "1"}, "versions": ("x", 2)})
         folder.depend_on({"source": {"a": "1"}, "versions": ("x", 2)})
-        with pytest.raises(RecipeError, match=r"source changed since this run was begun.*--fresh"):
+        with pytest.raises(RecipeError, match=r"source changed since this run was started.*--fresh"):
             folder.depend_on({"source": {"a": "2"}, "versions": ("x", 2)})
+
+
+DAMAGES = [b"", b"{", b"\xff", b"[]", b'{"digest": 3}', b'{"result": 1}', b'{"result": [1, 2], "sha256": "0"}']
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("built", [False, True])
+def test_a_phase_whose_file_is_damaged_is_computed_again_and_says_so(
+    built: bool, damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder.open(tmp_path / "run", RECIPE)
+    with folder.working():
+        folder.phase("first", lambda: [1], list[int])
+        folder.phase("second", lambda: 2, int)
+        (folder.work / "state.json").touch()
+        if built:
+            folder.artifact.mkdir()
+        (folder.work / "phases" / "first.json").write_bytes(damage)
+        assert folder.phase("first", lambda: [5], list[int]) == [5]
+        assert "first.json: is damaged" in caplog.text
+        assert "this phase is computed again" in caplog.text
+        assert folder.phase("second", lambda: pytest.fail("again"), int) == 2
+        assert (folder.work / "state.json").exists() == built, "finished blocks were made by the plan that was lost"
+        (folder.work / "phases" / "second.json").write_bytes(damage)
+        assert list(folder.timing()) == ["first"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_notes_of_the_recipe_or_the_inputs_are_refused_by_name(damage: bytes, tmp_path: Path) -> None:
+    folder = worked(tmp_path / "run")
+    with folder.working():
+        folder.depend_on({"a": 1})
+        (folder.work / "inputs.json").write_bytes(damage)
+        with pytest.raises(ArtifactError, match=r"inputs\.json: is damaged [^\n]*; start over with --fresh$"):
+            folder.depend_on({"a": 1})
+    (folder.root / "run.json").write_bytes(damage)
+    with pytest.raises(ArtifactError, match=r"run\.json: is damaged [^\n]*; start over with --fresh$"):
+        RunFolder.open(folder.root, RECIPE)
+    assert not RunFolder.open(folder.root, RECIPE, fresh=True).root.exists()
+
+
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGES if not damage.startswith(b'{"')])
+def test_a_damaged_report_is_no_finished_run_and_is_refused_by_name(damage: bytes, tmp_path: Path) -> None:
+    folder = worked(tmp_path / "run", finished=True)
+    (folder.root / "report.json").write_bytes(damage)
+    with pytest.raises(ArtifactError, match=r"report\.json: is damaged [^\n]*; start over with --fresh$"):
+        _ = folder.finished
+
+
+@pytest.mark.parametrize("left", [(), ("work/",), ("work/", "run.json.partial"), ("run.json.partial",)])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_a_run_was_killed_in_while_it_was_made_is_taken_over(
+    left: tuple[str, ...], fresh: bool, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    for name in left:
+        (root / name).mkdir() if name.endswith("/") else (root / name).write_text('{"dig')
+    folder = RunFolder.open(root, RECIPE, fresh=fresh)
+    with folder.working():
+        assert folder.digest() == RECIPE.digest()
+        assert not (root / "run.json.partial").exists()
+
+
+@pytest.mark.parametrize("other", ["work/precious", "precious"])
+def test_a_folder_with_anything_else_is_not_taken_over(other: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "work").mkdir(parents=True)
+    (tmp_path / "run" / "run.json.partial").touch()
+    (tmp_path / "run" / other).touch()
+    for fresh in (False, True):
+        with pytest.raises(RecipeError, match="is no run folder of flatq"):
+            RunFolder.open(tmp_path / "run", RECIPE, fresh=fresh)
+    assert (tmp_path / "run" / other).exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -169,5 +242,5 @@ def test_a_phase_gives_its_type_back_and_refuses_another(tmp_path: Path) -> None
     with RunFolder.open(tmp_path, RECIPE).working():
         assert RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: curves, list[Curves]) == curves
         assert RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: pytest.fail("again"), list[Curves]) == curves
-        with pytest.raises(ArtifactError, match=r"curves\.json: is no result of 'curves'"):
+        with pytest.raises(ArtifactError, match=r"curves\.json: no valid result of 'curves'"):
             RunFolder.open(tmp_path, RECIPE).phase("curves", lambda: pytest.fail("again"), int)

@@ -164,7 +164,7 @@ def test_a_model_that_does_not_fit_is_refused_with_a_way_out(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(RecipeError, match=r"dataset self: .* 0.0 GB are free on cpu; take dataset wikitext2, .*text"):
+    with pytest.raises(RecipeError, match=r"dataset self: .* 0.0 GB are free on cpu; use dataset wikitext2, .*text"):
         SelfText(source, tmp_path).rows(1, 8, 1)
     monkeypatch.undo()
     require_memory(source.config, 1, 8, "cpu")
@@ -242,7 +242,7 @@ def test_the_text_of_another_kind_is_one_that_was_not_calibrated_on(source: Sour
     found = texts(source, tmp_path, {"dataset": "self"}, [{}])
     assert [(text.name, text.calibrated) for text in found.judged] == [("self", True), ("python-docs", False)]
     both = {"mix": [{"dataset": "self", "share": 1}, {"dataset": "python-docs", "share": 1}]}
-    with pytest.raises(RecipeError, match="other needs one of python-docs, self that is not calibrated on"):
+    with pytest.raises(RecipeError, match="other needs one of python-docs, self that is not a calibration text"):
         texts(source, tmp_path, both, [{"dataset": "other"}])
 
 

@@ -147,8 +147,8 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str | None, suffix: str, m
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        (0, r"evaluation.tokens: .* holds 0 tokens, evaluation needs 32"),
-        (31, "holds 31 tokens"),
+        (0, r"evaluation.tokens: .* has 0 tokens, evaluation needs 32"),
+        (31, "has 31 tokens"),
         (32, "leaves 0 tokens for calibration"),
         (63, "leaves 31 tokens for calibration, 4 samples of 8 need 32; set samples to at most 3"),
     ],
@@ -168,7 +168,7 @@ def test_too_little_text_is_refused_with_numbers(tmp_path: Path, length: int, me
             ),
             "allowed: wikitext2, c4, alpaca, python-docs, self, text",
         ),
-        (calibration(dataset="self"), "no model at hand here; name another dataset"),
+        (calibration(dataset="self"), "no model is available here; use another dataset"),
     ],
 )
 def test_an_incomplete_or_unknown_corpus_is_refused(spec: Any, message: str) -> None:

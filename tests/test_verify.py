@@ -113,13 +113,20 @@ def test_other_levels_are_opened_exact_and_as_deployed(artifact: Artifact) -> No
 
 @pytest.mark.parametrize(
     ("deployed", "exact", "message"),
-    [(0.0, 1.0, r"onnx, optimization level basic \(exact\), "), (40.0, 0.0, "onnx, optimization level basic: the runtime")],
+    [
+        (0.0, 1.0, r"onnx, optimization level basic \(exact\): the logit"),
+        (40.0, 0.0, "onnx, optimization level basic: the runtime"),
+    ],
 )
 def test_a_level_that_disagrees_is_named(artifact: Artifact, deployed: float, exact: float, message: str) -> None:
     levels = {"basic": (lambda: Noisy(artifact, deployed), lambda: Noisy(artifact, exact))}
     with pytest.raises(ExportError, match=message):
         verify(
-            artifact, lambda: Noisy(artifact, 0.1), open_exact=lambda: DecoderRunner(artifact), levels=levels, name="onnx"
+            artifact,
+            lambda: Noisy(artifact, 0.1),
+            open_exact=lambda: DecoderRunner(artifact),
+            levels=levels,
+            name="onnx",
         )
 
 
@@ -183,7 +190,7 @@ def test_an_ill_conditioned_model_is_told_from_a_wrong_export(caplog: pytest.Log
     sound, ill = Cancelling(1.0), Cancelling(1e6)
     noise = Case.draw(ill, None, 0).noise
     for model, by in ((sound, 1.0), (ill, 1e4 * noise)):
-        with pytest.raises(ExportError, match="The export is wrong or its runtime has a fault"):
+        with pytest.raises(ExportError, match="The export or its runtime is faulty"):
             verify(model, lambda m=model, d=by: Shifted(m, d))
     assert caplog.text.count("float32 rounding alone moves its logits") == 1
     with pytest.raises(ExportError, match="The model is ill-conditioned: float32 rounding alone"):

@@ -1,13 +1,13 @@
-"""How far a model is from the dense one on a text: perplexities, KL divergence, top-1 agreement, with standard errors.
+"""Divergence of a model from the dense one: perplexities, KL divergence, top-1 agreement, with standard errors.
 
-Perplexity says how well a text is predicted, and text that resembles the calibration hides what was lost. The
-divergence from the dense model needs no labels: it asks at every position whether the two models say the same, also
-where the text itself is unlikely under both.
+Perplexity measures how well a text is predicted; on text similar to the calibration text it underestimates the loss of
+quality. KL divergence and top-1 agreement compare the predictions of the two models at every position, independent of
+the text's own next token.
 
 Standard errors are over rows, not over tokens: tokens of a row share their context, so their measures are correlated
 and an error over tokens would be too small. Rows are windows of the text and are treated as independent. The error
-of the damage is paired (difference of the two models on the same row), which removes what makes one row harder than
-another. With one row there is no standard error, and it is None.
+of the damage is paired (difference of the two models on the same row), which removes the variance between rows. With
+one row the standard error is None.
 
 Memory is half a layer, the final hidden states of both models ([tokens, m] float32) and the logits of a few positions.
 
@@ -40,14 +40,14 @@ MEASURES = 4  # per position: nll of the dense model, nll of the other, KL, agre
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """A model beside the dense one on one text; all standard errors are over rows, None for a single row.
+    """Comparison of a model with the dense one on one text; standard errors are over rows, None for a single row.
 
     Attributes:
-        rows, tokens: windows of text, and predicted positions in them.
-        baseline_perplexity, perplexity: of the dense model and of the other.
+        rows, tokens: number of windows, and of predicted positions in them.
+        baseline_perplexity, perplexity: of the dense model and of the compared model.
         damage: ``ln(perplexity / baseline_perplexity)``, nats per token.
         kl: mean over positions of KL(dense || other), nats.
-        top1: share of positions where both find the same token likeliest.
+        top1: fraction of positions where the most likely token is the same.
     """
 
     rows: int
@@ -63,11 +63,11 @@ class Divergence:
 
     @classmethod
     def of(cls, means: Tensor, positions: int) -> Divergence:
-        """From the mean measures of each row.
+        """Aggregate the mean measures of each row.
 
         Args:
             means: float64 [n, 4]: nll of the dense model, nll of the other, KL, agreement.
-            positions: predicted in each row.
+            positions: number of predicted positions in each row.
 
         Raises:
             NumericsError: a measure is not finite, or too large for a perplexity.
@@ -99,11 +99,11 @@ class Divergence:
 
 
 class DenseStates:
-    """Final hidden states of the dense model, computed once per text and kept on disk for every later comparison.
+    """Final hidden states of the dense model, computed once per text and cached on disk for later comparisons.
 
     Args:
         weights: of the dense model.
-        folder: where states are kept; it may hold those of an earlier process.
+        folder: of the cache; may contain states of an earlier process.
     """
 
     def __init__(self, weights: Weights, folder: Path, *, device: str = "cpu") -> None:
@@ -111,9 +111,9 @@ class DenseStates:
         self._folder = folder
 
     def hidden(self, tokens: Tensor, *, on_half: Callable[[], object] | None = None) -> Tensor:
-        """What the dense model's head reads, int64 [n, s] -> float32 [n, s, m].
+        """Inputs of the dense model's LM head, int64 [n, s] -> float32 [n, s, m].
 
-        States of more rows that begin with these are read, not computed.
+        Cached states are used if their tokens start with these rows.
         """
         for path in sorted(self._folder.glob("*.safetensors")):
             with safetensors.safe_open(path, framework="pt") as stored:
@@ -133,10 +133,10 @@ class DenseStates:
 
 
 def shared_rows(tokens: Tensor) -> Tensor:
-    """The rows that this process computes, of int64 [n, s].
+    """The rows of int64 [n, s] that this process computes.
 
     Raises:
-        RecipeError: there is nothing to predict.
+        RecipeError: fewer than one row or two positions.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise RecipeError(
@@ -151,16 +151,16 @@ def shared_rows(tokens: Tensor) -> Tensor:
 def divergence(
     dense: DenseStates, weights: Weights, tokens: Tensor, *, on_half: Callable[[], object] | None = None
 ) -> Divergence:
-    """Compare a model with the dense one; under several processes each computes its share of the rows.
+    """Compare a model with the dense one; several processes split the rows between them.
 
     Args:
         dense: the reference.
-        weights: of the model to judge; same vocabulary.
+        weights: of the compared model; same vocabulary.
         tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are predicted.
         on_half: called after each half layer of ``weights``.
 
     Raises:
-        RecipeError: there is nothing to predict, or a token is not in the vocabulary.
+        RecipeError: fewer than one row or two positions, or a token is not in the vocabulary.
         NumericsError: a measure is not finite.
     """
     own, mine = shared_rows(tokens), distributed.share(len(tokens))
@@ -185,7 +185,7 @@ def divergence(
 
 @torch.inference_mode()
 def dense_perplexity(dense: DenseStates, tokens: Tensor, *, on_half: Callable[[], object] | None = None) -> float:
-    """Perplexity of the dense model; its hidden states are then on disk for ``divergence``. Errors as there."""
+    """Perplexity of the dense model; caches its hidden states for ``divergence``. Raises the same errors."""
     own, head = shared_rows(tokens), dense.head()
     total = torch.zeros((), dtype=torch.float64)
     if len(own):

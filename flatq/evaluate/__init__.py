@@ -1,1 +1,1 @@
-"""Judging a finished model from outside: tasks of lm-eval, and several models in one table."""
+"""Evaluation of finished models: tasks of lm-eval, and comparison of several models in one table."""

@@ -1,8 +1,8 @@
-"""Several models in one table and one figure, from what was measured before; nothing is run here.
+"""``flatq compare``: several models in one table and one figure, from existing measurements.
 
-It reads ``report.json`` of runs, ``export.json`` of exports, the manifest of an artifact, and the results that
-``flatq eval --tasks`` left beside them. Of a report only the keys that are shown here are read, because those of
-other versions of flatq have other keys. What is not there is "not measured".
+It reads ``report.json`` of runs, ``export.json`` of exports, the manifest of an artifact, and the task results of
+``flatq eval --tasks``. Only the keys of a report that are shown are read, because other versions of flatq write other
+keys. Missing values are shown as "not measured".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flatq.run_folder import FRESH, REPORT
 from flatq.units import number, size
 
 ABSENT = "not measured"
-HELD_OUT = "held-out text"  # what reports with a single text measured on
+HELD_OUT = "held-out text"  # name of the text in reports without ``quality``
 WEIGHTS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.data", "*.gguf", "*.safetensors", "*.bin")
 
 
@@ -56,7 +56,7 @@ class Text(Part):
 
 
 class Export(Part):
-    """One export; it has no files where there is an error."""
+    """One export; a failed one has an error and no files."""
 
     name: str
     bytes: int
@@ -79,7 +79,7 @@ class Bench(Part):
 
 
 class Measured(Part):
-    """All that is read of ``report.json``."""
+    """The keys of ``report.json`` that are read."""
 
     baseline: Model | None = None
     result: Model
@@ -90,11 +90,11 @@ class Measured(Part):
 
 @dataclass(frozen=True)
 class Entry:
-    """One model, as far as it was measured.
+    """One model with its measurements.
 
     Attributes:
-        name: path, and what of it.
-        bytes: of its weights; of all files for an export.
+        name: path, and which model of a run.
+        bytes: size of its weights; of all files for an export.
         perplexity, damage: by text; damage is ``ln(perplexity / dense perplexity)``, nats per token.
         bench: a ``BenchResult`` as JSON.
         tasks: results of lm-eval.
@@ -109,10 +109,10 @@ class Entry:
 
 
 def entries_of(path: Path) -> list[Entry]:
-    """A run is its dense model, its artifact and its exports; everything else is one model.
+    """The entries of a path: for a run its dense model, artifact and exports; otherwise one model.
 
     Raises:
-        RecipeError: nothing there is a model.
+        RecipeError: the path contains no model.
     """
     if (path / REPORT).is_file():
         return list(_of_run(path))
@@ -143,7 +143,7 @@ def _of_run(path: Path) -> Iterator[Entry]:
 
 
 def _of_export(path: Path) -> Entry:
-    """An export folder; of one in a run, all that the run's report says of it."""
+    """An export folder; if it belongs to a run, with the measurements of the run's report."""
     run = path.absolute().parent.parent
     if path.absolute().parent.name == "exports" and (run / REPORT).is_file():
         for entry in _of_run(run):
@@ -163,7 +163,7 @@ def _of_artifact(path: Path) -> Entry:
 
 
 def _foreign_bytes(path: Path) -> int:
-    """Size of another program's weights; what they are good for, only a run can tell.
+    """Size of the weight files of another program.
 
     Raises:
         RecipeError: there are none.
@@ -171,7 +171,7 @@ def _foreign_bytes(path: Path) -> int:
     files = {path} if path.is_file() else {file for pattern in WEIGHTS for file in path.glob(pattern)}
     if not files or (path.is_file() and path.suffix not in (".gguf", ".onnx", ".safetensors")):
         raise RecipeError(
-            f"{path}: holds no model; give a run, artifact or export folder of flatq, or a folder with .onnx, .gguf or "
+            f"{path}: has no model; give a run, artifact or export folder of flatq, or a folder with .onnx, .gguf or "
             ".safetensors files"
         )
     return sum(file.stat().st_size for file in files)
@@ -190,7 +190,7 @@ def _by_text(texts: Sequence[Text]) -> tuple[dict[str, float], dict[str, float]]
 
 
 def comparison(entries: Sequence[Entry]) -> str:
-    """The table: a row for each model, columns for what at least one of them was measured on."""
+    """The table: a row for each model, a column for each measurement that at least one of them has."""
     texts = list(dict.fromkeys(text for entry in entries for text in entry.perplexity))
     done = [result for entry in entries for result in entry.tasks if result.values]
     tasks = list(dict.fromkeys((result.task, result.values[0].metric, result.samples) for result in done))

@@ -1,4 +1,4 @@
-"""The figure of a comparison: quality against bytes. A module of its own, because it imports matplotlib."""
+"""The figure of a comparison: quality against bytes. A separate module, because it imports matplotlib."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FORMATS = (".svg", ".png")
 
 
 def draw(entries: Sequence[Entry], path: Path) -> None:
-    """Quality against bytes, a panel for each text: models that were measured on it.
+    """Plot perplexity against bytes, with a panel for each text.
 
     Raises:
-        RecipeError: the file's ending is no format, or no model has a perplexity.
+        RecipeError: the file name's extension is not supported, or no model has a perplexity.
     """
     if path.suffix not in FORMATS:
         raise RecipeError(f"--figure {path}: must end in {' or '.join(FORMATS)}")

@@ -1,12 +1,12 @@
-"""A model as lm-eval sees it, over any ``Runner``: torch, ONNX Runtime, llama.cpp, transformers.
+"""Adapter from any ``Runner`` (torch, ONNX Runtime, llama.cpp, transformers) to the model interface of lm-eval.
 
-Tokenizing follows lm-eval's own class for Hugging Face models, so that numbers can be compared with published ones: no
+Tokenization follows lm-eval's class for Hugging Face models, so that numbers can be compared with published ones: no
 begin token before a text that has a context, and the begin or end token as the context of a text that has none.
 
-Requests are sorted by length and padded on the right, which a causal model cannot see. Requests that ask for the next
-token after the same text (the letters of a multiple-choice question) are computed once. Same requests, same batches.
+Requests are sorted by length and padded on the right, which does not affect a causal model. Requests with the same
+input (the letters of a multiple-choice question) are computed once. The same requests always give the same batches.
 
-Only importing this module needs lm-eval.
+Only this module imports lm-eval.
 
 Axes: b rows, s positions, v vocabulary.
 """
@@ -27,7 +27,7 @@ from flatq.export.protocols import FloatArray, IntArray, Runner
 
 ROWS = 16
 LOGITS_AT_ONCE = 1 << 26  # 256 MiB of float32
-NEW_TOKENS = 256  # lm-eval's own default where a task states none
+NEW_TOKENS = 256  # lm-eval's default
 Scored = tuple[float, bool]
 
 
@@ -35,11 +35,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """Satisfies ``lm_eval.api.model.LM``.
 
     Args:
-        runner: the model, opened.
+        runner: the open model.
         tokenizer: a transformers tokenizer.
-        vocab: width of the logits.
-        context: most positions to show to the model; longer texts lose their beginning.
-        prefix: the token that stands before a text without a context.
+        vocab: size of the vocabulary.
+        context: maximum number of positions; longer texts are truncated on the left.
+        prefix: token that is inserted before a text without a context.
         ends: tokens that end a generated text.
     """
 
@@ -52,20 +52,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def eot_token_id(self) -> int:
-        """What lm-eval puts before a text without a context."""
+        """Token that lm-eval inserts before a text without a context."""
         return self._prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text, without special tokens unless they are asked for."""
+        """Ids of a text, by default without special tokens."""
         return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"])
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[Scored]:
-        """For each (anything, context, continuation): log-probability, and whether greedy decoding would write it.
+        """For each (pair, context, continuation): log-probability, and whether greedy decoding gives the continuation.
 
         Raises:
-            RecipeError: a continuation has no tokens, or more than the context holds.
+            RecipeError: a continuation has no tokens, or more than fit into the context.
         """
         asked: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input -> places in ``requests``, targets
         for place, (pair, before, after) in enumerate(requests):
@@ -101,7 +101,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Greedy continuations, each cut before the first of its stop texts.
 
         Raises:
-            RecipeError: a task asks for sampling, or for more tokens than the context holds.
+            RecipeError: a task requires sampling, or more tokens than fit into the context.
         """
         asked = []
         for place, request in enumerate(requests):
@@ -120,14 +120,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _wishes(self, wishes: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         if wishes.get("do_sample") and wishes.get("temperature", 1.0) > 0:
-            raise RecipeError(f"tasks: a task asks for sampling ({wishes}); only greedy decoding can be repeated")
+            raise RecipeError(f"tasks: a task requires sampling ({wishes}); only greedy decoding is supported")
         stops, most = wishes.get("until") or [], int(wishes.get("max_gen_toks", NEW_TOKENS))
         if not 0 < most < self._context:
             raise RecipeError(f"tasks: max_gen_toks is {most}; 1 to {self._context - 1} fit this model's context")
         return (stops,) if isinstance(stops, str) else tuple(stops), most
 
     def _continued(self, prompts: list[list[int]], stops: Sequence[str], most: int) -> list[str]:
-        """Greedy texts after prompts of the same length."""
+        """Greedy continuations of prompts with the same length."""
         decoders = [Detokenizer(self.tokenizer, prompt) for prompt in prompts]
         texts, growing = [""] * len(prompts), set(range(len(prompts)))
         logits = self._runner.start(np.array(prompts, np.int64), len(prompts[0]) + most)
@@ -145,7 +145,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return [text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))] for text in whole]
 
     def _batches(self, inputs: dict[tuple[int, ...], Any]) -> Iterator[list[tuple[int, ...]]]:
-        """All inputs, the longest first, in batches whose logits fit ``LOGITS_AT_ONCE``."""
+        """All inputs in batches, the longest first; the logits of a batch have at most ``LOGITS_AT_ONCE`` numbers."""
         waiting = sorted(inputs, key=lambda ids: (-len(ids), ids))
         while waiting:
             rows = max(1, min(ROWS, LOGITS_AT_ONCE // (len(waiting[0]) * self._vocab)))
@@ -153,7 +153,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             waiting = waiting[rows:]
 
     def _logits(self, batch: Sequence[tuple[int, ...]]) -> FloatArray:
-        """Logits [b, s, v] of rows of unequal length; those at padding mean nothing."""
+        """Logits [b, s, v] of rows of unequal length; undefined at padding."""
         lengths = np.array([len(ids) for ids in batch])
         tokens: IntArray = np.zeros((len(batch), lengths.max()), np.int64)
         for row, ids in enumerate(batch):
@@ -163,7 +163,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
 
 def scored(logits: FloatArray, targets: Sequence[int]) -> Scored:
-    """Log-probability of targets under logits [s, v], and whether each is the likeliest token; in float64."""
+    """Log-probability of targets under logits [s, v], and whether each is the most likely token; in float64."""
     wide = logits.astype(np.float64)
     top = wide.max(-1)
     chosen = wide[np.arange(len(targets)), targets]

@@ -1,4 +1,4 @@
-"""What can be judged: an artifact, a pretrained model, an export in its own runtime; each opened only when needed."""
+"""Models to evaluate: an artifact, a pretrained model, or an export in its runtime; loaded when needed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that can be opened.
+    """A model to evaluate.
 
     Attributes:
-        name: ``dense``, ``artifact`` or the name of an export; also its folder of results.
-        digest: of its files; another digest is another model.
+        name: ``dense``, ``artifact`` or the name of an export; also the name of its folder of results.
+        digest: of its files; identifies the model.
         config: widths and switches.
-        settings: ``bos_token_id`` and ``eos_token_id`` as far as the model states them.
+        settings: ``bos_token_id`` and ``eos_token_id``, if the model defines them.
         tokenizer: loads a transformers tokenizer.
         open: loads the model.
     """
@@ -55,26 +55,26 @@ class Subject:
 
     @property
     def prefix(self) -> int:
-        """What stands before a text without a context: the begin token, or an end token.
+        """Token that is inserted before a text without a context: the begin token, or an end token.
 
         Raises:
-            RecipeError: the model states neither.
+            RecipeError: the model defines neither.
         """
         begin = self.settings.get("bos_token_id")
         if begin is None and not self.ends:
-            raise RecipeError(f"{self.name}: its configuration states neither bos_token_id nor eos_token_id; add one")
+            raise RecipeError(f"{self.name}: its configuration has neither bos_token_id nor eos_token_id; add one")
         return min(self.ends) if begin is None else int(begin)
 
 
 def subjects_of(
     model: str, *, provider: str = "auto", dense: bool = True, check: bool = True
 ) -> tuple[list[Subject], Path]:
-    """A model, before it the dense model that it was made from, and the folder for their results.
+    """The dense model of a compressed model (if wanted), the model itself, and the folder for their results.
 
     Args:
         model: run, artifact or export folder, or a pretrained model as in a recipe.
-        provider: where an export's runtime computes.
-        dense: look for the dense model of a compressed one; where it is gone, a warning says so.
+        provider: ``auto``, ``cpu`` or ``cuda``, for the runtime of an export.
+        dense: include the dense model of a compressed one; logs a warning if it is not available.
         check: compare the files of an artifact or export with their digests first.
 
     Raises:
@@ -95,7 +95,7 @@ def subjects_of(
 
 
 def pretrained(source: Source) -> Subject:
-    """A model as it was before compression, in flatq's decoder, float32."""
+    """A pretrained model in flatq's decoder, float32."""
     source.validate()
     return Subject(
         DENSE, _digest(source.digests()), source.config, source.settings(), source.tokenizer, partial(_decoder, source)
@@ -110,7 +110,7 @@ def compressed(artifact: Artifact) -> Subject:
 
 
 def exported(root: Path, artifact: Artifact, provider: str) -> Subject:
-    """An export as its users run it, with the tokenizer of its artifact."""
+    """An export in its runtime with default settings, with the tokenizer of its artifact."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     digest = _digest({str(path.relative_to(root)): file_digest(path) for path in files})
     tokenizer = partial(tokenizer_in, artifact.root)
@@ -125,7 +125,7 @@ def _decoder(weights: Source | Artifact) -> Runner:
 def _dense_of(artifact: Artifact) -> Subject | None:
     text = artifact.manifest["recipe"]
     if not text:
-        log.warning("%s keeps no recipe, so its dense model is unknown; only the compressed model runs", artifact.root)
+        log.warning("%s has no recipe, so its dense model is unknown; only the compressed model runs", artifact.root)
         return None
     model = Recipe.parse(text, str(artifact.root)).model
     try:

@@ -1,8 +1,8 @@
-"""Tasks of EleutherAI's lm-eval for several models side by side; each finished task is a file, so a run resumes.
+"""Tasks of EleutherAI's lm-eval for one or several models; the result of each task is a file, so runs can be resumed.
 
     OUT/SUBJECT/TASK.json
 
-A file counts only for the very same model files, settings, lm-eval version and local task files.
+A result is reused only for the same model files, settings, lm-eval version and local task files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flatq.units import number
 log = logging.getLogger(__name__)
 INSTALL = "pip install 'flatq[eval]'"
 LONGEST = 2048  # positions; the logits of a longer window would need gigabytes
-SUITES: dict[str, dict[str, int | None]] = {  # lm-eval's names, with the number of examples where it is not the task's
+SUITES: dict[str, dict[str, int | None]] = {  # lm-eval's task names; number of few-shot examples, None: the task's
     "flat-paper": {
         "wikitext": None,
         "arc_easy": None,
@@ -65,7 +65,7 @@ class TaskSet:
 
 
 class Value(BaseModel):
-    """One metric; ``stderr`` is None where lm-eval gives none."""
+    """One metric; ``stderr`` is None if lm-eval gives none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     metric: str
@@ -77,8 +77,8 @@ class TaskResult(BaseModel):
     """One task of one model.
 
     Attributes:
-        settings: what the result depends on.
-        samples: documents, those of subtasks added up.
+        settings: everything that the result depends on.
+        samples: number of documents, including those of subtasks.
         subtasks: metrics of the tasks inside a group.
     """
 
@@ -111,10 +111,10 @@ def absent_for_tasks(recipe: Recipe) -> list[str]:
 
 
 def tasks_wanted(names: Sequence[str], suite: str | None) -> dict[str, int | None]:
-    """Task names with their numbers of examples; None leaves the number to the task.
+    """Task names with their number of few-shot examples; None is the task's default.
 
     Raises:
-        RecipeError: no such suite, or no task at all.
+        RecipeError: the suite is unknown, or no task is given.
     """
     if suite is not None and suite not in SUITES:
         raise RecipeError(f"--suite {suite}: is unknown; suites: {', '.join(SUITES)}")
@@ -126,7 +126,7 @@ def tasks_wanted(names: Sequence[str], suite: str | None) -> dict[str, int | Non
 
 
 def require_lm_eval() -> None:
-    """Say at once that a package is missing.
+    """Fail early if lm-eval is missing.
 
     Raises:
         RecipeError: lm-eval is not installed.
@@ -136,14 +136,14 @@ def require_lm_eval() -> None:
 
 
 def task_manager(names: Sequence[str], folder: Path | None = None) -> Any:
-    """Lm-eval's index of tasks, read from its YAML files; no network.
+    """Lm-eval's index of tasks, read from its YAML files without network.
 
     Args:
-        names: the tasks that must be there.
-        folder: holds task files of one's own; where they define all ``names``, lm-eval's thousands are not indexed.
+        names: the tasks that must exist.
+        folder: with local task files; if they define all ``names``, lm-eval's own tasks are not indexed (slow).
 
     Raises:
-        RecipeError: lm-eval is not installed, the folder is none, or a task is in neither.
+        RecipeError: lm-eval is not installed, the folder does not exist, or a task is unknown.
     """
     require_lm_eval()
     if folder is not None and not folder.is_dir():
@@ -184,14 +184,14 @@ def run_tasks(
     limit: int | None = None,
     folder: Path | None = None,
 ) -> list[TaskResult]:
-    """Every task for every model; what an earlier call left in ``out`` is read instead.
+    """Run every task for every model, unless ``out`` has its result.
 
     Args:
         subjects: the models, loaded one after the other.
-        tasks: names and numbers of examples, see ``tasks_wanted``.
+        tasks: names and numbers of few-shot examples, see ``tasks_wanted``.
         out: folder of the results.
-        limit: first documents of each task only; None takes all.
-        folder: holds task files of one's own.
+        limit: number of first documents of each task; None is all.
+        folder: with local task files.
     """
     manager = task_manager(list(tasks), folder)
     local = _digest_of(folder)
@@ -218,7 +218,7 @@ def run_tasks(
 def _computed(
     subject: Subject, missing: Mapping[str, tuple[Path, dict[str, str | int | None]]], manager: Any
 ) -> dict[str, TaskResult]:
-    """The tasks that are not done, each written down as soon as it is."""
+    """Run the missing tasks; each result is written when the task is finished."""
     if not missing:
         return {}
     from flatq.evaluate.harness import HarnessModel
@@ -258,7 +258,7 @@ def _one(model: Any, subject: str, name: str, settings: dict[str, str | int | No
             log_samples=False,
             bootstrap_iters=1000,
         )
-    except OSError as gone:  # the network's errors and those of missing files
+    except OSError as gone:  # network errors and missing files
         raise FlatqError(
             f"task {name}: its data cannot be loaded ({gone}); lm-eval downloads them once, or give local data with "
             "--include-path; finished tasks are kept"
@@ -270,7 +270,7 @@ def _one(model: Any, subject: str, name: str, settings: dict[str, str | int | No
 
 
 def values_of(raw: Mapping[str, Any]) -> list[Value]:
-    """Metrics out of lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}``."""
+    """Metrics from lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}``."""
     values = []
     for key, value in raw.items():
         metric, comma, filtered = key.partition(",")

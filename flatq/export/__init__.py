@@ -1,7 +1,7 @@
-"""The plug-in API: everything that an exporter imports from flatq, and nothing else.
+"""The plug-in API: everything that an exporter may import from flatq.
 
-Start with ``Exporter``. docs/writing-an-exporter.md has a complete example. The modules of the core import from
-``flatq.export.protocols`` and its neighbours, never from here.
+Start with ``Exporter``. docs/writing-an-exporter.md has a complete example. The modules of the core import from the
+modules that define these names, never from here.
 """
 
 from __future__ import annotations

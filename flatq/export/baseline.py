@@ -1,4 +1,4 @@
-"""The model before compression in the form that exporters read."""
+"""The dense model as an artifact, for exporters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flatq.sources.source import Source
 
 
 def dense_artifact(source: Source, root: Path) -> Artifact:
-    """The model as it was, in the form that exporters read: what a compressed one is compared with."""
+    """Write the dense model as an artifact, so that exporters can write it for comparison."""
     config = source.config
     partial = root.with_name(root.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,13 @@
-"""Speed and memory of an export, each model alone in a process of its own, several of them in turn.
+"""Speed and memory of exports, each in a separate process.
 
-A fresh process is the only honest way to measure memory: the peak of a process that built, verified or ran something
-else before says nothing. Its peak still holds Python and the libraries that flatq imports, so the result gives the
-resident size before the model was opened as well.
+Memory is measured in a new process because peak memory includes everything that a process did before. The peak also
+includes Python and imported libraries, so the resident memory before the model was opened is reported as well.
 
-Machines drift: clocks throttle, neighbours wake up. Measuring all of A and then all of B charges the drift to one of
-them, so the processes stay alive and take turns, A B, then B A, and so on; medians and the whole range are reported.
-All models are in memory at the same time for that; bench them one by one where they do not fit together.
+The speed of a machine varies over time (throttling, other load). So that this affects all models equally, the processes
+stay alive and are measured alternately, A B, then B A, and so on; median and range are reported. All models are in
+memory at the same time; measure them separately if they do not fit.
 
-The prompt is random tokens (speed does not depend on the text), new tokens are chosen greedily.
+The prompt is random tokens (speed does not depend on the text); new tokens are chosen greedily.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from flatq.errors import ExportError, FlatqError, RecipeError
 from flatq.machine.memory import device_memory_bytes, peak_rss_bytes, rss_bytes
 from flatq.units import size
 
-if TYPE_CHECKING:  # a measured process must not load torch for the sake of a type
+if TYPE_CHECKING:  # a measured process must not import torch for type annotations
     from flatq.export.protocols import Runner
 
 OpenRunner: TypeAlias = "Callable[[], Runner | None]"
@@ -57,20 +56,20 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """One runner, measured.
+    """Measurements of one runner.
 
     Attributes:
-        name: what was measured.
-        provider: what really ran the nodes.
-        threads: as asked for; 0 is the runtime's choice.
-        batch, prompt, new_tokens, repeats: what a repeat did, and how often.
-        load_seconds: from nothing to a runner that takes tokens, the runtime's import included.
+        name: name of the export.
+        provider: the provider that was used.
+        threads: requested number; 0 is the runtime's default.
+        batch, prompt, new_tokens, repeats: the load, and the number of measurements.
+        load_seconds: time to import the runtime and load the model.
         first_token_seconds: from a prompt to the first new token.
         prefill_tokens_per_second: prompt tokens of all rows per second.
         decode_tokens_per_second: new tokens of all rows per second, the first one not counted.
         rss_before_bytes: resident memory of the process before the model was opened.
-        peak_rss_bytes: largest resident memory of the process.
-        device_memory_bytes: memory of the process on the accelerator; None where none is used or none can be asked.
+        peak_rss_bytes: peak resident memory of the process.
+        device_memory_bytes: memory of the process on the GPU; None if no GPU is used or it cannot be measured.
     """
 
     name: str
@@ -91,7 +90,7 @@ class BenchResult:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one repeat does; ``vocab`` bounds the random prompt."""
+    """The load of one measurement; ``vocab`` is the range of the random prompt."""
 
     prompt: int
     new_tokens: int
@@ -99,7 +98,7 @@ class Load:
     vocab: int
 
     def problems(self) -> list[str]:
-        """What cannot be measured, in words."""
+        """Messages about values that are too small."""
         least = {"prompt": 1, "new_tokens": 2, "batch": 1, "vocab": 1}
         return [
             f"bench.{name}: {getattr(self, name)} is too small; at least {low} is needed"
@@ -116,12 +115,12 @@ def bench_side_by_side(
     threads: int = 0,
     on_repeat: Callable[[], object] | None = None,
 ) -> list[BenchResult]:
-    """Measure several runners in turns, each in a fresh process; one warm-up each is not counted.
+    """Measure several runners in turn, each in a new process, after one warm-up each.
 
     Args:
-        open_runners: by name; each is pickled into its process, so it is a module-level function or a
-            ``functools.partial`` of one (an exporter's bound ``open`` will do).
-        load: what one repeat does.
+        open_runners: by name; each is pickled, so it must be a module-level function or a ``functools.partial`` of one
+            (an exporter's bound ``open`` also works).
+        load: the load of one measurement.
         repeats: at least 1.
         threads: recorded in the result; ``open_runners`` set it.
         on_repeat: called ``(repeats + 1) * len(open_runners)`` times, for a progress bar.
@@ -148,7 +147,7 @@ def bench_side_by_side(
 
 
 class _Child:
-    """A process that holds one runner and takes orders over a pipe."""
+    """A process with one runner, controlled over a pipe."""
 
     def __init__(self, name: str, open_runner: OpenRunner, load: Load) -> None:
         self.name, self.load = name, load
@@ -157,7 +156,7 @@ class _Child:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, open_runner, load), daemon=True)
         self._process.start()
-        theirs.close()  # so that a dead child is an end of file here
+        theirs.close()  # so that the end of the child is an end of file here
 
     def __enter__(self) -> Self:
         return self
@@ -173,10 +172,10 @@ class _Child:
         self._process.close()
 
     def ask(self, order: str) -> Any:
-        """One order and its answer.
+        """Send an order and return its answer.
 
         Raises:
-            ExportError: the order failed, or the process is gone.
+            ExportError: the order failed, or the process has ended.
         """
         try:
             self._pipe.send(order)
@@ -184,7 +183,7 @@ class _Child:
         except (EOFError, ConnectionError) as gone:
             self._process.join(timeout=5)
             code = self._process.exitcode
-            why = "it was killed, most often for memory" if code is not None and code < 0 else "see its output above"
+            why = "it was killed, probably out of memory" if code is not None and code < 0 else "see its output above"
             raise ExportError(
                 f"bench of {self.name}: the process ended with exit code {code} during {order!r} ({why}); "
                 "bench one model at a time, or on a machine with more memory"
@@ -194,7 +193,7 @@ class _Child:
         return answer
 
     def result(self, threads: int) -> BenchResult:
-        """Everything measured so far."""
+        """All measurements so far."""
         load, facts = self.load, self.ask("facts")
         decoded = load.batch * (load.new_tokens - 1)
         return BenchResult(
@@ -212,8 +211,8 @@ class _Child:
 
 
 def serve(pipe: Connection, open_runner: OpenRunner, load: Load) -> None:
-    """The child's side: ``open``, ``repeat``, ``facts``, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted parent closes the pipe; one traceback is enough
+    """Main loop of the child process: orders ``open``, ``repeat``, ``facts``, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interrupted parent closes the pipe
     runner: Runner | None = None
     facts: dict[str, Any] = {"rss_before_bytes": rss_bytes()}
     while True:
@@ -228,7 +227,7 @@ def serve(pipe: Connection, open_runner: OpenRunner, load: Load) -> None:
                 runner = open_runner()
                 facts["load_seconds"] = time.perf_counter() - began
                 if runner is None:
-                    raise ExportError("this format has no runtime of its own, so there is nothing to measure")
+                    raise ExportError("there is no runtime for this format, so it cannot be measured")
                 facts["provider"] = runner.provider
             elif order == "repeat":
                 assert runner is not None
@@ -239,14 +238,14 @@ def serve(pipe: Connection, open_runner: OpenRunner, load: Load) -> None:
             pipe.send((False, answer))
         except FlatqError as error:
             pipe.send((True, str(error)))
-        except Exception:  # every other failure of a runtime goes to the parent, which raises it
+        except Exception:  # any other failure of a runtime is sent to the parent, which raises it
             pipe.send((True, traceback.format_exc(limit=-3)))
     if runner is not None:
         runner.close()
 
 
 def _repeat(runner: Runner, load: Load) -> tuple[float, float]:
-    """One prompt and its continuation: seconds to the first token, seconds for all others."""
+    """One measurement: seconds to the first token, seconds for all others."""
     tokens = np.random.default_rng(0).integers(load.vocab, size=(load.batch, load.prompt), dtype=np.int64)
     began = time.perf_counter()
     token = runner.start(tokens, load.prompt + load.new_tokens).argmax(-1)
@@ -257,7 +256,7 @@ def _repeat(runner: Runner, load: Load) -> tuple[float, float]:
 
 
 def rendered(table: Table, *, width: int = 110) -> str:
-    """A rich table as plain text, at most ``width`` characters wide."""
+    """A rich table as text, at most ``width`` characters wide."""
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
@@ -265,7 +264,7 @@ def rendered(table: Table, *, width: int = 110) -> str:
 
 
 def bench_table(results: Sequence[BenchResult]) -> str:
-    """Measured runners side by side."""
+    """A table of the results."""
     table = Table(show_header=True)
     for column in ("", "prefill tok/s", "decode tok/s", "first token", "load", "peak RSS", "provider"):
         table.add_column(column, justify="left" if column in ("", "provider") else "right")

@@ -1,6 +1,6 @@
-"""From an artifact to files that a runtime has opened and agreed with.
+"""Write exports and verify them in their runtimes; open export folders.
 
-Beside what the exporter wrote, every export folder holds ``export.json``, see ``flatq.export.folder``.
+Every export folder also contains ``export.json``, see ``flatq.export.folder``.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ log = logging.getLogger(__name__)
 
 
 def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor | None) -> dict[str, Any]:
-    """Write an export, open it in its runtime, compare it with the artifact; the folder appears when all is well.
+    """Write an export, open it in its runtime and compare it with the artifact; ``out`` is created only on success.
 
-    With ``item.verify`` false it is not opened, and the report says that it was not verified.
+    If ``item.verify`` is false, it is not opened, and the report states that it was not verified.
 
     Args:
-        out: folder to make; its parent is made, too.
-        heldout: real text for the comparison, int64 [n, s]; None takes random tokens only.
+        out: folder to create, with its parents.
+        heldout: text for the comparison, int64 [n, s]; None uses random tokens.
 
     Returns:
         JSON-ready ``ExportReport``.
 
     Raises:
-        ExportError: it cannot be written, its runtime disagrees, or a package for either is not installed.
+        ExportError: it cannot be written, its logits differ from the artifact's, or a package is not installed.
     """
     if absent := absent_packages_of([item]):
         raise ExportError("\n".join(absent))
@@ -80,9 +80,9 @@ def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor 
 def _judged(
     item: PlannedExport, artifact: Artifact, exported: Exported, heldout: Tensor | None
 ) -> tuple[dict[str, Any] | None, str]:
-    """The verification, or why there is none."""
+    """The verification, or the reason why there is none."""
     if not item.verify:
-        return None, "verification was switched off"
+        return None, "verification was disabled"
     verification = _verified(item, artifact, exported, heldout)
     return verification, "" if verification else "the format has no runtime that flatq can open"
 
@@ -91,7 +91,7 @@ def _verified(
     item: PlannedExport, artifact: Artifact, exported: Exported, heldout: Tensor | None
 ) -> dict[str, Any] | None:
     limits = Limits(None, exported.rounding_kl) if exported.rounding_kl else EXACT
-    opener = partial(item.exporter.open, exported.root, item.options)  # where a user of this machine would run it
+    opener = partial(item.exporter.open, exported.root, item.options)  # with the default provider of this machine
     exact = partial(opener, provider="cpu", exact=True)
     at = partial(item.exporter.open_at, exported.root, item.options)
     levels = {
@@ -103,14 +103,14 @@ def _verified(
 
 
 def measured(recipe: Recipe, source: Source, folder: RunFolder, exports: list[PlannedExport]) -> list[dict[str, Any]]:
-    """Speed and memory of every export that has a runtime, the dense model beside them; JSON-ready."""
+    """Speed and memory of every export that has a runtime, and of the dense model; JSON-ready."""
     spec = recipe.bench
     if spec is None:
         return []
     runnable = [item for item in exports if has_runtime(item)]
     for item in exports:
         if item not in runnable:
-            log.warning("bench: %s has no runtime here, so it is left out", item.name)
+            log.warning("bench: no runtime for %s is installed, so it is left out", item.name)
     entries = {item.name: (item, folder.exports / item.name) for item in runnable}
     if spec.baseline:
         dense = next((d for item in runnable if (d := _dense_twin(item, source, folder.work)) is not None), None)
@@ -120,7 +120,7 @@ def measured(recipe: Recipe, source: Source, folder: RunFolder, exports: list[Pl
 
 
 def side_by_side(entries: Mapping[str, tuple[PlannedExport, Path]], spec: BenchSpec, vocab: int) -> list[BenchResult]:
-    """Measure export folders in turns, each in a process of its own."""
+    """Measure export folders in turn, each in a separate process."""
     openers = {
         name: partial(item.exporter.open, root, item.options, provider=spec.provider, threads=spec.threads)
         for name, (item, root) in entries.items()
@@ -138,7 +138,7 @@ def side_by_side(entries: Mapping[str, tuple[PlannedExport, Path]], spec: BenchS
 
 
 def _dense_twin(item: PlannedExport, source: Source, work: Path) -> tuple[PlannedExport, Path] | None:
-    """The model before compression, written by the same exporter; None if the format has no such form."""
+    """The dense model, written by the same exporter; None if the exporter does not support that."""
     options = item.exporter.dense(item.options)
     if options is None:
         return None
@@ -151,14 +151,14 @@ def _dense_twin(item: PlannedExport, source: Source, work: Path) -> tuple[Planne
 
 
 def reopened(root: Path, *, check: bool = True) -> tuple[PlannedExport, Path]:
-    """An export folder that ``deliver`` made, and the folder where its artifact was.
+    """An export folder written by ``deliver``, and the folder of its artifact.
 
     Args:
         root: the folder.
         check: compare every file with its digest first, see ``flatq.digests``.
 
     Raises:
-        ArtifactError: it is no such folder, or a file is missing or damaged.
+        ArtifactError: it is no export folder, or a file is missing or damaged.
     """
     described = description_of(root, check=check)
     exporter = exporter_named(described.format)
@@ -170,10 +170,10 @@ def reopened(root: Path, *, check: bool = True) -> tuple[PlannedExport, Path]:
 
 
 def foreign(root: Path) -> PlannedExport:
-    """A folder with a decoder graph that another program made, to be run beside flatq's exports.
+    """A folder with an ONNX decoder of another program, to be measured together with flatq's exports.
 
     Raises:
-        ArtifactError: there is no such graph.
+        ArtifactError: it contains no ONNX file.
     """
     if not list(root.glob("*.onnx")):
         raise ArtifactError(f"{root}: holds no .onnx file; give a folder that onnxruntime-genai or optimum wrote")
@@ -196,5 +196,5 @@ def opened(root: Path, provider: str, *, check: bool = True) -> Runner:
     item, _ = reopened(root, check=check)
     runner = item.exporter.open(root, item.options, provider=provider)
     if runner is None:
-        raise ExportError(f"{root}: the format {item.format!r} has no runtime of its own here; open it in its program")
+        raise ExportError(f"{root}: no runtime for the format {item.format!r} is available; open it in another program")
     return runner

@@ -16,7 +16,7 @@ from flatq.export.protocols import FloatArray, IntArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Difference:
-    """Per position, each [b, n]: the largest logit difference and its token, the mean one, KL, what became of top-1."""
+    """Per position, each [b, n]: largest logit difference and its token, mean difference, KL, top-1 misses and ties."""
 
     largest: FloatArray
     token: IntArray
@@ -27,7 +27,7 @@ class Difference:
 
     @classmethod
     def between(cls, got: FloatArray, reference: FloatArray, tie: float) -> Difference:
-        """Compare [b, n, vocab] with [b, n, vocab]; what is not a number counts as infinitely far."""
+        """Compare [b, n, vocab] with [b, n, vocab]; NaN counts as an infinite difference."""
         rows = [cls._of_row(*pair, tie) for pair in zip(got, reference, strict=True)]  # float64 of one row at a time
         return cls(**{field.name: np.stack([getattr(row, field.name) for row in rows]) for field in fields(cls)})
 

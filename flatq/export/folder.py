@@ -1,8 +1,7 @@
-"""An export folder, wherever it lies now: which exporter wrote it, from what, and the digest of every file.
+"""The export folder: ``export.json`` states which exporter wrote it, from which artifact, and the digest of every file.
 
-``export.json`` holds all that ``flatq bench`` and ``flatq generate`` need besides the exporter's own files, so a
-folder that was copied elsewhere can be opened without the run that it came from. Only the tokenizer is the artifact's,
-where the format does not carry one.
+It holds everything that ``flatq bench`` and ``flatq generate`` need besides the exporter's files, so an export folder
+can be moved and opened without its run. Only formats without a tokenizer need the artifact, for its tokenizer.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ class Description(BaseModel):
     Attributes:
         format: name of the exporter.
         options: its options, JSON-ready.
-        artifact: where the artifact was, relative to the folder.
+        artifact: path of the artifact, relative to the folder.
         vocab: rows of the embedding.
-        token_ids: ``bos_token_id`` and so on, as far as the artifact states them.
-        files: SHA-256 by path in the folder.
+        token_ids: ``bos_token_id`` and so on, if the artifact defines them.
+        files: SHA-256 by path relative to the folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +45,7 @@ class Description(BaseModel):
 
 
 def describe(root: Path, artifact: Artifact, format: str, options: BaseModel, origin: str) -> Description:
-    """Write ``export.json`` beside the files that an exporter wrote."""
+    """Write ``export.json`` into a folder that an exporter wrote."""
     ids = {key: value for key, value in artifact.settings.items() if key.endswith("_token_id")}
     described = Description(
         format=format,
@@ -61,12 +60,11 @@ def describe(root: Path, artifact: Artifact, format: str, options: BaseModel, or
 
 
 def description_of(root: Path, *, check: bool = True) -> Description:
-    """What an export folder says of itself.
+    """Read ``export.json``.
 
     Args:
         root: the folder.
-        check: compare every file with its digest first; files that were right before and have not been written since
-            are not read again.
+        check: compare every file with its digest first; files verified before and unchanged are skipped.
 
     Raises:
         ArtifactError: it is no export folder of flatq, or a file is missing or damaged.
@@ -84,7 +82,7 @@ def description_of(root: Path, *, check: bool = True) -> Description:
 
 
 def compared_export(root: Path, *, remembered: bool) -> Findings:
-    """What an export folder holds beside what ``export.json`` lists, see ``flatq.digests``.
+    """Compare an export folder with the digests in ``export.json``, see ``flatq.digests``.
 
     Raises:
         ArtifactError: ``export.json`` itself is missing or damaged.
@@ -93,22 +91,21 @@ def compared_export(root: Path, *, remembered: bool) -> Findings:
 
 
 def artifact_of(root: Path, described: Description, *, check: bool = True) -> Artifact:
-    """The artifact that an export was made from.
+    """The artifact of an export.
 
     Raises:
-        ArtifactError: it is not where it was, or damaged.
+        ArtifactError: it was moved or removed, or is damaged.
     """
     place = (root / described.artifact).resolve()
     if not place.is_dir():
         raise ArtifactError(
-            f"{root}: the artifact that it was made from is not at {place} any more; put the run folder back where the "
-            "export finds it, or export the artifact again"
+            f"{root}: its artifact is no longer at {place}; move the run folder back, or export the artifact again"
         )
     return Artifact.open(place, check=check)
 
 
 def tokenizer_of(root: Path, described: Description, *, check: bool = True) -> Any:
-    """The artifact's tokenizer; the export's own where the artifact is gone.
+    """The tokenizer of the artifact; if the artifact does not exist any more, that of the export.
 
     Raises:
         ArtifactError: neither has one.
@@ -118,7 +115,6 @@ def tokenizer_of(root: Path, described: Description, *, check: bool = True) -> A
     if (root / "tokenizer.json").is_file():
         return tokenizer_in(root)
     raise ArtifactError(
-        f"{root}: holds no tokenizer, and the artifact that it was made from is not at "
-        f"{(root / described.artifact).resolve()} any more; put tokenizer.json and tokenizer_config.json into a folder "
-        "with the artifact's other files, or export the artifact again"
+        f"{root}: has no tokenizer, and its artifact is no longer at {(root / described.artifact).resolve()}; move the "
+        "run folder back, or export the artifact again"
     )

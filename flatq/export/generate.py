@@ -1,10 +1,10 @@
-"""Text out of a runner, piece by piece, and a runner for models that were not exported.
+"""Streaming text generation with a ``Runner``, and a runner for artifacts.
 
-A token is not a piece of text: a byte-level tokenizer may need three tokens for one character, and many drop a
-leading space at the start of a sequence. ``tokenizers.decoders.DecodeStream`` takes care of both; what it still holds
-back at the end, an unfinished character, is given out as the replacement character.
+Tokens cannot be decoded one by one: a byte-level tokenizer may need three tokens for one character, and many drop a
+leading space at the start of a sequence. ``tokenizers.decoders.DecodeStream`` handles both; an incomplete character at
+the end becomes the replacement character.
 
-Sampling is plain temperature: top-k, top-p and penalties are a chat program's business; this is a look at the model.
+Sampling supports only temperature. Left out: top-k, top-p and penalties.
 
 Axes: b batch, s prompt positions.
 """
@@ -30,16 +30,16 @@ from flatq.model.weights import Weights, load_decoder
 log = logging.getLogger(__name__)
 Choose = Callable[[FloatArray], int]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-CONTEXT = 8  # ids of the prompt that the first piece is decoded after
+CONTEXT = 8  # last ids of the prompt, as context for decoding the first piece
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a finished stream was.
+    """Result of a finished stream.
 
     Attributes:
         text: all pieces.
-        tokens: generated ids, the end token included if one came.
+        tokens: generated ids, including the end token, if any.
         prompt_tokens: length of the prompt.
         first_token_seconds: from the start of the prompt to the first id.
         tokens_per_second: speed of the ids after the first; None when there is at most one.
@@ -55,7 +55,7 @@ class Generation:
 
 
 class Detokenizer:
-    """Text from tokens that come one by one; half a character is held back until it is whole."""
+    """Incremental decoding of tokens to text; an incomplete character is held back until it is complete."""
 
     def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
         self._tokenizer, context = _backend(tokenizer), prompt[-CONTEXT:]
@@ -64,7 +64,7 @@ class Detokenizer:
         self._decoder, self._held = DecodeStream(ids=context, skip_special_tokens=True), list[int]()
 
     def push(self, token: int) -> str:
-        """The text that became whole with this token, often one word, sometimes nothing."""
+        """The text that is complete with this token, possibly empty."""
         self._held.append(token)
         piece = self._decoder.step(self._tokenizer, token)
         if piece:
@@ -72,12 +72,12 @@ class Detokenizer:
         return piece or ""
 
     def flush(self) -> str:
-        """What was held back, at the end."""
+        """The text that was held back, at the end."""
         return str(self._tokenizer.decode(self._held, skip_special_tokens=True))
 
 
 class Stream(Iterator[str]):
-    """Pieces of text as they come; ``result`` is there once the last piece was taken."""
+    """Iterator over pieces of text; ``result`` is available after the last piece."""
 
     def __init__(
         self, runner: Runner, tokenizer: Any, prompt: list[int], new_tokens: int, choose: Choose, eos: set[int]
@@ -100,7 +100,7 @@ class Stream(Iterator[str]):
             FlatqError: the stream is not finished.
         """
         if self._result is None:
-            raise FlatqError("the stream's result exists only after its last piece was taken; exhaust the stream first")
+            raise FlatqError("the stream's result is available only after its last piece; exhaust the stream first")
         return self._result
 
     def _run(self) -> Iterator[str]:
@@ -141,17 +141,17 @@ def stream(
     eos: set[int],
     chat: bool = False,
 ) -> Stream:
-    """Continue a prompt; the first piece is computed when it is asked for.
+    """Continue a prompt; pieces are computed lazily.
 
     Args:
-        runner: the model, opened.
+        runner: the open model.
         tokenizer: a transformers tokenizer with a ``tokenizers`` backend.
         prompt: text to continue, or to answer with ``chat``.
-        new_tokens: most ids to generate, 0 or more.
-        temperature: 0 takes the likeliest id; above, ids are drawn from ``softmax(logits / temperature)``.
-        seed: of the draws; the same seed gives the same text.
+        new_tokens: maximum number of ids to generate, 0 or more.
+        temperature: 0 is greedy; otherwise ids are sampled from ``softmax(logits / temperature)``.
+        seed: of the sampling; the same seed gives the same text.
         eos: ids that end the text; they are not part of it.
-        chat: put the prompt into the tokenizer's chat template as a user's message.
+        chat: format the prompt as a user message with the tokenizer's chat template.
 
     Raises:
         RecipeError: the prompt has no tokens, the tokenizer has no chat template, or a number is out of range.
@@ -167,7 +167,7 @@ def stream(
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
-    """Ids of a prompt, with whatever the tokenizer puts before a text.
+    """Ids of a prompt, with the special tokens that the tokenizer adds.
 
     Raises:
         RecipeError: there are no ids, or no chat template.
@@ -185,10 +185,10 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
 
 
 def _backend(tokenizer: Any) -> Tokenizer:
-    """What decodes piece by piece inside a transformers tokenizer.
+    """The ``tokenizers`` backend of a transformers tokenizer, which supports incremental decoding.
 
     Raises:
-        RecipeError: it is written in Python and has no such thing.
+        RecipeError: it has none (a tokenizer written in Python).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -205,14 +205,14 @@ def _chooser(temperature: float, random: np.random.Generator) -> Choose:
             raise NumericsError("generate: the runtime returned logits that are not finite; verify the export first")
         if temperature == 0:
             return int(logits.argmax())
-        # Gumbel's trick: the argmax of log-weights plus Gumbel noise is a draw from their softmax.
+        # Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample from their softmax.
         return int((logits.astype(np.float64) / temperature + random.gumbel(size=logits.shape)).argmax())
 
     return choose
 
 
 class DecoderRunner:
-    """flatq's own decoder as a ``Runner``: lets an artifact speak before anything was exported."""
+    """flatq's decoder as a ``Runner``, for artifacts without an export."""
 
     def __init__(self, weights: Weights, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self._decoder: Decoder = load_decoder(weights, dtype=dtype, device=device)
@@ -232,7 +232,7 @@ class DecoderRunner:
 
     @torch.inference_mode()
     def start(self, tokens: IntArray, capacity: int) -> FloatArray:
-        """See ``Runner.start``; the cache grows, so ``capacity`` needs no room of its own."""
+        """See ``Runner.start``; the cache grows, so ``capacity`` is not used."""
         self._cache = GrowingCache()
         return self._extend(torch.from_numpy(tokens))
 
@@ -242,7 +242,7 @@ class DecoderRunner:
         return self._extend(torch.from_numpy(tokens)[:, None])
 
     def close(self) -> None:
-        """Forget the cache."""
+        """Release the cache."""
         self._cache = GrowingCache()
 
     def _extend(self, tokens: torch.Tensor) -> FloatArray:

@@ -1,6 +1,6 @@
-"""What an exporter of Hugging Face folders needs of flatq's transformers classes.
+"""Access to flatq's transformers classes, for exporters of Hugging Face folders.
 
-transformers takes a second to import, so it is imported inside the functions.
+The import of transformers takes a second, so it is inside the functions.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def register_with_transformers() -> None:
-    """Make transformers' auto classes load folders with flatq's model types; safe to call again."""
+    """Register flatq's model types with the auto classes of transformers; can be called repeatedly."""
     import flatq.hf.artifact_model  # noqa: F401 (importing it registers the classes)
 
 
 def loading_faults(found: Any) -> list[str]:
-    """Tensors that were missing, misshapen or unknown, by transformers' ``output_loading_info``; empty if none."""
+    """Missing tensors, wrong shapes and unknown tensors in transformers' ``output_loading_info``; empty if none."""
     from flatq.hf import modeling_flatq
 
     return modeling_flatq.loading_faults(found)

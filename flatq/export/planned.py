@@ -1,4 +1,4 @@
-"""The exports that a recipe plans: exporter and validated options, and what is not installed for them."""
+"""The exports of a recipe with their exporters and validated options; checks for missing packages and providers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class PlannedExport:
 
 
 def planned_exports(recipe: Recipe, *, verify: bool = True) -> list[PlannedExport]:
-    """Find every exporter that the recipe names and validate its options.
+    """Find the exporters of a recipe and validate their options.
 
     Args:
-        recipe: what to do.
-        verify: False switches the verification of all exports off, as ``verify: false`` does for one.
+        recipe: of the run.
+        verify: False disables the verification of all exports, as ``verify: false`` does for one.
 
     Raises:
-        RecipeError: all unknown exporters and wrong options at once.
+        RecipeError: lists all unknown exporters and wrong options.
     """
     planned, problems = [], list[str]()
     for index, spec in enumerate(recipe.exports):
@@ -54,14 +54,14 @@ def _planned(spec: ExportSpec, exporter: Exporter, verify: bool) -> PlannedExpor
 
 
 def absent_packages_of(items: Sequence[PlannedExport]) -> list[str]:
-    """Packages without which these exports cannot be written or, where that is wanted, verified; with the way out."""
+    """Messages about packages that are needed to write or verify these exports and are not installed."""
     problems = []
     for item in items:
         writing = item.exporter.missing(item.options, opening=False)
         problems += [f"exports.{item.name}: cannot be written: {absent}" for absent in writing]
         if item.verify:
             problems += [
-                f"exports.{item.name}: cannot be verified: {absent}; or write it unverified with `verify: false` in "
+                f"exports.{item.name}: cannot be verified: {absent}; or disable verification with `verify: false` in "
                 "the recipe or --no-verify on the command line"
                 for absent in item.exporter.missing(item.options)
                 if absent not in writing
@@ -70,12 +70,12 @@ def absent_packages_of(items: Sequence[PlannedExport]) -> list[str]:
 
 
 def has_runtime(item: PlannedExport) -> bool:
-    """Whether the format has a runtime that is installed here."""
+    """Whether a runtime of the format is installed."""
     return bool(item.exporter.providers()) and not item.exporter.missing(item.options)
 
 
 def absent_providers(recipe: Recipe, planned: Sequence[PlannedExport]) -> list[str]:
-    """What ``bench.provider`` asks for and the runtimes that are installed here do not have."""
+    """Messages about exports whose installed runtime does not support ``bench.provider``."""
     wanted = recipe.bench.provider if recipe.bench else "auto"
     lacking = {
         item.format for item in planned if (found := item.exporter.providers()) and wanted not in (*found, "auto")
@@ -83,13 +83,13 @@ def absent_providers(recipe: Recipe, planned: Sequence[PlannedExport]) -> list[s
     return [
         recipe.problem(
             ("bench", "provider"),
-            f"{wanted} was asked for, but the runtime of {form} that is installed here does not have it; use auto, or "
-            "check the recipe where it will run",
+            f"{wanted} is not available in the installed runtime of {form}; use auto, or check the recipe on the "
+            "machine where it will run",
         )
         for form in sorted(lacking)
     ]
 
 
 def needs_cache_ranges(items: Sequence[PlannedExport]) -> bool:
-    """Whether one of them keeps keys and values in few bits."""
+    """Whether one of the exports has a quantized KV cache."""
     return any(item.exporter.needs_cache_ranges(item.options) for item in items)

@@ -1,4 +1,4 @@
-"""The plug-in interface for file formats: a base class, the runner of a runtime, and what a write returns.
+"""The plug-in interface for file formats: ``Exporter``, the ``Runner`` of a runtime, and the result of a write.
 
 The core never imports an exporter. A plug-in is a subclass of ``Exporter``, registered as
 
@@ -6,7 +6,7 @@ The core never imports an exporter. A plug-in is a subclass of ``Exporter``, reg
     onnx = "flatq_onnx:OnnxExporter"
 
 Importing the plug-in must not need its runtime (onnxruntime, gguf, ...): those are imported inside ``write`` and
-``open``, so that a recipe can be checked on a machine that only has the core. ``missing`` names what is not installed.
+``open``, so that a recipe can be checked on a machine with only the core installed. ``missing`` lists missing packages.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Exported:
     """Files that an exporter wrote, all inside ``root``.
 
     Attributes:
-        notes: things a user should know.
+        notes: warnings and remarks for the user.
         rounding_kl: KL divergence from the artifact, in nats, that is allowed because the exporter rounded weights
-            once more (float16, fewer bits); 0 if the files hold the artifact's numbers.
+            (float16, fewer bits); 0 if the files hold the artifact's numbers.
     """
 
     root: Path
@@ -57,11 +57,11 @@ class Exported:
 
 
 class Runner(Protocol):
-    """An export opened by the runtime that its users have."""
+    """An export opened in its runtime."""
 
     @property
     def provider(self) -> str:
-        """What really ran the nodes, e.g. ``CPUExecutionProvider``."""
+        """The provider that was actually used, e.g. ``CPUExecutionProvider``."""
         ...
 
     def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
@@ -69,14 +69,14 @@ class Runner(Protocol):
         ...
 
     def start(self, tokens: IntArray, capacity: int) -> FloatArray:
-        """Forget the past, read a prompt into the cache, return its last logits: [b, s] -> [b, vocab].
+        """Reset the cache, prefill it with a prompt, return the last logits: [b, s] -> [b, vocab].
 
-        ``capacity`` is the number of positions (prompt included) that will be asked for.
+        ``capacity`` is the maximum number of positions, including the prompt.
         """
         ...
 
     def step(self, tokens: IntArray) -> FloatArray:
-        """Append one token per row to the cache, return its logits: [b] -> [b, vocab]."""
+        """Decode step: append one token per row to the cache, return its logits: [b] -> [b, vocab]."""
         ...
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class Exporter(ABC):
 
     @abstractmethod
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: Any) -> list[str]:
-        """Reasons why this model cannot be written, each with the way out; an empty list means that it can.
+        """Reasons why this model cannot be exported, each with a remedy; empty if it can.
 
         Args:
             config: the planned widths.
@@ -108,11 +108,11 @@ class Exporter(ABC):
         """Write the files into the empty folder ``out``.
 
         Raises:
-            ExportError: it cannot be written; the message gives the way out.
+            ExportError: it cannot be written; the message gives a remedy.
         """
 
     def bytes(self, config: DecoderConfig, grids: Mapping[str, Grid], options: Any, *, itemsize: int = 2) -> int:
-        """Size of the files that ``write`` would make, estimated from shapes alone.
+        """Estimated size of the files that ``write`` creates, from shapes alone.
 
         The default is the size of the weights with packed codes.
 
@@ -120,12 +120,12 @@ class Exporter(ABC):
             config: the planned widths.
             grids: grid of each linear that will be quantized, by stem.
             options: an instance of ``Options``.
-            itemsize: bytes of a number that the artifact holds unquantized.
+            itemsize: bytes of an unquantized number of the artifact.
         """
         return weight_bytes(config, grids, itemsize)
 
     def check_tokenizer(self, described: Mapping[str, Any], config: DecoderConfig, options: Any) -> list[str]:
-        """Objections to the model's tokenizer, for a format whose files hold the tokenizer in a form of its own.
+        """Objections to the model's tokenizer, for a format that converts the tokenizer.
 
         Args:
             described: the content of ``tokenizer.json``.
@@ -135,37 +135,37 @@ class Exporter(ABC):
         return []
 
     def needs_cache_ranges(self, options: Any) -> bool:
-        """Whether ``write`` will ask for ``Artifact.cache_ranges``, as a format with a quantized cache does."""
+        """Whether ``write`` needs ``Artifact.cache_ranges``, as for a format with a quantized KV cache."""
         return False
 
     def dense(self, options: Any) -> Any | None:
-        """Options that write the model before compression for the same runtime; None if there is no such form."""
+        """Options for exporting the dense model for the same runtime; None if that is not supported."""
         return None
 
     def missing(self, options: Any, *, opening: bool = True) -> list[str]:
-        """Packages that are not installed here, each as a sentence with the command that installs it.
+        """Required packages that are not installed, each as a sentence with the command that installs it.
 
         Args:
             options: an instance of ``Options``.
-            opening: False leaves out what only ``open`` needs.
+            opening: False excludes packages that only ``open`` needs.
         """
         return []
 
     def providers(self) -> tuple[str, ...]:
-        """What ``open`` can compute on here, of ``cpu`` and ``cuda``; empty if there is no runtime or none here."""
+        """The available providers of ``open``: ``cpu``, ``cuda``; empty if no runtime is installed."""
         return ()
 
     def open(
         self, exported: Path, options: Any, *, provider: str = "auto", threads: int = 0, exact: bool = False
     ) -> Runner | None:
-        """Open what ``write`` wrote in its runtime; None if the format has no runtime that flatq can drive.
+        """Open an export in its runtime; None if flatq supports no runtime for the format.
 
         Args:
-            exported: the folder that ``write`` filled.
-            options: those that ``write`` was given.
-            provider: ``auto``, ``cpu`` or ``cuda``; the last is an ExportError where it cannot be had.
-            threads: 0 lets the runtime choose.
-            exact: switch off approximations of the runtime (int8 activations), for comparison with the artifact.
+            exported: the folder that ``write`` has filled.
+            options: the options of that ``write``.
+            provider: ``auto``, ``cpu`` or ``cuda``; ``cuda`` raises an ExportError if it is not available.
+            threads: 0 is the runtime's default.
+            exact: disable approximations of the runtime (int8 activations), for comparison with the artifact.
         """
         return None
 
@@ -197,10 +197,10 @@ def absent_packages(needed: Mapping[str, tuple[str, str]]) -> list[str]:
 
 
 def exporter_named(name: str) -> Exporter:
-    """One exporter.
+    """The exporter with this name.
 
     Raises:
-        RecipeError: no such exporter is installed (the message lists those that are), or it is no ``Exporter``.
+        RecipeError: it is not installed (the message lists installed exporters), or it is no ``Exporter``.
     """
     entries = {entry.name: entry for entry in entry_points(group=GROUP)}
     if name not in entries:
@@ -213,8 +213,8 @@ def exporter_named(name: str) -> Exporter:
         )
     try:
         return kind()
-    except TypeError as incomplete:  # Python names the abstract methods that are not there
+    except TypeError as incomplete:  # Python's message lists the abstract methods that are missing
         raise RecipeError(
-            f"exports: the exporter {name!r} ({entries[name].value}) cannot be made ({incomplete}); update or "
+            f"exports: the exporter {name!r} ({entries[name].value}) cannot be created ({incomplete}); update or "
             "uninstall its package"
         ) from incomplete

@@ -1,8 +1,7 @@
-"""What an export costs in its own runtime: the measures of ``calibration.divergence``, on what its users run.
+"""Quality of an export in its runtime with default settings: the measures of ``calibration.divergence``.
 
-The reference is the dense model, not the artifact: a graph that agrees with the artifact in 90 % of its predictions
-does not say what that costs beside the model that people know. Rows go through the runtime one by one, so that the
-logits of one row are the most that is in memory.
+The reference is the dense model, not the artifact, so that the loss includes that of the compression. Rows are computed
+one by one, so that only the logits of one row are in memory.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from flatq.calibration.divergence import LOGITS_AT_ONCE, MEASURES, DenseStates, 
 from flatq.errors import ExportError
 from flatq.export.protocols import Runner
 
-TOKENS = 2048  # of each text: seconds per export on two cores, and a standard error that still tells 0.02 nats apart
+TOKENS = 2048  # per text: takes seconds per export on two cores, and differences of 0.02 nats are significant
 
 
 def first_rows(tokens: Tensor, most: int = TOKENS) -> Tensor:
-    """As many rows of int64 [n, s] as have ``most`` tokens together, at least one."""
+    """The first rows of int64 [n, s] with together at most ``most`` tokens, at least one row."""
     return tokens[: max(1, most // tokens.shape[1])]
 
 
@@ -29,7 +28,7 @@ def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, nam
 
     Args:
         dense: the reference.
-        runner: an export as its users run it.
+        runner: the open export.
         tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are predicted.
         name: of the export, for messages.
 

@@ -1,21 +1,20 @@
-"""Every export is run in its runtime and compared with the artifact before anyone else runs it.
+"""Verification of exports: run each export in its runtime and compare its logits with the artifact's.
 
-A graph that loads is not a graph that is right: a wrong rope convention, a swapped nibble or a cache that is off by
-one gives fluent nonsense. One forward pass of flatq's own decoder, half a layer at a time and in float32, gives the
-reference for everything, because logits do not depend on later tokens: the runtime reads a prompt at once (prefill),
-then the same prompt into its cache and the remaining tokens one by one (decode), and both must land on that pass.
+An export that loads may still be wrong: with a wrong rope convention, swapped nibbles or an off-by-one error in the
+cache it generates fluent nonsense. The reference is one forward pass of flatq's decoder in float32, half a layer at a
+time. Logits do not depend on later tokens, so one pass is the reference for both tests of the runtime: prefill of a
+prompt without a cache, and decoding (the prompt into the cache, then the remaining tokens one by one).
 
-What counts as equal. A real fault moves logits by about their spread (standard deviation over the vocabulary,
-averaged over positions), so the limit is relative, ``5e-3`` of the spread. Float32 sums in another order move a logit
-too: by 2e-5 of the spread on SmolLM2-135M, and by far more on models whose layers cancel large numbers. So the
-reference is computed in float64 as well, on a few rows; its distance from our own float32 is the model's rounding
-noise, and the limit is at least ten times that, for logits and for the KL divergence alike. What is exact on one model
-is then exact on all, and a message can tell an ill-conditioned model from a wrong export. Where the reference's two
-best tokens are closer than the limit, either is right (a tie). A runtime that approximates on purpose is held to the
-Kullback-Leibler divergence instead (int8 activations: 0.006 to 0.009 nats on the same model), and its exact setting,
-if it has one, to the limits above.
+Tolerances. A fault changes logits by about their spread (standard deviation over the vocabulary, averaged over
+positions), so the limit is relative, ``5e-3`` of the spread. Another summation order in float32 also changes logits: by
+2e-5 of the spread on SmolLM2-135M, and by much more on models with cancellation of large numbers. So the reference is
+also computed in float64 for a few rows; its difference from float32 is the rounding noise of the model, and the limit
+is at least ten times the noise, for logits and for KL divergence. The same limits then work for all models, and an
+error message can distinguish an ill-conditioned model from a wrong export. If the two best tokens of the reference are
+closer than the limit, both are accepted (a tie). For a runtime with intended approximations only the KL divergence is
+limited (int8 activations: 0.006 to 0.009 nats on the same model); its exact mode, if any, must meet the limits above.
 
-Axes: b rows, s positions of the prompt, t positions in all.
+Axes: b rows, s positions of the prompt, t positions in total.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 PROMPT, NEW_TOKENS, ROWS, TEXT_ROWS = 24, 8, 2, 4
 EXACT_SHARE = 5e-3
 NOISE_ROWS = 2
-NOISE_FACTOR = 10  # another runtime's sums were five times further from float64 than ours on Qwen2.5-Coder-0.5B
+NOISE_FACTOR = 10  # on Qwen2.5-Coder-0.5B the rounding error of another runtime was five times that of this decoder
 LEVEL_KL = 2  # times the limit of the KL divergence: one row scatters more than the mean of several
 Open = Callable[[], Runner | None]
 Turn = tuple[Open, "Limits", str]
@@ -47,11 +46,11 @@ Turn = tuple[Open, "Limits", str]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an export may differ by; None is not checked.
+    """Largest allowed differences of an export; None is not checked.
 
     Attributes:
-        max_abs: largest logit difference, as a share of the spread of the reference's logits.
-        kl: mean Kullback-Leibler divergence in nats.
+        max_abs: largest logit difference, as a fraction of the spread of the reference's logits.
+        kl: mean KL divergence in nats.
     """
 
     max_abs: float | None
@@ -64,15 +63,15 @@ APPROXIMATE = Limits(max_abs=None, kl=0.05)
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How one runtime compares with the artifact.
+    """Comparison of a runtime with the artifact.
 
     Attributes:
-        provider: what ran the nodes.
-        positions: positions compared, prefill and decode.
+        provider: the provider that was used.
+        positions: number of compared positions, prefill and decode.
         max_abs, mean_abs: logit differences in prefill.
-        decode_max_abs: largest logit difference of the token-by-token steps.
-        top1: share of positions with the same likeliest token, ties counted as the same.
-        ties: positions where another token was likeliest, but closer to the reference's than the limit.
+        decode_max_abs: largest logit difference in decoding.
+        top1: fraction of positions with the same most likely token; ties count as the same.
+        ties: number of positions where the most likely token differs, but by less than the limit.
         kl: mean of KL(artifact || runtime), nats.
     """
 
@@ -92,9 +91,9 @@ class Verification:
 
     Attributes:
         spread: standard deviation of the reference's logits over the vocabulary.
-        limit: largest logit difference that passes as exact, ``5e-3 * spread`` or ten times ``noise``.
+        limit: largest allowed logit difference of the exact mode, ``5e-3 * spread`` or ten times ``noise``.
         exact: the runtime without approximations.
-        deployed: the runtime as users run it, when that approximates; None when it is ``exact``.
+        deployed: the runtime with default settings, if these approximate; None if they are exact.
         noise: largest difference between the reference in float32 and in float64.
         levels: the runtime's other settings that passed on one short row.
     """
@@ -118,37 +117,37 @@ def verify(
     name: str = "export",
     limits: Limits = EXACT,
 ) -> Verification | None:
-    """Compare an export in its runtime with the artifact it was written from.
+    """Compare an export in its runtime with its artifact.
 
-    Up to four rows of held-out text; without text, two rows of random tokens, on which a model that is right for its
-    users may be far more sensitive than on anything they will give it. The reference, the
-    exact runner and the deployed one follow each other, and each is gone before the next is made: a runtime's session
-    holds the model about twice.
+    Uses up to four rows of held-out text; without text, two rows of random tokens, on which models are often more
+    sensitive than on text. The reference, the exact runner and the deployed runner are in memory one after the other,
+    because a runtime's session needs about twice the size of the model.
 
     Args:
-        artifact: what the export was written from.
-        open_runner: opens the export as users run it.
-        open_exact: opens the same export without the runtime's approximations. With it, the other is held to
-            ``APPROXIMATE`` only (and what ``limits`` allow beyond it); without it, that is held to ``limits``.
-        levels: by name, other settings of the runtime at which users may open the export (as users run it, exact); each
-            reads one short row, and is held to the same limits, to twice the KL divergence.
-        tokens: real held-out text, int64 [rows, at least 32].
+        artifact: artifact of the export.
+        open_runner: opens the export with default settings.
+        open_exact: opens the export without the runtime's approximations. If given, it must meet ``limits`` and
+            ``open_runner`` only ``APPROXIMATE`` (plus the KL divergence of ``limits``); otherwise ``open_runner`` must
+            meet ``limits``.
+        levels: by name, other settings of the runtime: opens the export with default settings, and without
+            approximations. Each reads one short row and must meet the same limits, of the KL divergence twice.
+        tokens: held-out text, int64 [rows, at least 32].
         seed: of the random tokens.
         name: of the export, for messages.
-        limits: wider than ``EXACT`` only for an export whose weights were rounded once more (float16).
+        limits: wider than ``EXACT`` only for an export with additionally rounded weights (float16).
 
     Returns:
-        None if there is no runtime to ask, that is, if an opener gives None.
+        None if an opener returns None because there is no runtime.
 
     Raises:
-        ExportError: a quantity is over its limit; names it, its place, value and limit, and what to do.
+        ExportError: a difference is above its limit; with its position, value, limit and a remedy.
         RecipeError: ``tokens`` is too short.
     """
     case = Case.draw(artifact, tokens, seed)
     if case.ill_conditioned:
         log.warning(
             "%s: the model is ill-conditioned: float32 rounding alone moves its logits by %.3g (spread %.3g); "
-            "runtimes will differ, look at its perplexity",
+            "runtimes will differ, check its perplexity",
             name,
             case.noise,
             case.spread,
@@ -181,7 +180,7 @@ def _turns(open_runner: Open, open_exact: Open | None, limits: Limits, name: str
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """Tokens, and what the artifact says to them: int64 [b, t], float32 [b, t, vocab].
+    """Tokens int64 [b, t] and the artifact's logits float32 [b, t, vocab], the reference.
 
     Attributes:
         spread: standard deviation of the logits over the vocabulary.
@@ -195,25 +194,25 @@ class Case:
     noise_kl: float
 
     def limit(self, limits: Limits) -> float:
-        """Largest logit difference that counts as none."""
+        """Largest allowed logit difference."""
         return max((limits.max_abs or EXACT_SHARE) * self.spread, NOISE_FACTOR * self.noise)
 
     def limit_kl(self, limits: Limits) -> float:
-        """Largest KL divergence that passes."""
+        """Largest allowed KL divergence."""
         return max(limits.kl, NOISE_FACTOR * self.noise_kl)
 
     @property
     def ill_conditioned(self) -> bool:
-        """Whether float32 rounding alone moves this model's logits further than exports may be off."""
+        """Whether float32 rounding alone changes the logits by more than the limit for exports."""
         return self.noise > EXACT_SHARE * self.spread
 
     def explained(self, times_limit: float) -> bool:
-        """Whether rounding may explain a difference of so many times the limit."""
+        """Whether rounding may explain a difference of ``times_limit`` times the limit."""
         return self.ill_conditioned and times_limit < NOISE_FACTOR
 
     @classmethod
     def draw(cls, artifact: Weights, tokens: Tensor | None, seed: int) -> Case:
-        """The reference pass."""
+        """Choose tokens and compute the reference."""
         length = PROMPT + NEW_TOKENS
         if tokens is None:
             generator = torch.Generator().manual_seed(seed)
@@ -241,7 +240,7 @@ def _rounding(artifact: Weights, tokens: Tensor, logits: Tensor) -> tuple[float,
 
 
 def compare(case: Case, runner: Runner, limits: Limits, name: str) -> Agreement:
-    """Run prompt and decode, measure, judge; errors as ``verify``."""
+    """Run prefill and decoding, measure the differences, compare them with the limits; errors as for ``verify``."""
     tokens, length = case.tokens, case.tokens.shape[1]
     prefill = _shaped(runner.logits(tokens[:, :PROMPT]), case.logits[:, :PROMPT], f"{name}, prefill")
     steps = [runner.start(tokens[:, :PROMPT], length)]
@@ -280,7 +279,7 @@ def compare_prompt(case: Case, runner: Runner, limits: Limits, name: str) -> Non
 
 
 def _judge(difference: Difference, limits: Limits, case: Case, name: str, first: int) -> None:
-    """Raise for the worst position over the limit; ``first`` is the text position of column 0."""
+    """Raise an error for the largest difference above the limit; ``first`` is the text position of column 0."""
     if limits.max_abs is None:
         return
     limit = case.limit(limits)
@@ -292,14 +291,14 @@ def _judge(difference: Difference, limits: Limits, case: Case, name: str, first:
             f"{name}: the logit of token {token} at row {row}, position {first + column} differs from the artifact's "
             f"by {worst:.3g}; at most {limit:.3g} is allowed ({limits.max_abs:g} of the logits' spread, "
             f"{case.spread:.3g}, or {NOISE_FACTOR} times the rounding noise of float32, {case.noise:.2g}), and {wrong} "
-            f"of {difference.largest.size} positions are over it. {_way_out(limits, case, float(worst) / limit)}"
+            f"of {difference.largest.size} positions are above it. {_way_out(limits, case, float(worst) / limit)}"
         )
     if difference.missed.any():
         row, column = np.argwhere(difference.missed)[0]
         raise ExportError(
-            f"{name}: the likeliest token at row {row}, position {first + column} is not the artifact's, and "
-            f"{int(difference.missed.sum())} of {difference.missed.size} positions disagree beyond a tie (logits "
-            f"closer than {limit:.3g}); none may. {_way_out(limits, case, 1.0)}"
+            f"{name}: the most likely token at row {row}, position {first + column} is not the artifact's; this holds "
+            f"for {int(difference.missed.sum())} of {difference.missed.size} positions, not counting ties (logits "
+            f"closer than {limit:.3g}); none is allowed. {_way_out(limits, case, 1.0)}"
         )
 
 
@@ -314,18 +313,18 @@ def _judge_kl(kl: float, positions: int, limits: Limits, case: Case, who: str) -
 def _way_out(limits: Limits, case: Case, times_limit: float) -> str:
     if case.explained(times_limit):
         return (
-            f"The model is ill-conditioned: float32 rounding alone moves its logits by {case.noise:.3g}, so that no "
-            "runtime can reproduce them, and this need not be a wrong export. Look at the model's perplexity, and give "
-            "more calibration tokens, more shrinkage, or keep more."
+            f"The model is ill-conditioned: float32 rounding alone changes its logits by {case.noise:.3g}, so no "
+            "runtime can reproduce them, and the export is not necessarily wrong. Check the model's perplexity, and "
+            "use more calibration tokens, more shrinkage, or a larger budget."
         )
     if limits.max_abs is None:
         return (
-            "The runtime's approximation costs too much on this model: set the exporter's option that computes in "
+            "The runtime's approximation is too coarse for this model: set the exporter's option for computation in "
             "float (for ONNX `accuracy_level: 0`), or use a smaller group_size."
         )
     return (
-        "The export is wrong or its runtime has a fault, so it must not be used: try the exporter's other layout, or "
-        "another version of the runtime, and report it with this message."
+        "The export or its runtime is faulty, so it must not be used: try other options of the exporter or another "
+        "version of the runtime, and report this message."
     )
 
 

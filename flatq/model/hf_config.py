@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from flatq.errors import UnsupportedModel
 from flatq.model.decoder import DecoderConfig, LayerDims, Rope
 from flatq.model.families import Family, family_named
+
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # beyond that no tensor library counts
+Count = Annotated[int, Field(gt=0, le=10_000)]
 
 
 class _HfKeys(BaseModel):
@@ -19,7 +22,7 @@ class _HfKeys(BaseModel):
 
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Count
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None

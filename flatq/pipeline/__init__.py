@@ -1,1 +1,1 @@
-"""The story of a run. Read ``run.py`` first."""
+"""The pipeline: all steps of a run, in ``run.py``."""

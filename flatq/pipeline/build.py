@@ -1,4 +1,4 @@
-"""From a dense model and a plan to an artifact: one walk, every finished block on disk at once."""
+"""Build the artifact from the dense model and a plan: one walk, each finished block is written immediately."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Finished(BaseModel):
 
 
 def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mapping[str, Any]) -> Artifact:
-    """Compress and quantize block by block; resumes where a killed run of the same folder stopped.
+    """Compress and quantize block by block; resumes an interrupted run of the same folder.
 
     Args:
-        job: the artifact grows in ``folder.partial`` and is renamed to ``folder.artifact`` at the end.
+        job: the artifact is built in ``folder.partial`` and renamed to ``folder.artifact`` at the end.
         plan: widths of the compressed model.
-        grids: of every weight that is to be quantized, by stem.
-        provenance: goes into the manifest; must not hold anything that differs between two runs.
+        grids: grid of every weight to quantize, by stem.
+        provenance: written to the manifest; must be the same for two runs of one recipe.
     """
     recipe, source, partial, work = job.recipe, job.source, job.folder.partial, job.folder.work
     tokens, execution = job.tokens.calibration, job.execution
@@ -72,7 +72,7 @@ def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mappi
 
 
 def _walk(job: Job, plan: RankPlan, grids: Mapping[str, Grid]) -> None:
-    """Every block through the stages, each on disk when it is done."""
+    """Apply the stages to every block, and write each block when it is finished."""
     source, partial, work = job.source, job.folder.partial, job.folder.work
     stages = stages_of(job.recipe, plan, grids, source.config, work)
     reference, lag = walked_along(job.recipe)
@@ -94,7 +94,7 @@ def _walk(job: Job, plan: RankPlan, grids: Mapping[str, Grid]) -> None:
         ):
             for stage in stages:
                 stage.apply(block)
-            block.observe()  # without a stage that did; the energies are kept
+            block.observe()  # no-op after a stage that observed; the energies are always saved
             advance()
 
 
@@ -106,7 +106,7 @@ def _finish(
     partial: Path,
     root: Path,
 ) -> None:
-    """Tokenizer, index, configuration and manifest."""
+    """Write tokenizer, index, configuration and manifest."""
     first = [EMBEDDING] if (partial / EMBEDDING).exists() else []
     files = [*first, *(shard_name(index, half) for index, half in halves(config)), ENDS]
     for stray in partial.glob("*.partial"):
@@ -117,21 +117,21 @@ def _finish(
 
 
 def block_reports(work: Path) -> list[dict[str, Any]]:
-    """What each finished block reported, in order: place, widths, errors, notes."""
+    """Reports of the finished blocks, in order: layer and half, shapes, errors, notes."""
     return [_finished(path).report for path in sorted((work / "blocks").glob("*.json"))]
 
 
 def _note_of(work: Path, layer: int, half: int) -> Path:
-    """The JSON file of a finished block; its energies are beside it."""
+    """The JSON file of a finished block; its energies are in the same folder."""
     return work / "blocks" / f"{layer:05d}-{half}.json"
 
 
 def _finished(path: Path) -> Finished:
-    return read_json(path, Finished, "the walk begins with the first block", checksummed=True)
+    return read_json(path, Finished, "the walk starts over at the first block", checksummed=True)
 
 
 def _start_over_if_damaged(partial: Path, work: Path) -> None:
-    """Forget how far a killed run was if a file of a finished block is not as it was written; a warning says so."""
+    """Restart the walk, with a warning, if a file of a finished block was changed since it was written."""
     for number in range(blocks_done(work)):
         path = _note_of(work, *divmod(number, len(HALVES)))
         try:
@@ -139,7 +139,7 @@ def _start_over_if_damaged(partial: Path, work: Path) -> None:
             shard = partial / shard_name(noted.report["layer"], noted.report["half"])
             for file, digest in ((shard, noted.shard), (path.with_suffix(".safetensors"), noted.energies)):
                 if not file.is_file() or file_digest(file) != digest:
-                    raise ArtifactError(f"{file}: is missing or damaged; the walk begins with the first block")
+                    raise ArtifactError(f"{file}: is missing or damaged; the walk starts over at the first block")
         except ArtifactError as damaged:
             log.warning("%s", damaged)
             (work / "state.json").unlink(missing_ok=True)
@@ -147,7 +147,7 @@ def _start_over_if_damaged(partial: Path, work: Path) -> None:
 
 
 def _save_block(block: Block, dtype: torch.dtype, partial: Path, work: Path) -> None:
-    """Write a block's tensors and its report; what is not quantized runs on with the precision it is stored in."""
+    """Write a block's tensors and report; unquantized parameters are rounded to their stored precision."""
     tensors: dict[str, Tensor | QuantizedWeight] = {}
     for name, parameter in block.layer.named_parameters():
         linear = name.removesuffix(".weight")

@@ -1,7 +1,7 @@
-"""``flatq eval``: an artifact, an export in its own runtime, or a pretrained model, on one text or on the run's texts.
+"""``flatq eval``: evaluate an artifact, an export in its runtime, or a pretrained model, on one or several texts.
 
-An artifact and an export are compared with the dense model of their recipe. Where that cannot be opened any more, an
-export is compared with its artifact and an artifact is scored alone, and the answer says so.
+An artifact or export is compared with the dense model of its recipe. If the dense model is not available, an export is
+compared with its artifact, and for an artifact only perplexity is measured; a warning states it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flatq.export.folder import DESCRIPTION, artifact_of, description_of
 from flatq.export.planned import PlannedExport
 from flatq.export.quality import TOKENS, first_rows
 from flatq.model.weights import Weights
-from flatq.pipeline.judge import export_quality, model_quality, sentence
+from flatq.pipeline.quality import export_quality, model_quality, sentence
 from flatq.pipeline.texts import tokens_of
 from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
 from flatq.recipe.grammar import Recipe
@@ -43,12 +43,12 @@ def evaluate(
     seq_len: int | None = None,
     check: bool = True,
 ) -> list[str]:
-    """A line for each text.
+    """One line for each text.
 
     Args:
         model: export folder, artifact or run folder, or a model as in a recipe.
-        dataset: one text; None with ``path`` is text, and without it the texts of the run that made the model (of a
-            pretrained model python-docs).
+        dataset: one text; None is text if ``path`` is given, else the texts of the model's run (python-docs for a
+            pretrained model).
         path: file of dataset text.
         tokens: of each text; None is 8,192, for an export 2,048.
         seq_len: of the windows; None is the run's, or 512.
@@ -57,7 +57,7 @@ def evaluate(
     Raises:
         ArtifactError: a file of an artifact or export is missing or damaged.
         RecipeError: the text is not known or cannot be read.
-        ExportError: an export has no runtime here.
+        ExportError: the runtime of an export is not available.
     """
     dataset = checked_dataset(dataset, path)
     if (Path(model) / DESCRIPTION).is_file():
@@ -80,10 +80,10 @@ def evaluate(
 
 
 def checked_dataset(dataset: str | None, path: Path | None) -> str | None:
-    """The data set to read: ``text`` where only a path is given.
+    """The data set to read: ``text`` if only a path is given.
 
     Raises:
-        RecipeError: it is not known, or is read without ``path`` or only with it.
+        RecipeError: it is not known, or ``path`` is missing or not allowed.
     """
     if dataset is None:
         return "text" if path is not None else None
@@ -95,22 +95,22 @@ def checked_dataset(dataset: str | None, path: Path | None) -> str | None:
         raise RecipeError(
             "--dataset text: give the file with --path, a .txt or .jsonl file"
             if path is None
-            else f"--path {path}: is not read with --dataset {dataset}; leave one of the two out"
+            else f"--path {path}: is not used with --dataset {dataset}; leave one of the two out"
         )
     return dataset
 
 
 def _of_export(item: PlannedExport, root: Path, artifact: Artifact, texts: Sequence[JudgedText]) -> list[str]:
     reference: Weights | None = _original(artifact)
-    beside = "" if reference is not None else " (beside the artifact: the dense model cannot be opened)"
+    compared = "" if reference is not None else " (compared with the artifact: the dense model cannot be opened)"
     with tempfile.TemporaryDirectory() as folder:
         found = export_quality(DenseStates(reference or artifact, Path(folder)), item, root, texts)
     if not found:
         raise ExportError(
-            f"{root}: the format {item.format!r} has no runtime here; open it in its program, or evaluate the artifact "
+            f"{root}: no runtime for the format {item.format!r} is available; evaluate the artifact instead: "
             f"{artifact.root}"
         )
-    return [sentence(text) + beside for text in found]
+    return [sentence(text) + compared for text in found]
 
 
 def _alone(weights: Weights, texts: Sequence[JudgedText]) -> list[str]:
@@ -118,7 +118,7 @@ def _alone(weights: Weights, texts: Sequence[JudgedText]) -> list[str]:
 
 
 def _original(artifact: Artifact) -> Source | None:
-    """The dense model that the artifact was made from; None, and a warning, if it cannot be opened."""
+    """The dense model of an artifact; None, with a warning, if it cannot be opened."""
     recipe = artifact.manifest["recipe"]
     if not recipe:
         return None
@@ -127,7 +127,7 @@ def _original(artifact: Artifact) -> Source | None:
         source = open_model(spec.path, revision=spec.revision, dtype=spec.dtype)
         source.validate()
     except FlatqError as error:
-        log.warning("the dense model cannot be opened, so nothing is compared with it: %s", error)
+        log.warning("the dense model cannot be opened, so there is no comparison with it: %s", error)
         return None
     return source
 
@@ -135,12 +135,12 @@ def _original(artifact: Artifact) -> Source | None:
 def _texts(
     artifact: Artifact, dataset: str | None, path: Path | None, tokens: int, seq_len: int | None
 ) -> list[JudgedText]:
-    """The text that was asked for, or the run's own."""
+    """The requested text, or the texts of the run."""
     recipe = artifact.manifest["recipe"]
     if dataset is not None or not recipe:
         return [_one_text(tokenizer_in(artifact.root), dataset or "python-docs", path, tokens, seq_len)]
     if seq_len is not None:
-        raise RecipeError("--seq-len: is not read for the texts of the run; give a text with --dataset or --path")
+        raise RecipeError("--seq-len: is not used for the texts of the run; give a text with --dataset or --path")
     judged = tokens_of(Recipe.parse(recipe, str(artifact.root / MANIFEST)), artifact).judged
     return [JudgedText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in judged]
 

@@ -1,8 +1,8 @@
-"""The table of contents: a recipe in, a verified and measured model out.
+"""``flatq run``: from a recipe to a verified and measured model.
 
     load -> baseline -> importance -> rank plan -> walk (FLAT, GPTQ) -> artifact -> exports -> verify -> bench -> report
 
-Each step is one call below; each is a phase of the run folder, so that a killed run goes on where it was.
+Each step is one call below and a phase of the run folder, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
+from flatq.pipeline.baselines import quantized_baselines
 from flatq.pipeline.build import build
-from flatq.pipeline.judge import dense_quality, export_quality, model_quality, stop_if_ruined, told
-from flatq.pipeline.rivals import judged_rivals
+from flatq.pipeline.quality import dense_quality, export_quality, log_quality, model_quality, stop_if_ruined
 from flatq.pipeline.tasks import require_tasks, task_results
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
@@ -57,20 +57,20 @@ def run(
     verify: bool = True,
     check: bool = True,
 ) -> Path | None:
-    """Do everything that the recipe says; returns the run folder (None in all but the first of several processes).
+    """Execute a recipe; returns the run folder (with several processes only in rank 0, None in the others).
 
     Args:
-        recipe: what to do.
-        out: run folder; None is ``runs/NAME-DIGEST``. A finished one is left alone, an unfinished one is resumed.
-        device: where to compute.
-        fresh: remove what an earlier run left in the folder.
-        memory: bytes of RAM to stay below; None takes what the default batch sizes need.
-        predict: forecast time and memory first, and report them beside what was measured.
-        verify: False writes exports without opening them, which the report says.
+        recipe: of the run.
+        out: run folder; None is ``runs/NAME-DIGEST``. A finished run is not repeated, an unfinished one is resumed.
+        device: device for computation.
+        fresh: remove the results of an earlier run from the folder.
+        memory: limit of RAM in bytes; None is no limit, with the default batch sizes.
+        predict: forecast time and memory first, and report the forecast together with the measurements.
+        verify: False writes exports without verification, which the report states.
         check: False does not compare the files of a finished run with their digests.
 
     Raises:
-        FlatqError: with ``exit_code`` 2 where the recipe or what it names is wrong, 3 where a stage failed.
+        FlatqError: ``exit_code`` is 2 if the recipe or something that it refers to is wrong, 3 if a stage failed.
     """
     with distributed.joined():
         exports, device = planned_exports(recipe, verify=verify), resolve_device(device)
@@ -95,9 +95,9 @@ def _run(
     require_tasks(recipe)
     source = open_source(recipe)
     working_set_bytes = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
-    raise_objections(recipe, source.config, [])  # groups wider than the dense model's weights fit no narrower one
+    raise_objections(recipe, source.config, [])  # groups wider than the dense weights are also too wide after narrowing
     raise_early_objections(recipe, source, exports)
-    draft(recipe, source)  # refuses a budget that no plan can meet, before anything is measured
+    draft(recipe, source)  # raises for a budget that cannot be reached, before anything is measured
     for caution in sizes.cautions(recipe, source.config):
         log.warning(caution)
     with folder.working():
@@ -116,15 +116,15 @@ def _run(
         raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)
         artifact = compressed(job, plan, grids, origins)
         quality = folder.phase("evaluate", lambda: model_quality(dense, artifact, tokens.judged), list[dict[str, Any]])
-        told(quality, "artifact")
+        log_quality(quality, "artifact")
         stop_if_ruined(recipe, quality)
-        rivals = judged_rivals(job, dense, artifact.bytes(), origins)
+        baselines = quantized_baselines(job, dense, artifact.bytes(), origins)
         if not distributed.part():
             return None
         artifact.note_quality(card_quality(quality))
         if needs_cache_ranges(exports):
             measure_cache_ranges(job, artifact)
-        finish(job, exports, artifact, dense, quality, rivals, expected)
+        finish(job, exports, artifact, dense, quality, baselines, expected)
     return folder.root
 
 
@@ -134,18 +134,18 @@ def finish(
     artifact: Artifact,
     dense: DenseStates,
     quality: Sequence[Mapping[str, Any]],
-    rivals: Sequence[Mapping[str, Any]],
+    baselines: Sequence[Mapping[str, Any]],
     expected: Mapping[str, Any],
 ) -> None:
     """Exports, bench, report.
 
     Args:
         quality: JSON-ready ``TextQuality`` of each text.
-        rivals: JSON-ready ``BaselineReport`` of each.
+        baselines: JSON-ready ``BaselineReport`` of each quantized baseline.
         expected: forecast of each phase, JSON-ready.
 
     Raises:
-        ExportError: one or more exports failed; the report is written all the same, with what failed in it.
+        ExportError: one or more exports failed; raised after the report, which includes the errors, is written.
     """
     folder = job.folder
     written = [exported(job, item, artifact, dense) for item in exports]
@@ -158,7 +158,7 @@ def finish(
         job.source,
         artifact,
         quality=quality,
-        baselines=rivals,
+        baselines=baselines,
         exports=written,
         bench=bench,
         tasks=tasks,
@@ -172,7 +172,7 @@ def finish(
     write_report(report, folder.root)
     folder.seal()
     if failed:
-        raise ExportError("\n".join([*failed, f"what was done all the same is in {folder.root}/report.md"]))
+        raise ExportError("\n".join([*failed, f"all other results are in {folder.root}/report.md"]))
 
 
 def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
@@ -181,11 +181,11 @@ def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
     device, working_set_bytes = execution.device, execution.working_set_bytes
     found = forecasts(recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges)
-    return {phase: asdict(said) for phase, said in found.items()}
+    return {phase: asdict(forecast) for phase, forecast in found.items()}
 
 
 def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
-    """The model that the recipe names, checked for completeness (its weights are not yet read)."""
+    """Open the model of a recipe and check that all tensors exist (weights are not read)."""
     model = recipe.model
     source = open_model(model.path, revision=model.revision, dtype=model.dtype, need_weights=need_weights)
     if need_weights:
@@ -194,7 +194,7 @@ def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
 
 
 def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Mapping[str, Any]) -> Artifact:
-    """The artifact, made by one walk over the blocks, or finished by an earlier run."""
+    """The artifact, built by one walk over the blocks, or finished by an earlier run."""
     folder = job.folder
 
     def make() -> None:
@@ -210,7 +210,7 @@ def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Map
 
 
 def measure_cache_ranges(job: Job, artifact: Artifact) -> None:
-    """Ranges of keys and values, for exports that keep them in 8 bits."""
+    """Measure the ranges of keys and values, for exports with an 8-bit KV cache."""
     precision, device = job.recipe.calibration.precision, job.execution.device
 
     def measure() -> None:
@@ -220,9 +220,9 @@ def measure_cache_ranges(job: Job, artifact: Artifact) -> None:
 
 
 def exported(job: Job, item: PlannedExport, artifact: Artifact, dense: DenseStates) -> dict[str, Any]:
-    """One export, written, verified and judged on every text, or done by an earlier run; JSON-ready ``ExportReport``.
+    """Write, verify and evaluate one export, unless an earlier run did; JSON-ready ``ExportReport``.
 
-    One that fails is reported with its error, and the others are still written.
+    An export that fails is reported with its error and does not stop the others.
     """
     folder, tokens, out = job.folder, job.tokens, job.folder.exports / item.name
     if out.exists() and not _whole(out):
@@ -235,12 +235,12 @@ def exported(job: Job, item: PlannedExport, artifact: Artifact, dense: DenseStat
     except ExportError as error:
         log.error("%s: %s", item.name, error)
         return {"name": item.name, "files": [], "bytes": 0, "sha256": {}, "verify": None, "error": str(error)}
-    told(quality, f"export {item.name}")
+    log_quality(quality, f"export {item.name}")
     return {**done, "quality": quality}
 
 
 def _whole(out: Path) -> bool:
-    """Whether an export that an earlier run wrote is as it was written; if not, a warning says so."""
+    """Whether the files of an export from an earlier run are unchanged; logs a warning if not."""
     try:
         description_of(out)
     except ArtifactError as damaged:
@@ -250,7 +250,7 @@ def _whole(out: Path) -> bool:
 
 
 def benched(job: Job, exports: list[PlannedExport], *, complete: bool) -> list[dict[str, Any]]:
-    """Speed of the exports that are there; kept as a phase only if none failed, for one may succeed next time."""
+    """Speed of the finished exports; saved as a phase only if none failed, because a failed one may be retried."""
 
     def measure() -> list[dict[str, Any]]:
         return measured(job.recipe, job.source, job.folder, exports)

@@ -1,4 +1,4 @@
-"""The texts of a run, with the dense model at hand for what it writes itself."""
+"""The calibration and evaluation tokens of a run, including text that the dense model generates."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flatq.sources.source import Source, open_model
 
 
 def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -> Tokens:
-    """The tokens of a run; what the model writes itself is a phase of its own.
+    """The tokens of a run; generating text with the model is a separate phase.
 
     Raises:
-        RecipeError: a text cannot be read or written, or is too short.
+        RecipeError: a text cannot be read or generated, or is too short.
     """
     writer = SelfText(source, folder.work / "self-text", device, recipe.calibration.precision)
 
@@ -34,10 +34,10 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -
 
 
 def tokens_of(recipe: Recipe, artifact: Artifact) -> Tokens:
-    """The texts of a finished artifact; the dense model is opened once more if it wrote some of them.
+    """The texts of a finished artifact; the dense model is opened again if it generated some of them.
 
     Raises:
-        RecipeError: a text cannot be read, or the dense model is gone.
+        RecipeError: a text cannot be read, or the dense model is not available.
     """
     if not self_tokens(recipe.calibration, recipe.evaluation):
         return token_batches(recipe.calibration, recipe.evaluation, tokenizer_in(artifact.root))

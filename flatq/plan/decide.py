@@ -1,7 +1,7 @@
-"""What the model will look like, decided before the walk: widths for FLAT, bits for GPTQ.
+"""Decide the plan before the walk: widths for FLAT, bits for GPTQ.
 
-Each plan is measured where its recipe asks for it. A measurement is a phase of the run folder, so that a killed run
-measures nothing twice.
+Depending on the recipe a plan needs measurements. Each measurement is a phase of the run folder, so that an interrupted
+run does not repeat it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from flatq.sources.source import Source
 
 
 def measurements(recipe: Recipe, *, narrows: bool = True) -> list[str]:
-    """Names of the phases that come before the walk, in their order.
+    """Names of the measurement phases before the walk, in order.
 
     Args:
-        narrows: whether the plan leaves anything out; if not, there is nothing to allocate.
+        narrows: whether the plan reduces any width; if not, there is nothing to allocate.
     """
     flat = recipe.flat if narrows else None
     allocation = None if flat is None else flat.parts.allocation
@@ -42,7 +42,7 @@ def measurements(recipe: Recipe, *, narrows: bool = True) -> list[str]:
 
 
 def draft(recipe: Recipe, source: Source) -> RankPlan:
-    """The plan with equal shares: from shapes alone, where the real one may follow from the weights.
+    """The plan with equal fractions for all layers, from shapes alone; the final plan may need measurements.
 
     Raises:
         RecipeError: the budget cannot be reached.
@@ -53,7 +53,7 @@ def draft(recipe: Recipe, source: Source) -> RankPlan:
 
 
 def rank_plan(job: Job) -> RankPlan:
-    """Widths of the compressed model; measures what the allocation goes by."""
+    """Widths of the compressed model, after the measurements that the allocation needs."""
     recipe, source, folder, execution = job.recipe, job.source, job.folder, job.execution
     spec, config, first = recipe.flat, source.config, draft(recipe, source)
     if spec is None or first.layers == config.layers:
@@ -77,7 +77,7 @@ def rank_plan(job: Job) -> RankPlan:
 
 
 def bit_plan(job: Job, plan: RankPlan) -> dict[str, Grid]:
-    """Grid of every weight that will be quantized; measures errors if the recipe gives an average to keep to."""
+    """Grid of every weight that will be quantized; for ``average_bits`` after measuring quantization errors."""
     source, folder = job.source, job.folder
     spec, config = job.recipe.gptq, source.config.with_layers(plan.layers)
     if spec is None or spec.average_bits is None:

@@ -1,6 +1,6 @@
-"""What a recipe means and what it will cost, said before anything is computed.
+"""The texts of ``flatq check`` and ``flatq plan``: a recipe in words, and its sizes, memory and time.
 
-Sizes are exact (they follow from shapes). Memory and time by phase come from ``forecast``; times are estimates.
+Sizes are exact (computed from shapes). Memory and time by phase come from ``forecast``; times are estimates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def explanation(recipe: Recipe) -> list[str]:
-    """The recipe in words, one line per step."""
+    """A description of the recipe, one line per step."""
     calibration, lines = recipe.calibration, [f"model        {recipe.model.path}"]
     lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {calibration.label}")
     if (flat := recipe.flat) is not None:
@@ -50,7 +50,7 @@ def explanation(recipe: Recipe) -> list[str]:
 
 
 def described(config: DecoderConfig) -> str:
-    """The shapes of a model in a line."""
+    """The shapes of a model in one line."""
     dims = config.layers[0]
     return (
         f"{config.family}: {len(config.layers)} layers, d_model {config.d_model}, {dims.heads} heads of {dims.d_qk} on "
@@ -96,12 +96,12 @@ def forecast(
         table.add_row("memory of the GPU", "", size(held))
     text = rendered(table)
     if recipe.flat is not None and recipe.flat.parts.allocation != "uniform":
-        text += "widths per layer follow from the weights and are not planned here: sizes are for equal shares\n"
+        text += "widths per layer depend on measurements during the run; sizes are for equal shares of all layers\n"
     if recipe.gptq is not None and recipe.gptq.average_bits is not None:
-        text += "bits per linear follow from measured errors: sizes are for a choice of the same average\n"
+        text += "bits per linear depend on measurements during the run; sizes are for a choice of the same average\n"
     return text + "".join(f"{caution}\n" for caution in cautions(recipe, dense))
 
 
 def _about(duration: float) -> str:
-    """An estimate: two digits are more than it knows."""
+    """A duration rounded to two digits."""
     return f"about {seconds(float(f'{duration:.2g}'))}".replace(".0 s", " s")

@@ -1,13 +1,13 @@
-"""What each phase of a run will take: about how long, and how much memory.
+"""Forecast of time and memory for each phase of a run.
 
-Time: the operations of each phase, counted from shapes (see ``operations``), at the rates of this machine, measured in
-a moment (see ``machine.speed``). Small matrices run below these rates and a shared machine changes, so the result is
-an order of magnitude (docs/writing-a-recipe.md).
+Time: the number of operations of each phase, counted from shapes (see ``operations``), divided by the measured speed of
+this machine (see ``machine.speed``). Small matrices are slower and the load of a shared machine varies, so the result
+is an order-of-magnitude estimate (docs/writing-a-recipe.md).
 
-Memory: what a phase holds at its largest block is added up from shapes; the process itself is measured. Hidden states
-do not count, they are on disk.
+Memory: the largest tensors of a phase, computed from shapes, plus the measured memory of the process. Hidden states are
+not included because they are on disk.
 
-Left out: exports, their verification and the bench; those belong to exporters and runtimes.
+Left out: exports, their verification and the bench, which depend on exporters and runtimes.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from flatq.quantize.embedding_and_head import HEAD_AT_ONCE
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
 from flatq.recipe.grammar import Recipe
 
-TOGETHER = 4  # rows that an evaluation sends through a layer together
+TOGETHER = 4  # batch size of an evaluation, in rows
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One phase: about how many seconds, and the largest resident memory while it runs.
+    """Estimated seconds and peak resident memory of one phase.
 
-    With a GPU, ``peak_device_bytes`` is what it will hold; the main memory of the same phase is then an upper bound,
-    as if the work were done there.
+    On a GPU, ``peak_device_bytes`` is its peak memory; ``peak_rss_bytes`` is then an upper bound that assumes
+    computation in main memory.
     """
 
     seconds: float
@@ -60,13 +60,13 @@ def forecasts(
     working_set_bytes: int = WORKING_SET,
     ranges: bool = False,
 ) -> dict[str, Forecast]:
-    """By phase, in the order of a run.
+    """Forecasts by phase, in the order of a run.
 
     Args:
         config: the dense model.
-        plan: widths that it will have, layer by layer, or with equal shares.
+        plan: planned widths of each layer.
         working_set_bytes: bytes for the activations of a batch.
-        ranges: whether an export asks for the ranges of keys and values.
+        ranges: whether an export needs the ranges of keys and values.
     """
     speed = measured_speed(device, recipe.calibration.precision)
     works = operations(recipe, config, plan, _tokens(recipe), ranges)
@@ -80,7 +80,7 @@ def forecasts(
 
 
 def _tokens(recipe: Recipe) -> dict[str, int]:
-    """How many tokens each phase looks at."""
+    """Number of tokens that each phase processes."""
     calibration = recipe.calibration.samples * recipe.calibration.seq_len
     scored = recipe.evaluation[0].tokens
     return {
@@ -99,7 +99,7 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
 def working_bytes(
     config: DecoderConfig, recipe: Recipe, working_set_bytes: int = WORKING_SET, ranges: bool = False
 ) -> dict[str, int]:
-    """What each phase holds at its largest, besides the process itself."""
+    """Peak bytes of tensors in each phase, without the process itself."""
     m, f, tables = config.d_model, max(dims.d_ff for dims in config.layers), config.vocab * config.d_model
     heads = max(dims.heads * dims.d_v for dims in config.layers)
     layer = max(dims.parameters(m) for dims in config.layers)
@@ -109,20 +109,20 @@ def working_bytes(
     batch = min(
         max(working_set_bytes, one), activation_bytes(config) * min(states.BATCH_TOKENS, text.samples * text.seq_len)
     )
-    rows = min(TOGETHER, scored.tokens // scored.seq_len)  # that go through an evaluation together
+    rows = min(TOGETHER, scored.tokens // scored.seq_len)  # batch of an evaluation
     evaluated = 4 * scored.tokens * m + max(
         half + activation_bytes(config) * rows * scored.seq_len, 6 * tables + 8 * LOGITS_AT_ONCE
     )
-    embedding = 5.5 * tables  # as it is stored and as float32
+    embedding = 5.5 * tables  # stored and as float32
     left = f * (recipe.flat.keep_ratio or 1.0 if recipe.flat is not None else 1.0)
     grams, fisher = 4 * (f**2 + m**2), 12 * m**2
-    # Gram, its mean and what becomes of it in the elimination; then, of what is left, in the least squares.
+    # Gram, its mean and the temporaries of the elimination; then the least-squares fit of the remaining channels.
     eliminating = grams + 8 * f**2 + 12 * f * m + fisher
     fitting = grams + 4 * f**2 + 4 * f * m + 8 * left * m + max(12 * left**2, 8 * left**2 + 16 * left * m)
     narrowing = max(eliminating, fitting) if recipe.flat is not None else 0
     solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
     rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
-    judged = 6 * min(bit_errors.TOKENS, text.samples * text.seq_len) * m  # three versions of the outputs
+    outputs = 6 * min(bit_errors.TOKENS, text.samples * text.seq_len) * m  # three versions of half of the outputs
     quantizes_head = recipe.gptq is not None and recipe.gptq.embedding is not None
     heading = 8 * tables + 16 * m**2 + 20 * min(tables, HEAD_AT_ONCE) if quantizes_head else embedding
     ranging = 4 * _tokens(recipe)["cache-ranges"] * m + max(half + cache_ranges.ROWS * one, embedding)
@@ -139,7 +139,7 @@ def working_bytes(
         "sensitivity": gradients + max(half + 2 * batch, 6 * tables + 16 * length * config.vocab),
         "curves": max(half + max(batch + grams, eliminating, 28 * heads**2), embedding),
         "importance": max(2 * half + batch, embedding),
-        "bits": max(half + 4 * m**2 + judged + max(batch + 2 * grams, grams + 16 * f**2 + solved), embedding),
+        "bits": max(half + 4 * m**2 + outputs + max(batch + 2 * grams, grams + 16 * f**2 + solved), embedding),
         "compress": max(half + max(batch + grams, narrowing, rounding), heading),
         "evaluate": evaluated,
         "cache-ranges": ranging,
@@ -150,10 +150,10 @@ def working_bytes(
 
 
 def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None, ranges: bool = False) -> int:
-    """Bytes for the activations of a batch, so that the whole stays below ``memory``.
+    """Bytes for the activations of a batch, chosen so that peak memory stays below ``memory``.
 
     Raises:
-        RecipeError: a single sample does not fit.
+        RecipeError: ``memory`` is too small for a single sample.
     """
     if memory is None:
         return WORKING_SET
@@ -161,7 +161,7 @@ def working_set(config: DecoderConfig, recipe: Recipe, memory: int | None, range
     if least > memory:
         raise RecipeError(
             f"--memory: {memory / 1e9:.2f} GB is too little; with one sample of {recipe.calibration.seq_len} tokens at "
-            f"a time this model needs about {least / 1e9:.2f} GB: give that much, or lower calibration.seq_len"
+            f"a time this model needs about {least / 1e9:.2f} GB: raise --memory, or lower calibration.seq_len"
         )
     working_set_bytes = WORKING_SET
     while (

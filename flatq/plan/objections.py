@@ -1,7 +1,7 @@
 """Pre-flight checks: every reason why an exporter or GPTQ cannot handle the planned model, before hours of work.
 
-The widths of a plan follow from the weights, so some objections are known only when they are measured. Others hold for
-any widths and come first: a tokenizer that cannot be carried, and layers that differ where a format wants them alike.
+Widths may depend on measurements, so some objections are known only after these. Objections that are independent of the
+widths are raised first: an unsupported tokenizer, and different widths per layer in a format that needs equal widths.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from flatq.sources.source import Source
 def raise_objections(
     recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport], grids: Mapping[str, Grid] | None = None
 ) -> None:
-    """Raise every objection to the planned model at once, before hours of work.
+    """Raise all objections of exporters and GPTQ to the planned model.
 
     Args:
-        grids: as ``plan.decide.bit_plan`` decided; None takes every choice that the recipe leaves open.
+        grids: from ``plan.decide.bit_plan``; None checks all grids that the recipe can lead to.
 
     Raises:
-        RecipeError: all objections at once.
+        RecipeError: lists all objections.
     """
     if problems := objections(config, recipe.gptq) + exporter_objections(recipe, config, exports, grids):
         raise RecipeError(problems)
@@ -40,7 +40,7 @@ def raise_objections(
 def exporter_objections(
     recipe: Recipe, config: DecoderConfig, exports: list[PlannedExport], grids: Mapping[str, Grid] | None = None
 ) -> list[str]:
-    """What the exporters object to, each objection once."""
+    """Objections of the exporters, without duplicates."""
     possible = possible_grids(config, recipe.gptq) if grids is None else [grids]
     words = [
         f"exports.{item.name}: {words}"
@@ -52,26 +52,26 @@ def exporter_objections(
 
 
 def raise_absent_packages(exports: list[PlannedExport], recipe: Recipe | None = None) -> None:
-    """Refuse exports that this machine cannot write or verify, and tasks that it cannot run, before hours of work.
+    """Raise an error for exports or tasks that need packages that are not installed, before the run starts.
 
     Raises:
-        RecipeError: each package that is not installed, with the command that installs it.
+        RecipeError: lists the missing packages, with the command that installs each.
     """
     if problems := absent_packages_of(exports) + (absent_for_tasks(recipe) if recipe is not None else []):
         raise RecipeError(problems)
 
 
 def raise_early_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
-    """Raise what the exporters object to for any ranks: the tokenizer, and layers that differ.
+    """Raise the objections that are independent of the ranks: to the tokenizer, and to different widths per layer.
 
-    Without a flat stage the ranks are known, and so is every objection.
+    Without a flat stage the ranks are known, so all objections are raised.
 
     Raises:
-        RecipeError: all objections at once.
+        RecipeError: lists all objections.
     """
     problems = too_few_tokens(recipe, source.config)
     carriers = [item for item in exports if type(item.exporter).check_tokenizer is not Exporter.check_tokenizer]
-    if carriers and source.has_tokenizer:  # reading a tokenizer takes a while, so only for those who ask
+    if carriers and source.has_tokenizer:  # loading a tokenizer is slow, so only if an exporter checks it
         described = json.loads(source.tokenizer().backend_tokenizer.to_str())
         for item in carriers:
             found = item.exporter.check_tokenizer(described, source.config, item.options)

@@ -1,7 +1,7 @@
-"""What each phase of a run computes, counted from shapes: products of forward passes, of solves, and bytes moved.
+"""Operation counts of each phase of a run, from shapes: FLOPs of forward passes, FLOPs of solves, bytes moved.
 
-Only what grows with the cube of a width, or with tokens times the square of one, is counted, and of element-wise work
-what passes over whole weights. Constants that belong to an algorithm stand beside its formula.
+Counted are operations that grow with the cube of a width or with tokens times a squared width, and element-wise
+operations on whole weights. Constants of an algorithm are explained next to its formula.
 
 Axes: t tokens, s positions, m d_model, f d_ff, o out_features, i in_features.
 """
@@ -21,14 +21,14 @@ from flatq.quantize.stage import READERS
 from flatq.recipe.grammar import Recipe
 from flatq.stages import walked_along
 
-DOUBLE = 2.5  # float64 products and factorizations, in float32 products
-PASSES = 12 * len(CLIPS) + 60  # of four bytes over a weight: the search of its scales, and the columns one by one
-READING = 12  # bytes moved for each weight that is read and made float32
+DOUBLE = 2.5  # cost of float64 products and factorizations, relative to float32 products
+PASSES = 12 * len(CLIPS) + 60  # float32 passes over a weight: scale search and column loop of GPTQ
+READING = 12  # bytes moved for each weight that is read and converted to float32
 
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """Amounts of work: floating-point operations of forward passes and of solves, and bytes moved."""
+    """FLOPs of forward passes, FLOPs of solves, and bytes moved."""
 
     forward: float = 0
     solve: float = 0
@@ -38,20 +38,20 @@ class Operations:
         return Operations(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def seconds(self, speed: Speed) -> float:
-        """Time at these rates, one after the other."""
+        """Time at the given speed, without overlap."""
         return self.forward / speed.forward + self.solve / speed.solve + self.moved / speed.moved
 
 
 def operations(
     recipe: Recipe, config: DecoderConfig, plan: Sequence[LayerDims], tokens: dict[str, int], ranges: bool
 ) -> dict[str, Operations]:
-    """By phase, in the order of a run.
+    """Operations by phase, in the order of a run.
 
     Args:
         config: the dense model.
-        plan: widths that it will have, layer by layer.
-        tokens: that each phase looks at.
-        ranges: whether an export asks for the ranges of keys and values.
+        plan: planned widths of each layer.
+        tokens: number of tokens that each phase processes.
+        ranges: whether an export needs the ranges of keys and values.
     """
     planned = config.with_layers(plan)
     length, scored = recipe.calibration.seq_len, recipe.evaluation[0].seq_len
@@ -73,7 +73,7 @@ def operations(
 
 
 def _halves(dims: LayerDims, m: int, s: int) -> tuple[float, float]:
-    """One token through attention and through the MLP; it looks at half of the positions on average."""
+    """FLOPs per token of attention and of the MLP; a token attends to half of the positions on average."""
     mlp = 3 * m * dims.d_ff
     return 2 * (dims.parameters(m) - mlp) + dims.heads * (dims.d_qk + dims.d_v) * s, 2 * mlp
 
@@ -83,14 +83,14 @@ def _forward(config: DecoderConfig, t: int, s: int) -> float:
 
 
 def _passed(config: DecoderConfig, t: int, s: int, times: float = 1) -> Operations:
-    """Tokens through all layers, and what their activations move besides: about 40 [m], 10 [f] and 2 [heads, s]."""
+    """Forward passes through all layers, with the bytes of activations: about 40 [m], 10 [f] and 2 [heads, s]."""
     m = config.d_model
     activations = sum(40 * m + 10 * dims.d_ff + 2 * dims.heads * s for dims in config.layers)
     return Operations(times * _forward(config, t, s), moved=4 * times * t * activations + READING * config.parameters())
 
 
 def _written(recipe: Recipe, config: DecoderConfig, t: int) -> Operations:
-    """Text that the model writes, many rows side by side: each step reads all weights."""
+    """Text generation in batches of rows; each step reads all weights."""
     text = recipe.calibration
     products = _forward(config, t, text.seq_len) + 2 * t * config.d_model * config.vocab
     moved = config.parameters() * t / min(SIDE_BY_SIDE, text.samples)
@@ -100,19 +100,19 @@ def _written(recipe: Recipe, config: DecoderConfig, t: int) -> Operations:
 
 
 def _grams(dims: LayerDims, m: int) -> float:
-    """Second moments of all inputs of a layer, of one token; half of a symmetric matrix is computed."""
+    """FLOPs per token of the Grams of a layer; half of each symmetric matrix is computed."""
     return 2 * m**2 + (dims.heads * dims.d_v) ** 2 + 2 * dims.kv_heads * dims.d_v**2 + dims.d_ff**2
 
 
 def _evaluated(config: DecoderConfig, t: int, s: int) -> Operations:
-    """In float32, whatever calibration multiplies in."""
+    """Evaluation, in float32 independent of the precision of calibration."""
     head = 2 * t * config.d_model * config.vocab
     passed = _passed(config, t, s)
     return Operations(solve=passed.forward + head, moved=passed.moved + 16 * t * config.vocab)
 
 
 def _sensitivity(config: DecoderConfig, t: int, s: int) -> Operations:
-    """Forward, then forward again and backward; logits, and noise in their place."""
+    """Forward pass, then forward again with backward pass; logits, and noise in their place for the gradients."""
     m, v = config.d_model, config.vocab
     moments = 2 * len(config.layers) * 2 * t * m**2
     return _passed(config, t, s, 3) + Operations(moments + 4 * t * m * v, moved=100 * t * v)
@@ -126,7 +126,7 @@ def _curves(config: DecoderConfig, t: int, s: int) -> Operations:
 
 
 def _eliminated(f: int, width: int, m: int) -> float:
-    """The loss's root, the inverse of a Gram, and its updates until ``width`` channels are left."""
+    """Factor of the Fisher information, inverse of a Gram, and its updates until ``width`` channels are left."""
     return DOUBLE * m**3 / 3 + 2 * m**2 * f + f**3 + 0.85 * (f**3 - width**3) + m * (f**2 - width**2)
 
 
@@ -152,12 +152,12 @@ def _narrowed(recipe: Recipe, before: LayerDims, after: LayerDims, m: int) -> fl
 
 
 def _rounded(o: int, i: int) -> Operations:
-    """GPTQ of one weight: a factor, the errors that columns pass on, the energy of the output."""
+    """GPTQ of one weight: factorization, error propagation between columns, output energy."""
     return Operations(solve=i**3 / 3 + 3 * o * i**2, moved=4 * PASSES * o * i)
 
 
 def _layer_rounded(dims: LayerDims, m: int) -> Operations:
-    """GPTQ of a layer; linears that read the same activation share its factor."""
+    """GPTQ of a layer; linears that read the same activation share one factorization."""
     found = Operations()
     for readers in READERS.values():
         for _, names in readers:
@@ -167,7 +167,7 @@ def _layer_rounded(dims: LayerDims, m: int) -> Operations:
 
 
 def _bits(recipe: Recipe, config: DecoderConfig, t: int, s: int) -> Operations:
-    """Each unit alone at each choice; its block then runs in float32."""
+    """Measurement of bit errors: GPTQ of each unit with each choice, and a float32 forward pass of its block."""
     assert recipe.gptq is not None
     m, choices, found = (
         config.d_model,
@@ -184,7 +184,7 @@ def _bits(recipe: Recipe, config: DecoderConfig, t: int, s: int) -> Operations:
 
 
 def _compressed(recipe: Recipe, config: DecoderConfig, planned: DecoderConfig, t: int) -> Operations:
-    """The walk: each block observed and then run as it has become, the dense model beside it if a stage wants it."""
+    """The walk: each block is observed, changed and run again; with the dense model's blocks if a stage needs them."""
     m, s = config.d_model, recipe.calibration.seq_len
     reference, lag = walked_along(recipe)
     along = reference or lag

@@ -1,4 +1,4 @@
-"""Sizes of what a run writes and of what it makes, from shapes alone; warnings about settings that hurt quality."""
+"""Sizes of artifacts and temporary files, from shapes; warnings about settings that hurt quality."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from flatq.plan.decide import measurements
 from flatq.recipe.blocks import CONTEXT
 from flatq.recipe.grammar import Recipe
 
-# SmolLM2-135M, 20 % removed by the paper's method, 1,536 inputs, dense perplexity 7.67: 36.9 with as many tokens, 14.0
-# with 1.3 times as many, 10.7 with 5.3 times as many; with shrinkage 9.6 with as many.
+# Tokens per input of the widest linear that are needed without shrinkage. SmolLM2-135M, method paper, 20 % removed,
+# 1,536 inputs, dense perplexity 7.67: 36.9 with 1 token per input, 14.0 with 1.3, 10.7 with 5.3; with shrinkage 9.6
+# with 1.
 UNSHRUNK = 4
 
 
 def artifact_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
-    """Weights of the artifact; a code is a byte there."""
+    """Bytes of the artifact's weights, where each code takes one byte."""
     decoder = config.decoder_parameters()
     return decoder * (1 if recipe.gptq else itemsize) + (config.parameters() - decoder) * itemsize
 
 
 def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
-    """What a run writes besides its exports: the artifact, the files of hidden states, what the sensitivity needs."""
+    """Bytes that a run writes without exports: artifact, hidden states, gradients for the sensitivity."""
     text, m, blocks = recipe.calibration, config.d_model, len(HALVES) * len(config.layers)
     tokens = text.samples * text.seq_len
     files = 4 if any(stage.corrects for stage in recipe.stages) else 2  # the dense model's, too
@@ -39,7 +40,7 @@ def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
 
 
 def cautions(recipe: Recipe, dense: DecoderConfig) -> list[str]:
-    """What is allowed and costs quality that nothing else would tell of."""
+    """Warnings about settings that are valid but likely to hurt quality."""
     given = recipe.calibration
     tokens, widest = given.samples * given.seq_len, max(dims.d_ff for dims in dense.layers)
     bare, enough = unshrunk(recipe), -(-UNSHRUNK * widest // given.seq_len)
@@ -48,26 +49,25 @@ def cautions(recipe: Recipe, dense: DecoderConfig) -> list[str]:
     if bare:
         return [
             f"calibration: {tokens:,} tokens are fewer than {UNSHRUNK} times the {widest:,} inputs of the widest "
-            f"linear, and without shrinkage what is fitted to so few follows chance: give {enough} samples "
-            f"of {given.seq_len} or "
-            "more, or set shrinkage: 0.1"
+            f"linear, which overfits without shrinkage: give {enough} samples of {given.seq_len} or more, or set "
+            "shrinkage: 0.1"
         ]
     return [
-        f"calibration: {tokens:,} tokens are fewer than the {widest:,} inputs of the widest linear, so what is fitted "
-        f"to them follows chance: give {-(-widest // given.seq_len)} samples of {given.seq_len} or more"
+        f"calibration: {tokens:,} tokens are fewer than the {widest:,} inputs of the widest linear, which overfits: "
+        f"give {-(-widest // given.seq_len)} samples of {given.seq_len} or more"
     ]
 
 
 def unshrunk(recipe: Recipe) -> bool:
-    """Whether a flat stage narrows and takes the calibration tokens at their word."""
+    """Whether a flat stage narrows without shrinkage."""
     return recipe.flat is not None and recipe.flat.keep_ratio != 1 and recipe.flat.parts.shrinkage == 0
 
 
 def too_few_tokens(recipe: Recipe, dense: DecoderConfig) -> list[str]:
-    """Objections to fewer calibration tokens than inputs of the widest linear where nothing makes up for it.
+    """An objection to fewer calibration tokens than inputs of the widest linear, without shrinkage.
 
-    The Gram matrix is then singular, and what is fitted to it is arbitrary: on SmolLM2-135M perplexity went from 7.67
-    to 430,280 with 1,024 tokens for 1,536 inputs.
+    The Gram matrix is then singular, and fits on it are arbitrary: on SmolLM2-135M perplexity rose from 7.67 to 430,280
+    with 1,024 tokens for 1,536 inputs.
     """
     given = recipe.calibration
     tokens, widest = given.samples * given.seq_len, max(dims.d_ff for dims in dense.layers)
@@ -83,7 +83,7 @@ def too_few_tokens(recipe: Recipe, dense: DecoderConfig) -> list[str]:
 def footprints(
     recipe: Recipe, dense: DecoderConfig, planned: DecoderConfig, grids: Mapping[str, Grid], itemsize: int
 ) -> dict[str, tuple[int, int]]:
-    """Bytes stored and bytes read per decoded token, (dense, planned), in the units that budgets are given in."""
+    """Bytes stored and bytes read per decoded token, (dense, planned), counted as for budgets."""
     context = recipe.flat.cache_context if recipe.flat else CONTEXT
     return {
         "weights": (weight_bytes(dense, {}, itemsize), weight_bytes(planned, grids, itemsize)),

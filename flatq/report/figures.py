@@ -1,7 +1,7 @@
-"""The report's figures, as SVG that follows the page's light or dark colours.
+"""Figures of the report, as SVG that uses the page's light or dark colours.
 
-matplotlib draws with marker colours that no figure would use; afterwards each is replaced by a CSS variable of the
-page. Text stays text, in the page's font. Nothing here touches pyplot, so there is no global state and no display.
+matplotlib draws with placeholder colours, which are then replaced by CSS variables of the page. Text is not converted
+to paths, so it uses the page's font. pyplot is not used, so there is no global state and no display.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 if TYPE_CHECKING:
     from flatq.report.schema import Report
 
-COLOURS = {  # drawn with -> shown as
+COLOURS = {  # placeholder -> CSS variable
     "#0a0b01": "var(--ink)",
     "#0a0b02": "var(--quiet)",
     "#0a0b03": "var(--line)",
@@ -57,7 +57,7 @@ STYLE = {
 
 
 def rank_profile(report: Report) -> str:
-    """What each layer kept of its value heads and of its MLP."""
+    """Widths of value heads and MLP in each layer, dense and kept."""
     with matplotlib.rc_context(STYLE):
         figure, (heads, mlp) = _panels(1, 2, height=2.7)
         for axes, width, title in ((heads, "d_v", "Value head width d_v"), (mlp, "d_ff", "MLP width d_ff")):
@@ -71,7 +71,7 @@ def rank_profile(report: Report) -> str:
 
 
 def layer_errors(report: Report) -> str:
-    """Relative errors by layer: what FLAT removed, and what rounding changed in each linear."""
+    """Relative errors by layer, of narrowing (FLAT) and of rounding (GPTQ)."""
     with matplotlib.rc_context(STYLE):
         narrowing = [name for name in ("value", "mlp") if any(name in layer.errors for layer in report.layers)]
         others = {name for layer in report.layers for name in layer.errors} - {"value", "mlp"}
@@ -120,8 +120,8 @@ def size_and_speed(report: Report) -> str:
 
 
 def quality_by_text(report: Report) -> str:
-    """Nats lost on each text, by the artifact and by each export in its own runtime; text not calibrated on first."""
-    models = [("artifact", report.quality), *((rival.name, rival.quality) for rival in report.baselines)]
+    """Damage on each text, of the artifact and of each export in its runtime; texts of other kinds first."""
+    models = [("artifact", report.quality), *((baseline.name, baseline.quality) for baseline in report.baselines)]
     models += [(export.name, export.quality) for export in report.exports if export.quality]
     texts = sorted(report.quality, key=lambda text: text.calibrated)
     thick = 0.8 / len(models)
@@ -157,7 +157,7 @@ def quality_by_text(report: Report) -> str:
 
 
 def _bars(axes: Any, title: str, bars: list[Any]) -> None:
-    """Horizontal bars with their value written at the end and the range as a thin line."""
+    """Horizontal bars with their value at the end and the range as a thin line."""
     widest = max(max(value, *(span or ())) if span else value for _, value, span in bars)
     for row, (name, value, span) in enumerate(bars):
         dense = name in ("baseline", "dense weights")
@@ -189,7 +189,7 @@ def _panels(rows: int, columns: int, *, height: float) -> tuple[Figure, list[Any
 
 
 def _svg(figure: Figure) -> str:
-    """The drawing as an element to put into a page, colours replaced by the page's."""
+    """The figure as an SVG element with the page's colours."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()

@@ -1,4 +1,4 @@
-"""The report in sentences: what is better than the baseline, what is worse, and what to know."""
+"""The report in sentences: gains over the baseline, costs, and notes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from flatq.export.bench import BenchResult
 from flatq.report.schema import BaselineReport, Report, TextQuality
 from flatq.units import size, speed, times, with_error
 
-NOTICEABLE = 0.02  # speeds closer than this are called equal
-APART = 2.0  # damage on other text beyond this multiple of the damage on the calibration's kind is warned of
-MEASURABLE = 0.02  # nats; a ratio of smaller damages says nothing
+NOTICEABLE = 0.02  # smaller relative differences of speed are reported as equal
+APART = 2.0  # warn if damage on other text exceeds this multiple of the damage on the calibration's kind of text
+MEASURABLE = 0.02  # nats; the ratio of smaller damages is not significant
 
 
 @dataclass(slots=True)
 class Findings:
-    """Sentences: what is better than the baseline, what is worse, and what to know."""
+    """Sentences: gains over the baseline, costs, and notes."""
 
     gains: list[str] = field(default_factory=list)
     costs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def sort(self, ratio: float, sentence: str, *, more_is_better: bool) -> None:
-        """File a ratio result / baseline under its sign."""
+        """Add a sentence about a ratio result / baseline to gains, costs or (about 1) notes."""
         if abs(ratio - 1) < NOTICEABLE:
             self.notes.append(f"{sentence} (about the same)")
         else:
@@ -31,18 +31,18 @@ class Findings:
 
 
 def findings(report: Report) -> Findings:
-    """Compare with the baseline, in words."""
+    """Compare the result with the baseline."""
     found = Findings()
     _compare_model(report, found)
     _compare_texts(report, found)
-    for rival in report.baselines:
-        _compare_rival(rival, report, found)
+    for other in report.baselines:
+        _compare_baseline(other, report, found)
     dense = report.bench_of(BASELINE)
     for entry in report.bench:
         if dense is not None and entry is not dense:
             _compare_speed(entry, dense, found)
     if report.bench and dense is None:
-        found.notes.append("The baseline's speed was not measured, so nothing is said about speed-up.")
+        found.notes.append("The baseline's speed was not measured, so the speed-up is not known.")
     for export in report.exports:
         if export.error is not None:
             found.costs.append(f"{export.name}: FAILED, nothing was exported: {export.error}")
@@ -80,7 +80,7 @@ def _compare_model(report: Report, found: Findings) -> None:
             assert before.perplexity is not None
             assert after.perplexity is not None
             where = f" on {_kind(report.headline)}" if report.headline else ""
-            (found.costs if report.damage > 0 else found.gains).append(  # any loss is a loss, however small
+            (found.costs if report.damage > 0 else found.gains).append(  # also below NOTICEABLE
                 f"Perplexity{where}: {before.perplexity:.2f} → {after.perplexity:.2f} "
                 f"({after.perplexity / before.perplexity - 1:+.1%}, {report.damage:+.3f} nats per token)"
             )
@@ -94,13 +94,13 @@ def _kind(text: TextQuality) -> str:
 
 
 def _compare_texts(report: Report, found: Findings) -> None:
-    """What the headline leaves out: divergence, the other texts, and whether the calibration generalises."""
+    """Divergence, quality on the other texts, and whether the calibration generalises."""
     first = report.headline
     if first is None:
         return
     divergence = with_error(first.kl, first.kl_stderr, ".3f")
     found.costs.append(
-        f"On {_kind(first)} another token is likeliest than in the dense model at {1 - first.top1:.1%} of the "
+        f"On {_kind(first)} the most likely token differs from that of the dense model at {1 - first.top1:.1%} of the "
         f"positions; KL divergence {divergence} nats"
     )
     for text in report.quality:
@@ -111,8 +111,8 @@ def _compare_texts(report: Report, found: Findings) -> None:
             )
     if all(text.calibrated for text in report.quality):
         found.notes.append(
-            "Judged only on text of the kind that was calibrated on: what other text lost is not known; add a text of "
-            "another kind to `evaluation`."
+            "Evaluated only on text of the calibration's kind, so the damage on other text is not known; add a text "
+            "of another kind to `evaluation`."
         )
     inside = [text for text in report.quality if text.calibrated]
     for seen in inside:
@@ -120,29 +120,29 @@ def _compare_texts(report: Report, found: Findings) -> None:
             _warn_where_apart(seen, other, found)
 
 
-def _compare_rival(rival: BaselineReport, report: Report, found: Findings) -> None:
-    """What narrowing bought and what it cost, beside quantization alone; also when the answer is nothing."""
+def _compare_baseline(other: BaselineReport, report: Report, found: Findings) -> None:
+    """Compare the result with quantization without narrowing."""
     ours = report.headline
-    theirs = next((text for text in rival.quality if ours is not None and text.text == ours.text), None)
+    theirs = next((text for text in other.quality if ours is not None and text.text == ours.text), None)
     if ours is None or theirs is None:
         return
-    alone, where = f"quantization alone ({rival.description})", f"on {_kind(ours)}"
-    ratio = report.result.bytes / rival.bytes
-    sizes = f"{size(rival.bytes)} → {size(report.result.bytes)}"
-    if rival.name == "quantized":
+    alone, where = f"quantization alone ({other.description})", f"on {_kind(ours)}"
+    ratio = report.result.bytes / other.bytes
+    sizes = f"{size(other.bytes)} → {size(report.result.bytes)}"
+    if other.name == "quantized":
         cost = f"{theirs.damage:+.3f} → {ours.damage:+.3f} nats {where}"
         (found.gains if ratio < 1 else found.costs).append(
-            f"Narrowing, beside {alone}: weights {sizes}, {1 - ratio:.1%} smaller, for a damage of {cost}"
+            f"Narrowing, compared with {alone}: weights {sizes}, {1 - ratio:.1%} smaller, for a damage of {cost}"
         )
     elif theirs.damage <= ours.damage:
         found.costs.append(
-            f"Narrowing bought nothing: {alone} loses {theirs.damage:+.3f} nats {where} in {size(rival.bytes)}, this "
-            f"model {ours.damage:+.3f} in {size(report.result.bytes)}; quantization alone is better at this size"
+            f"Narrowing is worse at this size: {alone} loses {theirs.damage:+.3f} nats {where} in {size(other.bytes)}, "
+            f"this model {ours.damage:+.3f} in {size(report.result.bytes)}"
         )
     else:
         found.gains.append(
-            f"Narrowing pays at this size: {alone} loses {theirs.damage:+.3f} nats {where} in {size(rival.bytes)}, "
-            f"this model {ours.damage:+.3f} in {size(report.result.bytes)}"
+            f"Narrowing is better at this size: {alone} loses {theirs.damage:+.3f} nats {where} in "
+            f"{size(other.bytes)}, this model {ours.damage:+.3f} in {size(report.result.bytes)}"
         )
 
 
@@ -151,7 +151,7 @@ def _warn_where_apart(seen: TextQuality, other: TextQuality, found: Findings) ->
     if high > MEASURABLE and high > APART * max(low, 0):
         found.costs.append(
             f"WARNING: {seen.damage:+.3f} nats on {_kind(seen)}, but {other.damage:+.3f} on {_kind(other)}: the "
-            "calibration does not stand for other text; calibrate on text of more kinds, or on more tokens"
+            "calibration does not generalise to other text; calibrate on more kinds of text, or on more tokens"
         )
 
 

@@ -1,10 +1,10 @@
-"""What a run found out, for programs (``report.json``), for terminals (``report.md``) and for people (``report.html``).
+"""Write the report of a run: ``report.json`` for programs, ``report.md`` for terminals, ``report.html`` for browsers.
 
-The JSON is the truth and the two others are drawn from it alone, so any of them can be made again later. The page is
-one file that opens from disk: figures are inline SVG, there is no script and nothing is fetched.
+The two others are rendered from the JSON alone, so they can be rendered again later. The page is a single file that
+needs no network: figures are inline SVG, there is no script.
 
-A report that only shows gains is advertising. ``findings`` sorts every comparison with the baseline by its sign, and
-the page puts "what it costs" beside "what it gains", in the same size of type.
+``findings`` sorts every comparison with the baseline by its sign, and the page shows costs with the same prominence as
+gains.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from flatq.units import number, seconds, size, speed, times, with_error
 
 
 def write_report(report: Report, out_dir: Path) -> None:
-    """Write ``report.md``, ``report.html`` and last ``report.json``, which marks a finished run; each appears whole."""
+    """Write ``report.md``, ``report.html`` and last ``report.json``, which marks a finished run; each atomically."""
     write_atomically(out_dir / "report.md", render(report, "report.md.j2").encode())
     write_atomically(out_dir / "report.html", render(report, "report.html.j2").encode())
     write_json(out_dir / "report.json", report.model_dump(mode="json"))
 
 
 def read_report(path: Path) -> Report:
-    """Inverse of ``write_report``'s JSON.
+    """Read a ``report.json``.
 
     Raises:
         ArtifactError: it is missing, damaged, or of another version.
@@ -40,17 +40,21 @@ def read_report(path: Path) -> Report:
 
 
 def qualities(report: Report) -> list[tuple[TextQuality, str]]:
-    """Every measured quality with what it was measured on: the artifact (empty), or an export by name; by text."""
+    """Every measured quality with the name of its model (empty for the artifact), grouped by text."""
     found = [(text, "") for text in report.quality]
-    found += [(text, f"{rival.name} ({rival.description})") for rival in report.baselines for text in rival.quality]
+    found += [
+        (text, f"{baseline.name} ({baseline.description})")
+        for baseline in report.baselines
+        for text in baseline.quality
+    ]
     found += [(text, export.name) for export in report.exports for text in export.quality]
     order = list(dict.fromkeys(text.text for text, _ in found))
     return sorted(found, key=lambda pair: order.index(pair[0].text))
 
 
 def render(report: Report, template: str) -> str:
-    """Fill one of the templates beside this file."""
-    from flatq.report import figures  # brings matplotlib, which only a finished run needs
+    """Render a template of this folder."""
+    from flatq.report import figures  # imports matplotlib, which only a finished run needs
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

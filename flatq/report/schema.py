@@ -1,4 +1,4 @@
-"""``report.json``: what a run measured, as a schema. Keys are added, never renamed."""
+"""Schema of ``report.json``, the measurements of a run. Keys are added, never renamed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from flatq.model.decoder import LayerDims
 
 
 class Section(BaseModel):
-    """Base of all parts: unknown keys, NaN and infinity are refused, and nothing changes after it was built."""
+    """Base of all parts: immutable; unknown keys, NaN and infinity are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelInfo(Section):
-    """What was compressed."""
+    """The model before compression."""
 
     name: str
     family: str
@@ -36,7 +36,7 @@ class ModelInfo(Section):
 
 
 class Environment(Section):
-    """Where it ran; a version is None where the package is not installed."""
+    """The machine and the versions; None for a package that is not installed."""
 
     python: str
     flatq: str
@@ -50,7 +50,7 @@ class Environment(Section):
 
     @classmethod
     def collect(cls) -> Environment:
-        """This machine, now."""
+        """Describe this machine."""
         ort = next(filter(None, map(version_of, ("onnxruntime", "onnxruntime-gpu"))), None)
         return cls(
             python=platform.python_version(),
@@ -69,8 +69,8 @@ class Measure(Section):
     """Size and quality of a model.
 
     Attributes:
-        bytes: of the weights as they are stored.
-        decode_bytes: read per decoded token, with ``decode_context`` tokens in the cache.
+        bytes: size of the stored weights.
+        decode_bytes: bytes read per decoded token, with ``decode_context`` tokens in the cache.
         perplexity: on ``perplexity_tokens`` held-out tokens; None if it was not measured.
     """
 
@@ -84,15 +84,15 @@ class Measure(Section):
 
 
 class TextQuality(Section):
-    """How good the result is on one text, beside the dense model.
+    """Quality of the result on one text, compared with the dense model.
 
     Attributes:
         text: name of the text.
-        calibrated: whether the model was calibrated on text of this kind (never on these very tokens).
-        rows, tokens: windows of text, and predicted positions in them.
+        calibrated: whether the model was calibrated on text of this kind (never on the same tokens).
+        rows, tokens: number of windows, and of predicted positions in them.
         damage: ``ln(perplexity / baseline_perplexity)``, nats per token.
         kl: mean KL divergence from the dense model, nats per token.
-        top1: share of positions where the dense model finds the same token likeliest.
+        top1: fraction of positions where the dense model has the same most likely token.
         damage_stderr, kl_stderr, top1_stderr: standard errors over rows; None for a single row.
     """
 
@@ -111,11 +111,11 @@ class TextQuality(Section):
 
 
 class BaselineReport(Section):
-    """The same model quantized without narrowing, made and judged in the same run.
+    """The same model quantized without narrowing, built and evaluated in the same run.
 
     Attributes:
         name: ``quantized`` (the recipe's bits) or ``same_bytes`` (about as large as the result).
-        description: its bits and groups, in words.
+        description: bits and group size, as text.
     """
 
     name: str
@@ -137,17 +137,17 @@ class LayerReport(Section):
 
 
 class HeadReport(Section):
-    """The quantized head: the share of its logits' energy that its codes lose on the calibration tokens."""
+    """The quantized LM head: relative squared error of its logits on the calibration tokens."""
 
     error: float
     notes: list[str] = []
 
 
 class ExportReport(Section):
-    """One export; ``sha256`` by file, ``verify`` is None where it was not verified, and ``unverified`` says why.
+    """One export; ``sha256`` by file; ``verify`` is None if it was not verified, with the reason in ``unverified``.
 
-    ``quality`` is measured in the export's own runtime as users run it, on the first rows of each text. ``error`` is
-    why the export failed; it has no files then.
+    ``quality`` is measured in the export's runtime with default settings, on the first rows of each text. ``error`` is
+    the reason of a failed export, which has no files.
     """
 
     name: str
@@ -162,7 +162,7 @@ class ExportReport(Section):
 
 
 class Forecast(Section):
-    """What a phase was expected to take, measured before it began."""
+    """Time and memory predicted for a phase before it started."""
 
     seconds: float
     peak_rss_bytes: int
@@ -170,11 +170,11 @@ class Forecast(Section):
 
 
 class Report(Section):
-    """Everything; the schema is a contract, ``schema_version`` changes with it.
+    """The whole report; ``schema_version`` changes with incompatible changes of the schema.
 
     ``timing`` (seconds), ``memory`` (peak bytes), ``device_memory`` (the same on GPUs) and ``forecast`` are by phase;
-    ``notes`` is what to know of the run as a whole. ``quality`` has an entry for each text; the perplexities of
-    ``baseline`` and ``result`` are those of the headline.
+    ``notes`` are warnings about the whole run. ``quality`` has an entry for each text; the perplexities of ``baseline``
+    and ``result`` are those of the headline.
     """
 
     schema_version: Literal[1] = 1
@@ -200,12 +200,12 @@ class Report(Section):
 
     @property
     def headline(self) -> TextQuality | None:
-        """The first text whose kind was not calibrated on; the first of all where there is none."""
+        """The first text of another kind than the calibration text; if there is none, the first text."""
         return next((text for text in self.quality if not text.calibrated), next(iter(self.quality), None))
 
     @property
     def damage(self) -> float | None:
-        """``ln(perplexity / baseline perplexity)``: nats lost per token."""
+        """``ln(perplexity / baseline perplexity)``, nats per token."""
         if self.baseline is None or self.baseline.perplexity is None or self.result.perplexity is None:
             return None
         return math.log(self.result.perplexity / self.baseline.perplexity)
@@ -219,5 +219,5 @@ class Report(Section):
         )
 
     def bench_of(self, name: str) -> BenchResult | None:
-        """The entry of that name."""
+        """The bench result with this name, or None."""
         return next((entry for entry in self.bench if entry.name == name), None)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: provenance for the manifest, and the report put together from the phases."""
+"""Provenance for the manifest, and the report assembled from the results of the phases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 
 def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]:
-    """Where an artifact comes from: nothing in it differs between two runs of one recipe on one machine."""
+    """Provenance of an artifact; the same for two runs of one recipe on one machine."""
     return {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.text,
@@ -34,19 +34,19 @@ def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]
 
 
 def headline(quality: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The first text whose kind was not calibrated on; the first of all where there is none."""
+    """The first text of another kind than the calibration text; if there is none, the first text."""
     return next((text for text in quality if not text["calibrated"]), quality[0])
 
 
 def card_quality(quality: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a model card says about how good the model is: the headline in full, the other texts in a line each.
+    """Quality for a model card: all measures on the headline text, one line for each other text.
 
     Args:
         quality: JSON-ready ``TextQuality`` of each text.
     """
     first = headline(quality)
     seen = "" if not first["calibrated"] else ", text of the calibration's kind"
-    said = {
+    card = {
         "perplexity": round(first["perplexity"], 4),
         "perplexity of the original": round(first["baseline_perplexity"], 4),
         "measured on": f"{first['tokens']:,} tokens of {first['text']}{seen}",
@@ -58,8 +58,8 @@ def card_quality(quality: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if text is not first:
             kind = " (text of the calibration's kind)" if text["calibrated"] else ""
             pair = f"{text['perplexity']:.4g}, of the original {text['baseline_perplexity']:.4g}"
-            said[f"perplexity on {text['text']}{kind}"] = pair
-    return said
+            card[f"perplexity on {text['text']}{kind}"] = pair
+    return card
 
 
 def summarize(
@@ -82,20 +82,20 @@ def summarize(
     """The report of a finished run.
 
     Args:
-        recipe: what was asked for.
-        source: the model before.
-        artifact: the model after.
+        recipe: of the run.
+        source: the dense model.
+        artifact: the compressed model.
         quality: JSON-ready ``TextQuality`` of each text.
-        baselines: JSON-ready ``BaselineReport`` of each rival.
+        baselines: JSON-ready ``BaselineReport`` of each quantized baseline.
         exports: JSON-ready ``ExportReport`` of each export.
         bench: JSON-ready ``BenchResult`` of each runner.
         tasks: JSON-ready ``TaskResult`` of each task and model.
         timing: seconds per phase.
-        peak_rss_bytes: of this process.
+        peak_rss_bytes: peak resident memory of this process.
         memory: the same for each phase.
-        device_memory: what each phase held on GPUs.
-        forecast: what the phases were expected to take, JSON-ready.
-        notes: what to know of the run as a whole.
+        device_memory: peak GPU memory of each phase.
+        forecast: predicted time and memory of each phase, JSON-ready.
+        notes: warnings about the whole run.
     """
     first = headline(quality)
     baseline, result, scored = first["baseline_perplexity"], first["perplexity"], first["tokens"]

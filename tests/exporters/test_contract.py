@@ -263,5 +263,5 @@ def test_an_unverified_export_is_written_whole(name: str, artifacts: Mapping[Cas
     item = PlannedExport(name, name, exporter, options_for(exporter, artifact, name), verify=False)
     report = deliver(item, artifact, tmp_path / "mine", None)
     assert report["verify"] is None
-    assert report["unverified"] == "verification was switched off"
+    assert report["unverified"] == "verification was disabled"
     assert {*report["files"], DESCRIPTION} == set(digests(tmp_path / "mine"))

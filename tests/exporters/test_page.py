@@ -79,7 +79,7 @@ def test_without_its_runtime_a_run_is_refused_before_work_or_writes_unverified(
     assert "pip install not-there" in refused.stderr
     assert not (tmp_path / "refused" / "artifact").exists()
     report = finished(recipe, tmp_path / "out", "--no-verify")
-    assert report["exports"][0]["unverified"] == "verification was switched off"
+    assert report["exports"][0]["unverified"] == "verification was disabled"
     assert report["bench"] == []
     assert (tmp_path / "out" / "exports" / "my" / "weights.npz").exists()
 

@@ -211,7 +211,7 @@ def test_a_model_that_changed_while_the_run_was_broken_off(
     tensors[DOWN] /= 2
     save_file(tensors, model_copy / WEIGHTS)
     before = digests(out)
-    assert "source changed since this run was begun" in fault(recipe, out, 2)
+    assert "source changed since this run was started" in fault(recipe, out, 2)
     assert digests(out) == before
     assert flatq("run", recipe, "--out", out, "--fresh").exit_code == 0
 

@@ -1,10 +1,10 @@
-"""What else the bytes would buy: the same model quantized without narrowing, built and judged in the same run.
+"""Quantized baselines: the same model quantized without narrowing, built and evaluated in the same run.
 
-Two rivals: ``quantized`` has the recipe's own bits and is therefore larger; ``same_bytes`` has fewer bits or larger
-groups, so that it is about as large as the result. Both are calibrated on the same tokens and judged on the same texts.
-Their artifacts live in the work folder and go with it; what is kept is their measure in the report.
+There are two: ``quantized`` has the recipe's bits and is therefore larger than the result; ``same_bytes`` has fewer
+bits or larger groups, so that it is about as large as the result. Both are calibrated on the same tokens and evaluated
+on the same texts. Their artifacts are in the work folder and are removed with it; only their measures are reported.
 
-A rival is one more walk over the model, which takes about as long as the compression itself, so recipes ask for them.
+Each baseline needs another walk over the model, which takes about as long as the compression, so they are optional.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flatq.machine import distributed
 from flatq.model.decoder import DecoderConfig
 from flatq.model.footprint import decode_bytes, weight_bytes
 from flatq.pipeline.build import build
-from flatq.pipeline.judge import model_quality, told
+from flatq.pipeline.quality import log_quality, model_quality
 from flatq.plan.decide import bit_plan, draft
 from flatq.quantize.grids import objections, planned_grids
 from flatq.recipe.blocks import CONTEXT, GptqSpec
@@ -34,8 +34,8 @@ BITS, GROUPS = (2, 3, 4, 8), (16, 32, 64, 128, 256, -1)
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
-    """A recipe without narrowing: ``quantized`` or ``same_bytes``."""
+class QuantizedBaseline:
+    """A quantized baseline: ``quantized`` or ``same_bytes``, and its stage."""
 
     name: str
     spec: GptqSpec
@@ -48,16 +48,16 @@ class Rival:
         return f"{bits} bit, {group}"
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The run's recipe with this stage alone."""
+        """The run's recipe with only this stage."""
         return recipe.model_copy(update={"stages": (self.spec,), "exports": (), "bench": None})
 
 
-def rivals_of(recipe: Recipe, dense: DecoderConfig, target: int, itemsize: int) -> list[Rival]:
-    """The rivals that the recipe asks for; none where it narrows nothing or quantizes nothing.
+def baselines_of(recipe: Recipe, dense: DecoderConfig, target: int, itemsize: int) -> list[QuantizedBaseline]:
+    """The quantized baselines of a recipe; none unless it both narrows and quantizes.
 
     Args:
         target: bytes of the result's weights, for ``same_bytes``.
-        itemsize: bytes of a number that is not quantized.
+        itemsize: bytes of an unquantized number.
     """
     spec = recipe.gptq
     if spec is None or recipe.flat is None:
@@ -65,11 +65,11 @@ def rivals_of(recipe: Recipe, dense: DecoderConfig, target: int, itemsize: int) 
     found = {"quantized": spec}
     if "same_bytes" in recipe.baselines:
         found["same_bytes"] = nearest_in_bytes(spec, dense, target, itemsize)
-    return [Rival(name, stage) for name, stage in found.items() if name in recipe.baselines]
+    return [QuantizedBaseline(name, stage) for name, stage in found.items() if name in recipe.baselines]
 
 
 def nearest_in_bytes(spec: GptqSpec, dense: DecoderConfig, target: int, itemsize: int) -> GptqSpec:
-    """The bits and groups whose weights come nearest to ``target`` bytes, as a ratio; ties go to more bits."""
+    """The bits and group size whose size is nearest to ``target`` bytes, as a ratio; ties go to more bits."""
 
     def distance(stage: GptqSpec) -> tuple[float, int]:
         size = weight_bytes(dense, planned_grids(dense, stage), itemsize)
@@ -83,30 +83,37 @@ def nearest_in_bytes(spec: GptqSpec, dense: DecoderConfig, target: int, itemsize
     return min((stage for stage in stages if not objections(dense, stage)), key=distance)
 
 
-def judged_rivals(job: Job, dense: DenseStates, target: int, provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """JSON-ready ``BaselineReport`` of each rival that the recipe asks for.
+def quantized_baselines(
+    job: Job, dense: DenseStates, target: int, provenance: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Build and evaluate the quantized baselines of a recipe; JSON-ready ``BaselineReport`` of each.
 
     Args:
         target: bytes of the result's weights.
         provenance: as for ``build``.
     """
 
-    def judged(rival: Rival) -> dict[str, Any]:
-        artifact = _built(job, rival, provenance)
-        quality = model_quality(dense, artifact, job.tokens.judged, rival.name)
-        told(quality, f"{rival.name} ({rival.words})")
-        return measure(rival, artifact, job, quality)
+    def evaluated(baseline: QuantizedBaseline) -> dict[str, Any]:
+        artifact = _built(job, baseline, provenance)
+        quality = model_quality(dense, artifact, job.tokens.judged, baseline.name)
+        log_quality(quality, f"{baseline.name} ({baseline.words})")
+        return measure(baseline, artifact, job, quality)
 
-    found = rivals_of(job.recipe, job.source.config, target, job.itemsize)
-    return [job.folder.phase(f"rival-{rival.name}", partial(judged, rival), dict[str, Any]) for rival in found]
+    found = baselines_of(job.recipe, job.source.config, target, job.itemsize)
+    return [
+        job.folder.phase(f"baseline-{baseline.name}", partial(evaluated, baseline), dict[str, Any])
+        for baseline in found
+    ]
 
 
-def measure(rival: Rival, artifact: Artifact, job: Job, quality: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def measure(
+    baseline: QuantizedBaseline, artifact: Artifact, job: Job, quality: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """JSON-ready ``BaselineReport``."""
     config, context = artifact.config, job.recipe.flat.cache_context if job.recipe.flat else CONTEXT
     return {
-        "name": rival.name,
-        "description": rival.words,
+        "name": baseline.name,
+        "description": baseline.words,
         "parameters": config.parameters(),
         "bytes": artifact.bytes(),
         "decode_bytes": decode_bytes(config, artifact.grids, job.itemsize, context),
@@ -114,9 +121,9 @@ def measure(rival: Rival, artifact: Artifact, job: Job, quality: Sequence[Mappin
     }
 
 
-def _built(job: Job, rival: Rival, provenance: Mapping[str, Any]) -> Artifact:
-    recipe = rival.recipe(job.recipe)
-    folder = RunFolder(job.folder.work / "rivals" / rival.name, recipe)
+def _built(job: Job, baseline: QuantizedBaseline, provenance: Mapping[str, Any]) -> Artifact:
+    recipe = baseline.recipe(job.recipe)
+    folder = RunFolder(job.folder.work / "baselines" / baseline.name, recipe)
     if not distributed.broadcast(folder.artifact.exists()):
         if distributed.first():
             folder.work.mkdir(parents=True, exist_ok=True)

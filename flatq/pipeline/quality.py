@@ -1,4 +1,4 @@
-"""How good a run's models are on every text, said as soon as it is known; a ruined model stops the run here."""
+"""Quality of a run's models on every evaluation text; a run stops here if the model is ruined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def dense_quality(dense: DenseStates, texts: Sequence[JudgedText]) -> dict[str, float]:
-    """Perplexity of the dense model by text; its hidden states are kept for the comparisons that follow."""
+    """Perplexity of the dense model by text; its hidden states are cached for later comparisons."""
     found = {}
     with progress("baseline", len(texts) * len(dense.weights.config.layers) * len(HALVES)) as advance:
         for text in texts:
@@ -46,7 +46,7 @@ def model_quality(
 def export_quality(
     dense: DenseStates, item: PlannedExport, root: Path, texts: Sequence[JudgedText]
 ) -> list[dict[str, Any]]:
-    """JSON-ready ``TextQuality`` of each text in the export's own runtime; empty if there is none to be opened here."""
+    """JSON-ready ``TextQuality`` of each text in the export's runtime; empty if the runtime is not available."""
     if not item.verify:
         return []
     runner = item.exporter.open(root, item.options)
@@ -60,7 +60,7 @@ def export_quality(
     return found
 
 
-def told(quality: Sequence[Mapping[str, Any]], what: str) -> None:
+def log_quality(quality: Sequence[Mapping[str, Any]], what: str) -> None:
     """Log a line for each text."""
     for text in quality:
         log.info("%s: %s", what, sentence(text))
@@ -77,10 +77,10 @@ def sentence(text: Mapping[str, Any]) -> str:
 
 
 def stop_if_ruined(recipe: Recipe, quality: Sequence[Mapping[str, Any]]) -> None:
-    """Stop before the exports where a model lost more than ``stop_above``; without that limit, warn at 1 nat.
+    """Stop before the exports if the damage on any text is above ``stop_above``; without a limit, warn above 1 nat.
 
     Raises:
-        NumericsError: names the text, the perplexities and the ways out.
+        NumericsError: with the text, the perplexities and what to change.
     """
     worst = max(quality, key=lambda text: float(text["damage"]))
     limit = recipe.stop_above
@@ -88,13 +88,13 @@ def stop_if_ruined(recipe: Recipe, quality: Sequence[Mapping[str, Any]]) -> None
         return
     words = (
         f"the compressed model is ruined: on {worst['text']} its perplexity is {worst['perplexity']:,.4g}, the dense "
-        f"model's {worst['baseline_perplexity']:,.4g}: {worst['damage']:.3f} nats lost per token"
+        f"model's {worst['baseline_perplexity']:,.4g}, a damage of {worst['damage']:.3f} nats per token"
     )
     if limit is None:
-        log.warning("%s; the run goes on because the recipe says stop_above: null", words)
+        log.warning("%s; the run continues because the recipe sets stop_above: null", words)
         return
     raise NumericsError(
-        f"{words}, and stop_above allows {limit:g}. Nothing was exported. Give more calibration tokens or text of "
-        "more kinds, keep more (keep_ratio, bits), use smaller groups, or raise shrinkage; `stop_above: null` in the "
-        "recipe exports it all the same"
+        f"{words}; stop_above allows {limit:g}. Nothing was exported. Use more calibration tokens or more kinds of "
+        "text, a larger keep_ratio or more bits, smaller groups, or more shrinkage; `stop_above: null` in the recipe "
+        "exports the model anyway"
     )
