@@ -94,6 +94,7 @@ class TextQuality(Section):
         kl: mean KL divergence from the dense model, nats per token.
         top1: fraction of positions where the dense model has the same most likely token.
         damage_stderr, kl_stderr, top1_stderr: standard errors over rows; None for a single row.
+        kl_by_position: mean KL of consecutive parts of the rows, first part first.
     """
 
     text: str
@@ -108,6 +109,7 @@ class TextQuality(Section):
     kl_stderr: float | None
     top1: float
     top1_stderr: float | None
+    kl_by_position: list[float] = []
 
 
 class BaselineReport(Section):
@@ -127,13 +129,18 @@ class BaselineReport(Section):
 
 
 class LayerReport(Section):
-    """One layer: widths before and after, and relative errors by name (``value``, ``mlp``, ``q`` ... ``down``)."""
+    """One layer: widths before and after, and relative errors by name (``value``, ``mlp``, ``q`` ... ``down``).
+
+    ``curves`` is what narrowing was estimated to cost, as far as it was measured: ``value`` for the dimensions of a
+    value head (sums of discarded eigenvalues), ``mlp`` for MLP channels. Pairs of (fraction removed, cost).
+    """
 
     index: int
     dims: LayerDims
     dense: LayerDims
     errors: dict[str, float]
     notes: list[str] = []
+    curves: dict[str, list[tuple[float, float]]] = {}
 
 
 class HeadReport(Section):
