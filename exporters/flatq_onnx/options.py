@@ -35,7 +35,8 @@ class OnnxOptions(BaseModel):
         precision: ``fp32``, ``fp16``, or ``int4`` for MatMulNBits nodes with the artifact's codes of any bits;
             linears without a grid are not quantized.
         activations: data type of everything that is not quantized, including the cache.
-        accuracy_level: precision of MatMulNBits: 4 is int8 activations (fast), 0 and 1 are float32.
+        accuracy_level: precision of MatMulNBits: 4 is int8 activations (fast), 0 and 1 are float32. With ``fp16`` it is
+            0: GPUs ignore it, and with 4 CPUs return zeros below onnxruntime's highest optimization level.
         cache_type: ``int8`` stores keys and values in 8 bits, with a scale per channel from calibration text: a
             quarter of the memory, and faster decoding with long contexts. Only for ``gqa`` without ``left_padding``,
             on a CPU. ``float`` is the type of ``activations``.
@@ -69,7 +70,8 @@ class OnnxOptions(BaseModel):
         half = {"activations": "fp16"} if data.get("precision") == "fp16" else {}
         wanted = data.get("target", "ort")
         grouped = {"attention": "gqa"} if data.get("cache_type") == "int8" else {}
-        return {**half, **grouped, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
+        chosen = {**half, **grouped, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
+        return {"accuracy_level": 0, **chosen} if chosen.get("activations") == "fp16" else chosen
 
     @property
     def fused_rope(self) -> bool:

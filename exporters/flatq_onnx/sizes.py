@@ -48,10 +48,11 @@ def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxO
 
 
 def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, scale: int, *, lookup: bool = False) -> int:
-    """Bytes of one matrix; ``number`` bytes per unquantized weight, ``scale`` bytes per scale."""
+    """Bytes of one matrix; ``number`` bytes per unquantized weight and per scale that is not stored as float16."""
     if grid is None:
         return prod((rows, columns, number))
-    return Blocks.of(grid, rows, columns, lookup=lookup).nbytes(scale)
+    blocks = Blocks.of(grid, rows, columns, lookup=lookup)
+    return blocks.nbytes(scale if blocks.folds else number)
 
 
 def _scale_bytes(options: OnnxOptions) -> int:
