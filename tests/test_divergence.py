@@ -51,11 +51,13 @@ def test_it_equals_a_direct_computation(dense: DenseStates) -> None:
     with torch.inference_mode():
         p, q = (F.log_softmax(load_decoder(model)(text).double(), -1)[:, :-1] for model in (dense.weights, other))
     nll = [-x.gather(-1, text[:, 1:, None])[..., 0].mean(1) for x in (p, q)]
-    kl = (p.exp() * (p - q)).sum(-1).mean(1)
+    each = (p.exp() * (p - q)).sum(-1)
+    kl, along = each.mean(1), [part.mean().item() for part in each.mean(0).tensor_split(16)]
     top1 = (p.argmax(-1) == q.argmax(-1)).double().mean(1)
     rows = math.sqrt(len(text))
     assert found.baseline_perplexity == pytest.approx(nll[0].mean().exp().item(), rel=1e-5)
     assert found.perplexity == pytest.approx(nll[1].mean().exp().item(), rel=1e-5)
+    assert found.kl_by_position == pytest.approx(along, rel=1e-3, abs=1e-7)
     assert found.damage == pytest.approx((nll[1] - nll[0]).mean().item(), abs=1e-5)
     assert found.damage_stderr == pytest.approx((nll[1] - nll[0]).std().item() / rows, rel=1e-3)
     assert found.kl == pytest.approx(kl.mean().item(), rel=1e-4)
@@ -127,7 +129,7 @@ def test_a_model_that_gives_no_number_is_an_error(dense: DenseStates) -> None:
 
 def test_means_of_rows_become_means_of_the_text() -> None:
     found = Divergence.of(torch.tensor([[1.0, 1.5, 0.2, 0.5], [2.0, 2.5, 0.4, 1.0]], dtype=torch.float64), 10)
-    assert replace(found, kl=0.0, kl_stderr=None, top1_stderr=None) == Divergence(
+    assert replace(found, kl=0.0, kl_stderr=None, top1_stderr=None, kl_by_position=()) == Divergence(
         2, 20, math.exp(1.5), math.exp(2.0), 0.5, 0.0, 0.0, None, 0.75, None
     )
     assert found.kl == pytest.approx(0.3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from flatq.calibration.divergence import DenseStates, divergence
 from flatq.errors import ExportError, RecipeError
+from flatq.export.baseline import BASELINE
 from flatq.export.generate import DecoderRunner
 from flatq.export.quality import first_rows, runner_divergence
 from flatq.model.footprint import weight_bytes
@@ -88,6 +91,22 @@ def test_eval_gives_the_reports_numbers_for_artifact_and_export(exported_run: tu
             assert f"KL {text.kl:.3f}" in line
 
 
+def test_every_runtime_has_the_artifact_s_perplexity(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    exports: list[dict[str, Any]] = [{"onnx": {"precision": "fp32"}}, {"safetensors": {}}]
+    if importlib.util.find_spec("llama_cpp") is not None:
+        exports.append({"gguf": {"precision": "f16"}})
+    recipe = make_recipe(exports=exports, bench=None, evaluation={"dataset": "held-out", "tokens": 512, "seq_len": 64})
+    shown = flatq("run", recipe, "--out", tmp_path / "out")
+    assert shown.exit_code == 0, shown.stderr
+    report = read_report(tmp_path / "out" / "report.json")
+    [artifact] = report.quality
+    assert len(report.exports) == len(exports)
+    for export in report.exports:
+        [found] = export.quality
+        assert found.tokens == artifact.tokens
+        assert found.perplexity == pytest.approx(artifact.perplexity, rel=1e-3), export.name
+
+
 def test_eval_reads_a_path_alone(exported_run: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "mine.txt"
     other.write_text(text_file.read_text()[:4000])
@@ -154,7 +173,9 @@ def test_a_failed_export_leaves_a_report_and_the_other_exports(
 
 
 def test_quantized_baselines_are_built_and_evaluated_in_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe, out = make_recipe(baselines=["dense", "quantized", "same_bytes"]), tmp_path / "out"
+    bench = {"provider": "cpu", "prompt": 4, "new_tokens": 3, "repeats": 1, "threads": 1}
+    recipe = make_recipe(baselines=["dense", "quantized", "same_bytes"], exports=[{"onnx": {}}], bench=bench)
+    out = tmp_path / "out"
     shown = flatq("run", recipe, "--out", out)
     assert shown.exit_code == 0, shown.stderr
     report = read_report(out / "report.json")
@@ -167,7 +188,10 @@ def test_quantized_baselines_are_built_and_evaluated_in_the_same_run(make_recipe
     for baseline in report.baselines:
         assert [text.text for text in baseline.quality] == [text.text for text in report.quality]
         assert all(text.kl > 0 for text in baseline.quality)
-    assert "Narrowing" in (out / "report.md").read_text()
+    assert [entry.name for entry in report.bench][:3] == [BASELINE, "onnx", "quantized"]
+    said = (out / "report.md").read_text()
+    assert "Narrowing, beside quantization alone" in said
+    assert f"({alone.description}): onnx decode" in said
 
 
 def test_the_baseline_at_the_same_bytes_is_the_nearest_there_is() -> None:

@@ -36,6 +36,7 @@ from flatq.model.weights import Weights, load_head
 
 LOGITS_AT_ONCE = 1 << 22  # 16 MiB of float32; a chunk holds about six arrays of that size
 MEASURES = 4  # per position: nll of the dense model, nll of the other, KL, agreement
+BINS = 16  # parts of a row, for how KL depends on the position
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Divergence:
         damage: ``ln(perplexity / baseline_perplexity)``, nats per token.
         kl: mean over positions of KL(dense || other), nats.
         top1: fraction of positions where the most likely token is the same.
+        kl_by_position: mean KL of consecutive parts of a row, nearly equal in length, first part first; nats.
     """
 
     rows: int
@@ -60,19 +62,20 @@ class Divergence:
     kl_stderr: float | None
     top1: float
     top1_stderr: float | None
+    kl_by_position: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, means: Tensor, positions: int) -> Divergence:
         """Aggregate the mean measures of each row.
 
         Args:
-            means: float64 [n, 4]: nll of the dense model, nll of the other, KL, agreement.
+            means: float64 [n, 4 + parts], see ``row_means``.
             positions: number of predicted positions in each row.
 
         Raises:
             NumericsError: a measure is not finite, or too large for a perplexity.
         """
-        dense, other, kl, top1 = (value.item() for value in means.mean(0))
+        dense, other, kl, top1, *parts = (value.item() for value in means.mean(0))
         largest = math.log(torch.finfo(torch.float64).max)
         for what, value in (("the dense model", dense), ("the compressed model", other)):
             if not math.isfinite(value) or value > largest:
@@ -95,7 +98,19 @@ class Divergence:
             kl_stderr=errors[1],
             top1=top1,
             top1_stderr=errors[2],
+            kl_by_position=tuple(parts),
         )
+
+
+def parts_of(positions: int) -> int:
+    """Into how many parts a row of so many predicted positions is divided."""
+    return min(BINS, positions)
+
+
+def row_means(measures: Tensor) -> Tensor:
+    """Means of a row, and of the KL in each of its parts: float64 [p, 4] -> float64 [4 + parts]."""
+    parts = torch.tensor_split(measures[:, 2], parts_of(len(measures)))
+    return torch.cat([measures.mean(0), torch.stack([part.mean() for part in parts])])
 
 
 class DenseStates:
@@ -164,7 +179,7 @@ def divergence(
         NumericsError: a measure is not finite.
     """
     own, mine = shared_rows(tokens), distributed.share(len(tokens))
-    means = torch.zeros(len(tokens), MEASURES, dtype=torch.float64)
+    means = torch.zeros(len(tokens), MEASURES + parts_of(tokens.shape[1] - 1), dtype=torch.float64)
     if len(own):
         reference = dense.hidden(own)
         hidden = final_hidden(weights, own, device=dense.device, on_half=on_half)
@@ -179,7 +194,7 @@ def divergence(
                     for states, head in zip((reference, hidden), heads, strict=True)
                 ]
                 parts.append(position_measures(pair[0], pair[1], own[row, 1:][at].to(dense.device)))
-            means[mine.start + row] = torch.cat(parts).mean(0).cpu()
+            means[mine.start + row] = row_means(torch.cat(parts)).cpu()
     return Divergence.of(distributed.all_reduce(means), tokens.shape[1] - 1)
 
 

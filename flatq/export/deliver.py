@@ -97,8 +97,22 @@ def _verified(
     return None if found is None else asdict(found)
 
 
-def measured(recipe: Recipe, source: Source, folder: RunFolder, exports: list[PlannedExport]) -> list[dict[str, Any]]:
-    """Speed and memory of every export that has a runtime, and of the dense model; JSON-ready."""
+def measured(
+    recipe: Recipe,
+    source: Source,
+    folder: RunFolder,
+    exports: list[PlannedExport],
+    baselines: Mapping[str, Artifact] | None = None,
+) -> list[dict[str, Any]]:
+    """Speed and memory of every export that has a runtime, of the dense model and of the baselines; JSON-ready.
+
+    Args:
+        recipe: its bench block says what is measured.
+        source: the dense model.
+        folder: the run's.
+        exports: the finished exports.
+        baselines: models quantized without narrowing, by name; written by the first exporter that has a runtime.
+    """
     spec = recipe.bench
     if spec is None:
         return []
@@ -111,6 +125,9 @@ def measured(recipe: Recipe, source: Source, folder: RunFolder, exports: list[Pl
         dense = next((d for item in runnable if (d := _dense_twin(item, source, folder.work)) is not None), None)
         if dense is not None:
             entries = {BASELINE: dense, **entries}
+    for name, artifact in (baselines or {}).items() if runnable else ():
+        if (written := _baseline_export(name, artifact, runnable[0], folder.work)) is not None:
+            entries[name] = written
     return [asdict(result) for result in side_by_side(entries, spec, source.config.vocab)]
 
 
@@ -143,6 +160,20 @@ def _dense_twin(item: PlannedExport, source: Source, work: Path) -> tuple[Planne
     twin = PlannedExport(BASELINE, item.format, item.exporter, options)
     item.exporter.write(dense_artifact(source, root / "artifact"), root / "export", options)
     return twin, root / "export"
+
+
+def _baseline_export(
+    name: str, artifact: Artifact, like: PlannedExport, work: Path
+) -> tuple[PlannedExport, Path] | None:
+    """A quantized baseline in the format of an export; None, with a warning, if the format cannot store it."""
+    if problems := like.exporter.check(artifact.config, artifact.grids, like.options):
+        log.warning("bench: %s is left out: %s", name, "; ".join(problems))
+        return None
+    root = work / "bench" / name
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    like.exporter.write(artifact, root, like.options)
+    return PlannedExport(name, like.format, like.exporter, like.options), root
 
 
 def reopened(root: Path, *, check: bool = True) -> tuple[PlannedExport, Path]:

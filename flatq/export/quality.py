@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flatq.calibration.divergence import LOGITS_AT_ONCE, MEASURES, DenseStates, Divergence, position_measures
+from flatq.calibration.divergence import (
+    LOGITS_AT_ONCE,
+    MEASURES,
+    DenseStates,
+    Divergence,
+    parts_of,
+    position_measures,
+    row_means,
+)
 from flatq.errors import ExportError
 from flatq.export.protocols import Runner
 
@@ -37,7 +45,7 @@ def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, nam
         NumericsError: a measure is not finite.
     """
     hidden, head = dense.hidden(tokens), dense.head()
-    means = torch.zeros(len(tokens), MEASURES, dtype=torch.float64)
+    means = torch.zeros(len(tokens), MEASURES + parts_of(tokens.shape[1] - 1), dtype=torch.float64)
     step = max(1, LOGITS_AT_ONCE // len(head))
     for row, text in enumerate(tokens.cpu()):
         logits = torch.from_numpy(runner.logits(text[None].numpy()))
@@ -51,5 +59,5 @@ def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, nam
             at = slice(start, min(start + step, len(text) - 1))
             reference = F.linear(hidden[row, at].to(dense.device), head)
             parts.append(position_measures(reference, logits[0, at].to(reference), text[1:][at].to(reference.device)))
-        means[row] = torch.cat(parts).mean(0).cpu()
+        means[row] = row_means(torch.cat(parts)).cpu()
     return Divergence.of(means, tokens.shape[1] - 1)

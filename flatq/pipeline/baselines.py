@@ -106,6 +106,12 @@ def quantized_baselines(
     ]
 
 
+def baseline_artifacts(job: Job, target: int) -> dict[str, Artifact]:
+    """The models that ``quantized_baselines`` built, by name."""
+    found = baselines_of(job.recipe, job.source.config, target, job.itemsize)
+    return {baseline.name: Artifact.open(_folder(job, baseline).artifact) for baseline in found}
+
+
 def measure(
     baseline: QuantizedBaseline, artifact: Artifact, job: Job, quality: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -121,9 +127,13 @@ def measure(
     }
 
 
+def _folder(job: Job, baseline: QuantizedBaseline) -> RunFolder:
+    return RunFolder(job.folder.work / "baselines" / baseline.name, baseline.recipe(job.recipe))
+
+
 def _built(job: Job, baseline: QuantizedBaseline, provenance: Mapping[str, Any]) -> Artifact:
     recipe = baseline.recipe(job.recipe)
-    folder = RunFolder(job.folder.work / "baselines" / baseline.name, recipe)
+    folder = _folder(job, baseline)
     if not distributed.broadcast(folder.artifact.exists()):
         if distributed.first():
             folder.work.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from flatq.job import Job
 from flatq.machine import distributed
 from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
-from flatq.pipeline.baselines import quantized_baselines
+from flatq.pipeline.baselines import baseline_artifacts, quantized_baselines
 from flatq.pipeline.build import build
 from flatq.pipeline.quality import dense_quality, export_quality, log_quality, model_quality, stop_if_ruined
 from flatq.pipeline.tasks import require_tasks, task_results
@@ -151,7 +151,7 @@ def finish(
     written = [exported(job, item, artifact, dense) for item in exports]
     failed = [f"exports.{export['name']}: {export['error']}" for export in written if export.get("error")]
     opened = [item for item, export in zip(exports, written, strict=True) if not export.get("error")]
-    bench = benched(job, opened, complete=not failed)
+    bench = benched(job, opened, artifact, complete=not failed)
     tasks = task_results(job, artifact, opened, complete=not failed)
     report = summarize(
         job.recipe,
@@ -249,10 +249,11 @@ def _whole(out: Path) -> bool:
     return True
 
 
-def benched(job: Job, exports: list[PlannedExport], *, complete: bool) -> list[dict[str, Any]]:
+def benched(job: Job, exports: list[PlannedExport], artifact: Artifact, *, complete: bool) -> list[dict[str, Any]]:
     """Speed of the finished exports; saved as a phase only if none failed, because a failed one may be retried."""
 
     def measure() -> list[dict[str, Any]]:
-        return measured(job.recipe, job.source, job.folder, exports)
+        baselines = baseline_artifacts(job, artifact.bytes()) if job.recipe.bench is not None else {}
+        return measured(job.recipe, job.source, job.folder, exports, baselines)
 
     return job.folder.phase("bench", measure, list[dict[str, Any]]) if complete else measure()

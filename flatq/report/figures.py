@@ -156,6 +156,25 @@ def quality_by_text(report: Report) -> str:
         return _svg(figure)
 
 
+def kl_by_position(report: Report) -> str:
+    """KL from the dense model along the rows of each text: does it grow with the context?"""
+    texts = [text for text in report.quality if len(text.kl_by_position) > 1]
+    if not texts:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _panels(1, 1, height=2.7)
+        for place, text in enumerate(texts):
+            length, parts = text.tokens // text.rows, len(text.kl_by_position)
+            x = [length * (part + 0.5) / parts for part in range(parts)]
+            colour = SERIES[place % len(SERIES)]
+            axes.plot(x, text.kl_by_position, color=colour, lw=1.6, marker="o", ms=3, label=text.text)
+        axes.set_title("KL from the dense model by position, nats")
+        axes.set_xlabel("position in the row", loc="right")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=6)
+        return _svg(figure)
+
+
 def _bars(axes: Any, title: str, bars: list[Any]) -> None:
     """Horizontal bars with their value at the end and the range as a thin line."""
     widest = max(max(value, *(span or ())) if span else value for _, value, span in bars)

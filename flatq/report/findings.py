@@ -38,9 +38,15 @@ def findings(report: Report) -> Findings:
     for other in report.baselines:
         _compare_baseline(other, report, found)
     dense = report.bench_of(BASELINE)
+    quantized = {baseline.name: baseline for baseline in report.baselines}
     for entry in report.bench:
-        if dense is not None and entry is not dense:
+        if dense is not None and entry is not dense and entry.name not in quantized:
             _compare_speed(entry, dense, found)
+    ours = next((entry for entry in report.bench if entry is not dense and entry.name not in quantized), None)
+    for entry in report.bench:
+        if ours is not None and entry.name in quantized:
+            beside = f"Narrowing, beside quantization alone ({quantized[entry.name].description}): {ours.name}"
+            _compare_speed(ours, entry, found, beside)
     if report.bench and dense is None:
         found.notes.append("The baseline's speed was not measured, so the speed-up is not known.")
     for export in report.exports:
@@ -155,13 +161,14 @@ def _warn_where_apart(seen: TextQuality, other: TextQuality, found: Findings) ->
         )
 
 
-def _compare_speed(entry: BenchResult, dense: BenchResult, found: Findings) -> None:
+def _compare_speed(entry: BenchResult, dense: BenchResult, found: Findings, name: str = "") -> None:
+    name = name or entry.name
     for what, after, before in (
         ("decode", entry.decode_tokens_per_second.median, dense.decode_tokens_per_second.median),
         ("prefill", entry.prefill_tokens_per_second.median, dense.prefill_tokens_per_second.median),
     ):
-        words = f"{entry.name} {what}: {before:.4g} → {speed(after)}, {times(after / before, 'faster', 'slower')}"
+        words = f"{name} {what}: {before:.4g} → {speed(after)}, {times(after / before, 'faster', 'slower')}"
         found.sort(after / before, words, more_is_better=True)
     ratio = entry.peak_rss_bytes / dense.peak_rss_bytes
     words = f"{size(dense.peak_rss_bytes)} → {size(entry.peak_rss_bytes)}, {times(ratio, 'more', 'less')}"
-    found.sort(ratio, f"{entry.name} peak memory: {words}", more_is_better=False)
+    found.sort(ratio, f"{name} peak memory: {words}", more_is_better=False)

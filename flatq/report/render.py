@@ -74,6 +74,7 @@ def render(report: Report, template: str) -> str:
         qualities=qualities(report),
         tasks=task_cells(report.tasks),
         texts=lambda: figures.quality_by_text(report),
+        positions=lambda: figures.kl_by_position(report),
         ranks=lambda: figures.rank_profile(report),
         errors=lambda: figures.layer_errors(report),
         bars=lambda: figures.size_and_speed(report),

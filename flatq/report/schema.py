@@ -94,6 +94,7 @@ class TextQuality(Section):
         kl: mean KL divergence from the dense model, nats per token.
         top1: fraction of positions where the dense model has the same most likely token.
         damage_stderr, kl_stderr, top1_stderr: standard errors over rows; None for a single row.
+        kl_by_position: mean KL of consecutive parts of the rows, first part first.
     """
 
     text: str
@@ -108,6 +109,7 @@ class TextQuality(Section):
     kl_stderr: float | None
     top1: float
     top1_stderr: float | None
+    kl_by_position: list[float] = []
 
 
 class BaselineReport(Section):
