@@ -256,6 +256,11 @@ class RunFolder:
                 (self.work / "state.json").unlink(missing_ok=True)
             return None
 
+    def known(self, name: str, kind: type[T]) -> T | None:
+        """Result of a phase that an earlier call of ``phase`` finished; None if it was never run."""
+        found = self._known(self.work / "phases" / f"{name}.json")
+        return None if found is None else TypeAdapter(kind).validate_python(found.result)
+
     def forget(self, *names: str) -> None:
         """Delete the results of phases, so that they are computed again."""
         for name in names:

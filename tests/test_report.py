@@ -38,7 +38,8 @@ def layer(index: int) -> LayerReport:
     errors = {name: 0.004 + 0.003 * place + 0.002 * math.sin(index + place) for place, name in enumerate(linears)}
     narrowing = {"value": 0.02 + 0.1 * (1 - share), "mlp": 0.03 + 0.25 * (1 - share) + 0.002 * index}
     notes = ["3 inputs of down never fired"] if index == 7 else []
-    return LayerReport(index=index, dims=dims, dense=DENSE, errors=narrowing | errors, notes=notes)
+    curves = {part: [(n / 8, (1 + index) * (n / 8) ** 3) for n in range(9)] for part in ("value", "mlp")}
+    return LayerReport(index=index, dims=dims, dense=DENSE, errors=narrowing | errors, notes=notes, curves=curves)
 
 
 def speeds(name: str, decode: float, prefill: float, rss: float) -> BenchResult:
@@ -160,7 +161,7 @@ def test_the_page_is_one_file_that_fetches_nothing(report: Report, tmp_path: Pat
     page = (tmp_path / "report.html").read_text()
     references = References()
     references.feed(page)
-    assert references.tags.count("svg") == 4
+    assert references.tags.count("svg") == 5
     assert "script" not in references.tags
     assert all(reference.startswith("#") for reference in references.found)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))

@@ -18,6 +18,7 @@ from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.states import Execution
+from flatq.compress.allocate import Curves
 from flatq.compress.plan import RankPlan
 from flatq.errors import ArtifactError, ExportError
 from flatq.export.deliver import deliver, measured
@@ -162,6 +163,7 @@ def finish(
         exports=written,
         bench=bench,
         tasks=tasks,
+        curves=folder.known("curves", list[Curves]) or (),
         timing=folder.timing(),
         peak_rss_bytes=folder.peak_rss_bytes(),
         memory=folder.memory(),

@@ -32,6 +32,7 @@ COLOURS = {  # placeholder -> CSS variable
     "#0a0b0c": "var(--s7)",
 }
 INK, QUIET, LINE, RESULT, DENSE, *SERIES = COLOURS
+BAR_COLOURS = {"baseline": DENSE, "dense weights": DENSE, "quantized": SERIES[1], "same_bytes": SERIES[1]}
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flatq",
@@ -70,6 +71,28 @@ def rank_profile(report: Report) -> str:
         return _svg(figure)
 
 
+def narrowing_costs(report: Report) -> str:
+    """Estimated cost of removing dimensions, a line for each layer, with a point at what was removed."""
+    layers = [layer for layer in report.layers if layer.curves]
+    if not layers:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, panels = _panels(1, 2, height=3.0)
+        for axes, part, width, title in zip(
+            panels, ("value", "mlp"), ("d_v", "d_ff"), ("Value heads", "MLP channels"), strict=True
+        ):
+            for layer in layers:
+                x, y = zip(*layer.curves[part], strict=True)
+                axes.plot(x, y, color=RESULT, lw=0.9, alpha=0.25 + 0.6 * layer.index / len(report.layers))
+                removed = 1 - getattr(layer.dims, width) / getattr(layer.dense, width)
+                axes.plot(*_nearest(layer.curves[part], removed), "o", color=SERIES[1], ms=3)
+            axes.set_title(f"{title}: estimated cost")
+            axes.set_xlabel("fraction removed", loc="right")
+            axes.set_yscale("symlog", linthresh=max(1e-12, 1e-4 * max(p[1] for e in layers for p in e.curves[part])))
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        return _svg(figure)
+
+
 def layer_errors(report: Report) -> str:
     """Relative errors by layer, of narrowing (FLAT) and of rounding (GPTQ)."""
     with matplotlib.rc_context(STYLE):
@@ -101,6 +124,7 @@ def size_and_speed(report: Report) -> str:
     weights += [(export.name, export.bytes / 1e6, None) for export in report.exports]
     if not report.exports:
         weights += [("artifact", report.result.bytes / 1e6, None)]
+    weights += [(baseline.name, baseline.bytes / 1e6, None) for baseline in report.baselines]
     panels: list[tuple[str, list[Any]]] = [("Size on disk, MB", weights)]
     if report.bench:
         decode = [(e.name, e.decode_tokens_per_second) for e in report.bench]
@@ -179,8 +203,7 @@ def _bars(axes: Any, title: str, bars: list[Any]) -> None:
     """Horizontal bars with their value at the end and the range as a thin line."""
     widest = max(max(value, *(span or ())) if span else value for _, value, span in bars)
     for row, (name, value, span) in enumerate(bars):
-        dense = name in ("baseline", "dense weights")
-        axes.barh(row, value, 0.6, color=DENSE if dense else RESULT)
+        axes.barh(row, value, 0.6, color=BAR_COLOURS.get(name, RESULT))
         if span:
             axes.plot(span, [row, row], color=INK, lw=1.1, solid_capstyle="butt", marker="|", ms=5)
         end = max(value, span[1]) if span else value
@@ -193,6 +216,10 @@ def _bars(axes: Any, title: str, bars: list[Any]) -> None:
     axes.grid(visible=False)
     axes.xaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
+
+
+def _nearest(points: list[tuple[float, float]], x: float) -> tuple[float, float]:
+    return min(points, key=lambda point: abs(point[0] - x))
 
 
 def _by_layer(axes: Any) -> None:

@@ -76,6 +76,7 @@ def render(report: Report, template: str) -> str:
         texts=lambda: figures.quality_by_text(report),
         positions=lambda: figures.kl_by_position(report),
         ranks=lambda: figures.rank_profile(report),
+        costs=lambda: figures.narrowing_costs(report),
         errors=lambda: figures.layer_errors(report),
         bars=lambda: figures.size_and_speed(report),
     )

@@ -129,13 +129,18 @@ class BaselineReport(Section):
 
 
 class LayerReport(Section):
-    """One layer: widths before and after, and relative errors by name (``value``, ``mlp``, ``q`` ... ``down``)."""
+    """One layer: widths before and after, and relative errors by name (``value``, ``mlp``, ``q`` ... ``down``).
+
+    ``curves`` is what narrowing was estimated to cost, as far as it was measured: ``value`` for the dimensions of a
+    value head (sums of discarded eigenvalues), ``mlp`` for MLP channels. Pairs of (fraction removed, cost).
+    """
 
     index: int
     dims: LayerDims
     dense: LayerDims
     errors: dict[str, float]
     notes: list[str] = []
+    curves: dict[str, list[tuple[float, float]]] = {}
 
 
 class HeadReport(Section):

@@ -7,6 +7,7 @@ from typing import Any
 
 from flatq.artifact import Artifact
 from flatq.calibration.tokens import Tokens
+from flatq.compress.allocate import Curves
 from flatq.machine.environment import version_of
 from flatq.model.decoder import DecoderConfig
 from flatq.model.footprint import decode_bytes
@@ -18,6 +19,7 @@ from flatq.sources.source import Source
 from flatq.units import with_error
 
 SCHEMA_VERSION = 1
+POINTS = 25  # of a curve in the report
 
 
 def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def summarize(
     exports: Sequence[Mapping[str, Any]],
     bench: Sequence[Mapping[str, Any]],
     tasks: Sequence[Mapping[str, Any]] = (),
+    curves: Sequence[Curves] = (),
     timing: Mapping[str, float],
     peak_rss_bytes: int,
     memory: Mapping[str, int] | None = None,
@@ -90,6 +93,7 @@ def summarize(
         exports: JSON-ready ``ExportReport`` of each export.
         bench: JSON-ready ``BenchResult`` of each runner.
         tasks: JSON-ready ``TaskResult`` of each task and model.
+        curves: cost of narrowing of each layer, if it was measured.
         timing: seconds per phase.
         peak_rss_bytes: peak resident memory of this process.
         memory: the same for each phase.
@@ -116,7 +120,7 @@ def summarize(
             "quality": list(quality),
             "baselines": list(baselines),
             "recipe_text": recipe.text,
-            "layers": _layers(config, artifact),
+            "layers": _layers(config, artifact, curves),
             "head": artifact.manifest["head"] or None,
             "exports": list(exports),
             "bench": list(bench),
@@ -152,11 +156,21 @@ def _measure(
     )
 
 
-def _layers(dense: DecoderConfig, artifact: Artifact) -> list[LayerReport]:
+def _points(cost: Sequence[float], width: int) -> list[tuple[float, float]]:
+    """A curve at ``POINTS`` places, rounded: (fraction of the width removed, cost)."""
+    removed = sorted({round(place * (len(cost) - 1) / (POINTS - 1)) for place in range(POINTS)})
+    return [(round(n / width, 4), float(f"{cost[n]:.4g}")) for n in removed]
+
+
+def _layers(dense: DecoderConfig, artifact: Artifact, curves: Sequence[Curves]) -> list[LayerReport]:
     rows = []
     for index, (before, after) in enumerate(zip(dense.layers, artifact.config.layers, strict=True)):
         blocks = [block for block in artifact.manifest["blocks"] if block["layer"] == index]
         errors = {name: error for block in blocks for name, error in block["errors"].items()}
         notes = [note for block in blocks for note in block["notes"]]
-        rows.append(LayerReport(index=index, dims=after, dense=before, errors=errors, notes=notes))
+        costs = {}
+        if curves:
+            of = curves[index]
+            costs = {"value": _points(of.value, before.d_v), "mlp": _points(of.mlp, before.d_ff)}
+        rows.append(LayerReport(index=index, dims=after, dense=before, errors=errors, notes=notes, curves=costs))
     return rows
