@@ -28,10 +28,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
 from flatq.digests import Findings, compared, digests_of
-from flatq.errors import ArtifactError
+from flatq.errors import ArtifactError, RecipeError
 from flatq.files import file_digest, first_fault, read_json, write_checksummed, write_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
+from flatq.tokenizer import chat_templates, deliver_companions, generation_settings, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
@@ -178,6 +179,22 @@ class Artifact:
             raise ArtifactError(f"{path}: is damaged ({damaged}); {AGAIN}") from damaged
         return tensor
 
+    def generation(self) -> dict[str, Any]:
+        """The publisher's generation settings (``generation_config.json``): end tokens, sampling; empty without."""
+        return generation_settings(self.root)
+
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates by name; a single one is called ``default``."""
+        return chat_templates(self.root)
+
+    def copy_companions(self, out: Path) -> tuple[list[Path], list[str]]:
+        """Tokenizer, chat templates and generation settings, copied byte for byte into an export.
+
+        Returns:
+            The files, and in words every change that was made so that readers can open them; usually none.
+        """
+        return deliver_companions(self.root, out)
+
     def bytes(self) -> int:
         """Size of all tensors if codes are packed to ``bits`` each, as in a deployment."""
         total = 0
@@ -309,9 +326,7 @@ def tokenizer_in(root: Path) -> Any:
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(root))
-    except (OSError, ValueError) as wrong:
+        return open_tokenizer(root)
+    except RecipeError as wrong:
         raise ArtifactError(f"{root}: no usable tokenizer ({wrong}); run the recipe again with --fresh") from wrong

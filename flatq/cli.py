@@ -116,7 +116,7 @@ def run(
 
 @app.command()
 def check(recipe: RecipeFile) -> None:
-    """Describe a recipe, or list all errors in it; for a local model config.json is read."""
+    """Describe a recipe, or list all errors in it; for a local model config.json and tokenizer are read."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)

@@ -17,6 +17,8 @@ T = TypeVar("T")
 CHECKSUM = "sha256"  # key of a file's digest of its own content
 BLANK = "0" * 64
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
@@ -91,6 +93,8 @@ def read_json(
         text = path.read_bytes().decode()
         if not text.strip():
             raise ValueError("it is empty")
+        if text.startswith(LFS_POINTER.decode()):
+            raise ValueError("it is a Git LFS pointer, not the file itself; `git lfs pull` fetches that")
         value = from_json(text)
         if checksummed:
             value = _checked(text, value)
@@ -125,3 +129,9 @@ def first_fault(wrong: ValidationError) -> str:
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
     words = " ".join(found[0]["msg"].split())
     return f"{place}: {words}{more}" if place else f"{words}{more}"
+
+
+def lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one that ``git lfs pull`` has not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER

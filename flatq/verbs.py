@@ -27,7 +27,7 @@ from flatq.pipeline.texts import tokens_of
 from flatq.plan.decide import draft
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
-from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
+from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
 from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
@@ -36,7 +36,12 @@ from flatq.sources.source import Source
 def check(recipe: Recipe) -> list[str]:
     """A description of the recipe, and warnings about packages that its exports need.
 
+    <<<<<<< HEAD
+    Of a model in a local folder its config.json and its tokenizer are read too: family, shapes, and what stands
+    against them.
+    =======
     For a model in a local folder config.json is read as well, to describe its shapes and check the exports.
+    >>>>>>> main
 
     Raises:
         RecipeError: an exporter is missing, its options are invalid, or it does not support the model.
@@ -45,6 +50,7 @@ def check(recipe: Recipe) -> list[str]:
     if (Path(recipe.model.path) / "config.json").is_file():
         source, _ = _from_shapes(recipe, exports)
         lines.insert(1, f"             {described(source.config)}")
+        lines += [f"! {caution}" for caution in tokenizer_cautions(source)]
     return lines + _warnings(recipe, exports)
 
 
@@ -78,7 +84,8 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     ranges = needs_cache_ranges(exports)
     phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
     text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
-    return text + "".join(f"{warning}\n" for warning in _warnings(recipe, exports))
+    said = [*tokenizer_cautions(source), *_warnings(recipe, exports)]
+    return text + "".join(f"{warning}\n" for warning in said)
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
@@ -207,15 +214,15 @@ def generate(
     if (path / DESCRIPTION).exists():
         described = description_of(path, check=check)
         tokenizer, ends = tokenizer_of(path, described, check=check), described.token_ids.get("eos_token_id")
+        vocab = described.vocab
         runner = opened(path, provider, check=False)
     else:
         artifact = Artifact.open(path, check=check)
         tokenizer, ends = tokenizer_in(artifact.root), artifact.settings.get("eos_token_id")
-        runner = DecoderRunner(artifact)
+        runner, vocab = DecoderRunner(artifact), artifact.config.vocab
     eos = set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set[int]()
-    return stream(
-        runner, tokenizer, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed, eos=eos, chat=chat
-    )
+    sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    return stream(runner, tokenizer, prompt, **sampling, eos=eos, chat=chat, vocab=vocab)
 
 
 def checked_options(exporter: Exporter, options: dict[str, Any]) -> BaseModel:

@@ -226,7 +226,7 @@ def test_digests_and_settings_describe_the_files(tmp_path: Path) -> None:
     digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert source.digests()["model.safetensors"] == digest
     assert set(source.digests()) == {"config.json", "model.safetensors"}
-    assert source.settings() == {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 7}
+    assert source.settings() == {"bos_token_id": 1, "eos_token_id": 9, "pad_token_id": 7}
     assert source.origin == str(tmp_path)
 
 

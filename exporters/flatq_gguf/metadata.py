@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -14,6 +15,14 @@ from flatq_gguf.tokenizer import Vocabulary
 # ``general.file_type`` by the type of most weights: llama.cpp's LlamaFileType.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
 
+# Keys of generation_config.json and llama.cpp's names for them.
+SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 QUANTIZED_NAME = re.compile(r"[.-](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)  # a GGUF source is named after its type
 
 
@@ -67,6 +76,7 @@ def describe(writer: Any, artifact: Artifact, contents: Contents, kind: str) -> 
     if kind not in ("F32", "F16", "BF16"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[kind])
+    sample(writer, artifact.generation())
 
 
 def context_length(contents: Contents) -> int:
@@ -128,5 +138,26 @@ def tokenize(writer: Any, vocabulary: Vocabulary | None) -> None:
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
     for name, value in vocabulary.flags.items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
+    further = sorted(set(vocabulary.chat_templates) - {"default"})
+    for name in further:
+        writer.add_string(f"tokenizer.chat_template.{_plain(name)}", vocabulary.chat_templates[name])
+    if further:  # gguf's own add_chat_template lists them in an order that differs from run to run
+        writer.add_array("tokenizer.chat_templates", [_plain(name) for name in further])
+    if "default" in vocabulary.chat_templates:
+        writer.add_chat_template(vocabulary.chat_templates["default"])
+
+
+def sample(writer: Any, generation: Mapping[str, Any]) -> None:
+    """``general.sampling.*``: what llama.cpp samples with unless told otherwise, by ``generation_config.json``."""
+    for key, name in SAMPLING.items():
+        value = generation.get(key)
+        if isinstance(value, int | float) and (generation.get("do_sample") is True or key == "repetition_penalty"):
+            if key == "top_k":
+                writer.add_int32(f"general.sampling.{name}", int(value))
+            else:
+                writer.add_float32(f"general.sampling.{name}", float(value))
+
+
+def _plain(name: str) -> str:
+    """A template's name as gguf's own writer spells it in a key."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)

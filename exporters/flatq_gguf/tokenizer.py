@@ -11,16 +11,19 @@ WordPiece and Unigram were left out: no supported family has them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flatq.export import ExportError
+from flatq.export import Artifact, ExportError, read_json
 from flatq_gguf.pre_tokenizers import known_names, name_of, steps_of
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 FILE = "tokenizer.json"
+AGAIN = "run the recipe again with --fresh"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -35,8 +38,9 @@ class Vocabulary:
         types: NORMAL and so on, per piece.
         merges: ``left right``, best first; empty for ``llama``.
         scores: per piece; empty for ``gpt2``.
-        ids: ``bos``, ``eos``, ``unknown``, ``padding`` where the model has them.
+        ids: ``bos``, ``eos``, ``unknown``, ``padding`` where there are such; further end tokens as ``eot``, ``eom``.
         flags: ``add_bos_token`` and so on.
+        chat_templates: by name.
     """
 
     model: str
@@ -47,43 +51,44 @@ class Vocabulary:
     scores: list[float]
     ids: dict[str, int]
     flags: dict[str, bool]
-    chat_template: str | None
+    chat_templates: dict[str, str]
 
 
-def read_vocabulary(root: Path, size: int, settings: dict[str, Any], pre: str | None) -> Vocabulary | None:
+def read_vocabulary(artifact: Artifact, size: int, pre: str | None) -> Vocabulary | None:
     """The tokenizer beside an artifact; None if there is none.
 
     Args:
-        root: the artifact's folder.
+        artifact: what is exported.
         size: rows of the embedding; pieces beyond the tokenizer's are marked unused.
-        settings: the artifact's ``config.json``, for the token ids.
         pre: name of the pre-tokenizer given by the user.
 
     Raises:
         ExportError: a tokenizer that GGUF cannot hold or whose pre-tokenizer has no known name.
     """
+    root, settings = artifact.root, artifact.settings
     path = root / FILE
     if not path.exists():
         return None
-    described = json.loads(path.read_text(encoding="utf-8"))
+    described = read_json(path, dict[str, Any], AGAIN, error=ExportError)
+    bare = _opened(path)
     if problems := objections(described, size, pre):
         raise ExportError("\n".join(f"{path}: {problem}" for problem in problems))
     beside = root / "tokenizer_config.json"
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    config = read_json(beside, dict[str, Any], AGAIN, error=ExportError) if beside.exists() else {}
     tokens, types = _pieces(described, size)
     ids = _ids({token: index for index, token in enumerate(tokens)}, config, settings, described["model"])
-    adds_bos, adds_eos = _frame(path, ids)
+    adds_bos, adds_eos = _frame(bare, ids)
     flags = {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
-    template = _chat_template(root, config)
+    templates = artifact.chat_templates()
     if described["model"].get("byte_fallback"):
         if ids.get("unknown") is not None:
             types[ids["unknown"]] = UNKNOWN
         flags["add_space_prefix"] = _prefixes_space(described)
         scores = _scores(tokens, types, described["model"]["merges"])
-        return Vocabulary("llama", None, tokens, types, [], scores, ids, flags, template)
+        return Vocabulary("llama", None, tokens, types, [], scores, ids, flags, templates)
     flags["add_space_prefix"] = False
-    return Vocabulary("gpt2", pre or name_of(described), tokens, types, merges, [], ids, flags, template)
+    return Vocabulary("gpt2", pre or name_of(described), tokens, types, merges, [], ids, flags, templates)
 
 
 def objections(described: Mapping[str, Any], size: int, pre: str | None) -> list[str]:
@@ -148,14 +153,29 @@ def _ids(
             index = stated[0] if isinstance(stated, list) else stated
         if index is not None:
             found[name] = int(index)
-    return found
+    ends = settings.get("eos_token_id")
+    further = [int(end) for end in ends if end != found.get("eos")] if isinstance(ends, list) else []
+    # llama.cpp stops at each of these three, whatever they are called.
+    return found | dict(zip(("eot", "eom"), further, strict=False))
 
 
-def _frame(path: Path, ids: dict[str, int]) -> tuple[bool, bool]:
-    """Whether the tokenizer puts bos before and eos behind a text, found by asking it."""
+def _opened(path: Path) -> Tokenizer:
+    """The tokenizer as the tokenizers library opens it, which looks at every part of the file.
+
+    Raises:
+        ExportError: the library refuses it.
+    """
     from tokenizers import Tokenizer
 
-    framed = Tokenizer.from_file(str(path)).encode("a").ids
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as damaged:  # the library raises the base class itself
+        raise ExportError(f"{path}: is damaged ({damaged}); {AGAIN}") from damaged
+
+
+def _frame(bare: Tokenizer, ids: dict[str, int]) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before and eos behind a text, found by asking it."""
+    framed = bare.encode("a").ids
     starts = bool(framed) and framed[0] == ids.get("bos")
     return starts, len(framed) > 1 and framed[-1] == ids.get("eos")
 
@@ -176,11 +196,3 @@ def _scores(tokens: list[str], types: list[int], merges: list[Any]) -> list[floa
         rank.setdefault(left + right, index)
     last = len(merges)
     return [float(-rank.get(piece, last)) if kind == NORMAL else 0.0 for piece, kind in zip(tokens, types, strict=True)]
-
-
-def _chat_template(root: Path, config: dict[str, Any]) -> str | None:
-    beside = root / "chat_template.jinja"
-    if beside.exists():
-        return beside.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None

@@ -38,7 +38,7 @@ def write_file(artifact: Artifact, out: Path, contents: Contents) -> Exported:
     """Write everything; see ``GgufExporter.write``."""
     planned = list(contents.planned())
     options = contents.options
-    vocabulary = read_vocabulary(artifact.root, contents.config.vocab, artifact.settings, options.pre_tokenizer)
+    vocabulary = read_vocabulary(artifact, contents.config.vocab, options.pre_tokenizer)
     matrix = importance(artifact, contents) if options.imatrix else {}
     growing = out / ".growing"
     shutil.rmtree(growing, ignore_errors=True)

@@ -74,10 +74,11 @@ class OnnxExporter(Exporter):
         _need(self.missing(options, opening=False))
         from flatq_onnx.writing import save_model
 
-        files = [Contract.of(artifact, options).save(out), *write_companions(artifact, out, options)]
+        companions, changes = write_companions(artifact, out, options)
+        files = [Contract.of(artifact, options).save(out), *companions]
         files += save_model(artifact, out, options, metadata_of(artifact))
         rounding = HALF_KL * (options.activations == "fp16") + INT8_CACHE_KL * (options.cache_type == "int8")
-        return Exported(out, tuple(files), notes=tuple(_notes(artifact, options)), rounding_kl=rounding)
+        return Exported(out, tuple(files), notes=(*_notes(artifact, options), *changes), rounding_kl=rounding)
 
     def open(
         self, exported: Path, options: OnnxOptions, *, provider: str = "auto", threads: int = 0, exact: bool = False

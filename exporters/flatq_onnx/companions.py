@@ -1,14 +1,11 @@
 """What the program that will run the graph wants to find beside it: its configuration and a tokenizer it can read.
 
 Widths per layer need no entry anywhere: both programs take the shapes of the cache from heads and head size, and the
-rest from the graph. transformers 4, which optimum needs, reads the tokenizer's settings in an older spelling than the
-artifact, which is written by transformers 5.
+rest from the graph. Tokenizer, chat templates and generation settings are the model's own files.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,23 +14,26 @@ from flatq.export import Artifact, config_to_hf, write_json
 from flatq_onnx.contract import MODEL
 from flatq_onnx.options import OnnxOptions
 
-TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
-NEW_KEYS = ("backend", "is_local", "local_files_only")  # of transformers 5
+TOKENIZER = "tokenizer.json"
+# Keys of generation_config.json that onnxruntime-genai has under the same name.
+SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "min_length")
 
 
-def write_companions(artifact: Artifact, out: Path, options: OnnxOptions) -> list[Path]:
-    """Write the files that ``options.target`` wants; returns them."""
+def write_companions(artifact: Artifact, out: Path, options: OnnxOptions) -> tuple[list[Path], list[str]]:
+    """Write the files that ``options.target`` wants; returns them, and in words what was changed in the model's own."""
     if options.target == "genai":
-        write_json(out / "genai_config.json", genai_config(artifact, options))
-        return [out / "genai_config.json", *_tokenizer(artifact, out)]
-    if options.target == "optimum":
-        write_json(out / "config.json", transformers_config(artifact))
-        return [out / "config.json", *_tokenizer(artifact, out)]
-    return []
+        path, content = out / "genai_config.json", genai_config(artifact, options)
+    elif options.target == "optimum":
+        path, content = out / "config.json", transformers_config(artifact)
+    else:
+        return [], []
+    write_json(path, content)
+    copied, changes = artifact.copy_companions(out)
+    return [path, *copied], changes
 
 
 def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
-    """``genai_config.json``; greedy by default."""
+    """``genai_config.json``; sampling as the model's ``generation_config.json`` says, greedy without one."""
     config, dims = artifact.config, artifact.config.layers[0]
     context = options.context_length or config.max_positions
     names = {
@@ -62,7 +62,12 @@ def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
                 "outputs": {"logits": "logits", **names["outputs"]},
             },
         },
-        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": True},
+        "search": {
+            "do_sample": False,
+            **{key: value for key in SEARCH if (value := artifact.generation().get(key)) is not None},
+            "max_length": context,
+            "past_present_share_buffer": True,
+        },
     }
 
 
@@ -80,20 +85,3 @@ def transformers_config(artifact: Artifact) -> dict[str, Any]:
 
 def _token_ids(artifact: Artifact) -> dict[str, Any]:
     return {name: value for name, value in artifact.settings.items() if name.endswith("_token_id")}
-
-
-def _tokenizer(artifact: Artifact, out: Path) -> list[Path]:
-    """The artifact's tokenizer, its settings in the older spelling; nothing if it has none."""
-    root, written = artifact.root, list[Path]()
-    for name in (TOKENIZER, TEMPLATE):
-        if (root / name).exists():
-            written.append(Path(shutil.copyfile(root / name, out / name)))
-    if (root / "tokenizer_config.json").exists():
-        settings = json.loads((root / "tokenizer_config.json").read_text())
-        settings = {name: value for name, value in settings.items() if name not in NEW_KEYS}
-        if settings.get("tokenizer_class") == "TokenizersBackend":
-            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path = out / "tokenizer_config.json"
-        write_json(path, {**settings, "padding_side": "left"})
-        written.append(path)
-    return written

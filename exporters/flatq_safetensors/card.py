@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from flatq.export import Artifact, Grid, __version__
-from flatq_safetensors.configs import Versions
+from flatq_safetensors.configs import TRANSFORMERS, Versions
 from flatq_safetensors.tensors import Layout
 
 CARD = """\
@@ -65,7 +65,7 @@ import torch
 {imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(folder{trust}, dtype=torch.{dtype})
-tokenizer = AutoTokenizer.from_pretrained(folder)"""
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})"""
 
 
 def model_card(artifact: Artifact, layout: Layout, notes: Sequence[str]) -> str:
@@ -107,10 +107,12 @@ def _load(layout: Layout) -> str:
 
 
 def _needs(layout: Layout) -> str:
+    tried = f"{', '.join(TRANSFORMERS[:-1])} and {TRANSFORMERS[-1]}"
     code = (
         "The layers have the same widths, so no extra code is needed."
         if layout.plain
-        else "Layers differ in width, which stock classes cannot express; the code travels with the folder."
+        else "Layers differ in width, which stock classes cannot express; the code travels with the folder. It was "
+        f"tried with transformers {tried}."
     )
     if not layout.grids:
         return code

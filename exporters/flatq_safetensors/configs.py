@@ -18,6 +18,8 @@ from flatq.export import FAMILIES, LINEARS, DecoderConfig, Grid, UnsupportedMode
 
 NAMES = FAMILIES["llama"].names
 CHANGED = (0, 18)  # see Versions
+# Releases that load a folder with its own code, from a local path too; `make interop-transformers` tries them.
+TRANSFORMERS = ("4.57.6", "5.8.0", "5.23.0")
 EMBEDDINGS = (0, 20)
 AUTO_MAP = {
     "AutoConfig": "modeling_flatq.FlatqHubConfig",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatq.export import INDEX, MANIFEST, Artifact, Exported, ExportError, save_shard, write_atomically, write_json
+from flatq.export import INDEX, Artifact, Exported, ExportError, save_shard, write_atomically, write_json
 from flatq_safetensors.card import model_card
 from flatq_safetensors.configs import (
     Versions,
@@ -42,8 +42,9 @@ def write_folder(artifact: Artifact, out: Path, options: SafetensorsOptions) -> 
     files = _write_weights(artifact, layout, out)
     if not layout.plain:
         files += [_write(out / f"{name}.py", travelling_source(name)) for name in CODE]
-    files += _copy_beside(artifact, out)
-    notes = _notes(artifact, layout)
+    companions, changes = _companions(artifact, out)
+    files += companions
+    notes = _notes(artifact, layout) + changes
     files.append(_write(out / "README.md", model_card(artifact, layout, notes)))
     settings = _settings(artifact, layout)
     if options.gptq_version is not None:
@@ -119,19 +120,14 @@ def _tensors(artifact: Artifact, layout: Layout, names: list[str]) -> Iterator[t
         yield from layout.made(name, artifact.tensor(name)).items()
 
 
-def _copy_beside(artifact: Artifact, out: Path) -> list[Path]:
-    """Tokenizer, chat template and generation settings, as they lie in the artifact."""
-    own = {"config.json", MANIFEST, INDEX, "README.md"}
-    copied = []
-    for path in sorted(artifact.root.iterdir()):
-        if path.is_file() and path.name not in own and path.suffix not in (".safetensors", ".partial", ".py"):
-            write_atomically(out / path.name, path.read_bytes())
-            copied.append(out / path.name)
-    if not (out / "generation_config.json").exists():
+def _companions(artifact: Artifact, out: Path) -> tuple[list[Path], list[str]]:
+    """Tokenizer, chat templates and generation settings; without the last, the token ids stand in for them."""
+    copied, changes = artifact.copy_companions(out)
+    if not artifact.generation():
         ids = {key: artifact.settings[key] for key in TOKEN_IDS if key in artifact.settings}
         write_json(out / "generation_config.json", ids)
         copied.append(out / "generation_config.json")
-    return copied
+    return copied, changes
 
 
 def _rounded(artifact: Artifact, layout: Layout, stored: torch.dtype) -> bool:

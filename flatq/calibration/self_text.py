@@ -65,27 +65,28 @@ class Turn:
 Script = tuple[Turn, ...]  # the turns of one text, in order; repeated after the last one
 
 
-def document_script(tokenizer: Any, ends: frozenset[int]) -> Script:
+def document_script(tokenizer: Any, ends: frozenset[int], begin: int | None = None) -> Script:
     """Script of a document: the begin-of-text token, then sampled ids until an end token.
 
     Args:
         tokenizer: the model's.
         ends: stop ids of the model.
+        begin: begin-of-text id in the model's settings, for a tokenizer that names none.
 
     Raises:
-        RecipeError: the tokenizer has neither a begin-of-text nor an end-of-text token.
+        RecipeError: there is neither a begin-of-text nor an end-of-text token.
     """
-    begin = begin_token(tokenizer)
+    begin = begin_token(tokenizer, *([] if begin is None else [begin]), *sorted(ends))
     return (Turn((begin,), ends | {begin}),)
 
 
-def begin_token(tokenizer: Any) -> int:
-    """Id of the first token of a text: begin-of-text, else end-of-text.
+def begin_token(tokenizer: Any, *stated: int) -> int:
+    """Id of the first token of a text: begin-of-text, else end-of-text, else the first of ``stated``.
 
     Raises:
         RecipeError: the tokenizer has neither.
     """
-    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id, *stated):
         if found is not None:
             return int(found)
     raise RecipeError(
@@ -102,9 +103,13 @@ def chat_script(tokenizer: Any, ends: frozenset[int]) -> Script | None:
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE
+        )
+    except Exception as refused:  # a template may raise whatever it likes
+        log.warning("dataset self: only documents are written, for the chat template refuses a question: %s", refused)
+        return None
     before, found, after = text.partition(MARK)
     asked, answered = _ids(tokenizer, before), _ids(tokenizer, after)
     if not found or not asked or not answered:
@@ -284,9 +289,10 @@ class SelfText:
 
     def _scripts(self) -> list[Script]:
         tokenizer = self.source.tokenizer()
-        ends = stop_ids(self.source.settings(), tokenizer)
+        settings = self.source.settings()
+        ends = stop_ids(settings, tokenizer)
         chat = chat_script(tokenizer, ends)
-        return [document_script(tokenizer, ends), *([chat] if chat else [])]
+        return [document_script(tokenizer, ends, settings.get("bos_token_id")), *([chat] if chat else [])]
 
     def _batch(self, scripts: list[Script], rows: range, seq_len: int, seed: int, advance: Advance) -> Tensor:
         key: list[Any] = [self.source.digests(), [[(t.opening, sorted(t.ends)) for t in s] for s in scripts]]

@@ -140,6 +140,7 @@ def stream(
     seed: int = 0,
     eos: set[int],
     chat: bool = False,
+    vocab: int | None = None,
 ) -> Stream:
     """Continue a prompt; pieces are computed lazily.
 
@@ -151,16 +152,27 @@ def stream(
         temperature: 0 is greedy; otherwise ids are sampled from ``softmax(logits / temperature)``.
         seed: of the sampling; the same seed gives the same text.
         eos: ids that end the text; they are not part of it.
+    <<<<<<< HEAD
+        chat: put the prompt into the tokenizer's chat template as a user's message.
+        vocab: rows of the embedding; a prompt with a token beyond them is refused.
+    =======
         chat: format the prompt as a user message with the tokenizer's chat template.
+    >>>>>>> main
 
     Raises:
-        RecipeError: the prompt has no tokens, the tokenizer has no chat template, or a number is out of range.
+        RecipeError: the prompt has no tokens or one without an embedding, there is no chat template, or a
+            number is out of range.
     """
     if new_tokens < 0 or temperature < 0:
         raise RecipeError(
             f"generate: new_tokens is {new_tokens} and temperature {temperature}; neither may be negative"
         )
     ids = prompt_ids(tokenizer, prompt, chat=chat)
+    if vocab is not None and max(ids) >= vocab:
+        raise RecipeError(
+            f"the prompt holds the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), and "
+            f"the model's embedding has {vocab} rows; leave it out"
+        )
     choose = _chooser(temperature, np.random.default_rng(seed))
 
     return Stream(runner, tokenizer, ids, new_tokens, choose, eos)
@@ -175,9 +187,12 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise RecipeError("--chat: this model's tokenizer has no chat template; leave --chat out to continue text")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as refused:  # a template may raise whatever it likes
+            raise RecipeError(f"--chat: the model's chat template refuses the prompt ({refused})") from refused
     ids: list[int] = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not ids:
         raise RecipeError("the prompt is empty and this tokenizer puts no token before a text; give at least one word")

@@ -20,13 +20,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flatq.model.decoder import Decoder, DecoderConfig, DecoderLayer, RMSNorm
+from flatq.model.dims import LayerDims  # noqa: F401 (some transformers copy only what this file imports)
 
 
-class FlatqHubConfig(PreTrainedConfig):  # type: ignore[misc]
+class FlatqHubConfig(PretrainedConfig):  # type: ignore[misc]
     """A decoder's widths and switches as a ``config.json``.
 
     Args:
@@ -109,6 +110,12 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             raise cls.loading_error(f"{name_or_path}: the weights do not fit config.json: {'; '.join(faults)}")
         model.eval()
         return (model, found) if output_loading_info else model
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What ``generate`` gives to ``forward``, without what only the models of transformers 4 take."""
+        # transformers looks for the name `kwargs` and then takes the arguments of `forward` for allowed.
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {name: value for name, value in prepared.items() if name not in ("cache_position", "inputs_embeds")}
 
     def forward(
         self,

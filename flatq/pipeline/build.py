@@ -55,7 +55,7 @@ def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mappi
     tokens, execution = job.tokens.calibration, job.execution
     config = source.config.with_layers(plan.layers)
     if distributed.first():
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
         _start_over_if_damaged(partial, work)
         save_first(source, grids, partial)
     distributed.barrier()
@@ -111,7 +111,7 @@ def _finish(
     files = [*first, *(shard_name(index, half) for index, half in halves(config)), ENDS]
     for stray in partial.glob("*.partial"):
         stray.unlink()
-    source.tokenizer().save_pretrained(str(partial))
+    source.carry_tokenizer(partial)
     settings = {**source.settings(), "dtype": str(source.dtype).removeprefix("torch.")}
     finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)
 

@@ -37,7 +37,7 @@ from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
 from flatq.plan.forecast import forecasts, working_set
-from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections
+from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import write_report
 from flatq.report.summary import card_quality, provenance, summarize
@@ -99,7 +99,8 @@ def _run(
     raise_objections(recipe, source.config, [])  # groups wider than the dense weights are also too wide after narrowing
     raise_early_objections(recipe, source, exports)
     draft(recipe, source)  # raises for a budget that cannot be reached, before anything is measured
-    for caution in sizes.cautions(recipe, source.config):
+    cautions = [*sizes.cautions(recipe, source.config), *tokenizer_cautions(source)]
+    for caution in cautions:
         log.warning(caution)
     with folder.working():
         tokens = run_tokens(recipe, source, folder, device)

@@ -6,9 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flatq.artifact import Artifact, tokenizer_in
 from flatq.calibration.self_text import SelfText
 from flatq.calibration.tokens import Tokens, self_tokens, token_batches
+from flatq.errors import RecipeError
 from flatq.machine import distributed
 from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder
@@ -24,9 +27,7 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -
     writer = SelfText(source, folder.work / "self-text", device, recipe.calibration.precision)
 
     def drawn() -> Tokens:
-        return distributed.on_first(
-            lambda: token_batches(recipe.calibration, recipe.evaluation, source.tokenizer(), writer)
-        )
+        return distributed.on_first(lambda: _drawn(recipe, source.tokenizer(), source.config.vocab, writer))
 
     if self_tokens(recipe.calibration, recipe.evaluation):
         folder.phase("self-text", lambda: drawn().description, dict[str, Any])
@@ -40,8 +41,37 @@ def tokens_of(recipe: Recipe, artifact: Artifact) -> Tokens:
         RecipeError: a text cannot be read, or the dense model is not available.
     """
     if not self_tokens(recipe.calibration, recipe.evaluation):
-        return token_batches(recipe.calibration, recipe.evaluation, tokenizer_in(artifact.root))
+        return _drawn(recipe, tokenizer_in(artifact.root), artifact.config.vocab)
     source = open_model(recipe.model.path, revision=recipe.model.revision, dtype=recipe.model.dtype)
     with tempfile.TemporaryDirectory() as folder:
         writer = SelfText(source, Path(folder), precision=recipe.calibration.precision)
-        return token_batches(recipe.calibration, recipe.evaluation, source.tokenizer(), writer)
+        return _drawn(recipe, source.tokenizer(), source.config.vocab, writer)
+
+
+def _drawn(recipe: Recipe, tokenizer: Any, rows: int, writer: SelfText | None = None) -> Tokens:
+    tokens = token_batches(recipe.calibration, recipe.evaluation, tokenizer, writer)
+    refuse_beyond(tokens.calibration, tokenizer, rows, f"calibration: {recipe.calibration.label}")
+    for text in tokens.judged:
+        refuse_beyond(text.tokens, tokenizer, rows, f"evaluation: {text.name}")
+    return tokens
+
+
+def refuse_beyond(tokens: Tensor, tokenizer: Any, rows: int, where: str) -> None:
+    """Refuse a text with a token that the model has no embedding for, naming it.
+
+    Args:
+        tokens: ids, int64 of any shape.
+        tokenizer: the model's.
+        rows: of the embedding.
+        where: the text, for the message.
+
+    Raises:
+        RecipeError: there is such a token.
+    """
+    largest = int(tokens.max())
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise RecipeError(
+            f"{where} holds the token {token!r} (id {largest}), and the model's embedding has {rows} rows; "
+            "take the token out of the text, or resize the model's embedding (resize_token_embeddings in transformers)"
+        )

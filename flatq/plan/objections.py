@@ -6,7 +6,6 @@ widths are raised first: an unsupported tokenizer, and different widths per laye
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from flatq.compress.plan import uneven
@@ -14,12 +13,15 @@ from flatq.errors import RecipeError
 from flatq.evaluate.tasks import absent_for_tasks
 from flatq.export.planned import PlannedExport, absent_packages_of
 from flatq.export.protocols import Exporter
+from flatq.files import from_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
+from flatq.plan.positions import rows_that_do_not_fit
 from flatq.plan.sizes import too_few_tokens
 from flatq.quantize.grids import objections, possible_grids
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
+from flatq.tokenizer import beyond
 
 
 def raise_objections(
@@ -61,21 +63,54 @@ def raise_absent_packages(exports: list[PlannedExport], recipe: Recipe | None = 
         raise RecipeError(problems)
 
 
+def tokenizer_objections(source: Source, exports: list[PlannedExport]) -> list[str]:
+    """What stands against the model's tokenizer: that it adds a token without a row, or an exporter's objections.
+
+    Raises:
+        RecipeError: it cannot be opened.
+    """
+    tokenizer, rows = source.tokenizer(), source.config.vocab
+    stray = beyond(tokenizer, rows)
+    found = [
+        f"model: the tokenizer adds {stray[number]!r} (id {number}) to every text, and the embedding has {rows} "
+        "rows; get a tokenizer and weights that belong together"
+        for number in sorted(set(tokenizer("a")["input_ids"]) & set(stray))
+    ]
+    carriers = [item for item in exports if type(item.exporter).check_tokenizer is not Exporter.check_tokenizer]
+    if carriers:
+        described = from_json(tokenizer.backend_tokenizer.to_str())
+        for item in carriers:
+            said = item.exporter.check_tokenizer(described, source.config, item.options)
+            found += [f"exports.{item.name}: {words}" for words in said]
+    return found
+
+
+def tokenizer_cautions(source: Source) -> list[str]:
+    """What is odd about the tokenizer and does not stop a run: tokens without an embedding, code that is not run."""
+    if not source.has_tokenizer:
+        return []
+    found, stray = source.tokenizer_notes(), beyond(source.tokenizer(), source.config.vocab)
+    if stray:
+        shown = ", ".join(f"{token!r} (id {number})" for number, token in list(stray.items())[:3])
+        more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
+        found.append(
+            f"tokenizer: the embedding has {source.config.vocab} rows, too few for {shown}{more}; texts and prompts "
+            "with such a token are refused"
+        )
+    return found
+
+
 def raise_early_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
-    """Raise the objections that are independent of the ranks: to the tokenizer, and to different widths per layer.
+    """Raise the objections that are independent of the ranks: tokenizer, sequence lengths, different widths per layer.
 
     Without a flat stage the ranks are known, so all objections are raised.
 
     Raises:
         RecipeError: lists all objections.
     """
-    problems = too_few_tokens(recipe, source.config)
-    carriers = [item for item in exports if type(item.exporter).check_tokenizer is not Exporter.check_tokenizer]
-    if carriers and source.has_tokenizer:  # loading a tokenizer is slow, so only if an exporter checks it
-        described = json.loads(source.tokenizer().backend_tokenizer.to_str())
-        for item in carriers:
-            found = item.exporter.check_tokenizer(described, source.config, item.options)
-            problems += [f"exports.{item.name}: {words}" for words in found]
+    problems = too_few_tokens(recipe, source.config) + rows_that_do_not_fit(recipe, source.config, exports)
+    if source.has_tokenizer or source.has_weights:
+        problems += tokenizer_objections(source, exports)
     if recipe.flat is None:
         problems += exporter_objections(recipe, source.config, exports)
     else:

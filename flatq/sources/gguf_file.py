@@ -30,6 +30,7 @@ from flatq.model.decoder import DecoderConfig, Rope
 from flatq.model.families import FAMILIES, Family
 from flatq.model.hf_config import config_from_hf
 from flatq.sources.gguf_tokenizer import read_tokenizer
+from flatq.tokenizer import save
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NUMBERS_AT_ONCE = 1 << 20  # numbers dequantized in one call; gguf's temporaries are a few times as large
@@ -232,6 +233,14 @@ class GgufFile:
         if not self.has_tokenizer:
             raise RecipeError(f"model: {self.path} holds no tokenizer; get a complete GGUF file, or use the HF folder")
         return read_tokenizer(self.path, self._value("tokenizer.ggml.model"), self._value("tokenizer.ggml.pre"))
+
+    def tokenizer_notes(self) -> list[str]:
+        """None: the files are made anew."""
+        return []
+
+    def carry(self, out: Path, tokenizer: Any) -> None:
+        """See ``flatq.sources.source.Storage``; a GGUF file has no files beside it, so they are made."""
+        save(tokenizer, out)
 
     def settings(self) -> dict[str, Any]:
         """See ``flatq.sources.source.Source``."""

@@ -6,7 +6,6 @@ header, so a truncated download is detected without reading any weights.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,26 +17,17 @@ import yaml
 from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
+from flatq.files import lfs_pointer, read_json
 from flatq.model.families import FAMILIES
 from flatq.model.hf_config import config_from_hf
+from flatq.tokenizer import carry, companions, generation_settings, has_tokenizer, notes, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DOWNLOAD = "download it again"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# A fast tokenizer can be built from any one of these sets of files.
-TOKENIZER_SETS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +48,7 @@ class HfFolder:
         config_file = root / "config.json"
         if not config_file.is_file():
             raise RecipeError(f"model: {root} has no config.json; give a Hugging Face model folder or a .gguf file")
-        self._hf = _read_json(config_file)
+        self._hf = read_json(config_file, dict[str, Any], DOWNLOAD)
         if self._hf.get("model_type") == "flatq":
             raise UnsupportedModel(f"{root}: this is a model that flatq has already compressed; give the original one")
         self.config = config_from_hf(self._hf, where=str(config_file))
@@ -71,8 +61,7 @@ class HfFolder:
                 f"{root}: only pickled weights ({pickled[0]}), which run code when opened; flatq reads safetensors and "
                 "GGUF. Convert: transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
-        beside = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
-        self.files = [path for name in beside if (path := root / name).is_file()]
+        self.files = [config_file, *([root / INDEX] if (root / INDEX).is_file() else []), *companions(root)]
         self.files += [root / shard for shard in self._shards if (root / shard).is_file()]
 
     def _list_shards(self) -> tuple[dict[str, str] | None, list[str]]:
@@ -83,7 +72,7 @@ class HfFolder:
             if others and not single:
                 raise ArtifactError(f"{self.root}: {others[0]} has no {INDEX} beside it; download the index too")
             return None, [SINGLE] if single else []
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index, dict[str, Any], DOWNLOAD).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ArtifactError(f"{index}: no weight_map of names to files; download it again")
         shards = sorted(set(weight_map.values()))
@@ -116,6 +105,8 @@ class HfFolder:
         # Opened for every read: pages of a mapping that stays open remain in memory, up to the whole model.
         if not file.is_file():
             raise ArtifactError(f"{file}: missing, though {INDEX} names it; the download is incomplete")
+        if lfs_pointer(file):
+            raise ArtifactError(f"{file}: a Git LFS pointer, not the file itself; run git lfs pull in its folder")
         try:
             return safetensors.safe_open(file, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
@@ -174,24 +165,25 @@ class HfFolder:
     @property
     def has_tokenizer(self) -> bool:
         """See ``flatq.sources.source.Storage``."""
-        return any(all((self.root / name).is_file() for name in names) for names in TOKENIZER_SETS)
+        return has_tokenizer(self.root)
 
     def tokenizer(self) -> Any:
         """See ``flatq.sources.source.Source``."""
-        if not self.has_tokenizer:
-            raise RecipeError(
-                f"model: {self.root} has no tokenizer; add tokenizer.json and tokenizer_config.json "
-                "(or tokenizer.model, or vocab.json with merges.txt) from where the model came from"
-            )
-        from transformers import AutoTokenizer
+        return open_tokenizer(self.root)
 
-        return AutoTokenizer.from_pretrained(self.root, local_files_only=True, trust_remote_code=False)
+    def tokenizer_notes(self) -> list[str]:
+        """See ``flatq.sources.source.Source``."""
+        return notes(self.root)
+
+    def carry(self, out: Path, tokenizer: Any) -> None:
+        """See ``flatq.sources.source.Storage``."""
+        carry(self.root, out, tokenizer)
 
     def settings(self) -> dict[str, Any]:
         """See ``flatq.sources.source.Source``."""
-        generation = self.root / "generation_config.json"
-        known = {**(_read_json(generation) if generation.is_file() else {}), **_stated(self._hf)}
-        return {key: known[key] for key in TOKEN_IDS if known.get(key) is not None}
+        # transformers generates by generation_config.json, and config.json only stands in for it.
+        known = {**_stated(self._hf), **_stated(generation_settings(self.root))}
+        return {key: known[key] for key in TOKEN_IDS if key in known}
 
     def license(self) -> str | None:
         """``license`` in the front matter of the model card."""
@@ -211,13 +203,3 @@ class HfFolder:
 
 def _stated(data: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if value is not None}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as damaged:
-        raise ArtifactError(f"{path}: not valid JSON ({damaged}); download it again") from damaged
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: a JSON object was expected, found {type(data).__name__}; download it again")
-    return data

@@ -32,6 +32,7 @@ from flatq.sources.hf_folder import HfFolder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "README.md"]
+OTHER_FOLDERS = ["[!a]*/*", "a[!d]*/*"]  # than additional_chat_templates
 
 
 class Stored(Protocol):
@@ -84,6 +85,14 @@ class Storage(Protocol):
 
     def tokenizer(self) -> Any:
         """A ``PreTrainedTokenizerFast``."""
+        ...
+
+    def tokenizer_notes(self) -> list[str]:
+        """What exports will change in the tokenizer's files, in words."""
+        ...
+
+    def carry(self, out: Path, tokenizer: Any) -> None:
+        """Put the tokenizer's files into a folder, as they are where the model has them as files."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -193,10 +202,11 @@ class Source:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        return {path.name: file_digest(path) for path in self.files}
+        root = self.files[0].parent
+        return {path.relative_to(root).as_posix(): file_digest(path) for path in self.files}
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every file, by file name; computed once."""
+        """SHA-256 of every file, by its path in the folder; computed once."""
         return self._digests
 
     @property
@@ -215,6 +225,18 @@ class Source:
             RecipeError: its files are missing; the message lists which to add.
         """
         return self._tokenizer
+
+    def tokenizer_notes(self) -> list[str]:
+        """What exports will change in the tokenizer's files so that readers can open them; usually nothing."""
+        return self.storage.tokenizer_notes()
+
+    def carry_tokenizer(self, out: Path) -> None:
+        """Put tokenizer, chat templates and generation settings into a folder, byte for byte where they are files.
+
+        Raises:
+            RecipeError: there is no tokenizer.
+        """
+        self.storage.carry(out, self.tokenizer())
 
     def settings(self) -> dict[str, Any]:
         """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, if the model defines them."""
@@ -295,7 +317,7 @@ def _downloaded(hub_id: str, revision: str | None, need_weights: bool) -> tuple[
     patterns = HUB_FILES + (["*.safetensors"] if need_weights else [])
     try:
         folder = huggingface_hub.snapshot_download(
-            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]
+            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", *OTHER_FOLDERS]
         )
     except (OSError, HTTPError, HFValidationError) as failed:
         reason = str(failed).strip().splitlines()[0] if str(failed).strip() else type(failed).__name__

@@ -791,9 +791,10 @@ def test_genai_and_optimum_get_a_tokenizer_in_the_older_spelling(make_artifact: 
         settings = json.loads((exported.root / "tokenizer_config.json").read_text())
         assert settings == {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "backend": "tokenizers",
             "eos_token": "</s>",
-            "padding_side": "left",
         }
+        assert "tokenizer_class TokenizersBackend" in exported.notes[-1]
     stated = json.loads((exported.root / "config.json").read_text())
     assert (stated["model_type"], stated["head_dim"], stated["eos_token_id"]) == ("llama", 16, 2)
     decoder = json.loads((exported.root / "genai_config.json").read_text())["model"]["decoder"]

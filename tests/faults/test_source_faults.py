@@ -107,6 +107,11 @@ def test_a_truncated_shard_is_found_before_any_weight_is_read(folder: Path, keep
     assert "model.safetensors: truncated or damaged" in message
 
 
+def test_weights_that_git_lfs_has_not_fetched(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
+    assert "model.safetensors: a Git LFS pointer" in fault(folder, ArtifactError, exit_code=3)
+
+
 @pytest.mark.parametrize("keep", [0, 3, 20, 200, 2000, -64])
 def test_a_truncated_gguf_file(tmp_path: Path, keep: int) -> None:
     file = write_gguf(tmp_path / "m.gguf", RandomWeights(family_config("llama")))

@@ -31,7 +31,7 @@ OPTIMUM = """
 import json, sys, torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], padding_side="left")
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "</s>"
 model = ORTModelForCausalLM.from_pretrained(sys.argv[1], use_io_binding=False)
 found = []
