@@ -94,6 +94,19 @@ class OnnxExporter(Exporter):
         contract = None if (exported / CONTRACT).exists() else contract_of(exported)
         return OnnxRunner(exported, provider=provider, threads=threads, exact=exact, contract=contract)
 
+    def levels(self, options: OnnxOptions) -> tuple[str, ...]:
+        """Optimization levels; without constant folding onnxruntime runs other kernels than at its default."""
+        return ("extended", "basic", "disabled", "all without ConstantFolding")
+
+    def open_at(
+        self, exported: Path, options: OnnxOptions, level: str, *, provider: str = "auto", exact: bool = False
+    ) -> Runner:
+        """See ``flatq.export.Exporter.open_at``."""
+        _need(self.missing(options))
+        from flatq_onnx.runner import OnnxRunner
+
+        return OnnxRunner(exported, provider=provider, exact=exact, level=level)
+
     def missing(self, options: OnnxOptions, *, opening: bool = True) -> list[str]:
         """The onnx packages to write, onnxruntime to run (and to write an ``.ort`` file)."""
         needed = WRITER | RUNTIME if opening or options.target == "mobile" else WRITER

@@ -33,6 +33,11 @@ def _target_objections(config: DecoderConfig, grids: Mapping[str, Grid], options
     target, floats = options.target, {"fp32": "fp32", "fp16": "fp16"}.get(options.precision, options.activations)
     if floats != options.activations:
         found.append(f"onnx: precision {floats} with activations {options.activations}; leave activations out")
+    if options.activations == "fp16" and options.precision == "int4" and options.accuracy_level == 4:
+        found.append(
+            "onnx: accuracy_level: 4 with activations fp16 gives zeros on a CPU below onnxruntime's highest "
+            "optimization level; leave accuracy_level out"
+        )
     if target in ("genai", "optimum", "cuda") and options.attention != "gqa":
         found.append(f"onnx: target: {target} needs attention: gqa, for it has one cache shape; leave attention out")
     if target == "optimum" and not options.left_padding:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Linears:
         self.builder, self.grids, self.accuracy_level = builder, grids, accuracy_level
         self._read = read
         self._latest: tuple[tuple[Part, ...], Tensor | QuantizedWeight] | None = None
-        self._widened: dict[str, Any] = {}
+        self._made_on_loading: dict[str, Any] = {}
 
     def can_stack(self, parts: Sequence[Part]) -> bool:
         """Whether the parts fit into one node."""
@@ -177,22 +178,32 @@ class Linears:
 
             return make
 
-        values = [
-            self.builder.weight(f"{name}.codes", blocks.codes_shape, made(pack_codes), UINT8),
-            self._scales(name, blocks.scales_shape, made(pack_scales)),
-        ]
+        stored = (f"{name}.codes", blocks.codes_shape, made(pack_codes), UINT8)
+        scales = (f"{name}.scales", blocks.scales_shape, made(pack_scales))
+        if self.builder.float_type == FLOAT16 or not blocks.folds:
+            values = [self.builder.weight(*stored), self.builder.weight(*scales)]
+        else:
+            values = [self._on_loading(*stored), self._on_loading(*scales, FLOAT16)]
         if blocks.has_zeros:
             values.append(self.builder.weight(f"{name}.zeros", blocks.zeros_shape, made(pack_zeros), UINT8))
         return values
 
-    def _scales(self, name: str, shape: tuple[int, int], make: Callable[[], NDArray[Any]]) -> Any:
-        """They are float16 numbers and stored so; where the graph wants float32, onnxruntime widens them on loading."""
-        stored = self.builder.weight(f"{name}.scales", shape, make, FLOAT16)
-        if self.builder.float_type == FLOAT16:
-            return stored
-        if name not in self._widened:
-            self._widened[name] = self.builder.op("Cast", [stored], shape, to=FLOAT)
-        return self._widened[name]
+    def _on_loading(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]], dtype: Any) -> Any:
+        """A tensor that onnxruntime's constant folding makes on loading from an initializer of one axis.
+
+        Scales are float16 numbers, stored so and widened by a Cast. Without constant folding they are then no
+        constants, and MatMulNBits must not take its codes for constants either: it would pack them without their
+        scales and give zeros or NaN. So the codes, too, pass a node that only constant folding removes. The Reshape
+        in front of the Cast keeps another rewrite away from it, which crashes in onnxruntime 1.28 and older.
+        """
+        if name not in self._made_on_loading:
+            flat = self.builder.weight(name, (prod(shape),), lambda: make().reshape(-1), dtype)
+            sizes = self.builder.constant("shape." + "_".join(map(str, shape)), ints(*shape))
+            value = self.builder.op("Reshape", [flat, sizes], shape, dtype=dtype)
+            if dtype == FLOAT16:
+                value = self.builder.op("Cast", [value], shape, to=FLOAT)
+            self._made_on_loading[name] = value
+        return self._made_on_loading[name]
 
     def _bias(self, name: str, parts: tuple[Part, ...], rows: int) -> Any:
         def make() -> NDArray[Any]:

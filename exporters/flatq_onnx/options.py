@@ -35,7 +35,8 @@ class OnnxOptions(BaseModel):
         precision: ``fp32``, ``fp16``, or ``int4`` for MatMulNBits nodes that hold the artifact's own codes, whatever
             their bits (the name is that of the usual case); linears without a grid stay plain.
         activations: type of all numbers that are not codes, the cache included.
-        accuracy_level: what MatMulNBits may compute in: 4 int8 activations (fast), 0 and 1 float32.
+        accuracy_level: what MatMulNBits may compute in: 4 int8 activations (fast), 0 and 1 float32. With ``fp16``
+            it is 0: GPUs do not look at it, and with 4 CPUs give zeros below onnxruntime's highest optimization level.
         cache_type: ``int8`` keeps keys and values in 8 bits, one scale per channel, measured on calibration text: a
             quarter of the memory, and faster decoding the longer the context. Only for ``gqa`` without
             ``left_padding``, on a CPU. ``float`` is the type of ``activations``.
@@ -69,7 +70,8 @@ class OnnxOptions(BaseModel):
         half = {"activations": "fp16"} if data.get("precision") == "fp16" else {}
         wanted = data.get("target", "ort")
         grouped = {"attention": "gqa"} if data.get("cache_type") == "int8" else {}
-        return {**half, **grouped, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
+        chosen = {**half, **grouped, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
+        return {"accuracy_level": 0, **chosen} if chosen.get("activations") == "fp16" else chosen
 
     @property
     def fused_rope(self) -> bool:

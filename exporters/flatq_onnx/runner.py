@@ -14,7 +14,7 @@ from flatq.export import ExportError, FloatArray, IntArray
 from flatq_onnx.cache import NO_GRAPH, Cache, empty_cache, run_options
 from flatq_onnx.check import too_old_for_int8
 from flatq_onnx.contract import Contract
-from flatq_onnx.session import CUDA, open_session
+from flatq_onnx.session import CUDA, DEFAULT_LEVEL, open_session
 
 
 class OnnxRunner:
@@ -26,6 +26,7 @@ class OnnxRunner:
         threads: 0 is one per physical core.
         exact: compute with float32 activations, for comparison with the artifact.
         contract: of a graph that flatq did not write, see ``foreign.contract_of``.
+        level: of onnxruntime's graph optimizations, one of ``session.LEVELS``.
 
     Raises:
         ExportError: the folder is no ONNX export, or cannot be run as asked.
@@ -39,6 +40,7 @@ class OnnxRunner:
         threads: int = 0,
         exact: bool = False,
         contract: Contract | None = None,
+        level: str = DEFAULT_LEVEL,
     ) -> None:
         self.root, self.contract = root, contract or Contract.load(root)
         path = root / self.contract.model
@@ -47,7 +49,9 @@ class OnnxRunner:
         if self.contract.cache_type == "int8":
             provider = self._for_int8(provider)
         codes, fixed = self.contract.precision == "int4", self.contract.growth == "fixed"
-        self.session = open_session(path, provider=provider, threads=threads, exact=exact, codes=codes, replay=fixed)
+        self.session = open_session(
+            path, provider=provider, threads=threads, exact=exact, codes=codes, replay=fixed, level=level
+        )
         self.device = "cuda" if self.session.wanted == CUDA else "cpu"
         self._cache: Cache | None = None
         self._graphs = count(1)  # numbers of recorded steps, each of one cache's buffers

@@ -27,6 +27,14 @@ from flatq.export import ExportError
 logger = logging.getLogger(__name__)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 SPIN_MICROSECONDS = "100"  # as quick as without a limit, measured (docs/log/)
+LEVELS: Mapping[str, tuple[Any, tuple[str, ...]]] = {  # of graph optimizations: the level, and what is switched off
+    "all": (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ()),
+    "extended": (ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, ()),
+    "basic": (ort.GraphOptimizationLevel.ORT_ENABLE_BASIC, ()),
+    "disabled": (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ()),
+    "all without ConstantFolding": (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ("ConstantFolding",)),
+}
+DEFAULT_LEVEL = "all"
 WORK = frozenset(  # the operators that take the time; a few shape computations may sit on the CPU by right
     {
         "Attention",
@@ -79,6 +87,7 @@ def open_session(
     exact: bool = False,
     codes: bool = True,
     replay: bool = False,
+    level: str = DEFAULT_LEVEL,
 ) -> Session:
     """Load a graph.
 
@@ -89,19 +98,20 @@ def open_session(
         exact: compute with float32 as it is: no int8 activations in MatMulNBits, no TensorFloat-32.
         codes: whether there are MatMulNBits nodes.
         replay: on CUDA, record steps as CUDA graphs if all nodes are there.
+        level: of graph optimizations, one of ``LEVELS``.
 
     Raises:
         ExportError: the file cannot be loaded, or CUDA was asked for and cannot be had.
     """
     wanted = _choose(provider)
     said = _preloaded() if wanted == CUDA else ""
-    options = _options(threads)
+    options, switched_off = _options(threads, level)
     source: str | bytes = str(path)
     if exact and codes:
         source = _with_float_activations(path)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        session, replays = _loaded(source, options, wanted, exact, replay and wanted == CUDA)
+        session, replays = _loaded(source, options, switched_off, wanted, exact, replay and wanted == CUDA)
     except Exception as problem:  # onnxruntime's own exceptions have no common type but this
         raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {problem}") from problem
     if wanted not in session.get_providers():
@@ -114,7 +124,7 @@ def open_session(
         if provider == "cuda":
             raise ExportError(f"{why}; export with target: cuda or activations: fp16, or use provider cpu")
         logger.warning("%s; running on the CPU", why)
-        return open_session(path, provider="cpu", threads=threads, exact=exact, codes=codes)
+        return open_session(path, provider="cpu", threads=threads, exact=exact, codes=codes, level=level)
     return Session(session, wanted, moved, replays and wanted == CUDA)
 
 
@@ -130,28 +140,33 @@ def _preloaded() -> str:
     return " ".join(said.getvalue().split())
 
 
-def _options(threads: int) -> Any:
+def _options(threads: int, level: str) -> tuple[Any, tuple[str, ...]]:
+    """Options of a session, and the optimizers that it leaves out."""
     options = ort.SessionOptions()
+    options.graph_optimization_level, switched_off = LEVELS[level]
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # warnings speak of our optional input; errors are raised
     # A thread that spins while it waits is quicker at the next node, but takes a core from whoever has work.
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_MICROSECONDS)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return options
+    return options, switched_off
 
 
-def _loaded(source: str | bytes, options: Any, wanted: str, exact: bool, replay: bool) -> tuple[Any, bool]:
+def _loaded(
+    source: str | bytes, options: Any, switched_off: tuple[str, ...], wanted: str, exact: bool, replay: bool
+) -> tuple[Any, bool]:
     """The session, and whether it can record; a graph with nodes elsewhere cannot, and is loaded without."""
     providers: list[Any] = [CPU]
     if wanted == CUDA:
         settings = {"enable_cuda_graph": str(int(replay)), "use_tf32": str(int(not exact))}
         providers.insert(0, (CUDA, {**settings, "arena_extend_strategy": "kSameAsRequested"}))
     try:
-        return ort.InferenceSession(source, options, providers=providers), replay
+        without = {"disabled_optimizers": list(switched_off)} if switched_off else {}
+        return ort.InferenceSession(source, options, providers=providers, **without), replay
     except Exception as problem:
         if not (replay and "graph capture" in str(problem)):
             raise
-        return _loaded(source, options, wanted, exact, replay=False)
+        return _loaded(source, options, switched_off, wanted, exact, replay=False)
 
 
 def available() -> tuple[str, ...]:

@@ -48,10 +48,11 @@ def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxO
 
 
 def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, scale: int, *, lookup: bool = False) -> int:
-    """Bytes of one matrix in the file; a plain weight has ``number`` bytes, a scale ``scale``."""
+    """Bytes of one matrix in the file; a number has ``number`` bytes, and so has a scale that cannot be widened."""
     if grid is None:
         return prod((rows, columns, number))
-    return Blocks.of(grid, rows, columns, lookup=lookup).nbytes(scale)
+    blocks = Blocks.of(grid, rows, columns, lookup=lookup)
+    return blocks.nbytes(scale if blocks.folds else number)
 
 
 def _scale_bytes(options: OnnxOptions) -> int:

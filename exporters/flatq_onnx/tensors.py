@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from flatq.export import Grid, QuantizedWeight
 
 LEAST_BLOCK = 16
 LARGEST_BLOCK = 256
+FOLDED_BYTES = 2**30  # onnxruntime folds no tensor that would be larger
 
 Bytes = NDArray[np.uint8]
 
@@ -77,6 +79,11 @@ class Blocks:
     def zeros_shape(self) -> tuple[int, int]:
         """Shape of the packed zero points, uint8 [n, bytes of a row's zeros]."""
         return self.rows, -(-self.count * self.bits // 8)
+
+    @property
+    def folds(self) -> bool:
+        """Whether onnxruntime can make the codes on loading; otherwise they are stored as the node wants them."""
+        return prod(self.codes_shape) <= FOLDED_BYTES
 
     def nbytes(self, scale: int = 2) -> int:
         """Size in the file when a scale has ``scale`` bytes."""

@@ -589,7 +589,7 @@ def test_the_exporter_is_found_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("flatq_onnx.json", None, "missing; give the folder"),
+        ("flatq_onnx.json", None, "is missing; export the model again"),
         ("flatq_onnx.json", b"{}", "damaged"),
         ("model.onnx", None, "export the model again"),
         ("model.onnx", b"no graph", "cannot load it"),
@@ -757,6 +757,7 @@ def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, tar
         ({"target": "optimum", "left_padding": False}, "pads on the left"),
         ({"target": "cuda", "left_padding": True}, "slow path"),
         ({"target": "cuda", "activations": "fp32"}, "computes in fp16"),
+        ({"target": "cuda", "accuracy_level": 4}, "gives zeros on a CPU"),
         ({"precision": "fp16", "activations": "fp32"}, "leave activations out"),
         pytest.param({"cache_type": "int8", "attention": "reduced"}, "not for attention: reduced", marks=needs_int8),
         pytest.param({"cache_type": "int8", "target": "optimum"}, "not for left_padding", marks=needs_int8),
