@@ -11,16 +11,19 @@ Left out: WordPiece and Unigram, which no supported family has.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flatq.export import Artifact, ExportError
+from flatq.export import Artifact, ExportError, read_json
 from flatq_gguf.pre_tokenizers import known_names, name_of, steps_of
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 FILE = "tokenizer.json"
+AGAIN = "run the recipe again with --fresh"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -66,14 +69,15 @@ def read_vocabulary(artifact: Artifact, size: int, pre: str | None) -> Vocabular
     path = root / FILE
     if not path.exists():
         return None
-    described = json.loads(path.read_text(encoding="utf-8"))
+    described = read_json(path, dict[str, Any], AGAIN, error=ExportError)
+    bare = _opened(path)
     if problems := objections(described, size, pre):
         raise ExportError("\n".join(f"{path}: {problem}" for problem in problems))
     beside = root / "tokenizer_config.json"
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    config = read_json(beside, dict[str, Any], AGAIN, error=ExportError) if beside.exists() else {}
     tokens, types = _pieces(described, size)
     ids = _ids({token: index for index, token in enumerate(tokens)}, config, settings, described["model"])
-    adds_bos, adds_eos = _frame(path, ids)
+    adds_bos, adds_eos = _frame(bare, ids)
     flags = {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
     templates = artifact.chat_templates()
@@ -154,11 +158,23 @@ def _ids(
     return found | dict(zip(("eot", "eom"), further, strict=False))
 
 
-def _frame(path: Path, ids: dict[str, int]) -> tuple[bool, bool]:
-    """Whether the tokenizer adds bos and eos to a text, found by encoding one."""
+def _opened(path: Path) -> Tokenizer:
+    """The tokenizer, opened by the tokenizers library, which validates the file.
+
+    Raises:
+        ExportError: the library cannot open it.
+    """
     from tokenizers import Tokenizer
 
-    framed = Tokenizer.from_file(str(path)).encode("a").ids
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as damaged:  # the library raises the base class itself
+        raise ExportError(f"{path}: is damaged ({damaged}); {AGAIN}") from damaged
+
+
+def _frame(bare: Tokenizer, ids: dict[str, int]) -> tuple[bool, bool]:
+    """Whether the tokenizer adds bos and eos to a text, found by encoding one."""
+    framed = bare.encode("a").ids
     starts = bool(framed) and framed[0] == ids.get("bos")
     return starts, len(framed) > 1 and framed[-1] == ids.get("eos")
 
