@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flatq.calibration.walk import walk
 from flatq.errors import NumericsError
 from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.quantize.grids import planned_grids
-from flatq.quantize.stage import READERS, GptqStage, corrected
+from flatq.quantize.stage import READERS, GptqStage, corrected, quantized_together
 from flatq.recipe.blocks import GptqSpec
 from tests.models import EXACT, RandomWeights, tiny_config
 
@@ -92,14 +93,21 @@ def test_a_correction_needs_a_walk_that_measures_what_to_correct(tmp_path: Path)
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("overrides", [{}, {"*.v": {"bits": 8}, "*.up": {"bits": 3}}], ids=["one grid", "several"])
 def test_two_problems_at_a_time_give_the_codes_of_one(
-    tmp_path: Path, threads: int, overrides: dict[str, dict[str, int]]
+    tmp_path: Path, threads: int, overrides: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = RandomWeights(tiny_config())
+    weights, seen = RandomWeights(tiny_config()), set[tuple[bool, int]]()
+
+    def noted(*problem: Any) -> Any:
+        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return quantized_together(*problem)
+
+    monkeypatch.setattr("flatq.quantize.stage.quantized_together", noted)
     torch.set_num_threads(1)
     alone = quantized(tmp_path / "alone", weights, overrides=overrides)
     torch.set_num_threads(threads)
     together = quantized(tmp_path / "together", weights, overrides=overrides)
     assert torch.get_num_threads() == threads
+    assert seen == {(True, 1), (False, 1)}, "each has half of the threads, rounded down"
     assert alone.keys() == together.keys()
     for name, weight in alone.items():
         assert torch.equal(weight.codes, together[name].codes), name

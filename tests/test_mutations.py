@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from tests.demo_band import main, newest, outside
-from tests.mutations import FAULTS, TARGETS, all_mutants, changes, place_of
+from tests.mutants import Mutant, changes
+from tests.mutations import FAULTS, TARGETS, all_mutants, chosen_tests, place_of
+from tests.trials import Reached
 
 GOOD: dict[str, Any] = {
     "baseline": {"perplexity": 9.31, "decoder_parameters": 1000},
@@ -31,12 +33,27 @@ def test_every_fault_still_fits_into_the_code_and_leaves_it_readable(fault: Any)
 
 
 def test_every_target_has_mutants_that_differ_from_the_file() -> None:
-    for pattern, found in all_mutants().items():
+    everything = all_mutants()
+    assert tuple(everything) == TARGETS
+    for pattern, found in everything.items():
         assert len(found) >= 10, pattern
-        for mutant in found:
-            plain = ast.unparse(ast.parse(Path(__file__).parents[1].joinpath(mutant.file).read_text()))
-            assert mutant.text != plain, mutant.name
-    assert all_mutants().keys() == TARGETS.keys()
+        for mutant in found[::10]:
+            assert mutant.text != ast.unparse(ast.parse(mutant.original)), mutant.name
+
+
+def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quickest_first() -> None:
+    mutant = Mutant("a.py", "f", range(5, 6), range(3, 9), "x -> y", 0, "")
+
+    def reached(line: int, seconds: float, late: bool = False, file: str = "a.py") -> Reached:
+        return Reached(seconds, late, {(file, line)})
+
+    some = {"slow": reached(5, 9.0), "quick": reached(5, 1.0), "late": reached(5, 0.0, late=True)}
+    others = {"beside": reached(4, 1.0), "elsewhere": reached(5, 1.0, file="b.py")}
+    assert chosen_tests(mutant, {**some, **others}) == ["quick", "slow", "late"]
+    assert chosen_tests(mutant, others) == ["beside"]
+    assert chosen_tests(mutant, {"beside": reached(20, 1.0)}) == []
+    assert chosen_tests(mutant, {"a": reached(5, 19.0), "b": reached(5, 19.5)}) == ["a"]
+    assert chosen_tests(mutant, {"a": reached(5, 99.0)}) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from flatq.export.baseline import BASELINE
 from flatq.model.decoder import LINEARS
 from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import load_decoder
+from flatq.pipeline import run as pipeline
 from flatq.report.render import read_report
 from flatq.sources.source import open_model
 from tests.conftest import FLAT, GPTQ, LAYERS, ONNX, MakeRecipe, digests, flatq, manifest_of, usual_recipe
@@ -270,6 +271,28 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_with_the_same_bytes(
 
     assert flatq("run", recipe, "--out", whole).exit_code == 0
     assert digests(killed / "artifact") == digests(whole / "artifact")
+
+
+def test_a_run_that_ends_beside_its_finished_artifact_goes_on_from_there(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off before the artifact is put in its place, then right after it; what is done is not done again."""
+    recipe, out, build = make_recipe(stages=[GPTQ]), tmp_path / "out", pipeline.build
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flatq.pipeline.build.finish", stopped)
+        assert flatq("run", recipe, "--out", out).exit_code == 130
+    (out / "artifact.partial" / "layer-00000-mlp.safetensors.partial").write_text("of a killed write")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "build", lambda *given: stopped(build(*given)))
+        patch.setattr("flatq.quantize.stage.GptqStage.apply", None)
+        assert flatq("run", recipe, "--out", out).exit_code == 130
+    assert not list((out / "artifact").glob("*.partial"))
+    monkeypatch.setattr(pipeline, "build", None)
+    assert flatq("run", recipe, "--out", out).exit_code == 0
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,25 @@ import pytest
 import torch
 
 from flatq.calibration.divergence import DenseStates, divergence
-from flatq.errors import ExportError, RecipeError
+from flatq.calibration.tokens import JudgedText
+from flatq.errors import ExportError, NumericsError, RecipeError
 from flatq.export.baseline import BASELINE
 from flatq.export.generate import DecoderRunner
+from flatq.export.planned import PlannedExport
+from flatq.export.protocols import exporter_named
 from flatq.export.quality import first_rows, runner_divergence
 from flatq.model.footprint import weight_bytes
 from flatq.pipeline.baselines import nearest_in_bytes
 from flatq.pipeline.evaluate import checked_dataset
+from flatq.pipeline.quality import export_quality, stop_if_ruined
 from flatq.quantize.grids import planned_grids
 from flatq.recipe.blocks import GptqSpec
+from flatq.recipe.grammar import Recipe
 from flatq.report.render import read_report
 from tests.conftest import FLAT, ONNX, MakeRecipe, flatq, manifest_of
 from tests.models import RandomWeights, tiny_config
+
+HEAD = "version: 1\nmodel: some/model\nstages: [{gptq: {}}]\n"
 
 
 def test_a_runner_is_judged_as_the_model_that_it_runs(tmp_path: Path) -> None:
@@ -176,6 +184,38 @@ def test_a_ruined_model_stops_before_the_exports(
     assert not (out / "report.json").exists()
 
 
+def lost(text: str, damage: float) -> dict[str, object]:
+    return {"text": text, "damage": damage, "perplexity": 20.0, "baseline_perplexity": 10.0}
+
+
+def test_the_text_that_lost_most_decides_whether_a_model_is_ruined(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Recipe.parse(f"{HEAD}stop_above: 0.5\n")
+    stop_if_ruined(recipe, [lost("one", 0.1), lost("two", 0.5)])
+    with pytest.raises(NumericsError, match=r" two .*20,.* 10\D.*0\.510 .*0\.5\D"):
+        stop_if_ruined(recipe, [lost("one", 0.1), lost("two", 0.51), lost("three", 0.2)])
+    assert not caplog.records
+
+
+def test_without_a_limit_a_ruined_model_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Recipe.parse(f"{HEAD}stop_above: null\n")
+    stop_if_ruined(recipe, [lost("one", 1.0)])
+    assert not caplog.records
+    stop_if_ruined(recipe, [lost("one", 1.01)])
+    assert " one " in caplog.text
+    assert "stop_above: null" in caplog.text
+
+
+def test_an_export_that_cannot_be_opened_has_no_quality(tmp_path: Path) -> None:
+    dense = DenseStates(RandomWeights(tiny_config()), tmp_path)
+    texts = [JudgedText("one", torch.zeros(1, 8, dtype=torch.int64), calibrated=False)]
+    exporter = exporter_named("onnx")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(exporter), "open", lambda *_: None)
+        item = PlannedExport("x", "onnx", exporter, exporter.Options())
+        assert export_quality(dense, item, tmp_path, texts) == []
+    assert export_quality(dense, replace(item, verify=False), tmp_path / "none", texts) == []
+
+
 def test_a_failed_export_leaves_a_report_and_the_other_exports(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +261,7 @@ def test_quantized_baselines_are_built_and_evaluated_in_the_same_run(make_recipe
         assert all(text.kl > 0 for text in baseline.quality)
     assert [entry.name for entry in report.bench][:3] == [BASELINE, "onnx", "quantized"]
     said = (out / "report.md").read_text()
-    assert "Narrowing, beside quantization alone" in said
+    assert "Narrowing, compared with quantization alone" in said
     assert f"({alone.description}): onnx decode" in said
 
 

@@ -10,18 +10,20 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatq.calibration.perplexity import final_hidden
-from flatq.errors import RecipeError
+from flatq.errors import NumericsError, RecipeError
 from flatq.model.decoder import LINEARS
+from flatq.model.footprint import decode_bytes
 from flatq.model.grid import round_to_nearest
 from flatq.recipe import blocks
 from flatq.recipe.grammar import Recipe
@@ -46,14 +48,16 @@ SPECS = {
     "exports": blocks.ExportSpec,
     "bench": blocks.BenchSpec,
 }
-KEYS = [f"{block}.{key}" for block, spec in SPECS.items() for key in spec.model_fields]
-TOP = {
-    "version",
-    "stages",
-    "stop_above",
-    "baselines",
-    *(key.split(".")[0] for key in SPECS if key not in ("flat", "gptq")),
-}
+NOT_KEYS = {"version", "stages", *(block.split(".")[0] for block in SPECS)}
+
+
+def keys_of(recipe: type[BaseModel], specs: Mapping[str, type[BaseModel]]) -> list[str]:
+    """``flat.ridge``, ..., and the keys of the recipe that are no blocks."""
+    alone = [key for key in recipe.model_fields if key not in NOT_KEYS]
+    return [f"{block}.{key}" for block, spec in specs.items() for key in spec.model_fields] + alone
+
+
+KEYS = keys_of(Recipe, SPECS)
 
 
 def case(key: str) -> Callable[[Case], Case]:
@@ -74,10 +78,25 @@ def test_there_is_no_case_for_a_key_that_is_gone() -> None:
     assert not set(CASES) - set(KEYS)
 
 
-def test_every_block_of_the_recipe_is_looked_at() -> None:
-    assert set(Recipe.model_fields) <= TOP, "a new block of the recipe belongs into SPECS"
+def test_every_block_is_looked_at() -> None:
     named = {spec.__name__ for spec in SPECS.values()}
     assert {name for name in vars(blocks) if name.endswith("Spec")} - {"Spec", "TextSpec"} <= named
+
+
+class MoreFlat(blocks.FlatSpec):
+    novelty: int = 0
+
+
+class MoreRecipe(Recipe):
+    new_block: int = 0
+
+
+def test_a_new_key_without_a_case_fails(runs: Runs) -> None:
+    new = [key for key in keys_of(MoreRecipe, SPECS | {"flat": MoreFlat}) if key not in CASES]
+    assert new == ["flat.novelty", "new_block"]
+    for key in new:
+        with pytest.raises(AssertionError, match=rf"{key} is a key of the recipe without a case"):
+            test_a_key_changes_what_it_is_about(key, runs)
 
 
 def flat(runs: Runs, base: dict[str, Any] = FLAT, **changed: Any) -> Made:
@@ -437,6 +456,8 @@ def _(runs: Runs) -> None:
     assert output.dims == pca.dims
     assert pca.errors(0)["value"] < 0.98 * output.errors(0)["value"], "no basis keeps more of the values than theirs"
     assert all(dims.d_v == 16 for dims in whole.dims)
+    for name in of_layer(0, "v", "o"):
+        assert torch.equal(whole.weight(name), pretrained(runs, name)), "what is not narrowed is left as it is"
     assert not same(output, pca, "layers.0.v")
 
 
@@ -759,6 +780,31 @@ def _(runs: Runs) -> None:
 @case("bench.baseline")
 def _(runs: Runs) -> None:
     assert [len(made.report["bench"]) for made in benched(runs)] == [1, 2]
+
+
+# ---- keys of the recipe itself
+
+
+@case("baselines")
+def _(runs: Runs) -> None:
+    stages = [{"flat": {"decode_bytes": "260kB", "context": 64, "correction": 0}}, {"gptq": GPTQ}]
+    for asked in (["dense"], ["dense", "same_bytes"], ["dense", "quantized"]):
+        made = runs(stages=stages, baselines=asked)
+        assert [rival["name"] for rival in made.report["baselines"]] == asked[1:]
+    (rival,), alone = made.report["baselines"], gptq(runs)
+    assert rival["quality"][0]["perplexity"] == alone.perplexity, "the same model without narrowing"
+    assert rival["bytes"] == alone.report["result"]["bytes"]
+    assert rival["decode_bytes"] == decode_bytes(alone.artifact.config, alone.artifact.grids, 4, context=64)
+
+
+@case("stop_above")
+def _(runs: Runs) -> None:
+    made = flat(runs, keep_ratio=0.6)
+    lost = made.report["quality"][0]["damage"]
+    stages = [{"flat": FLAT | {"keep_ratio": 0.6}}]
+    assert runs(stages=stages, stop_above=1.01 * lost).perplexity == made.perplexity
+    with pytest.raises(NumericsError, match="stop_above"):
+        runs(stages=stages, stop_above=0.99 * lost)
 
 
 # ---- what a run says of itself

@@ -164,3 +164,12 @@ def test_steps_are_bought_by_cost_per_saving(tmp_path: Path) -> None:
     ]
     budget = Budget("size", "", cost(0, dims) + cost(1, dims) - 7, cost)
     assert [layer.d_ff for layer in spend((dims, dims), budget, curves, Multiples(4, 1))] == [8, 7]
+
+
+def test_a_correction_needs_a_walk_that_goes_along_with_the_dense_model(runs: Runs, tmp_path: Path) -> None:
+    source, spec = runs.source(), FlatSpec.model_validate({**FLAT, "allocation": "uniform"})
+    stage = FlatStage(spec, plan_ranks(source.config, spec))
+    blocks = walk(source, some(runs), tmp_path, lambda _: None, execution=EXACT)
+    stage.apply(next(blocks))  # attention: nothing is corrected there
+    with pytest.raises(ValueError, match="no reference to correct towards"):
+        stage.apply(next(blocks))

@@ -144,7 +144,7 @@ def notes_on(names: str, result: GptqResult, damping: float) -> list[str]:
     notes = []
     if result.damping is None:
         notes.append(f"{names}: GPTQ failed with every damping, rounded to nearest")
-    elif result.damping > damping * 1.5:
+    elif result.damping > damping:
         notes.append(f"{names}: damping was increased to {result.damping:g}")
     if result.dead:
         notes.append(f"{names}: {result.dead} input columns were always 0")

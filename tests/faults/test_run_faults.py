@@ -62,6 +62,13 @@ def test_a_group_that_fits_no_layer_is_refused_before_any_weight_is_read(
     assert "choose at most 64" in fault(make_recipe(stages=[FLAT, {"gptq": {"group_size": 1024}}]), out, 2)
 
 
+def test_a_budget_that_no_plan_can_meet_is_refused_before_any_weight_is_read(
+    make_recipe: MakeRecipe, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatq.pipeline.texts.token_batches", None)
+    assert "cannot be reached" in fault(make_recipe(stages=[{"flat": {"keep_ratio": 0.05}}]), out, 2)
+
+
 def test_a_group_that_only_the_narrowed_layers_are_too_narrow_for(make_recipe: MakeRecipe, out: Path) -> None:
     flat = {"flat": {"keep_ratio": 0.5, "allocation": "uniform", "rank_multiple": 1, "width_multiple": 1}}
     assert "wider than o (" in fault(make_recipe(stages=[flat, {"gptq": {"group_size": 64}}]), out, 2)
