@@ -41,7 +41,7 @@ def without_dense_model(made: Made, runs: Runs, place: Path) -> Path:
 
 def scored(made: Made, rows: int) -> float:
     """Perplexity of the artifact on the first rows of its own text."""
-    text = tokens_of(Recipe.parse(made.artifact.manifest["recipe"]), made.artifact).judged[0]
+    text = tokens_of(Recipe.parse(made.artifact.manifest["recipe"]), made.artifact).evaluation[0]
     return perplexity(made.artifact, text.tokens[:rows]).value
 
 

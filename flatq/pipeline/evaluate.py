@@ -16,7 +16,7 @@ from typing import Any
 from flatq.artifact import MANIFEST, Artifact, artifact_in, tokenizer_in
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.perplexity import perplexity
-from flatq.calibration.tokens import JudgedText, token_batches
+from flatq.calibration.tokens import EvaluationText, token_batches
 from flatq.errors import ExportError, FlatqError, RecipeError
 from flatq.export.deliver import reopened
 from flatq.export.folder import DESCRIPTION, artifact_of, description_of
@@ -100,7 +100,7 @@ def checked_dataset(dataset: str | None, path: Path | None) -> str | None:
     return dataset
 
 
-def _of_export(item: PlannedExport, root: Path, artifact: Artifact, texts: Sequence[JudgedText]) -> list[str]:
+def _of_export(item: PlannedExport, root: Path, artifact: Artifact, texts: Sequence[EvaluationText]) -> list[str]:
     reference: Weights | None = _original(artifact)
     compared = "" if reference is not None else " (compared with the artifact: the dense model cannot be opened)"
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def _of_export(item: PlannedExport, root: Path, artifact: Artifact, texts: Seque
     return [sentence(text) + compared for text in found]
 
 
-def _alone(weights: Weights, texts: Sequence[JudgedText]) -> list[str]:
+def _alone(weights: Weights, texts: Sequence[EvaluationText]) -> list[str]:
     return [f"{text.name}: perplexity {perplexity(weights, text.tokens).value:.4f}" for text in texts]
 
 
@@ -134,19 +134,19 @@ def _original(artifact: Artifact) -> Source | None:
 
 def _texts(
     artifact: Artifact, dataset: str | None, path: Path | None, tokens: int, seq_len: int | None
-) -> list[JudgedText]:
+) -> list[EvaluationText]:
     """The requested text, or the texts of the run."""
     recipe = artifact.manifest["recipe"]
     if dataset is not None or not recipe:
         return [_one_text(tokenizer_in(artifact.root), dataset or "python-docs", path, tokens, seq_len)]
     if seq_len is not None:
         raise RecipeError("--seq-len: is not used for the texts of the run; give a text with --dataset or --path")
-    judged = tokens_of(Recipe.parse(recipe, str(artifact.root / MANIFEST)), artifact).judged
-    return [JudgedText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in judged]
+    texts = tokens_of(Recipe.parse(recipe, str(artifact.root / MANIFEST)), artifact).evaluation
+    return [EvaluationText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in texts]
 
 
-def _one_text(tokenizer: Any, dataset: str, path: Path | None, tokens: int, seq_len: int | None) -> JudgedText:
+def _one_text(tokenizer: Any, dataset: str, path: Path | None, tokens: int, seq_len: int | None) -> EvaluationText:
     seen = {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
-    judged = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=min(seq_len or SEQ_LEN, tokens))
-    text = token_batches(CalibrationSpec.model_validate(seen), [judged], tokenizer).judged[0]
-    return JudgedText(Path(path).stem if path else dataset, text.tokens, calibrated=False)
+    spec = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=min(seq_len or SEQ_LEN, tokens))
+    text = token_batches(CalibrationSpec.model_validate(seen), [spec], tokenizer).evaluation[0]
+    return EvaluationText(Path(path).stem if path else dataset, text.tokens, calibrated=False)
