@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.demo_band import main, newest, outside
-from tests.mutants import Mutant, changes
-from tests.mutations import FAULTS, TARGETS, all_mutants, chosen_tests, place_of
+from tests.mutants import Mutant, changes, mutants
+from tests.mutations import EQUIVALENT, FAULTS, ROOT, TARGETS, all_mutants, chosen_tests, place_of
 from tests.trials import Reached
 
 GOOD: dict[str, Any] = {
@@ -39,6 +39,12 @@ def test_every_target_has_mutants_that_differ_from_the_file() -> None:
         assert len(found) >= 10, pattern
         for mutant in found[::10]:
             assert mutant.text != ast.unparse(ast.parse(mutant.original)), mutant.name
+
+
+def test_what_is_called_equivalent_is_a_mutant_of_today() -> None:
+    for file, function, change in EQUIVALENT:
+        made = mutants(file, (ROOT / file).read_text())
+        assert (function, change) in {(each.function, each.change) for each in made}
 
 
 def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quickest_first() -> None:
