@@ -103,6 +103,18 @@ def test_every_name_of_the_plug_in_api_is_there_and_the_core_does_not_use_it() -
         assert not shortcuts, f"{named(path)}: import from the module that defines it"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_json_is_parsed_in_one_place_only(path: Path) -> None:
+    """Elsewhere a damaged file would be a traceback; ``from_json`` is for text that is no file of its own."""
+    called = {
+        f"{node.func.value.id}.{node.func.attr}" if isinstance(node.func.value, ast.Name) else f".{node.func.attr}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    parsers = {call for call in called if call in ("json.load", "json.loads") or call.endswith(".model_validate_json")}
+    assert not parsers or named(path) == "flatq/files.py", f"{named(path)}: {parsers}; use read_json or from_json"
+
+
 @pytest.mark.parametrize("module", NUMERICS)
 def test_numerics_know_neither_model_nor_recipe(module: str) -> None:
     imported = imports(ROOT / "flatq" / f"{module}.py")

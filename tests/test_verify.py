@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,38 @@ def test_runners_are_opened_one_after_another(artifact: Artifact) -> None:
 
     verify(artifact, lambda: open_as("deployed"), open_exact=lambda: open_as("exact"))
     assert opened == ["exact", "closed", "deployed", "closed"]
+
+
+def test_other_levels_are_opened_exact_and_as_deployed(artifact: Artifact) -> None:
+    opened: list[str] = []
+
+    def open_as(name: str) -> DecoderRunner:
+        opened.append(name)
+        return DecoderRunner(artifact)
+
+    levels = {name: (partial(open_as, name), partial(open_as, f"{name} exact")) for name in ("basic", "disabled")}
+    found = verify(artifact, partial(open_as, "all"), open_exact=partial(open_as, "all exact"), levels=levels)
+    assert found.levels == ("basic", "disabled")
+    assert opened == ["all exact", "all", "basic exact", "basic", "disabled exact", "disabled"]
+
+
+@pytest.mark.parametrize(
+    ("deployed", "exact", "message"),
+    [
+        (0.0, 1.0, r"onnx, optimization level basic \(exact\): the logit"),
+        (40.0, 0.0, "onnx, optimization level basic: the runtime"),
+    ],
+)
+def test_a_level_that_disagrees_is_named(artifact: Artifact, deployed: float, exact: float, message: str) -> None:
+    levels = {"basic": (lambda: Noisy(artifact, deployed), lambda: Noisy(artifact, exact))}
+    with pytest.raises(ExportError, match=message):
+        verify(
+            artifact,
+            lambda: Noisy(artifact, 0.1),
+            open_exact=lambda: DecoderRunner(artifact),
+            levels=levels,
+            name="onnx",
+        )
 
 
 def test_a_runner_that_is_wrong_is_closed_all_the_same(artifact: Artifact) -> None:

@@ -1,9 +1,9 @@
-"""Linear layers: MatMulNBits where the artifact has codes, MatMul where it has plain numbers.
+"""Linear layers: MatMulNBits for quantized weights, MatMul for others.
 
-Linears that read the same input (q, k, v; gate, up) become one node when they are on one grid, or all plain: one
-larger product keeps the processor busier than several small ones. Differs from the textbook graph of a quantized
-model, DequantizeLinear in front of MatMul: onnxruntime recognises only one of its forms and otherwise decodes the
-weight on every call, eleven times slower.
+Linears with the same input (q, k, v; gate, up) are stacked into one node if they have the same grid, or are all
+unquantized, because one large product is faster than several small ones. The standard representation of a quantized
+model, DequantizeLinear before MatMul, is not used: onnxruntime recognises only one of its forms and otherwise
+dequantizes the weight on every call, which is eleven times slower.
 
 Axes: b batch, s new positions, n out_features, k in_features.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Part:
     """One linear, alone or stacked with others.
 
     Attributes:
-        heads: if not 0, its rows are heads of equal width, each filled up with zero rows to ``rows / heads``.
+        heads: if not 0, its rows are heads of equal width, each padded with zero rows to ``rows / heads``.
     """
 
     stem: str
@@ -42,16 +43,16 @@ class Part:
 
     @classmethod
     def of(cls, config: DecoderConfig, index: int, linear: str) -> Part:
-        """A linear of a layer as it is."""
+        """A linear of a layer, without padding."""
         rows, columns = config.layers[index].shape(linear, config.d_model)
         return cls(f"layers.{index}.{linear}", rows, columns, config.has_bias(linear))
 
 
 class Linears:
-    """Draws linears, embedding and head.
+    """Builds linears, embedding and head.
 
     Args:
-        grids: the linears to be drawn as MatMulNBits; the others are decoded if need be.
+        grids: grids of the linears that become MatMulNBits; the others are dequantized if necessary.
         read: reads a tensor by its name.
     """
 
@@ -59,10 +60,10 @@ class Linears:
         self.builder, self.grids, self.accuracy_level = builder, grids, accuracy_level
         self._read = read
         self._latest: tuple[tuple[Part, ...], Tensor | QuantizedWeight] | None = None
-        self._widened: dict[str, Any] = {}
+        self._made_on_loading: dict[str, Any] = {}
 
     def can_stack(self, parts: Sequence[Part]) -> bool:
-        """Whether the parts fit into one node."""
+        """Whether the parts can be stacked in one node."""
         return len({self.grids.get(part.stem) for part in parts}) == 1 and len({part.bias for part in parts}) == 1
 
     def stacked(self, x: Any, parts: Sequence[Part], lead: Dims = TOKENS) -> Any:
@@ -103,11 +104,11 @@ class Linears:
         blocks = Blocks.of(grid, part.rows, part.columns, lookup=True)
         codes, scales, *zeros = self._packed("embed", (part,), blocks)
         filled, axis = blocks.count * blocks.block, 2
-        if zeros:  # their bytes go with a table of two axes
+        if zeros:  # zeros are supported only for a table with two axes
             flat = blocks.codes_shape[1] * blocks.codes_shape[2]
             shape = self.builder.constant("shape.table", ints(-1, flat))
             codes, axis = self.builder.op("Reshape", [codes, shape], [part.rows, flat], dtype=UINT8), 1
-        else:  # the head's codes as they are: in another shape onnxruntime would keep a second copy of them
+        else:  # the codes have the shape of the head's: in another shape onnxruntime would keep a second copy
             shape = self.builder.constant("shape.scales", ints(*blocks.scales_shape, 1))
             scales = self.builder.op("Reshape", [scales, shape], [*blocks.scales_shape, 1])
         rows = self.builder.op(
@@ -129,7 +130,7 @@ class Linears:
         return self.builder.op("Slice", [rows, *limits], [*TOKENS, part.columns])
 
     def head(self, x: Any, config: DecoderConfig, lead: Dims) -> Any:
-        """Logits, [b, s, m] -> [b, s, vocab]; a tied head reads the embedding's own tensors."""
+        """Logits, [b, s, m] -> [b, s, vocab]; a tied head uses the embedding's tensors."""
         if not config.tied_head:
             return self.stacked(x, [Part("head", config.vocab, config.d_model)], lead)
         part = Part("embed", config.vocab, config.d_model)
@@ -167,7 +168,7 @@ class Linears:
         )
 
     def _packed(self, name: str, parts: tuple[Part, ...], blocks: Blocks) -> list[Any]:
-        """Initializers of a quantized matrix: codes, scales, and zeros unless they are in the middle."""
+        """Initializers of a quantized matrix: codes, scales, and zeros if it is asymmetric."""
 
         def made(pack: Callable[[QuantizedWeight, Blocks], NDArray[Any]]) -> Callable[[], NDArray[Any]]:
             def make() -> NDArray[Any]:
@@ -177,22 +178,32 @@ class Linears:
 
             return make
 
-        values = [
-            self.builder.weight(f"{name}.codes", blocks.codes_shape, made(pack_codes), UINT8),
-            self._scales(name, blocks.scales_shape, made(pack_scales)),
-        ]
+        stored = (f"{name}.codes", blocks.codes_shape, made(pack_codes), UINT8)
+        scales = (f"{name}.scales", blocks.scales_shape, made(pack_scales))
+        if self.builder.float_type == FLOAT16 or not blocks.folds:
+            values = [self.builder.weight(*stored), self.builder.weight(*scales)]
+        else:
+            values = [self._on_loading(*stored), self._on_loading(*scales, FLOAT16)]
         if blocks.has_zeros:
             values.append(self.builder.weight(f"{name}.zeros", blocks.zeros_shape, made(pack_zeros), UINT8))
         return values
 
-    def _scales(self, name: str, shape: tuple[int, int], make: Callable[[], NDArray[Any]]) -> Any:
-        """They are float16 numbers and stored so; where the graph wants float32, onnxruntime widens them on loading."""
-        stored = self.builder.weight(f"{name}.scales", shape, make, FLOAT16)
-        if self.builder.float_type == FLOAT16:
-            return stored
-        if name not in self._widened:
-            self._widened[name] = self.builder.op("Cast", [stored], shape, to=FLOAT)
-        return self._widened[name]
+    def _on_loading(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]], dtype: Any) -> Any:
+        """A tensor that onnxruntime computes from a flat initializer when it loads the model (constant folding).
+
+        Scales are stored as float16 and converted by a Cast. Without constant folding they are not constant, and then
+        the codes must not be constant either: MatMulNBits would prepack them without scales and return zeros or NaN.
+        So the codes also pass through a node that only constant folding removes. The Reshape before the Cast prevents
+        another optimization, which crashes in onnxruntime 1.28 and older.
+        """
+        if name not in self._made_on_loading:
+            flat = self.builder.weight(name, (prod(shape),), lambda: make().reshape(-1), dtype)
+            sizes = self.builder.constant("shape." + "_".join(map(str, shape)), ints(*shape))
+            value = self.builder.op("Reshape", [flat, sizes], shape, dtype=dtype)
+            if dtype == FLOAT16:
+                value = self.builder.op("Cast", [value], shape, to=FLOAT)
+            self._made_on_loading[name] = value
+        return self._made_on_loading[name]
 
     def _bias(self, name: str, parts: tuple[Part, ...], rows: int) -> Any:
         def make() -> NDArray[Any]:
@@ -202,7 +213,7 @@ class Linears:
         return self.builder.weight(f"{name}.bias", (rows,), make)
 
     def _weight(self, parts: tuple[Part, ...]) -> Tensor | QuantizedWeight:
-        """The stacked matrix; the latest is kept, for its codes, scales and zeros are asked for one by one."""
+        """The stacked matrix; the last one is cached because codes, scales and zeros are requested separately."""
         if self._latest is None or self._latest[0] != parts:
             matrices = []
             for part in parts:

@@ -93,7 +93,12 @@ def _verified(
     limits = Limits(None, exported.rounding_kl) if exported.rounding_kl else EXACT
     opener = partial(item.exporter.open, exported.root, item.options)  # with the default provider of this machine
     exact = partial(opener, provider="cpu", exact=True)
-    found = verify(artifact, opener, open_exact=exact, tokens=heldout, name=item.name, limits=limits)
+    at = partial(item.exporter.open_at, exported.root, item.options)
+    levels = {
+        level: (partial(at, level), partial(at, level, provider="cpu", exact=True))
+        for level in item.exporter.levels(item.options)
+    }
+    found = verify(artifact, opener, open_exact=exact, levels=levels, tokens=heldout, name=item.name, limits=limits)
     return None if found is None else asdict(found)
 
 
@@ -107,7 +112,7 @@ def measured(
     """Speed and memory of every export that has a runtime, of the dense model and of the baselines; JSON-ready.
 
     Args:
-        recipe: its bench block says what is measured.
+        recipe: its bench block defines what is measured.
         source: the dense model.
         folder: the run's.
         exports: the finished exports.

@@ -191,7 +191,7 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
-        except Exception as refused:  # a template may raise whatever it likes
+        except Exception as refused:  # a template may raise any exception
             raise RecipeError(f"--chat: the model's chat template refuses the prompt ({refused})") from refused
     ids: list[int] = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not ids:

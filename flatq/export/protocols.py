@@ -169,6 +169,19 @@ class Exporter(ABC):
         """
         return None
 
+    def levels(self, options: Any) -> tuple[str, ...]:
+        """Settings of the runtime, other than its default, at which users may open the files.
+
+        The files must give the same numbers at all of them: verification opens each with ``open_at``.
+        """
+        return ()
+
+    def open_at(
+        self, exported: Path, options: Any, level: str, *, provider: str = "auto", exact: bool = False
+    ) -> Runner | None:
+        """``open`` at one of ``levels``."""
+        return None
+
 
 def absent_packages(needed: Mapping[str, tuple[str, str]]) -> list[str]:
     """Sentences for ``Exporter.missing``.

@@ -20,17 +20,17 @@ Axes: b rows, s positions of the prompt, t positions in total.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flatq.calibration.perplexity import final_hidden, head_logits
 from flatq.errors import ExportError, RecipeError
+from flatq.export.difference import Difference
 from flatq.export.protocols import FloatArray, IntArray, Runner
 from flatq.model.weights import Weights
 
@@ -39,7 +39,9 @@ PROMPT, NEW_TOKENS, ROWS, TEXT_ROWS = 24, 8, 2, 4
 EXACT_SHARE = 5e-3
 NOISE_ROWS = 2
 NOISE_FACTOR = 10  # on Qwen2.5-Coder-0.5B the rounding error of another runtime was five times that of this decoder
+LEVEL_KL = 2  # times the limit of the KL divergence: one row scatters more than the mean of several
 Open = Callable[[], Runner | None]
+Turn = tuple[Open, "Limits", str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class Verification:
         exact: the runtime without approximations.
         deployed: the runtime with default settings, if these approximate; None if they are exact.
         noise: largest difference between the reference in float32 and in float64.
+        levels: the runtime's other settings that passed on one short row.
     """
 
     spread: float
@@ -100,6 +103,7 @@ class Verification:
     exact: Agreement
     deployed: Agreement | None
     noise: float = 0.0
+    levels: tuple[str, ...] = ()
 
 
 def verify(
@@ -107,6 +111,7 @@ def verify(
     open_runner: Open,
     *,
     open_exact: Open | None = None,
+    levels: Mapping[str, tuple[Open, Open]] | None = None,
     tokens: Tensor | None = None,
     seed: int = 0,
     name: str = "export",
@@ -124,6 +129,8 @@ def verify(
         open_exact: opens the export without the runtime's approximations. If given, it must meet ``limits`` and
             ``open_runner`` only ``APPROXIMATE`` (plus the KL divergence of ``limits``); otherwise ``open_runner`` must
             meet ``limits``.
+        levels: by name, other settings of the runtime: opens the export with default settings, and without
+            approximations. Each reads one short row and must meet the same limits, of the KL divergence twice.
         tokens: held-out text, int64 [rows, at least 32].
         seed: of the random tokens.
         name: of the export, for messages.
@@ -146,19 +153,29 @@ def verify(
             case.spread,
         )
     found = []
-    turns = [(open_runner, limits, name)]
-    if open_exact is not None:
-        rounding = 0.0 if limits == EXACT else limits.kl
-        allowed = Limits(None, APPROXIMATE.kl + rounding)
-        turns = [(open_exact, limits, f"{name} (exact)"), (open_runner, allowed, name)]
-    for opener, held_to, called in turns:
+    for opener, held_to, called in _turns(open_runner, open_exact, limits, name):
         runner = opener()
         if runner is None:
             return None
         with closing(runner):
             found.append(compare(case, runner, held_to, called))
+    for level, openers in (levels or {}).items():
+        for opener, held_to, called in _turns(*openers, limits, f"{name}, optimization level {level}"):
+            runner = opener()
+            if runner is not None:
+                with closing(runner):
+                    compare_prompt(case, runner, held_to, called)
     deployed = found[1] if open_exact is not None else None
-    return Verification(case.spread, case.limit(limits), found[0], deployed, case.noise)
+    return Verification(case.spread, case.limit(limits), found[0], deployed, case.noise, tuple(levels or {}))
+
+
+def _turns(open_runner: Open, open_exact: Open | None, limits: Limits, name: str) -> list[Turn]:
+    """What is opened, one after another, and what it is held to."""
+    if open_exact is None:
+        return [(open_runner, limits, name)]
+    rounding = 0.0 if limits == EXACT else limits.kl
+    allowed = Limits(None, APPROXIMATE.kl + rounding)
+    return [(open_exact, limits, f"{name} (exact)"), (open_runner, allowed, name)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,8 +248,8 @@ def compare(case: Case, runner: Runner, limits: Limits, name: str) -> Agreement:
     decode = _shaped(np.stack(steps, 1), case.logits[:, PROMPT - 1 :], f"{name}, decode")
 
     tie = case.limit(limits)
-    read = _Difference.between(prefill, case.logits[:, :PROMPT], tie)
-    written = _Difference.between(decode, case.logits[:, PROMPT - 1 :], tie)
+    read = Difference.between(prefill, case.logits[:, :PROMPT], tie)
+    written = Difference.between(decode, case.logits[:, PROMPT - 1 :], tie)
     positions = read.kl.size + written.kl.size
     misses = int(read.missed.sum() + written.missed.sum())
     found = Agreement(
@@ -247,52 +264,21 @@ def compare(case: Case, runner: Runner, limits: Limits, name: str) -> Agreement:
     )
     for where, difference, first in (("prefill", read, 0), ("decode", written, PROMPT - 1)):
         _judge(difference, limits, case, f"{name}, {where}", first)
-    if not found.kl <= case.limit_kl(limits):
-        raise ExportError(
-            f"{name}: the runtime ({runner.provider}) gives a KL divergence of {found.kl:.3g} nats from the artifact, "
-            f"mean of {positions} positions; at most {case.limit_kl(limits):g} is allowed. "
-            + _way_out(limits, case, found.kl / case.limit_kl(limits))
-        )
+    _judge_kl(found.kl, positions, limits, case, f"{name}: the runtime ({runner.provider})")
     return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Difference:
-    """Per position, each [b, n]: largest logit difference and its token, mean difference, KL, top-1 misses and ties."""
-
-    largest: FloatArray
-    token: IntArray
-    mean: FloatArray
-    kl: NDArray[np.float64]
-    missed: NDArray[np.bool_]
-    tied: NDArray[np.bool_]
-
-    @classmethod
-    def between(cls, got: FloatArray, reference: FloatArray, tie: float) -> _Difference:
-        """Compare [b, n, vocab] with [b, n, vocab]; NaN counts as an infinite difference."""
-        rows = [cls._of_row(*pair, tie) for pair in zip(got, reference, strict=True)]  # float64 of one row at a time
-        return cls(**{field.name: np.stack([getattr(row, field.name) for row in rows]) for field in fields(cls)})
-
-    @classmethod
-    def _of_row(cls, got: FloatArray, reference: FloatArray, tie: float) -> _Difference:
-        distance = np.nan_to_num(np.abs(got - reference), nan=np.inf, posinf=np.inf)
-        here, there = torch.from_numpy(reference).double(), torch.from_numpy(got).double()
-        log_p, log_q = here.log_softmax(-1), there.log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
-        other = got.argmax(-1)
-        behind = reference.max(-1) - np.take_along_axis(reference, other[..., None], -1)[..., 0]
-        differs = other != reference.argmax(-1)
-        return cls(
-            largest=distance.max(-1),
-            token=distance.argmax(-1),
-            mean=distance.mean(-1),
-            kl=kl,
-            missed=differs & (behind >= tie),
-            tied=differs & (behind < tie),
-        )
+def compare_prompt(case: Case, runner: Runner, limits: Limits, name: str) -> None:
+    """Run the prompt of the first row only and judge; errors as ``verify``."""
+    limits = replace(limits, kl=LEVEL_KL * limits.kl)
+    reference = case.logits[:1, :PROMPT]
+    prefill = _shaped(runner.logits(case.tokens[:1, :PROMPT]), reference, name)
+    read = Difference.between(prefill, reference, case.limit(limits))
+    _judge(read, limits, case, name, 0)
+    _judge_kl(float(read.kl.mean()), read.kl.size, limits, case, f"{name}: the runtime ({runner.provider})")
 
 
-def _judge(difference: _Difference, limits: Limits, case: Case, name: str, first: int) -> None:
+def _judge(difference: Difference, limits: Limits, case: Case, name: str, first: int) -> None:
     """Raise an error for the largest difference above the limit; ``first`` is the text position of column 0."""
     if limits.max_abs is None:
         return
@@ -313,6 +299,14 @@ def _judge(difference: _Difference, limits: Limits, case: Case, name: str, first
             f"{name}: the most likely token at row {row}, position {first + column} is not the artifact's; this holds "
             f"for {int(difference.missed.sum())} of {difference.missed.size} positions, not counting ties (logits "
             f"closer than {limit:.3g}); none is allowed. {_way_out(limits, case, 1.0)}"
+        )
+
+
+def _judge_kl(kl: float, positions: int, limits: Limits, case: Case, who: str) -> None:
+    if not kl <= case.limit_kl(limits):
+        raise ExportError(
+            f"{who} gives a KL divergence of {kl:.3g} nats from the artifact, mean of {positions} positions; at most "
+            f"{case.limit_kl(limits):g} is allowed. {_way_out(limits, case, kl / case.limit_kl(limits))}"
         )
 
 
