@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.demo_band import main, newest, outside
-from tests.mutants import Mutant, changes, mutants
-from tests.mutations import EQUIVALENT, FAULTS, ROOT, TARGETS, all_mutants, chosen_tests, place_of
+from tests.mutants import Mutant, changes
+from tests.mutations import CANDIDATES, FAULTS, ROOT, TARGETS, all_mutants, chosen_tests, place_of
 from tests.trials import Reached
 
 GOOD: dict[str, Any] = {
@@ -41,10 +41,11 @@ def test_every_target_has_mutants_that_differ_from_the_file() -> None:
             assert mutant.text != ast.unparse(ast.parse(mutant.original)), mutant.name
 
 
-def test_what_is_called_equivalent_is_a_mutant_of_today() -> None:
-    for file, function, change in EQUIVALENT:
-        made = mutants(file, (ROOT / file).read_text())
-        assert (function, change) in {(each.function, each.change) for each in made}
+def test_the_tests_that_may_notice_are_there() -> None:
+    named = [test for tests in CANDIDATES for test in tests if test.startswith("tests/")]
+    for test in [*named, *(test for fault in FAULTS for test in fault.tests)]:
+        file, _, function = test.partition("::")
+        assert f"def {function.partition('[')[0]}" in (ROOT / file).read_text()
 
 
 def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quickest_first() -> None:
@@ -60,6 +61,8 @@ def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quickest_first() 
     assert chosen_tests(mutant, {"beside": reached(20, 1.0)}) == []
     assert chosen_tests(mutant, {"a": reached(5, 19.0), "b": reached(5, 19.5)}) == ["a"]
     assert chosen_tests(mutant, {"a": reached(5, 99.0)}) == ["a"]
+    late = {f"{number}": reached(5, float(number), late=True) for number in range(5)}
+    assert chosen_tests(mutant, {"a": reached(5, 99.0), **late}) == ["a", "0", "1", "2"]
 
 
 @pytest.mark.parametrize(
