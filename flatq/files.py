@@ -58,7 +58,7 @@ def as_json(value: Any) -> Any:
 
 
 def from_json(text: str) -> Any:
-    """The value of JSON text that is no file of its own.
+    """The value of JSON text that is not in a separate file.
 
     Raises:
         ValueError: it is not JSON.

@@ -109,10 +109,10 @@ def dimension(writer: Any, contents: Contents) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
     if chosen.name == "mimo2":
-        _dress_mimo2(writer, config)
+        _add_mimo2_keys(writer, config)
 
 
-def _dress_mimo2(writer: Any, config: DecoderConfig) -> None:
+def _add_mimo2_keys(writer: Any, config: DecoderConfig) -> None:
     """Write keys that architecture mimo2 requires; they do not affect the result."""
     writer.add_expert_feed_forward_length(0)
     writer.add_sliding_window(FULL_WINDOW)

@@ -75,7 +75,7 @@ class Cache:
         first, new = self.length, tokens.shape[1]
         if first + new > self.capacity:
             raise ExportError(f"the cache is full ({self.capacity} positions); start with a larger capacity")
-        self._make_room(first + new)
+        self._allocate(first + new)
         self.length += new
         self._valid[:, first : self.length] = 1
         single = new == 1
@@ -114,7 +114,7 @@ class Cache:
             self._logits = _value(np.zeros(shape, self._contract.float_type), self._device)
         return self._logits
 
-    def _make_room(self, needed: int) -> None:
+    def _allocate(self, needed: int) -> None:
         """Allocate at least ``needed`` positions, an eighth more to avoid frequent copies, at most the capacity."""
         if needed <= self.allocated:
             return

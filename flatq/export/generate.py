@@ -152,12 +152,8 @@ def stream(
         temperature: 0 is greedy; otherwise ids are sampled from ``softmax(logits / temperature)``.
         seed: of the sampling; the same seed gives the same text.
         eos: ids that end the text; they are not part of it.
-    <<<<<<< HEAD
-        chat: put the prompt into the tokenizer's chat template as a user's message.
-        vocab: rows of the embedding; a prompt with a token beyond them is refused.
-    =======
         chat: format the prompt as a user message with the tokenizer's chat template.
-    >>>>>>> main
+        vocab: rows of the embedding; a prompt with a token beyond them is an error.
 
     Raises:
         RecipeError: the prompt has no tokens or one without an embedding, there is no chat template, or a

@@ -64,7 +64,7 @@ def raise_absent_packages(exports: list[PlannedExport], recipe: Recipe | None = 
 
 
 def tokenizer_objections(source: Source, exports: list[PlannedExport]) -> list[str]:
-    """What stands against the model's tokenizer: that it adds a token without a row, or an exporter's objections.
+    """Objections to the model's tokenizer: a token without a row in the embedding, or those of the exporters.
 
     Raises:
         RecipeError: it cannot be opened.

@@ -449,7 +449,7 @@ def test_a_quantized_source_does_not_lend_its_type_to_the_name(make_artifact: Ma
     assert export(artifact, name="mine")[0].files[0].name == "mine-flatq-F32.gguf"
 
 
-def test_the_dense_twin_is_the_familys_own_architecture() -> None:
+def test_the_dense_export_has_the_familys_own_architecture() -> None:
     twin = GgufExporter().dense(GgufOptions(layout="compact", baseline="q4_0"))
     assert (twin.precision, twin.layout) == ("q4_0", "auto")
 
