@@ -126,6 +126,10 @@ def test_eval_reads_a_path_alone(exported_run: tuple[Path, Path], text_file: Pat
 def test_eval_refuses_a_misspelt_dataset_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"--dataset wikitxt2: not known.*did you mean wikitext2\?"):
         checked_dataset("wikitxt2", None)
+    with pytest.raises(RecipeError, match=r"did you mean wikitext2\?"):
+        checked_dataset("wiki", None)
+    with pytest.raises(RecipeError, match=r"--dataset zzz: (?!.*did you mean)"):
+        checked_dataset("zzz", None)
     with pytest.raises(RecipeError, match="give the file with --path"):
         checked_dataset("text", None)
     with pytest.raises(RecipeError, match="is not used with --dataset c4"):
