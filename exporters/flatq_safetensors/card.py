@@ -78,7 +78,7 @@ def model_card(artifact: Artifact, layout: Layout, notes: Sequence[str]) -> str:
     manifest = artifact.manifest
     source = manifest.get("source", {})
     base, license_ = source.get("hub_id"), source.get("license")
-    origin = base or PurePath(str(source.get("origin", ""))).name  # the path to a local model is nobody's business
+    origin = base or PurePath(str(source.get("origin", ""))).name  # a local path is not published
     dims = layout.source.layers
     card = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     return card.render(

@@ -151,7 +151,7 @@ def _objects(text: str, file: Path, place: str) -> Iterator[tuple[int, Any]]:
 
 
 def _records(text: str, field: str, file: Path, place: str) -> Iterator[str]:
-    """The texts of a .jsonl file; records with an empty text are counted, and the user is told."""
+    """The texts of a .jsonl file; records with an empty text are counted in a warning."""
     read = empty = 0
     for number, record in _objects(text, file, place):
         if not isinstance(record, dict) or not isinstance(record.get(field, 0), str | None):

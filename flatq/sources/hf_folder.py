@@ -229,7 +229,7 @@ def usual_names(stored: Iterable[str]) -> dict[str, str]:
     """Each name of a checkpoint, and the name that the tensor has in a plain checkpoint of a causal language model.
 
     Base models are saved without ``model.``; torch.compile, peft and models with more parts put a prefix before it.
-    The prefix is what stands before the first layer's norm.
+    The prefix is taken from the name of the first layer's norm.
     """
     names = list(stored)
     prefixes = {name.removesuffix(FIRST_NORM) for name in names if name.endswith(FIRST_NORM)}
