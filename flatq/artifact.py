@@ -10,7 +10,7 @@ A quantized linear is stored as three tensors, ``NAME.codes`` (uint8, one code p
 quantizer uses it; ``cache_ranges.safetensors``, if an export needs it, holds the largest keys and values. Nothing in
 the folder depends on the time or the machine's name: the same recipe gives the same bytes.
 
-``manifest.json`` holds the SHA-256 of every other file and of its own content. ``Artifact.open`` verifies them.
+``manifest.json`` holds the SHA-256 of every other file and of itself. ``Artifact.open`` verifies them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Index(BaseModel):
 
 
 class Stated(BaseModel):
-    """What an artifact's ``config.json`` has beside transformers' own keys."""
+    """The keys of an artifact's ``config.json`` that are specific to flatq."""
 
     decoder: dict[str, Any]
     grids: dict[str, Grid]
@@ -233,7 +233,7 @@ def artifact_in(path: Path) -> Path | None:
 
 
 def compared_artifact(root: Path, *, remembered: bool) -> Findings:
-    """What an artifact's folder holds beside what its manifest lists, see ``flatq.digests``.
+    """Compare an artifact with the digests in its manifest, see ``flatq.digests``.
 
     Raises:
         ArtifactError: the manifest itself is missing or damaged.

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from flatq.errors import ArtifactError, FlatqError
 
 T = TypeVar("T")
-CHECKSUM = "sha256"  # key of a file's digest of its own content
+CHECKSUM = "sha256"  # key of the digest of the other keys
 BLANK = "0" * 64
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -57,13 +57,16 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def from_json(text: str, kind: type[T]) -> T:
-    """JSON that is no file of its own, as a type.
+def from_json(text: str) -> Any:
+    """The value of JSON text that is not in a separate file.
 
     Raises:
-        ValueError: it is not JSON, or another type.
+        ValueError: it is not JSON.
     """
-    return TypeAdapter(kind).validate_python(json.loads(text))
+    try:
+        return json.loads(text)
+    except RecursionError as deep:
+        raise ValueError("it is nested too deeply") from deep
 
 
 def read_json(
@@ -92,7 +95,7 @@ def read_json(
             raise ValueError("it is empty")
         if text.startswith(LFS_POINTER.decode()):
             raise ValueError("it is a Git LFS pointer, not the file itself; `git lfs pull` fetches that")
-        value = json.loads(text)
+        value = from_json(text)
         if checksummed:
             value = _checked(text, value)
         return TypeAdapter(kind).validate_python(value)
@@ -102,7 +105,7 @@ def read_json(
         raise error(f"{path}: cannot be read ({failed.strerror}); {way_out}") from failed
     except ValidationError as wrong:
         raise error(f"{path}: is damaged ({first_fault(wrong)}); {way_out}") from wrong
-    except (ValueError, RecursionError) as damaged:  # not UTF-8, not JSON, or a digest that differs
+    except ValueError as damaged:  # not UTF-8, not JSON, or a digest that differs
         raise error(f"{path}: is damaged ({damaged}); {way_out}") from damaged
 
 

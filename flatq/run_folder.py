@@ -49,7 +49,7 @@ class Begun(BaseModel):
 
 
 class Phase(BaseModel):
-    """A finished phase: its result, and what it took."""
+    """A finished phase: its result, time and memory."""
 
     model_config = ConfigDict(extra="forbid")
 

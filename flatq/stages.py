@@ -36,7 +36,7 @@ def stages_of(
     return stages
 
 
-def walked_along(recipe: Recipe) -> tuple[bool, bool]:
+def dense_states_needed(recipe: Recipe) -> tuple[bool, bool]:
     """Whether the walk must track the dense model for the stages: arguments ``reference`` and ``lag`` of ``walk``."""
     flat, gptq = recipe.flat, recipe.gptq
     return flat is not None and flat.corrects, gptq is not None and gptq.corrects

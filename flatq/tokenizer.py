@@ -1,12 +1,12 @@
-"""The tokenizer of a model folder: read from its own files, and carried along byte for byte.
+"""The tokenizer of a model folder: loaded from ``tokenizer.json``, and copied to artifacts and exports unchanged.
 
-A tokenizer is what its ``tokenizer.json`` says. transformers 5 builds some tokenizers anew from the class that
-``tokenizer_config.json`` names and drops the pre-tokenizer of ``tokenizer.json`` without a word (SmolLM2, published as
-``GPT2Tokenizer``, loses its splitting of digits). So the file is given to the ``tokenizers`` library as it is, and
-``tokenizer_config.json`` only says which token begins and ends a text and what the chat templates are.
+transformers 5 rebuilds some tokenizers from the class in ``tokenizer_config.json`` and silently ignores the
+pre-tokenizer of ``tokenizer.json`` (SmolLM2, published as ``GPT2Tokenizer``, loses its splitting of digits). So
+``tokenizer.json`` is loaded by the ``tokenizers`` library, and ``tokenizer_config.json`` is used only for special
+tokens and chat templates.
 
-A folder without ``tokenizer.json`` is converted by transformers. Tokenizers with code of their own are not: flatq runs
-no code from a model folder.
+A folder without ``tokenizer.json`` is converted by transformers, except for tokenizers that need code from the model
+folder, which flatq does not run.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TOKENIZER, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "speci
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 GENERATION = "generation_config.json"
 VOCABULARY, MERGES, PIECES = "vocab.json", "merges.txt", "tokenizer.model"
-# A tokenizer can be made from each of these sets.
+# Each of these sets of files defines a tokenizer.
 SETS = ((TOKENIZER,), (VOCABULARY, MERGES), (PIECES,))
 COMPANIONS = (
     TOKENIZER, SETTINGS, SPECIAL, "added_tokens.json", PIECES, VOCABULARY, MERGES, "tekken.json",
     TEMPLATE, "chat_template.json", GENERATION,
 )  # fmt: skip
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
-FAST = "PreTrainedTokenizerFast"  # the one name that transformers 4 and 5 both have for "what tokenizer.json says"
+FAST = "PreTrainedTokenizerFast"  # class that loads tokenizer.json unchanged in transformers 4 and 5
 FROM_THE_SOURCE = "get it again from where the model came from"
 
 
@@ -44,7 +44,7 @@ def companions(root: Path) -> list[Path]:
 
 
 def has_tokenizer(root: Path) -> bool:
-    """Whether one of the sets of files is there that a tokenizer can be made from."""
+    """Whether a folder has one of the sets of files that define a tokenizer."""
     return any(all((root / name).is_file() for name in names) for names in SETS)
 
 
@@ -55,7 +55,7 @@ def open_tokenizer(root: Path) -> Any:
     ``default`` is set.
 
     Raises:
-        RecipeError: the files are missing, damaged or need code of their own; one line with the way out.
+        RecipeError: the files are missing, damaged or need code of the model folder; one line with a remedy.
     """
     settings, templates = _settings(root), chat_templates(root)
     _read(root / GENERATION)  # read by others later, refused here
@@ -127,15 +127,15 @@ def carry(root: Path, out: Path, tokenizer: Any = None) -> None:
 def deliver_companions(root: Path, out: Path) -> tuple[list[Path], list[str]]:
     """Copy tokenizer, templates and generation settings into an export; returns the files and every change.
 
-    A file is changed only where a reader could not open it: settings in a spelling that only transformers 5 has, and
-    settings that ask for code which is not in the folder.
+    A file is changed only if a reader could not open it: settings that only transformers 5 supports, and settings that
+    need code which is not in the folder.
     """
     written, changes = list[Path](), list[str]()
     for path in companions(root):
-        settings, said = _readable(_read(path)) if path.name == SETTINGS else ({}, [])
-        if said:
+        settings, changed = _readable(_read(path)) if path.name == SETTINGS else ({}, [])
+        if changed:
             write_json(out / SETTINGS, settings)
-            changes += [f"{SETTINGS}: {words}" for words in said]
+            changes += [f"{SETTINGS}: {words}" for words in changed]
             written.append(out / SETTINGS)
         else:
             written.append(_copy(path, root, out))
@@ -143,7 +143,7 @@ def deliver_companions(root: Path, out: Path) -> tuple[list[Path], list[str]]:
 
 
 def save(tokenizer: Any, out: Path) -> None:
-    """Write a tokenizer that came from no folder, so that transformers 4 and 5 open it; existing files are kept."""
+    """Write a tokenizer without a folder in a format for transformers 4 and 5; existing files are kept."""
     tokenizer.backend_tokenizer.save(str(out / TOKENIZER))
     if not (out / SETTINGS).exists():
         named = {name: str(piece) for name in NAMED if (piece := getattr(tokenizer, name)) is not None}
@@ -159,33 +159,39 @@ def beyond(tokenizer: Any, rows: int) -> dict[int, str]:
 
 
 def notes(root: Path) -> list[str]:
-    """What exports will change in these files, see ``deliver_companions``; usually nothing."""
+    """Notes about changes of these files in exports, see ``deliver_companions``; usually none."""
     return [f"{SETTINGS}: in exports {words}" for words in _readable(_read(root / SETTINGS))[1]]
 
 
 def _readable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings as every reader opens them, and what was changed, in words."""
-    changed, said = dict(settings), list[str]()
+    """The settings in a form that every reader supports, and a description of each change."""
+    changed, changes = dict(settings), list[str]()
     kind, code = settings.get("tokenizer_class"), settings.get("auto_map")
     if code is not None:
         del changed["auto_map"]
-        said.append(f"auto_map is left out and tokenizer_class {kind} is {FAST}, for the code is not in this folder")
+        changes.append(
+            f"auto_map is removed and tokenizer_class {kind} is {FAST}, because the code is not in this folder"
+        )
     if kind == "TokenizersBackend":
-        said.append(f"tokenizer_class TokenizersBackend, which transformers 4 does not know, is {FAST}")
+        changes.append(f"tokenizer_class TokenizersBackend, which transformers 4 does not know, is {FAST}")
     if code is not None or kind == "TokenizersBackend":
         changed["tokenizer_class"] = FAST
     if isinstance(extra := settings.get("extra_special_tokens"), list):
         del changed["extra_special_tokens"]
         changed.setdefault("additional_special_tokens", extra)
-        said.append("the list extra_special_tokens, which transformers 4 does not read, is additional_special_tokens")
-    return changed, said
+        changes.append(
+            "the list extra_special_tokens, which transformers 4 does not read, is additional_special_tokens"
+        )
+    return changed, changes
 
 
 def _converted(root: Path, settings: Mapping[str, Any]) -> Tokenizer:
-    """A tokenizer made by transformers from the older kinds of files."""
+    """A tokenizer converted by transformers from older file formats."""
     add = "add tokenizer.json from where the model came from"
     if isinstance(settings.get("auto_map"), dict) and "AutoTokenizer" in settings["auto_map"]:
-        raise RecipeError(f"model: {root}: its tokenizer is code of its own, and flatq runs no code of a model; {add}")
+        raise RecipeError(
+            f"model: {root}: its tokenizer needs code of the model folder, which flatq does not run; {add}"
+        )
     if not has_tokenizer(root):
         raise RecipeError(
             f"model: {root} has no tokenizer; add tokenizer.json and tokenizer_config.json "
@@ -201,7 +207,7 @@ def _converted(root: Path, settings: Mapping[str, Any]) -> Tokenizer:
 
     try:
         made = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-    except Exception as failed:  # libraries of three languages raise whatever they like
+    except Exception as failed:  # the libraries raise various exceptions
         raise RecipeError(f"model: {place}: transformers cannot open it ({_first_line(failed)}); {add}") from failed
     bare: Tokenizer | None = getattr(made, "backend_tokenizer", None)
     if bare is None:

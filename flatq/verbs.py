@@ -36,12 +36,7 @@ from flatq.sources.source import Source
 def check(recipe: Recipe) -> list[str]:
     """A description of the recipe, and warnings about packages that its exports need.
 
-    <<<<<<< HEAD
-    Of a model in a local folder its config.json and its tokenizer are read too: family, shapes, and what stands
-    against them.
-    =======
-    For a model in a local folder config.json is read as well, to describe its shapes and check the exports.
-    >>>>>>> main
+    For a model in a local folder, config.json and the tokenizer are read as well, to describe and check the model.
 
     Raises:
         RecipeError: an exporter is missing, its options are invalid, or it does not support the model.

@@ -9,8 +9,10 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from flatq.artifact import INDEX, Artifact
+from flatq.artifact import INDEX, MANIFEST, Artifact
+from flatq.digests import digests_of
 from flatq.errors import ArtifactError
+from flatq.files import write_checksummed
 from flatq.hf import artifact_model as hf
 from flatq.hf.autoload import register_with_transformers
 from flatq.model.decoder import DecoderConfig, GrowingCache, Rope
@@ -163,7 +165,7 @@ def test_only_the_logits_asked_for_are_computed(artifact: Artifact, kept: int, p
 
 
 def change_shard(artifact: Artifact, name: str, tensor: torch.Tensor | None) -> None:
-    """Replace or remove one stored tensor."""
+    """Replace or remove one stored tensor, as a faulty writer would: the digests fit."""
     index = json.loads((artifact.root / INDEX).read_text())
     file = index["weight_map"].get(name, "ends.safetensors")
     tensors = safetensors.torch.load_file(artifact.root / file)
@@ -174,6 +176,8 @@ def change_shard(artifact: Artifact, name: str, tensor: torch.Tensor | None) -> 
         index["weight_map"][name] = file
     safetensors.torch.save_file(tensors, artifact.root / file, metadata={"format": "pt"})
     (artifact.root / INDEX).write_text(json.dumps(index))
+    files = digests_of(artifact.root, but=[MANIFEST])
+    write_checksummed(artifact.root / MANIFEST, {**artifact.manifest, "files": files})
 
 
 @pytest.mark.parametrize(
@@ -198,8 +202,9 @@ def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(
 def test_a_truncated_shard_is_an_error_that_names_the_folder(artifact: Artifact) -> None:
     shard = artifact.root / "ends.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ArtifactError, match=r"artifact: damaged files: ends\.safetensors"):
-        hf.load(artifact.root)
+    for load in (hf.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ArtifactError, match=r"artifact: damaged files: ends\.safetensors"):
+            load(artifact.root)
     with pytest.raises(ArtifactError, match=r"artifact: a file is missing or damaged"):
         hf.load(artifact.root, check=False)
 

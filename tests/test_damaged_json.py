@@ -28,6 +28,7 @@ READERS: dict[str, tuple[str, ...]] = {
     f"artifact/{INDEX}": ARTIFACT,
     "artifact/tokenizer.json": ARTIFACT,
     "artifact/tokenizer_config.json": ARTIFACT,
+    "artifact/generation_config.json": ARTIFACT,
     f"{GQA}/{DESCRIPTION}": EXPORT,
     f"{GQA}/flatq_onnx.json": EXPORT,
     "run.json": ("verify", "run", "compare"),

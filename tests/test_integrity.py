@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,10 @@ import flatq as package
 from flatq import digests
 from flatq.artifact import MANIFEST, Artifact
 from flatq.errors import ArtifactError
+from flatq.export.deliver import deliver, reopened
 from flatq.export.folder import DESCRIPTION
+from flatq.export.planned import PlannedExport
+from flatq.export.protocols import exporter_named
 from tests.conftest import flatq
 
 FEW = ("--prompt", "2", "--new-tokens", "2", "--repeats", "1", "--threads", "1")
@@ -89,6 +94,49 @@ def test_verify_of_another_folder_says_what_to_give(tmp_path: Path) -> None:
     shown = flatq("verify", tmp_path)
     assert shown.exit_code == 3
     assert "give a run, artifact or export folder" in shown.stderr
+
+
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "onnx": ("onnx", {"precision": "int4", "external_data_above": 0}),
+    "optimum": ("onnx", {"target": "optimum", "attention": "gqa"}),
+    "compressed-tensors": ("safetensors", {}),
+    "shards": ("safetensors", {"format": "fp16", "max_shard_size": 50_000}),
+    "gguf": ("gguf", {"precision": "f16"}),
+}
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_a_bit_flipped_anywhere_in_any_file_of_an_export_is_found_by_the_file_s_name(
+    case: str, run: Path, tmp_path: Path
+) -> None:
+    form, options = FORMATS[case]
+    exporter = exporter_named(form)
+    item = PlannedExport("mine", form, exporter, exporter.Options(**options), verify=False)
+    if absent := exporter.missing(item.options, opening=False):
+        pytest.skip(absent[0])
+    report = deliver(item, Artifact.open(run), tmp_path / "mine", None)
+    files = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
+    assert len(files) == len(report["files"]) + 1
+    for file in files:
+        refuses_every_flip(file, lambda: reopened(tmp_path / "mine"))
+    reopened(tmp_path / "mine")
+
+
+def test_a_bit_flipped_anywhere_in_any_file_of_an_artifact_is_found_by_the_file_s_name(run: Path) -> None:
+    files = [path for path in (run / "artifact").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for file in files:
+        refuses_every_flip(file, lambda: Artifact.open(run))
+    Artifact.open(run)
+
+
+def refuses_every_flip(file: Path, use: Callable[[], object]) -> None:
+    whole = file.read_bytes()
+    for place in (0.0, 0.02, 0.31, 0.5, 0.77, 0.999):
+        flip(file, place)
+        with pytest.raises(ArtifactError, match=re.escape(file.name)):
+            use()
+        file.write_bytes(whole)
 
 
 USES: dict[str, Callable[[Path, Path], tuple[str | Path, ...]]] = {

@@ -230,7 +230,7 @@ def test_quantized_baselines_are_built_and_evaluated_in_the_same_run(make_recipe
         assert all(text.kl > 0 for text in baseline.quality)
     assert [entry.name for entry in report.bench][:3] == [BASELINE, "onnx", "quantized"]
     said = (out / "report.md").read_text()
-    assert "Narrowing, beside quantization alone" in said
+    assert "Narrowing, compared with quantization alone" in said
     assert f"({alone.description}): onnx decode" in said
 
 

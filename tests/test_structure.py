@@ -1,8 +1,10 @@
-"""The shape of the house: who may import whom, and how long things may get."""
+"""Structure of the code: imports between folders, length of files and functions, plain wording."""
 
 from __future__ import annotations
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,43 @@ FLOORS = [
 ]  # fmt: skip
 ENTRIES = ("__init__", "__main__")  # the package itself, which names things of every floor
 MOST_LINES, MOST_FUNCTION_LINES = 350, 60
+TEXTS = [*SOURCES, *sorted((ROOT / "flatq").rglob("*.j2")), ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Private idiom and metaphors, as regular expressions, with the standard words that a reader searches for.
+BANNED = {
+    r"of (its|their|his|her|one's) own": "separate, its, no word at all",
+    r"nothing but": "only",
+    r"go(es)? on on": "continue on",
+    r"as (it|they) stands?": "unchanged, today",
+    r"for (there|they|it|that|he) (is|are|has|have|was|were)": "because",
+    r"(and|,) so (is|are|has|have|does|do|was|were) (a|an|the|what|its|their|all|every|each)": "also, as well",
+    r"whatever (it|they|he) likes?": "any",
+    r"anew": "again",
+    r"(?<!')told": "reported, broadcast, given",
+    r"minds?": "Fisher information, is affected by",
+    r"heard": "objections",
+    r"played": "run, estimated",
+    r"agreed": "broadcast",
+    r"hand(s|ed)? out": "broadcast, distribute",
+    r"distrusts?": "relative ridge, shrinkage, regularized",
+    r"(house|door|room|roof|cellar)s?": "package, interface, space, capacity",
+    r"(neighbour|stranger|rival|twin|witness|guest|landlord)(s|es)?": "adjacent, unexpected, baseline, copy",
+    r"luck|honest|a hair": "measured, unbiased, rounding",
+    r"mend(s|ed)?": "fix",
+    r"misshapen": "wrong shape",
+    r"fill(s|ed)? up": "pad with zeros",
+    r"likeliest(?! token as the original)": "most likely",
+    r"(make|makes|made|making) up for": "compensate",
+    r"(take|takes|taken|taking) back": "compensate, undo",
+    r"walked along": "the walk also runs",
+    r"without a word": "silently",
+    r"dress(ed|es)?": "written as",
+    r"at hand": "available",
+    r"all the same": "anyway",
+    r"(quick|quicker|quickest)": "fast",
+    r"everybody|anybody|nobody|whoever": "name the reader or caller",
+    r"travels?": "is copied",
+    r"stand(s)? (beside|behind|before|against|where|in the way)": "is next to, follows, precedes, is not supported",
+}
 
 
 def named(path: Path) -> str:
@@ -103,6 +142,18 @@ def test_every_name_of_the_plug_in_api_is_there_and_the_core_does_not_use_it() -
         assert not shortcuts, f"{named(path)}: import from the module that defines it"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_json_is_parsed_in_one_place_only(path: Path) -> None:
+    """Elsewhere a damaged file would be a traceback; ``from_json`` is for text that is no file of its own."""
+    called = {
+        f"{node.func.value.id}.{node.func.attr}" if isinstance(node.func.value, ast.Name) else f".{node.func.attr}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    parsers = {call for call in called if call in ("json.load", "json.loads") or call.endswith(".model_validate_json")}
+    assert not parsers or named(path) == "flatq/files.py", f"{named(path)}: {parsers}; use read_json or from_json"
+
+
 @pytest.mark.parametrize("module", NUMERICS)
 def test_numerics_know_neither_model_nor_recipe(module: str) -> None:
     imported = imports(ROOT / "flatq" / f"{module}.py")
@@ -154,3 +205,43 @@ def test_a_file_and_its_functions_are_short_enough_to_read(path: Path) -> None:
 def test_a_file_starts_by_saying_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
     assert path.stem not in {"utils", "helpers", "common", "base", "manager"}
+
+
+def banned(text: str) -> list[tuple[int, str]]:
+    """Line and complaint of every banned phrase in a text; a phrase may be broken over lines or stand in a name."""
+    found = []
+    for phrase, words in BANNED.items():
+        pattern = re.compile(rf"(?<![a-z])(?:{phrase})(?![a-z])".replace(" ", r"[\s_#]+"), re.IGNORECASE)
+        for hit in pattern.finditer(text):
+            found.append((text.count("\n", 0, hit.start()) + 1, f"{hit[0]!r}: write {words}"))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=named)
+def test_a_text_has_no_private_idiom(path: Path) -> None:
+    assert [f"{named(path)}:{line}: {complaint}" for line, complaint in banned(path.read_text())] == []
+
+
+def test_the_schemas_texts_have_no_private_idiom() -> None:
+    from flatq.recipe.grammar import json_schema
+
+    assert banned(json.dumps(json_schema(), indent=2)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("one\ntwo of its own", 2),
+        ("a file of\n    its own", 1),
+        ("# it is nothing\n# but noise", 1),
+        ("def heard(): ...", 1),
+        ("its_neighbours = 3", 1),
+        ("3 bits, for there is no kernel", 1),
+    ],
+)
+def test_a_banned_phrase_is_found_with_its_line(text: str, line: int) -> None:
+    assert [place for place, _ in banned(text)] == [line]
+
+
+def test_words_that_only_contain_a_banned_one_are_allowed() -> None:
+    assert banned("headroom reminds an artist of households; intold strangeness") == []

@@ -195,7 +195,7 @@ def test_code_of_its_own_is_not_needed_where_tokenizer_json_is(model_copy: Path,
     assert open_tokenizer(model_copy)("stone")["input_ids"]
     shown = flatq("check", make_recipe(model=str(model_copy)))
     assert shown.exit_code == 0
-    assert "! tokenizer_config.json: in exports auto_map is left out" in shown.stdout
+    assert "! tokenizer_config.json: in exports auto_map is removed" in shown.stdout
 
 
 def test_a_tokenizer_without_a_folder_is_saved_for_transformers_4_and_5(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def nothing(root: Path) -> None:
 
 FAULTS: dict[str, tuple[Edit, str]] = {
     "pieces only": (only_pieces, "tokenizer.model: reading it needs the package sentencepiece"),
-    "code": (own_code, "its tokenizer is code of its own"),
+    "code": (own_code, "its tokenizer needs code of the model folder"),
     "nothing": (nothing, "has no tokenizer; add tokenizer.json"),
     "pointer": (write("tokenizer.json", POINTER), "tokenizer.json: a Git LFS pointer"),
     "truncated": (write("tokenizer.json", BROKEN), "tokenizer.json: damaged"),

@@ -1,9 +1,9 @@
-"""GGUF export: files that an unchanged llama.cpp runs (and with it Ollama, LM Studio and others).
+"""GGUF export: files that unmodified llama.cpp (and Ollama, LM Studio and others) can run.
 
-Read ``layouts.py`` first: which architecture a narrowed model borrows and what that costs. ``placement.py`` says where
-rows and columns go, ``blocks.py`` carries codes into ggml's blocks, ``tensors.py`` plans and makes the tensors,
-``tokenizer.py`` and ``metadata.py`` say the rest, ``runner.py`` runs the result in llama.cpp. Importing this package
-does not need llama.cpp.
+Start with ``layouts.py``: the llama.cpp architecture that a narrowed model is written as. ``placement.py`` maps rows
+and columns, ``blocks.py`` packs codes into ggml's blocks, ``tensors.py`` plans and creates the tensors,
+``tokenizer.py`` and ``metadata.py`` write the metadata, ``runner.py`` runs the file in llama.cpp. Importing this
+package does not need llama.cpp.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GgufExporter(Exporter):
     Options = GgufOptions
 
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions) -> list[str]:
-        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
+        """See ``flatq.export.Exporter.check``."""
         return objections(config, grids, options)
 
     def check_tokenizer(self, described: Mapping[str, Any], config: DecoderConfig, options: GgufOptions) -> list[str]:
@@ -45,14 +45,14 @@ class GgufExporter(Exporter):
         return estimated_bytes(Contents.of(config, grids, options))
 
     def dense(self, options: GgufOptions) -> GgufOptions:
-        """The family's own architecture in the type that ``baseline`` names."""
+        """Options for the dense model: the family's architecture, in the type of the option ``baseline``."""
         return options.model_copy(update={"precision": options.baseline, "layout": "auto", "imatrix": False})
 
     def write(self, artifact: Artifact, out: Path, options: GgufOptions) -> Exported:
-        """Write the file into ``out``; it appears when it is whole.
+        """Write the file into ``out``, atomically.
 
         Raises:
-            ExportError: ``check`` objects, or the tokenizer cannot be described to llama.cpp.
+            ExportError: ``check`` has objections, or llama.cpp does not support the tokenizer.
         """
         problems = self.check(artifact.config, artifact.grids, options)
         if problems:
@@ -77,10 +77,10 @@ class GgufExporter(Exporter):
         """Open what ``write`` wrote in llama.cpp; see ``flatq.export.Exporter.open``.
 
         Raises:
-            ExportError: llama-cpp-python is not installed, or llama.cpp refuses the file.
+            ExportError: llama-cpp-python is not installed, or llama.cpp cannot load the file.
         """
         if absent := absent_packages(RUNTIME):
-            raise ExportError(f"gguf: {absent[0]}; nothing else can run the file and compare it")
+            raise ExportError(f"gguf: {absent[0]}; it is needed to run the file")
         from flatq_gguf.runner import LlamaCppRunner
 
         return LlamaCppRunner(exported, provider=provider, threads=threads, exact=exact)

@@ -1,15 +1,15 @@
-"""GGML's blocks of 32 weights, and the artifact's codes carried into them without rounding anything again.
+"""Lossless conversion of the artifact's codes to GGML's blocks of 32 weights.
 
 A block is a float16 scale and 32 small integers, ``value = scale * integer``. flatq's weights are
-``scale * (code - zero)`` with float16 scales, so a block type carries them bit for bit if ``code - zero`` fits its
-integers and no block spans two groups. The narrowest such type is taken:
+``scale * (code - zero)`` with float16 scales, so a block type stores them exactly if ``code - zero`` is in the range of
+its integers and no block spans two groups. The smallest such type is used:
 
     Q4_0  -8 .. 7       4-bit symmetric; 3 and 2 bits, symmetric or not
     Q5_0  -16 .. 15     4-bit asymmetric (Q4_1 has a minimum instead of a zero; its rounding to float16 is not exact)
     Q8_0  -128 .. 127   8-bit symmetric
 
-8-bit asymmetric codes reach -255 .. 255 and fit nowhere. Groups of any multiple of 32 columns fit, their scale being
-repeated. Layouts: ggml's ``block_q4_0``, ``block_q5_0`` and ``block_q8_0``.
+No type can store 8-bit asymmetric codes (-255 .. 255). Group sizes that are multiples of 32 columns are supported, by
+repeating the scale. Layouts: ggml's ``block_q4_0``, ``block_q5_0`` and ``block_q8_0``.
 
 Axes: o rows, i columns, n blocks in a row, 32 columns in a block.
 """
@@ -25,12 +25,12 @@ from flatq.export import Grid, IntArray, QuantizedWeight
 from flatq_gguf.placement import ABSENT, Placement, taken
 
 BLOCK = 32
-ROWS_AT_ONCE = 8192  # bounds the memory of the largest tables
+ROWS_AT_ONCE = 8192  # limits the memory for large tables
 
 
 @dataclass(frozen=True, slots=True)
 class Carrier:
-    """A block type that holds integers ``low .. high`` with a float16 scale."""
+    """A block type with integers ``low .. high`` and a float16 scale."""
 
     name: str
     low: int
@@ -38,7 +38,7 @@ class Carrier:
 
 
 CARRIERS = (Carrier("Q4_0", -8, 7), Carrier("Q5_0", -16, 15), Carrier("Q8_0", -128, 127))
-# Bytes of 32 weights in every type that is written here.
+# Bytes per 32 weights of the types that are written here.
 BLOCK_BYTES = {"F32": 128, "F16": 64, "BF16": 64, "Q8_0": 34, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}
 FLOATS = ("F32", "F16", "BF16")
 
@@ -49,13 +49,13 @@ def stored_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def carrier(grid: Grid) -> Carrier | None:
-    """The narrowest type for a grid's codes; None if there is none."""
+    """The smallest type that can store a grid's codes; None if there is none."""
     low, high = (-grid.middle, grid.levels - grid.middle) if grid.symmetric else (-grid.levels, grid.levels)
     return next((kind for kind in CARRIERS if kind.low <= low and high <= kind.high), None)
 
 
 def fits(grid: Grid, inputs: int, columns: IntArray) -> bool:
-    """Whether every block of the written columns lies in one group.
+    """Whether every block of the written columns is within one group.
 
     Args:
         inputs: columns of the weight as quantized.
@@ -69,7 +69,7 @@ def fits(grid: Grid, inputs: int, columns: IntArray) -> bool:
 
 
 def carried(weight: QuantizedWeight, place: Placement, kind: Carrier) -> NDArray[np.uint8]:
-    """A quantized weight as blocks, uint8 [o, n * bytes]; ``fits`` must hold."""
+    """A quantized weight as blocks, uint8 [o, n * bytes]; requires ``fits``."""
     inputs = weight.shape[1]
     group = np.where(place.columns == ABSENT, 0, place.columns // weight.grid.width(inputs))
     of_block = group.reshape(-1, BLOCK).max(1)

@@ -1,4 +1,4 @@
-"""Reasons why a model cannot be written as GGUF with these options, each with the way out."""
+"""Reasons why a model cannot be written as GGUF with given options, each with a remedy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flatq_gguf.options import GgufOptions
 
 
 def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOptions) -> list[str]:
-    """Why this model cannot be written with these options, each with the way out."""
+    """Reasons why this model cannot be written with these options, each with a remedy."""
     if config.family not in FAMILIES:
-        return [f"gguf: family {config.family!r} has no GGUF names; supported: {', '.join(FAMILIES)}"]
+        return [f"gguf: family {config.family!r} is not supported; supported: {', '.join(FAMILIES)}"]
     chosen = architecture(config, options).name
     found = [*_shapes(config), *_grids(grids, options), *k_quants.objections(options.precision, options.quantize_with)]
     found += _compact(config) if chosen == "mimo2" else _switches(config, chosen)
@@ -25,10 +25,10 @@ def _shapes(config: DecoderConfig) -> list[str]:
     found = []
     attention = {(dims.heads, dims.kv_heads, dims.d_qk) for dims in config.layers}
     if len(attention) > 1:
-        found.append("layers differ in heads or d_qk; no architecture of llama.cpp takes that, keep them equal")
+        found.append("layers differ in heads or d_qk; no architecture of llama.cpp supports that, keep them equal")
     wide = [index for index, dims in enumerate(config.layers) if dims.d_v > dims.d_qk]
     if wide:
-        found.append(f"d_v is larger than d_qk in layers {wide}; value heads can be filled up, not cut, so lower d_v")
+        found.append(f"d_v is larger than d_qk in layers {wide}; value heads can only be padded, so lower d_v")
     return found
 
 
@@ -39,8 +39,8 @@ def _grids(grids: Mapping[str, Grid], options: GgufOptions) -> list[str]:
         if not grids:
             return []
         return [
-            f"precision: {options.precision} would round the weights a second time, for the model has codes already; "
-            "use precision: codes, or leave the gptq stage out"
+            f"precision: {options.precision} would round the weights a second time, because the model is already "
+            "quantized; use precision: codes, or remove the gptq stage"
         ]
     if not grids:
         return [
@@ -52,8 +52,8 @@ def _grids(grids: Mapping[str, Grid], options: GgufOptions) -> list[str]:
         first = next(stem for stem, other in grids.items() if other == grid)
         if carrier(grid) is None:
             found.append(
-                f"{first} has {grid.bits}-bit asymmetric codes, which no block type of llama.cpp holds; quantize with "
-                "symmetric: true, or use precision: f16"
+                f"{first} has {grid.bits}-bit asymmetric codes, which no block type of llama.cpp can store; quantize "
+                "with symmetric: true, or use precision: f16"
             )
         elif grid.group_size % 32 and grid.group_size != -1:
             found.append(
@@ -69,7 +69,7 @@ def _switches(config: DecoderConfig, chosen: str) -> list[str]:
     if config.qk_norm and chosen != "qwen3":
         found.append(
             f"{config.family} models have norms on q and k, which the architecture for narrowed models (deci) does not "
-            "know; leave the flat stage out and quantize only, or export to onnx"
+            "support; remove the flat stage and quantize only, or export to onnx"
         )
     biased = [name for name in LINEARS if config.has_bias(name)]
     known = {"qwen2": ("q", "k", "v"), "qwen3": ("q", "k", "v")}.get(chosen, LINEARS)
@@ -98,12 +98,12 @@ def _compact(config: DecoderConfig) -> list[str]:
         )
     if config.tied_head:
         found.append(
-            "layout: compact stores a head of its own, and this model's head is its embedding: the file would hold it "
-            f"twice ({config.vocab * config.d_model:,} weights more); use layout: deci"
+            "layout: compact needs an untied head, and this model's head is tied to its embedding: the file would "
+            f"store it twice ({config.vocab * config.d_model:,} weights more); use layout: deci"
         )
     if config.rope.scaling == "llama3":
-        found.append("layout: compact cannot carry the rope factors of Llama 3; use layout: deci")
+        found.append("layout: compact does not support the rope factors of Llama 3; use layout: deci")
     switches = [name for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm") if getattr(config, name)]
     if switches:
-        found.append(f"layout: compact knows no {', '.join(switches)}; use layout: deci")
+        found.append(f"layout: compact does not support {', '.join(switches)}; use layout: deci")
     return found

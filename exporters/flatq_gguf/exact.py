@@ -1,9 +1,9 @@
-"""The same model with every block decoded to float32: what llama.cpp computes without its approximation.
+"""A float32 copy of a GGUF file, for exact verification.
 
-llama.cpp multiplies quantized weights with activations rounded to int8 and has no switch against it. To tell a wrong
-file from that approximation, the file itself is read back with gguf's own decoder and written once more in float32,
-metadata untouched: names, orders, padding, codes and scales are then compared with the artifact to the last digits.
-It takes up to eight times the room of the file, for as long as it is open.
+llama.cpp multiplies quantized weights with activations rounded to int8, and this cannot be disabled. To distinguish an
+error in the file from that approximation, the file is dequantized with the gguf package and written again in float32
+with the same metadata. Names, orders, padding, codes and scales are thus verified with float32 accuracy. The copy
+exists while the file is open and is up to eight times as large.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import gguf
 import numpy as np
 
 PLAIN = (gguf.GGMLQuantizationType.F32,)
-OF_ITS_OWN = ("GGUF.", "split.", "general.architecture")  # keys that the writer makes itself
+GENERATED = ("GGUF.", "split.", "general.architecture")  # keys that the writer creates
 
 
 def is_float32(files: list[Path]) -> bool:
-    """Whether nothing in the files needs decoding."""
+    """Whether all tensors are float32 already."""
     return all(tensor.tensor_type in PLAIN for file in files for tensor in gguf.GGUFReader(file).tensors)
 
 
@@ -30,7 +30,7 @@ def write_float32(files: list[Path], out: Path) -> None:
     architecture = readers[0].get_field("general.architecture").contents()
     with closing(gguf.GGUFWriter(out, architecture)) as writer:
         for key, field in readers[0].fields.items():
-            if not key.startswith(OF_ITS_OWN):
+            if not key.startswith(GENERATED):
                 _copy(writer, key, field)
         tensors = [tensor for reader in readers for tensor in reader.tensors]
         for tensor in tensors:

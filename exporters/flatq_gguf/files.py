@@ -1,4 +1,4 @@
-"""Names of the files in an export folder: which are the model, which the importance matrix."""
+"""Files of an export folder: the model and the importance matrix."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def model_files(root: Path) -> list[Path]:
-    """The ``.gguf`` files of a folder that are a model or its parts, in order."""
+    """The ``.gguf`` files of the model, in the order of its parts."""
     return sorted(path for path in root.glob("*.gguf") if not path.stem.endswith("-IMATRIX"))

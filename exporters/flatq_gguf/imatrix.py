@@ -1,11 +1,11 @@
-"""What the calibration learnt about every input column, as llama.cpp's importance matrix.
+"""Activation statistics of the calibration as llama.cpp's importance matrix (imatrix).
 
-llama.cpp's quantizer weighs rounding errors with the mean square of the input that a column meets. The program
-llama-imatrix measures that by running the model over a text; flatq has it already, as the diagonals of the Grams that
-GPTQ used, measured on the narrowed model. Here they are put into the order and widths of the written tensors and into
-llama.cpp's file: two tensors per matrix, ``NAME.in_sum2`` (sums of squares) and ``NAME.counts`` (of how many tokens).
+llama.cpp's quantizer weights rounding errors with the mean square of each input column. The program llama-imatrix
+measures it by running the model on a text; flatq already has it, as the diagonals of the Grams that GPTQ used, measured
+on the narrowed model. Here they are converted to the order and widths of the written tensors and to llama.cpp's file
+format: two tensors per matrix, ``NAME.in_sum2`` (sum of squares) and ``NAME.counts`` (number of tokens).
 
-Embedding and head have no entry, as with llama-imatrix at its defaults.
+Embedding and head have no entry, as with the defaults of llama-imatrix.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def importance(artifact: Artifact, contents: Contents) -> Importance:
     """Mean squares of the input columns as written, float32 [i], by the file's name of the matrix.
 
     Raises:
-        ArtifactError: the artifact keeps no energies.
+        ArtifactError: the artifact has no energies.
     """
     names = FAMILIES[contents.config.family].names
     found = {}
     for stem, energy in artifact.energies().items():
         place = contents.placement(stem)
-        assert place is not None  # energies are of linears in layers only
+        assert place is not None  # only linears of layers have energies
         found[names.to_gguf(f"{stem}.weight")] = place.inputs(energy.numpy())
     return found
 
@@ -42,7 +42,7 @@ def write_importance(path: Path, matrix: Importance, text: Mapping[str, Any]) ->
 
     Args:
         matrix: from ``importance``.
-        text: what the manifest says of the calibration: ``dataset``, ``sequences``, ``seq_len``.
+        text: the calibration text in the manifest: ``dataset``, ``sequences``, ``seq_len``.
     """
     import gguf
 

@@ -1,9 +1,9 @@
-"""K-quants, made by llama.cpp itself: two levels of scales that no GPTQ code fits, found by its own search.
+"""K-quants, quantized by llama.cpp: types with two levels of scales, to which GPTQ codes cannot be converted.
 
-The file is first written in float16 and then quantized by one of two doors to the same code: ``llama_model_quantize``
-of llama-cpp-python, or the program llama-quantize if it is on the PATH. It decides tensor by tensor: a row that is no
-multiple of 256 falls back to a simpler type, and some tensors get more bits than the rest. With ``imatrix`` it weighs
-its rounding errors with the energies of the calibration.
+The file is first written in float16 and then quantized with llama.cpp's code: by ``llama_model_quantize`` of
+llama-cpp-python, or by the program llama-quantize if it is on the PATH. llama.cpp chooses the type per tensor: a tensor
+whose rows are no multiple of 256 gets a simpler type, and some tensors get more bits. With ``imatrix`` it weights
+rounding errors with the activation statistics of the calibration.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from flatq.export import ExportError
 SUPER_BLOCK = 256
 LIBRARY, PROGRAM = "llama-cpp-python", "llama-quantize"
 
-# ``llama_ftype``; bits per weight of most tensors; of tensors whose rows are no whole super-blocks; the KL divergence
-# in nats that is allowed, several times what the type cost on SmolLM2-135M (0.23, 0.07, -, 0.009).
+# ``llama_ftype``; bits per weight of most tensors; bits of tensors whose rows are no multiple of a super-block; allowed
+# KL divergence in nats, several times the value measured on SmolLM2-135M (0.23, 0.07, -, 0.009).
 K_QUANTS: dict[str, tuple[int, float, float, float]] = {
     "q3_k_m": (12, 3.9, 4.5, 1.0),
     "q4_k_m": (15, 4.85, 5.5, 0.5),
@@ -38,11 +38,11 @@ Importance = Mapping[str, NDArray[np.float32]]
 
 
 def objections(precision: str, wanted: str) -> list[str]:
-    """Why this cannot be done here; the exact command to do it elsewhere.
+    """A message if no tool for quantization is available, with the command to run it elsewhere.
 
     Args:
         precision: a type.
-        wanted: ``auto``, or the one that must do it.
+        wanted: the option ``quantize_with``.
     """
     if precision not in K_QUANTS or tool(wanted) is not None:
         return []
@@ -52,13 +52,13 @@ def objections(precision: str, wanted: str) -> list[str]:
         else (f"{LIBRARY} is not installed" if wanted == LIBRARY else f"{PROGRAM} is not on the PATH")
     )
     return [
-        f"precision: {precision} is made by llama.cpp, and {missing}; run `make llamacpp`, or use precision: f16 and "
-        f"then, where llama.cpp is: {' '.join(command(PROGRAM, 'FILE-F16.gguf', 'FILE.gguf', precision))}"
+        f"precision: {precision} needs llama.cpp, and {missing}; run `make llamacpp`, or use precision: f16 and "
+        f"then, on a machine with llama.cpp: {' '.join(command(PROGRAM, 'FILE-F16.gguf', 'FILE.gguf', precision))}"
     ]
 
 
 def tool(wanted: str) -> str | None:
-    """``llama-cpp-python``, or the path of llama-quantize; None if what is wanted is not here."""
+    """``llama-cpp-python``, or the path of llama-quantize; None if the wanted tool is not available."""
     if wanted in ("auto", LIBRARY) and find_spec("llama_cpp") is not None:
         return LIBRARY
     return shutil.which(PROGRAM) if wanted in ("auto", PROGRAM) else None
@@ -67,13 +67,13 @@ def tool(wanted: str) -> str | None:
 def command(
     program: str, source: Path | str, target: Path | str, precision: str, *, imatrix: Path | str | None = None
 ) -> list[str]:
-    """What to run to quantize a file."""
+    """The command line that quantizes a file."""
     weighed = ["--imatrix", str(imatrix)] if imatrix is not None else []
     return [program, *weighed, str(source), str(target), precision.upper()]
 
 
 def bits_per_weight(precision: str, columns: int, *, table: bool) -> float:
-    """About how much room a weight takes."""
+    """Approximate bits per weight."""
     _, whole, broken, _ = K_QUANTS[precision]
     return TABLE_BITS if table else broken if columns % SUPER_BLOCK else whole
 
@@ -92,8 +92,8 @@ def quantize(
         source: the file, or the first of its parts.
         target: the file, or the name that its parts begin with.
         by: from ``tool``.
-        split: whether the file has parts; they stay parts.
-        matrix: weights of the input columns, by the file's name of the matrix; for the library.
+        split: whether the file has parts; the result then also has parts.
+        matrix: importance of the input columns, by the matrix's name in the file; for the library.
         imatrix: the same as a file, or None; for the program.
 
     Raises:
@@ -129,7 +129,7 @@ def _by_library(source: Path, target: Path, precision: str, matrix: Importance, 
 
 
 def _entries(llama_cpp: Any, matrix: Importance) -> Any:
-    """A C array of ``llama_model_imatrix_data`` that ends with an empty name; it keeps the numbers alive."""
+    """A C array of ``llama_model_imatrix_data`` terminated by an empty name; it holds references to the numbers."""
     entries = (llama_cpp.llama_model_imatrix_data * (len(matrix) + 1))()
     kept = []
     for entry, (name, squares) in zip(entries, matrix.items(), strict=False):
@@ -146,7 +146,7 @@ def _by_program(arguments: list[str], *, split: bool) -> None:
         arguments = [arguments[0], "--keep-split", *arguments[1:]]
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if ended.returncode:
-        told = (ended.stderr or ended.stdout).strip().splitlines()[-1:] or ["no message"]
+        message = (ended.stderr or ended.stdout).strip().splitlines()[-1:] or ["no message"]
         raise ExportError(
-            f"gguf: `{' '.join(arguments)}` failed with exit code {ended.returncode}: {told[0]}; use precision: f16"
+            f"gguf: `{' '.join(arguments)}` failed with exit code {ended.returncode}: {message[0]}; use precision: f16"
         )

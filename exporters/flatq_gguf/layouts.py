@@ -1,16 +1,16 @@
-"""Which llama.cpp architecture a model is written as, and what each of them demands.
+"""The llama.cpp architecture that a model is written as.
 
-llama.cpp has no rank-reduced Llama, so a narrowed model borrows an architecture whose graph computes the same thing:
+llama.cpp has no rank-reduced Llama, so a narrowed model is written as an existing architecture with the same graph:
 
-- the family's own (``llama``, ``qwen2``, ``qwen3``), if every layer still has the model's widths;
-- ``deci``, made for models that were pruned by architecture search: one MLP width per layer, rope factors, biases, tied
-  heads. Its values must be as wide as its keys, so value heads are filled up with zeros (nothing is saved on v and o);
-- ``mimo2``, whose values may be narrower than its keys: the V cache shrinks by rank / head size. One rank and one MLP
-  width for all layers, no rope factors, no biases, and a head of its own. It insists on a sliding window in some layer,
-  and a window no shorter than the context is full attention.
+- the family's own (``llama``, ``qwen2``, ``qwen3``), if no layer was narrowed;
+- ``deci``, made for models pruned by architecture search: MLP widths per layer, rope factors, biases, tied heads. Its
+  values must be as wide as its keys, so value heads are padded with zeros (nothing is saved on v and o);
+- ``mimo2``, whose values may be narrower than its keys: the V cache shrinks by rank / head size. It needs one rank and
+  one MLP width for all layers, no rope factors, no biases, and an untied head. It requires a sliding window in some
+  layer; a window at least as long as the context is full attention.
 
-No architecture takes a different value width in every layer. ``step35`` (narrow values with rope factors) was left
-out: it needs an invented layer that only a lenient loader accepts.
+No architecture supports value widths per layer. ``step35`` (narrow values with rope factors) is not used because it
+needs an additional dummy layer, which only some loaders accept.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FULL_WINDOW = 1 << 20  # positions; longer than any context of these families
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """How a model is dressed.
+    """The architecture of a file.
 
     Attributes:
         name: ``general.architecture``.
-        paired: rows of q and k have rotary partners side by side.
+        paired: whether rotary pairs are interleaved in the rows of q and k.
         written: the widths in the file.
     """
 
@@ -46,7 +46,7 @@ def narrowed(config: DecoderConfig) -> bool:
 
 
 def architecture(config: DecoderConfig, options: GgufOptions) -> Architecture:
-    """The architecture that these options mean for this model."""
+    """The architecture for a model with these options."""
     multiple = options.ffn_multiple
     layers = [replace(dims, d_ff=math.ceil(dims.d_ff / multiple) * multiple) for dims in config.layers]
     if options.layout == "compact":

@@ -1,4 +1,4 @@
-"""What a GGUF file says about itself: architecture, widths, tokenizer, where it came from, and its file name."""
+"""Metadata of a GGUF file: architecture, widths, tokenizer, provenance; and its file name."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SAMPLING = {
     "min_p": "min_p",
     "repetition_penalty": "penalty_repeat",
 }
-QUANTIZED_NAME = re.compile(r"[.-](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)  # a GGUF source is named after its type
+QUANTIZED_NAME = re.compile(r"[.-](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)  # of a GGUF source
 
 
 def most_common(planned: list[Planned]) -> str:
-    """The type that holds most weights inside the layers."""
+    """The type of most weights of the layers."""
     weights: dict[str, int] = {}
     for tensor in planned:
         if len(tensor.shape) == 2 and tensor.source.startswith("layers."):
@@ -36,7 +36,7 @@ def most_common(planned: list[Planned]) -> str:
 
 
 def model_name(artifact: Artifact, contents: Contents) -> str:
-    """``name`` of the options, else the last part of where the model came from."""
+    """The option ``name``, else the last part of the model's origin."""
     if contents.options.name is not None:
         return contents.options.name
     origin = str(artifact.manifest.get("source", {}).get("origin", ""))
@@ -45,14 +45,14 @@ def model_name(artifact: Artifact, contents: Contents) -> str:
 
 
 def file_name(artifact: Artifact, contents: Contents, kind: str) -> str:
-    """As llama.cpp names files: ``Name-Finetune-TYPE.gguf``."""
+    """File name in llama.cpp's convention: ``Name-Finetune-TYPE.gguf``."""
     import gguf
 
     return f"{gguf.naming_convention(model_name(artifact, contents), None, 'flatq', None, None, kind)}.gguf"
 
 
 def describe(writer: Any, artifact: Artifact, contents: Contents, kind: str) -> None:
-    """``general.*``: what the file is and where it came from."""
+    """Write ``general.*``: name, size, license, provenance."""
     import gguf
 
     source = artifact.manifest.get("source", {})
@@ -80,14 +80,14 @@ def describe(writer: Any, artifact: Artifact, contents: Contents, kind: str) -> 
 
 
 def context_length(contents: Contents) -> int:
-    """Positions that the file announces: llama.cpp ignores these families' sliding window, so it ends there."""
+    """Context length in the file; limited to the sliding window, which llama.cpp ignores for these families."""
     limit = contents.options.context_length or contents.config.max_positions
     window = contents.config.sliding_window
     return limit if window is None else min(limit, window)
 
 
 def dimension(writer: Any, contents: Contents) -> None:
-    """Widths and switches below the architecture's name."""
+    """Write the widths and switches of the architecture."""
     config, chosen = contents.config, contents.architecture
     layers, first = chosen.written.layers, chosen.written.layers[0]
     by_layer = chosen.name == "deci"
@@ -109,11 +109,11 @@ def dimension(writer: Any, contents: Contents) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
     if chosen.name == "mimo2":
-        _dress_mimo2(writer, config)
+        _add_mimo2_keys(writer, config)
 
 
-def _dress_mimo2(writer: Any, config: DecoderConfig) -> None:
-    """Keys without which that architecture does not load; none of them changes what is computed."""
+def _add_mimo2_keys(writer: Any, config: DecoderConfig) -> None:
+    """Write keys that architecture mimo2 requires; they do not affect the result."""
     writer.add_expert_feed_forward_length(0)
     writer.add_sliding_window(FULL_WINDOW)
     writer.add_sliding_window_pattern([True] + [False] * (len(config.layers) - 1))
@@ -121,7 +121,7 @@ def _dress_mimo2(writer: Any, config: DecoderConfig) -> None:
 
 
 def tokenize(writer: Any, vocabulary: Vocabulary | None) -> None:
-    """``tokenizer.*``; a file without a tokenizer says so, for llama.cpp insists on the key."""
+    """Write ``tokenizer.*``; without a tokenizer ``no_vocab``, because llama.cpp requires the key."""
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
         return
@@ -148,7 +148,7 @@ def tokenize(writer: Any, vocabulary: Vocabulary | None) -> None:
 
 
 def sample(writer: Any, generation: Mapping[str, Any]) -> None:
-    """``general.sampling.*``: what llama.cpp samples with unless told otherwise, by ``generation_config.json``."""
+    """Write ``general.sampling.*``, llama.cpp's defaults for sampling, from ``generation_config.json``."""
     for key, name in SAMPLING.items():
         value = generation.get(key)
         if isinstance(value, int | float) and (generation.get("do_sample") is True or key == "repetition_penalty"):

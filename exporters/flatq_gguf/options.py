@@ -1,4 +1,4 @@
-"""What a recipe may say about a GGUF file."""
+"""Options of a GGUF export."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class GgufOptions(BaseModel):
     """Options of ``exports: - gguf: {...}``.
 
     Attributes:
-        layout: ``auto`` is the family's own architecture when no layer was narrowed, else ``deci``; ``deci`` takes
-            any width per layer, its value heads filled up with zeros; ``compact`` (architecture ``mimo2``) has truly
-            narrower value heads and a smaller V cache, for untied models with plain rope and one rank in all layers.
-        precision: ``codes`` carries the artifact's own codes bit for bit in Q4_0, Q5_0 or Q8_0. All others write
-            every matrix in that type: Q8_0 to Q4_0 by plain rounding, with embedding and head in Q8_0; the K types
-            by llama.cpp's own quantizer.
-        otherwise: with ``codes``, the type of a matrix that has none, or whose codes no block type can carry.
-        quantize_with: who makes the K types: ``llama-cpp-python``, the program ``llama-quantize`` on the PATH, or
-            ``auto``, the first of the two that is there.
-        imatrix: also write what the calibration learnt about the input columns, as an importance matrix in llama.cpp's
-            own format, and make the K types with it.
-        ffn_multiple: MLP widths are filled up to a multiple of this with zero channels; 256 is what K-quants need.
-        context_length: positions the file announces; None is the model's own limit.
-        baseline: type of the model before compression that ``bench`` measures beside this export.
+        layout: ``auto`` is the family's architecture if no layer was narrowed, else ``deci``; ``deci`` supports any
+            widths per layer, with value heads padded with zeros; ``compact`` (architecture ``mimo2``) has narrower
+            value heads and a smaller V cache, for untied models with plain rope and one rank in all layers.
+        precision: ``codes`` stores the artifact's codes exactly, in Q4_0, Q5_0 or Q8_0. All others write every matrix
+            in that type: Q8_0 to Q4_0 by round-to-nearest, with embedding and head in Q8_0; the K types by llama.cpp's
+            quantizer.
+        otherwise: with ``codes``, the type of matrices that are not quantized or whose codes no block type can store.
+        quantize_with: tool for the K types: ``llama-cpp-python``, the program ``llama-quantize`` on the PATH, or
+            ``auto``, the first of the two that is available.
+        imatrix: also write the activation statistics of the calibration as an importance matrix in llama.cpp's format,
+            and use it for the K types.
+        ffn_multiple: MLP widths are padded to a multiple of this with zero channels; K-quants need 256.
+        context_length: context length in the file; None is the model's limit.
+        baseline: type of the dense model that ``bench`` measures for comparison.
         name: ``general.name`` and the beginning of the file name; None derives it from the recipe's model.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, for a tokenizer that is not recognized.
         split_above: bytes of tensors in one file, unless a single tensor is larger; 0 never splits.

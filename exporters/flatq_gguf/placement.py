@@ -1,9 +1,9 @@
-"""Where the rows and columns of a weight go in the file: one index array for each axis does all that GGUF asks for.
+"""Order and padding of rows and columns of a weight in the file, as one index array per axis.
 
-llama.cpp knows one head size, so value heads are filled up with zeros; its blocks hold 32 columns, so an MLP width is
-rounded up to them; and for `llama` and its kin the two partners of a rotary pair stand side by side. All three are a
-choice of source rows and columns, with ``ABSENT`` for zeros. Because a row's codes and scales move with the row, the
-same two arrays place quantized weights, dense ones and biases alike.
+llama.cpp has one head size, so value heads are padded with zeros; its blocks have 32 columns, so MLP widths are rounded
+up; and for `llama` and similar architectures rotary pairs are interleaved. All three are expressed by the source row
+and column of each written row and column, with ``ABSENT`` for zeros. The same two arrays apply to quantized weights,
+dense weights and biases.
 
 Axes: o written rows, i written columns.
 """
@@ -25,14 +25,14 @@ Number = TypeVar("Number", bound=np.generic)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Source index of each written row and column, int64 [o] and [i]; ``ABSENT`` is a zero."""
+    """Source index of each written row and column, int64 [o] and [i]; ``ABSENT`` means zeros."""
 
     rows: IntArray
     columns: IntArray
 
     @classmethod
     def whole(cls, rows: int, columns: int) -> Placement:
-        """Nothing moves."""
+        """The identity."""
         return cls(np.arange(rows), np.arange(columns))
 
     @classmethod
@@ -42,7 +42,7 @@ class Placement:
         Args:
             source: widths in the artifact.
             written: widths in the file, none of them smaller.
-            paired: rotary partners side by side.
+            paired: interleave rotary pairs.
         """
         stream = np.arange(d_model)
         values = _widened(source.kv_heads, source.d_v, written.d_v)
@@ -61,19 +61,19 @@ class Placement:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """As written."""
+        """Shape in the file."""
         return len(self.rows), len(self.columns)
 
     def matrix(self, weight: FloatArray) -> FloatArray:
-        """A dense weight in its new place, float32 [o, i]."""
+        """Apply it to a dense weight, float32 [o, i]."""
         return taken(taken(weight, self.rows, 0), self.columns, 1)
 
     def inputs(self, energy: FloatArray) -> FloatArray:
-        """A number per input column in its new place, float32 [i]."""
+        """Apply it to one number per input column, float32 [i]."""
         return taken(energy, self.columns, 0)
 
     def vector(self, bias: FloatArray) -> FloatArray:
-        """A bias in its new place, float32 [o]."""
+        """Apply it to a bias, float32 [o]."""
         return taken(bias, self.rows, 0)
 
 
@@ -81,7 +81,7 @@ def taken(array: NDArray[Number], index: IntArray, axis: int) -> NDArray[Number]
     """``array.take(index, axis)`` with zeros where the index is ``ABSENT``."""
     if array.shape[axis] == len(index) and bool((index == np.arange(len(index))).all()):
         return array
-    found = array.take(index, axis)  # ABSENT reads the last entry, which is overwritten now
+    found = array.take(index, axis)  # ABSENT (-1) reads the last entry, which is overwritten below
     found[(slice(None),) * axis + (index == ABSENT,)] = 0
     return found
 

@@ -1,13 +1,13 @@
-"""llama.cpp's name of the rule by which a byte-level tokenizer cuts text before it merges.
+"""Detection of llama.cpp's name for the pre-tokenizer of a byte-level BPE tokenizer.
 
-The rules are built into llama.cpp and chosen by name. A wrong name gives other tokens and slightly worse text that
-nobody traces back, so the name is either certain or there is none. Two ways to be certain, tried in this order:
+The pre-tokenizers are built into llama.cpp and selected by name. A wrong name gives other tokens and slightly worse
+text, which is hard to notice, so only certain matches are used. Two methods, tried in this order:
 
-- llama.cpp's own: its converter tokenizes one fixed text, which holds every kind of character that the rules treat
-  differently, and looks the hash of the token numbers up. That needs a row for every vocabulary; here are the rows of
-  the families that flatq reads.
-- The rule itself: ``tokenizer.json`` spells it out, so it is recognized whatever the vocabulary, its regular expression
-  by its hash.
+- llama.cpp's: its converter tokenizes a fixed text, which contains every kind of character that pre-tokenizers treat
+  differently, and looks up the hash of the token ids. That needs an entry for every vocabulary; the table has those of
+  the supported families.
+- By definition: ``tokenizer.json`` contains the steps of the pre-tokenizer, which are recognized independent of the
+  vocabulary, regular expressions by their hash.
 
 Source: text, hashes and names are data of llama.cpp's ``convert_hf_to_gguf`` (MIT), which every converter must share.
 """
@@ -30,7 +30,7 @@ CHECK_TEXT = (
     "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
     "'D you like some tea? We'Ve a'lL"
 )
-# First 16 digits of SHA-256 of the printed list of token numbers of that text.
+# First 16 digits of SHA-256 of the printed list of token ids of that text.
 VOCABULARIES = {
     "0ef9807a4087ebef": "llama-bpe",
     "c136ed14d01c2745": "smaug-bpe",
@@ -53,7 +53,7 @@ VOCABULARIES = {
     "a1e163ecab2e718a": "mellum",
     "3ce83efda5659b07": "gpt-2",
 }
-# First 16 digits of SHA-256 of a Split step's regular expression, and whether whole words skip the merges.
+# First 16 digits of SHA-256 of a Split step's regular expression, and ``ignore_merges``.
 EXPRESSIONS = {
     ("d98f9631be1e9607", True): "llama-bpe",
     ("d98f9631be1e9607", False): "smaug-bpe",
@@ -63,7 +63,7 @@ EXPRESSIONS = {
 
 
 def name_of(described: Mapping[str, Any]) -> str | None:
-    """The name, or None if none is certain.
+    """The name of the pre-tokenizer, or None if it is not recognized.
 
     Args:
         described: a parsed ``tokenizer.json``.
@@ -72,13 +72,13 @@ def name_of(described: Mapping[str, Any]) -> str | None:
 
 
 def by_vocabulary(described: Mapping[str, Any]) -> str | None:
-    """llama.cpp's way: the hash of a fixed text's token numbers."""
+    """llama.cpp's method: the hash of the token ids of a fixed text."""
     numbers = Tokenizer.from_str(json.dumps(described)).encode(CHECK_TEXT).ids
     return VOCABULARIES.get(digits(str(numbers)))
 
 
 def by_rule(described: Mapping[str, Any]) -> str | None:
-    """The splitting steps, one by one."""
+    """By the steps of the pre-tokenizer."""
     steps = steps_of(described.get("pre_tokenizer"))
     kinds = [step["type"] for step in steps]
     whole = bool(described["model"].get("ignore_merges"))
@@ -95,7 +95,7 @@ def by_rule(described: Mapping[str, Any]) -> str | None:
 
 
 def known_names() -> list[str]:
-    """Every name that can be found, in alphabetical order."""
+    """All names that can be recognized, in alphabetical order."""
     return sorted({*VOCABULARIES.values(), *EXPRESSIONS.values()})
 
 
@@ -105,7 +105,7 @@ def digits(text: str) -> str:
 
 
 def steps_of(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """A pre-tokenizer's steps, nested sequences laid flat."""
+    """A pre-tokenizer's steps, with nested sequences flattened."""
     if part is None:
         return []
     if part["type"] == "Sequence":

@@ -1,11 +1,11 @@
-"""Running a GGUF file in llama.cpp through the C API that llama-cpp-python wraps.
+"""Runner for GGUF files in llama.cpp, through the C API of llama-cpp-python.
 
-The high-level class of that package is made for one conversation; here rows of a batch are sequences of one context,
-and the logits of every position are wanted. A context is made for each prompt, as large as its capacity.
+The high-level class of that package supports a single conversation; here the rows of a batch are sequences of one
+context, and the logits of every position are needed. A context is created for each prompt, with its capacity.
 
-Two things about that package. Built natively on a CPU with AMX, some of its releases crash on every quantized file, so
-on such builds a child process tries the file first and a crash becomes an error. And llama.cpp writes to stderr as it
-likes: its log is kept here instead, for messages and for the sizes of its caches.
+Built natively on a CPU with AMX, some releases of llama-cpp-python crash on every quantized file, so on such builds the
+file is first loaded in a child process, and a crash becomes an error. llama.cpp's log is captured instead of printed,
+for error messages and for the sizes of its caches.
 
 Axes: b rows, s positions of a prompt.
 """
@@ -46,13 +46,13 @@ _CALLBACK = llama_cpp.llama_log_callback(_keep)  # llama.cpp holds a bare pointe
 
 
 def keep_log() -> int:
-    """Send llama.cpp's log to ``LOG``; returns where it stands."""
+    """Capture llama.cpp's log in ``LOG``; returns its current length."""
     llama_cpp.llama_log_set(_CALLBACK, ctypes.c_void_p(0))
     return len(LOG)
 
 
 def available() -> tuple[str, ...]:
-    """What this build of llama.cpp computes on, as ``LlamaCppRunner`` calls it."""
+    """The providers of this build of llama.cpp, as for ``LlamaCppRunner``."""
     return ("cpu", "cuda") if llama_cpp.llama_supports_gpu_offload() else ("cpu",)
 
 
@@ -60,13 +60,13 @@ class LlamaCppRunner:
     """An open GGUF file; satisfies ``flatq.export.Runner``.
 
     Args:
-        root: folder that the exporter wrote.
+        root: export folder.
         provider: ``auto``, ``cpu`` or ``cuda``.
         threads: 0 is one per CPU.
         exact: run a float32 copy of the file, with a float32 cache and plain attention.
 
     Raises:
-        ExportError: the folder holds no GGUF file, or llama.cpp refuses or crashes on it.
+        ExportError: the folder has no GGUF file, or llama.cpp cannot load it.
     """
 
     def __init__(self, root: Path, *, provider: str = "auto", threads: int = 0, exact: bool = False) -> None:
@@ -79,13 +79,13 @@ class LlamaCppRunner:
         self._copies: Path | None = None
         files = model_files(root)
         if not files:
-            raise ExportError(f"{root}: no .gguf file is there; export the model again")
+            raise ExportError(f"{root}: has no .gguf file; export the model again")
         keep_log()
         llama_cpp.llama_backend_init()
         can_offload = bool(llama_cpp.llama_supports_gpu_offload())
         if provider == "cuda" and not can_offload:
             raise ExportError(
-                "gguf: provider cuda was asked for, and this llama-cpp-python is built for the CPU; build it with "
+                "gguf: provider cuda is not available: this llama-cpp-python is built for the CPU; build it with "
                 'CMAKE_ARGS="-DGGML_CUDA=ON", or use cpu or auto'
             )
         self._device = "gpu" if can_offload and provider != "cpu" else "cpu"
@@ -112,7 +112,7 @@ class LlamaCppRunner:
 
     @property
     def provider(self) -> str:
-        """The program and what it computes on."""
+        """llama.cpp and its device."""
         return f"llama.cpp {self._device} (llama-cpp-python {llama_cpp.__version__})"
 
     @property
@@ -121,7 +121,7 @@ class LlamaCppRunner:
         return "".join(LOG)
 
     def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
-        """Logits of every position without a past, [b, s] -> [b, s, vocab]; 0 at padding, whichever side it is on."""
+        """Logits of every position without a past, [b, s] -> [b, s, vocab]; 0 at padding (left or right)."""
         mask = np.ones_like(tokens, bool) if valid is None else np.asarray(valid) > 0
         self._begin(*tokens.shape)
         found = np.zeros((*tokens.shape, self.vocab), np.float32)
@@ -134,7 +134,7 @@ class LlamaCppRunner:
         return found
 
     def start(self, tokens: IntArray, capacity: int) -> FloatArray:
-        """Forget the past, read a prompt into the cache, return its last logits, [b, s] -> [b, vocab]."""
+        """Reset the cache, prefill it with a prompt, return the last logits, [b, s] -> [b, vocab]."""
         batch, length = tokens.shape
         if capacity < length:
             raise ExportError(f"gguf: capacity {capacity} is less than the prompt's {length} tokens")
@@ -151,7 +151,7 @@ class LlamaCppRunner:
     def step(self, tokens: IntArray) -> FloatArray:
         """Append one token per row to the cache, [b] -> [b, vocab]."""
         if self._context is None:
-            raise ExportError("gguf: step was called before start; read a prompt first")
+            raise ExportError("gguf: step was called before start; call start first")
         positions = np.full(len(tokens), self._length)
         self._length += 1
         return self._decode(tokens, positions, np.arange(len(tokens)), every=True)
@@ -166,13 +166,13 @@ class LlamaCppRunner:
             shutil.rmtree(self._copies, ignore_errors=True)
 
     def tokenize(self, text: str) -> list[int]:
-        """Numbers of a text's pieces, without bos and eos, special pieces recognized."""
+        """Token ids of a text, without bos and eos; special tokens are recognized."""
         data, vocab = text.encode(), llama_cpp.llama_model_get_vocab(self._model)
-        room = (llama_cpp.llama_token * (len(data) + 8))()
-        count = llama_cpp.llama_tokenize(vocab, data, len(data), room, len(room), False, True)
+        buffer = (llama_cpp.llama_token * (len(data) + 8))()
+        count = llama_cpp.llama_tokenize(vocab, data, len(data), buffer, len(buffer), False, True)
         if count < 0:
             raise ExportError(f"gguf: llama.cpp could not tokenize {text[:40]!r}: {last_lines()}")
-        return list(room[:count])
+        return list(buffer[:count])
 
     def _begin(self, rows: int, capacity: int) -> None:
         self._drop_context()
@@ -190,7 +190,7 @@ class LlamaCppRunner:
         if not self._context:
             self._context = None
             raise ExportError(
-                f"gguf: llama.cpp cannot make a context of {rows} x {capacity} positions: {last_lines(seen)}"
+                f"gguf: llama.cpp cannot create a context of {rows} x {capacity} positions: {last_lines(seen)}"
             )
         self._batch = llama_cpp.llama_batch_init(max(TOKENS_AT_ONCE, rows), 0, 1)
 
@@ -218,17 +218,17 @@ class LlamaCppRunner:
 
 
 def last_lines(mark: int = 0) -> str:
-    """The telling end of what llama.cpp logged since ``mark``."""
+    """The last error lines that llama.cpp logged since ``mark``, or its last lines."""
     lines = [line.strip() for line in "".join(LOG[mark:] or LOG).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
-    return "; ".join((telling or lines)[-3:]) or "it gave no reason"
+    errors = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
+    return "; ".join((errors or lines)[-3:]) or "it gave no reason"
 
 
 def _survives(root: Path) -> None:
-    """Load the folder in a child process and read one token.
+    """Load the model in a child process and compute one token.
 
     Raises:
-        ExportError: the child died.
+        ExportError: the child process failed.
     """
     probe = (
         "import sys, numpy, pathlib, llama_cpp; from flatq_gguf import runner; "
@@ -237,8 +237,8 @@ def _survives(root: Path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", probe, str(root)], capture_output=True, text=True, check=False)
     if ended.returncode:
-        told = ended.stderr.strip().splitlines()[-1:] or ["no message"]
+        message = ended.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ExportError(
-            f"{root}: llama.cpp fails on this file here (exit code {ended.returncode}: {told[0]}). This build uses "
+            f"{root}: llama.cpp fails on this file here (exit code {ended.returncode}: {message[0]}). This build uses "
             f"AMX, with which some releases crash on every quantized file; {REBUILD}"
         )

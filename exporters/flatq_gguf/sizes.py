@@ -1,4 +1,4 @@
-"""Size of an export from shapes alone, so that a plan can name it before anything is computed."""
+"""Size of an export from shapes alone, for ``flatq plan``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PIECE_BYTES = 36  # a piece of the vocabulary with its type and its merge, as me
 
 
 def estimated_bytes(contents: Contents) -> int:
-    """Size of the files from shapes alone; for K-quants within some percent."""
+    """Size of the files from shapes alone; for K-quants accurate to some percent."""
     precision = contents.options.precision
     total = METADATA_BYTES + contents.config.vocab * PIECE_BYTES
     for tensor in contents.planned():

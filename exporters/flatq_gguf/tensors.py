@@ -1,7 +1,7 @@
-"""Which tensors the file will hold, from shapes alone, and how each is made from the artifact.
+"""The tensors of the file, planned from shapes, and their conversion from the artifact.
 
-The two belong together: sizes are planned from ``planned``, the file's table is written from it before any weight is
-read, and what is made must be what was planned. One tensor of the artifact is in memory at a time.
+Sizes are computed from ``planned``, and the file's tensor table is written from it before any weight is read, so
+``tensor`` must return what was planned. One tensor of the artifact is in memory at a time.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor before it exists.
+    """A planned tensor.
 
     Attributes:
         name: in the file.
-        source: the artifact's tensor; empty for rope factors.
+        source: name of the artifact's tensor; empty for rope factors.
         shape: [o, i] or [o].
         kind: ggml's name of the type.
-        carries_codes: the artifact's codes are stored as they are.
+        carries_codes: whether the artifact's codes are stored exactly.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Everything that decides what stands in the file."""
+    """Everything that determines the content of the file."""
 
     config: DecoderConfig
     grids: Mapping[str, Grid]
@@ -83,11 +83,11 @@ class Contents:
             yield Planned(names.to_gguf(name), name, shape, kind, carries)
 
     def tensor(self, planned: Planned, weights: Weights) -> NDArray[np.generic]:
-        """The data that ``planned`` announced: float32, float16, or uint8 [o, bytes of a row].
+        """The data of a planned tensor: float32, float16, or uint8 [o, bytes of a row].
 
         Raises:
-            ExportError: the artifact's tensor has another shape than its configuration says, or a number that
-                float16 cannot hold.
+            ExportError: the artifact's tensor does not have the shape of its configuration, or a number is too large
+                for float16.
         """
         if not planned.source:
             return rope_divisors(self.config)
@@ -108,12 +108,12 @@ class Contents:
         expected = shapes_of(self.config)[name]
         if found != expected:
             raise ExportError(
-                f"gguf: {name} has shape {list(found)}, the artifact's config.json says {list(expected)}; run again "
+                f"gguf: {name} has shape {list(found)}, the artifact's config.json gives {list(expected)}; run again "
                 "with --fresh"
             )
 
     def placement(self, stem: str) -> Placement | None:
-        """Where a linear of a layer goes; None for what stays as it is."""
+        """Placement of a linear of a layer; None for tensors that are not reordered or padded."""
         parts = stem.split(".")
         if parts[0] != "layers" or parts[2] not in LINEARS:
             return None
@@ -122,7 +122,7 @@ class Contents:
         return Placement.of(parts[2], source, written, self.config.d_model, paired=self.architecture.paired)
 
     def _type(self, stem: str, shape: tuple[int, ...]) -> tuple[str, bool]:
-        """Type of a matrix, and whether its codes are carried."""
+        """Type of a matrix, and whether its codes are stored exactly."""
         wanted, grid = self.options.precision, self.grids.get(stem)
         if wanted in K_QUANTS:
             return "F16", False
@@ -146,12 +146,12 @@ class Contents:
 
 @lru_cache(maxsize=4)
 def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """``flatq.model.weights.tensor_shapes``, remembered: it builds the model on no device, once per question."""
+    """``flatq.model.weights.tensor_shapes`` with a cache, because it builds the model (on device meta) in each call."""
     return tensor_shapes(config)
 
 
 def rope_divisors(config: DecoderConfig) -> NDArray[np.float32]:
-    """What llama.cpp divides the plain frequencies by, float32 [d_qk / 2]."""
+    """Divisors of the unscaled rope frequencies, as llama.cpp stores them, float32 [d_qk / 2]."""
     d_qk = config.layers[0].d_qk
     plain = replace(config.rope, scaling=None).inverse_frequencies(d_qk)
     divisors: NDArray[np.float32] = (plain / config.rope.inverse_frequencies(d_qk)).numpy()
@@ -159,7 +159,7 @@ def rope_divisors(config: DecoderConfig) -> NDArray[np.float32]:
 
 
 def encoded(values: NDArray[np.generic], planned: Planned) -> NDArray[np.generic]:
-    """Plain numbers in the planned type, rounded to nearest by gguf's own code."""
+    """Numbers converted to the planned type, rounded to nearest by the gguf package."""
     import gguf
 
     if planned.kind == "F16" and not bool((np.abs(values) <= np.finfo(np.float16).max).all()):

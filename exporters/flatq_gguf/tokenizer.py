@@ -1,26 +1,29 @@
 """A Hugging Face ``tokenizer.json`` as GGUF metadata.
 
-llama.cpp tokenizes by itself: it is told the pieces, their types and the merges or scores, and by name one of the
-pre-tokenizers that are built into it (``pre_tokenizers.py``). What it cannot be told is refused, before anything is
-computed where the tokenizer is at hand then.
+llama.cpp has its own tokenizer: the file contains the tokens, their types, merges or scores, and the name of a built-in
+pre-tokenizer (``pre_tokenizers.py``). Unsupported tokenizers raise an error; ``flatq run`` checks this before it
+computes anything, if the model has a tokenizer.
 
-Byte-level BPE becomes model ``gpt2``. BPE with byte fallback (Llama 2, Mistral) becomes ``llama``, where llama.cpp
-merges the adjacent pair of the highest score: the negated rank of the merge that makes a piece is that score.
-WordPiece and Unigram were left out: no supported family has them.
+Byte-level BPE becomes model ``gpt2``. BPE with byte fallback (Llama 2, Mistral) becomes ``llama``, for which llama.cpp
+merges the adjacent pair with the highest score; the score of a token is the negated rank of its merge.
+Left out: WordPiece and Unigram, which no supported family has.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flatq.export import Artifact, ExportError
+from flatq.export import Artifact, ExportError, read_json
 from flatq_gguf.pre_tokenizers import known_names, name_of, steps_of
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 FILE = "tokenizer.json"
+AGAIN = "run the recipe again with --fresh"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -31,11 +34,11 @@ class Vocabulary:
     Attributes:
         model: ``gpt2`` or ``llama``.
         pre: name of the pre-tokenizer; None for ``llama``, which has none.
-        tokens: one piece per row of the embedding.
-        types: NORMAL and so on, per piece.
-        merges: ``left right``, best first; empty for ``llama``.
-        scores: per piece; empty for ``gpt2``.
-        ids: ``bos``, ``eos``, ``unknown``, ``padding`` where there are such; further end tokens as ``eot``, ``eom``.
+        tokens: one token per row of the embedding.
+        types: NORMAL and so on, per token.
+        merges: ``left right``, by rank; empty for ``llama``.
+        scores: per token; empty for ``gpt2``.
+        ids: ``bos``, ``eos``, ``unknown``, ``padding``, if the model has them; further end tokens as ``eot``, ``eom``.
         flags: ``add_bos_token`` and so on.
         chat_templates: by name.
     """
@@ -52,28 +55,29 @@ class Vocabulary:
 
 
 def read_vocabulary(artifact: Artifact, size: int, pre: str | None) -> Vocabulary | None:
-    """The tokenizer beside an artifact; None if there is none.
+    """The tokenizer of an artifact; None if there is none.
 
     Args:
-        artifact: what is exported.
-        size: rows of the embedding; pieces beyond the tokenizer's are marked unused.
+        artifact: the exported artifact.
+        size: rows of the embedding; rows beyond the tokenizer's vocabulary are marked unused.
         pre: name of the pre-tokenizer given by the user.
 
     Raises:
-        ExportError: a tokenizer that GGUF cannot hold or whose pre-tokenizer has no known name.
+        ExportError: GGUF does not support the tokenizer, or its pre-tokenizer is not recognized.
     """
     root, settings = artifact.root, artifact.settings
     path = root / FILE
     if not path.exists():
         return None
-    described = json.loads(path.read_text(encoding="utf-8"))
+    described = read_json(path, dict[str, Any], AGAIN, error=ExportError)
+    bare = _opened(path)
     if problems := objections(described, size, pre):
         raise ExportError("\n".join(f"{path}: {problem}" for problem in problems))
     beside = root / "tokenizer_config.json"
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    config = read_json(beside, dict[str, Any], AGAIN, error=ExportError) if beside.exists() else {}
     tokens, types = _pieces(described, size)
     ids = _ids({token: index for index, token in enumerate(tokens)}, config, settings, described["model"])
-    adds_bos, adds_eos = _frame(path, ids)
+    adds_bos, adds_eos = _frame(bare, ids)
     flags = {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
     templates = artifact.chat_templates()
@@ -88,7 +92,7 @@ def read_vocabulary(artifact: Artifact, size: int, pre: str | None) -> Vocabular
 
 
 def objections(described: Mapping[str, Any], size: int, pre: str | None) -> list[str]:
-    """Why llama.cpp cannot be given this tokenizer, each with the way out.
+    """Reasons why llama.cpp does not support this tokenizer, each with a remedy.
 
     Args:
         described: a parsed ``tokenizer.json``.
@@ -103,20 +107,19 @@ def objections(described: Mapping[str, Any], size: int, pre: str | None) -> list
     if beyond:
         piece, index, _ = beyond[0]
         found.append(
-            f"piece {piece!r} has number {index}, but the embedding has {size} rows; the tokenizer belongs to another "
-            "model"
+            f"token {piece!r} has id {index}, but the embedding has {size} rows; the tokenizer belongs to another model"
         )
     if not model.get("byte_fallback") and pre is None and name_of(described) is None:
         kinds = " + ".join(step["type"] for step in steps_of(described.get("pre_tokenizer"))) or "none"
         found.append(
             f"llama.cpp's name for this pre-tokenizer ({kinds}) is not known; known: {', '.join(known_names())}. Look "
-            "it up in the model's own GGUF files (key tokenizer.ggml.pre) and set it as the option pre_tokenizer"
+            "it up in existing GGUF files of the model (key tokenizer.ggml.pre) and set the option pre_tokenizer"
         )
     return found
 
 
 def _entries(described: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Every piece with its number and type."""
+    """Every token with its id and type."""
     entries = [(piece, index, NORMAL) for piece, index in described["model"]["vocab"].items()]
     added = described.get("added_tokens", [])
     return entries + [(e["content"], e["id"], CONTROL if e["special"] else USER_DEFINED) for e in added]
@@ -136,7 +139,7 @@ def _pieces(described: Mapping[str, Any], size: int) -> tuple[list[str], list[in
 def _ids(
     number: dict[str, int], config: dict[str, Any], settings: dict[str, Any], model: dict[str, Any]
 ) -> dict[str, int]:
-    """Numbers of the special tokens: what the tokenizer says, else what the model says."""
+    """Ids of the special tokens, from the tokenizer, else from the model's settings."""
     found = {}
     for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"), ("unknown", "unk_token")):
         piece = config.get(key)
@@ -151,15 +154,27 @@ def _ids(
             found[name] = int(index)
     ends = settings.get("eos_token_id")
     further = [int(end) for end in ends if end != found.get("eos")] if isinstance(ends, list) else []
-    # llama.cpp stops at each of these three, whatever they are called.
+    # llama.cpp stops at each of these three tokens.
     return found | dict(zip(("eot", "eom"), further, strict=False))
 
 
-def _frame(path: Path, ids: dict[str, int]) -> tuple[bool, bool]:
-    """Whether the tokenizer puts bos before and eos behind a text, found by asking it."""
+def _opened(path: Path) -> Tokenizer:
+    """The tokenizer, opened by the tokenizers library, which validates the file.
+
+    Raises:
+        ExportError: the library cannot open it.
+    """
     from tokenizers import Tokenizer
 
-    framed = Tokenizer.from_file(str(path)).encode("a").ids
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as damaged:  # the library raises the base class itself
+        raise ExportError(f"{path}: is damaged ({damaged}); {AGAIN}") from damaged
+
+
+def _frame(bare: Tokenizer, ids: dict[str, int]) -> tuple[bool, bool]:
+    """Whether the tokenizer adds bos and eos to a text, found by encoding one."""
+    framed = bare.encode("a").ids
     starts = bool(framed) and framed[0] == ids.get("bos")
     return starts, len(framed) > 1 and framed[-1] == ids.get("eos")
 

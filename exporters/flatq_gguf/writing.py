@@ -1,7 +1,7 @@
-"""The file on disk: header and table first, from shapes; then one tensor after another; then a rename.
+"""Write the file: header and tensor table from shapes, then one tensor after another, then a rename.
 
-gguf's own writer does the bytes. It is fed tensor by tensor, so that a large model needs the memory of its largest
-table. A folder with a ``.growing`` inside is an export that did not finish.
+The gguf package writes the bytes. Tensors are written one at a time, so memory is that of the largest table. A folder
+with a ``.growing`` inside is an unfinished export.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from flatq_gguf.metadata import context_length, describe, dimension, file_name, 
 from flatq_gguf.tensors import Contents, Planned
 from flatq_gguf.tokenizer import Vocabulary, read_vocabulary
 
-# KL divergence, in nats, that rounding all matrices to a type is allowed to cost: several times what it did on
-# SmolLM2-135M (F16 2e-5, BF16 1e-3, Q8_0 1e-3, Q5_0 0.1, Q4_1 0.2, Q4_0 0.37), where small models suffer most.
+# Allowed KL divergence, in nats, of rounding all matrices to a type: several times the values measured on SmolLM2-135M
+# (F16 2e-5, BF16 1e-3, Q8_0 1e-3, Q5_0 0.1, Q4_1 0.2, Q4_0 0.37); small models are affected most.
 ROUNDING_KL = {"F32": 0.0, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 1e-2, "Q5_0": 0.5, "Q4_1": 1.0, "Q4_0": 1.5}
 
 
@@ -72,9 +72,9 @@ def _write_quantized(
     matrix: Importance,
     imatrix: Path | None,
 ) -> None:
-    """A K type: first in float16, then by llama.cpp."""
+    """Write a K type: first in float16, then quantize with llama.cpp."""
     precision, by = contents.options.precision, tool(contents.options.quantize_with)
-    assert by is not None  # or ``check`` had objected
+    assert by is not None  # ``check`` makes sure of it
     half = growing / "half"
     half.mkdir()
     _write_tensors(artifact, half / "half.gguf", contents, vocabulary)
@@ -86,7 +86,7 @@ def _write_quantized(
 
 
 def _write_tensors(artifact: Artifact, path: Path, contents: Contents, vocabulary: Vocabulary | None) -> None:
-    """One file, or numbered parts of one if the tensors take more than ``split_above`` bytes."""
+    """Write one file, or numbered parts if the tensors have more than ``split_above`` bytes."""
     import gguf
 
     planned, split_above = list(contents.planned()), contents.options.split_above
@@ -118,21 +118,19 @@ def _notes(
     config, written = contents.config, contents.architecture.written
     notes = [f"architecture in the file: {contents.architecture.name}"]
     if any(a.d_v != b.d_v for a, b in zip(config.layers, written.layers, strict=True)):
-        notes.append("value heads are filled up with zeros: v, o and the V cache take the room of the original model")
+        notes.append("value heads are padded with zeros: v, o and the V cache are as large as in the original model")
     wider = [b.d_ff - a.d_ff for a, b in zip(config.layers, written.layers, strict=True)]
     if any(wider):
-        notes.append(f"{sum(wider)} zero MLP channels were added, to fill blocks or to make all layers alike")
+        notes.append(f"{sum(wider)} zero MLP channels were added, to fill blocks or for equal widths in all layers")
     if contents.options.precision == "codes":
         notes += _uncarried(contents, planned)
     if context_length(contents) < (contents.options.context_length or config.max_positions):
         notes.append(
-            f"context length {context_length(contents)}: llama.cpp does not apply this model's sliding window, and up "
-            "to there it makes no difference"
+            f"context length {context_length(contents)}: limited to this model's sliding window, which llama.cpp does "
+            "not apply"
         )
     if vocabulary is None:
-        notes.append(
-            "the artifact has no tokenizer.json, so the file has no tokenizer: programs can feed it numbers only"
-        )
+        notes.append("the artifact has no tokenizer.json, so the file has no tokenizer and accepts only token ids")
     if contents.options.precision in ("f32", "f16", "bf16"):
         model, matrix = files[0].name, None if imatrix is None else imatrix.name
         target = f"{model.rsplit('-', 1)[0]}-Q4_K_M.gguf"
@@ -141,16 +139,16 @@ def _notes(
 
 
 def _uncarried(contents: Contents, planned: list[Planned]) -> list[str]:
-    """Which matrices are not the artifact's codes, and why."""
+    """Notes about matrices that are not stored as the artifact's codes, with the reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for tensor in planned:
         if tensor.source and len(tensor.shape) == 2 and not tensor.carries_codes:
             stem = tensor.source.removesuffix(".weight")
             why = (
-                "for a block of 32 would span groups with two scales (in the flat stage, values: whole or "
+                "because a block of 32 would span groups with two scales (in the flat stage, values: whole or "
                 "rank_multiple: 32 avoids it)"
                 if stem in contents.grids
-                else "for they have no codes"
+                else "because they are not quantized"
             )
             found.setdefault((tensor.kind, why), []).append(stem)
     return [

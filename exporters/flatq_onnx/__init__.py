@@ -1,9 +1,8 @@
-"""ONNX export: one graph builder, two attention layouts, quantized weights as the artifact holds them.
+"""ONNX export: one graph builder, two attention layouts, weights with the artifact's codes.
 
-Read ``graph.py`` first. ``options.py`` says what each target wants, ``check.py`` what stands against a model;
-``tensors.py`` turns codes into bytes, ``linears.py`` and ``attention.py`` draw the two kinds of block,
-``companions.py`` writes what the target's program wants beside the graph, ``runner.py`` runs the result in
-onnxruntime. Importing this package needs neither onnx nor onnxruntime.
+Start with ``graph.py``. ``options.py`` defines the targets, ``check.py`` the unsupported cases; ``tensors.py`` packs
+codes, ``linears.py`` and ``attention.py`` build linears and attention, ``companions.py`` writes the other files that a
+target needs, ``runner.py`` runs the model in onnxruntime. Importing this package needs neither onnx nor onnxruntime.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ __all__ = ["OnnxExporter", "OnnxOptions"]
 INSTALL = "pip install 'flatq[cpu]'"
 WRITER = {"onnx": ("onnx", INSTALL), "onnx_ir": ("onnx-ir", INSTALL)}
 RUNTIME = {"onnxruntime": ("onnxruntime", INSTALL)}
-INT8_CACHE_KL = 0.02  # nats that rounded keys and values may cost
-HALF_KL = 0.01  # nats that float16 may cost; the rounding of one sum in a long row is the largest part
+INT8_CACHE_KL = 0.02  # nats, allowed for int8 keys and values
+HALF_KL = 0.01  # nats, allowed for float16; mostly due to the rounding of sums over long rows
 
 
 class OnnxExporter(Exporter):
-    """Writes ``model.onnx`` (and ``model.onnx.data`` when large) with ``flatq_onnx.json`` beside it."""
+    """Writes ``model.onnx`` (and ``model.onnx.data`` if large) and ``flatq_onnx.json``."""
 
     Options = OnnxOptions
 
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
-        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
+        """See ``flatq.export.Exporter.check``."""
         return objections(config, grids, options)
 
     def bytes(
@@ -54,7 +53,7 @@ class OnnxExporter(Exporter):
         return estimated_bytes(config, grids, options)
 
     def dense(self, options: OnnxOptions) -> OnnxOptions:
-        """The same graph with plain weights in a file of their own: written one by one, never all in memory."""
+        """Options for the dense model: the same graph with unquantized weights, as external data to save memory."""
         plain = {"precision": options.activations, "cache_type": "float", "external_data_above": 0}
         return options.model_copy(update=plain)
 
@@ -63,10 +62,10 @@ class OnnxExporter(Exporter):
         return options.cache_type == "int8"
 
     def write(self, artifact: Artifact, out: Path, options: OnnxOptions) -> Exported:
-        """Write the files into ``out``; the graph appears last, when all that it needs is there.
+        """Write the files into ``out``; the graph is written last.
 
         Raises:
-            ExportError: ``check`` objects, or the onnx packages are not installed.
+            ExportError: ``check`` has objections, or the onnx packages are not installed.
         """
         problems = self.check(artifact.config, artifact.grids, options)
         if problems:
@@ -83,7 +82,7 @@ class OnnxExporter(Exporter):
     def open(
         self, exported: Path, options: OnnxOptions, *, provider: str = "auto", threads: int = 0, exact: bool = False
     ) -> Runner:
-        """Open what ``write`` wrote, or a decoder graph of someone else's, in onnxruntime.
+        """Open an export, or an ONNX decoder of another program, in onnxruntime.
 
         See ``flatq.export.Exporter.open``.
         """
@@ -122,7 +121,7 @@ class OnnxExporter(Exporter):
 
 
 def metadata_of(artifact: Artifact) -> dict[str, str]:
-    """Where a graph came from: digest of the recipe, family, widths."""
+    """Provenance in the graph's metadata: digest of the recipe, family, widths."""
     return {
         "flatq.recipe_digest": str(artifact.manifest.get("recipe_digest", "")),
         "flatq.family": artifact.config.family,
@@ -146,15 +145,15 @@ def _notes(artifact: Artifact, options: OnnxOptions) -> list[str]:
         ]
         if plain or ends:
             floats = "float16" if options.activations == "fp16" else "float32"
-            notes.append(f"stored as {floats}, for they have no codes: {', '.join([*plain, *ends])}")
+            notes.append(f"stored as {floats} because they are not quantized: {', '.join([*plain, *ends])}")
         if any(grid.bits == 3 for grid in artifact.grids.values()):
-            notes.append("3-bit codes are stored in 4 bits, for there is no 3-bit kernel")
+            notes.append("3-bit codes are stored in 4 bits because onnxruntime has no 3-bit kernel")
     if options.target in ("genai", "optimum") and not (artifact.root / TOKENIZER).exists():
-        notes.append(f"the artifact has no {TOKENIZER}, so {options.target} can only be given token ids")
+        notes.append(f"the artifact has no {TOKENIZER}, so {options.target} accepts only token ids")
     if options.cache_type == "int8":
-        notes.append(f"keys and values are kept in int8; needs onnxruntime {INT8_SINCE} or later")
+        notes.append(f"the KV cache is int8, which needs onnxruntime {INT8_SINCE} or later")
     if options.fused_rope:
-        notes.append("a padded batch must be padded on the right; left_padding: true takes both")
+        notes.append("a padded batch must be padded on the right; left_padding: true supports both sides")
     return notes
 
 

@@ -1,24 +1,23 @@
-"""Two ways to draw attention, for two kinds of program that will run it.
+"""Two implementations of attention in ONNX.
 
-``Reduced`` is made of standard operators (opset 24): TensorScatter puts new keys and values into a cache that has
-room for more, in place, and Attention reads it as if it were new: a past of its own it would copy for every token.
-Value heads are as narrow as the model's, in the cache too. For a decoded token each head is a product of one row, and
-onnxruntime reads the cache as it lies for one row with factor 1 (hence the scale in the rotation), and copies it into
-panels first for more. That is why it beats GroupQueryAttention, which does the latter once per query head. Whoever
-runs it makes the caches and says where the new tokens go.
+``Reduced`` uses standard operators (opset 24): TensorScatter writes new keys and values in place into a preallocated
+cache, and Attention gets the whole cache as its keys and values, because Attention's own past would be copied for every
+token. Value heads, also in the cache, have the model's reduced width. When a token is decoded, each head is a
+vector-matrix product; onnxruntime reads the cache without copies for a single row and a scale of 1 (so the scale is
+applied in the rotary embedding), and otherwise copies it into panels. This makes it faster than GroupQueryAttention,
+which copies once per query head. The caller allocates the caches and gives the positions of new tokens.
 
-``Grouped`` is onnxruntime's GroupQueryAttention, with one head size for keys and values and the cache that other
-programs expect. Value heads are filled up to the key's width with zero rows in the packed projection (a product
-with a few more rows costs less than a Pad node and its copies), and a Slice drops the empty columns from the
-output. Laying out o's columns to skip that Slice was left out: it would read (d - r) / r more of o for every
-token, and the zero columns would break o's groups.
+``Grouped`` is onnxruntime's GroupQueryAttention, with one head size for keys and values and the cache layout that other
+programs expect. Value heads are padded to the key's width with zero rows in the packed projection (faster than a Pad
+node), and a Slice removes the padding from the output. Padding the columns of o instead of using Slice was rejected: it
+would read (d - r) / r more of o for every token, and the zero columns would break o's groups.
 
-Left padding: ``Reduced``, and ``Grouped`` without its own rotary embedding, take the mask and the angles of
-``Placement``, which count valid tokens. GroupQueryAttention with its own rotary embedding places a token by the
-number of valid tokens in its row, which is right only if padding stands on the right.
+Left padding: ``Reduced``, and ``Grouped`` without fused rotary embedding, use the mask and the angles of ``Placement``,
+which count valid tokens. GroupQueryAttention with fused rotary embedding computes a token's position from the number of
+valid tokens in its row, which is correct only for right padding.
 
-Axes: b batch, s new positions, t positions that the cache has room for (``Grouped``: all positions so far), h query
-heads, kv key/value heads, g query heads per key head, d d_qk, r d_v.
+Axes: b batch, s new positions, t capacity of the cache (``Grouped``: all positions so far), h query heads, kv key/value
+heads, g query heads per key head, d d_qk, r d_v.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ from flatq_onnx.positions import Placement, length, place, span
 
 
 class Attention(Protocol):
-    """Draws the attention of a layer and knows the shape of its cache.
+    """Builds the attention of a layer and defines the shape of its cache.
 
     Attributes:
-        past: name of the cache's axis of positions in the inputs.
-        kept: type of the cache's numbers; None is the graph's float type.
+        past: name of the position axis of the cache inputs.
+        kept: data type of the cache; None is the graph's float type.
     """
 
     past: str
@@ -51,12 +50,12 @@ class Attention(Protocol):
         ...
 
     def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Normed stream [b, s, m] -> (heads' output [b, s, h * r], present keys, present values)."""
+        """Normalized residual stream [b, s, m] -> (heads' output [b, s, h * r], present keys, present values)."""
         ...
 
 
 class _Drawing:
-    """What both layouts need."""
+    """Base class of both layouts."""
 
     kept: Any = None
 
@@ -64,7 +63,7 @@ class _Drawing:
         self.builder, self.linears, self.config = builder, linears, config
 
     def reshaped(self, x: Any, name: str, sizes: Sequence[int], shape: Dims) -> Any:
-        """``x`` in another shape; 0 keeps a size, -1 takes what is left."""
+        """Reshape of ``x``; 0 keeps a size, -1 is inferred."""
         return self.builder.op("Reshape", [x, self.builder.constant(f"shape.{name}", ints(*sizes))], shape)
 
     def split_heads(self, x: Any, heads: int, width: int) -> Any:
@@ -76,7 +75,7 @@ class _Drawing:
         return self.reshaped(x, f"{heads * width}", (0, 0, heads * width), [*TOKENS, heads * width])
 
     def norm_heads(self, x: Any, name: str, heads: int, width: int) -> Any:
-        """Norm of each head by itself, [b, s, heads * width] -> the same (Qwen3)."""
+        """RMSNorm of each head, [b, s, heads * width] -> the same (Qwen3)."""
         build, epsilon = self.builder, self.config.norm_eps
         split = self.split_heads(x, heads, width)
         weight = self.linears.vector(f"{name}.weight", width)
@@ -85,7 +84,7 @@ class _Drawing:
         return self.joined_heads(normed, heads, width)
 
     def normed_pair(self, query: Any, key: Any, index: int) -> tuple[Any, Any]:
-        """Query and key behind the head norms, where the family has them."""
+        """Query and key after the head norms, if the family has them."""
         if not self.config.qk_norm:
             return query, key
         dims = self.config.layers[index]
@@ -102,7 +101,7 @@ class _Drawing:
 
 
 class Reduced(_Drawing):
-    """Products over a cache that is written in place; the value cache is [b, kv, t, r]."""
+    """Attention over a cache that is written in place; the value cache is [b, kv, t, r]."""
 
     past = "capacity"
 
@@ -116,7 +115,7 @@ class Reduced(_Drawing):
         one = builder.constant("const.1", ints(1))
         first = builder.op("Unsqueeze", [self._first, one], ["batch", 1], dtype=INT64)
         slots = builder.op("Add", [first, offsets], TOKENS, dtype=INT64)
-        # Queries and keys are both scaled by the rotation, so their product is scaled by d ** -0.5 at no cost.
+        # Cosines and sines are scaled by d ** -0.25, so the product of queries and keys is scaled by d ** -0.5.
         self._at = place(builder, config, valid, slots, self.past, scale=config.layers[0].d_qk ** -0.25)
 
     def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
@@ -152,7 +151,7 @@ class Reduced(_Drawing):
         return self.rotate(pair, both, dims.d_qk, self._at), value
 
     def _written(self, past: Sequence[Any], new: Sequence[Any], dims: LayerDims, axis: int) -> list[Any]:
-        """Keys and values with the new ones in their places."""
+        """Caches with the new keys and values written to their positions."""
         return [
             self.builder.op("TensorScatter", [old, part, self._first], shape, axis=axis)
             for old, part, shape in zip(past, new, self.cache(dims), strict=True)
@@ -168,7 +167,7 @@ class Grouped(_Drawing):
     """onnxruntime's GroupQueryAttention; the value cache is [b, kv, t, d].
 
     Args:
-        positions: rows of the rotary tables; None leaves rotary embedding and mask outside of the node.
+        positions: rows of the rotary tables; None computes rotary embedding and mask outside of the node.
     """
 
     past = "past"
@@ -189,7 +188,7 @@ class Grouped(_Drawing):
         end = builder.op("Squeeze", [total, zero], [], dtype=INT64)
         self._end, self._total = end, builder.op("Cast", [end], [], dtype=INT32, to=INT32)
         self._at = None
-        if positions is None:  # the mask decides what is seen, so every row ends at the last position
+        if positions is None:  # the mask hides padding, so every row ends at the last position
             rows = length(builder, valid, 0)
             count = builder.op("Expand", [total, rows], ["batch"], dtype=INT64)
             start = builder.op("Sub", [total, length(builder, tokens, 1)], [1], dtype=INT64)
@@ -227,7 +226,7 @@ class Grouped(_Drawing):
         return self._narrow(wide, dims), keys, values
 
     def _attended(self, new: Sequence[Any], index: int, past: Sequence[Any]) -> Sequence[Any]:
-        """Heads' output [b, s, h * d], present keys and values, from query, key and value as for the node."""
+        """Heads' output [b, s, h * d], present keys and values, from the node's inputs query, key and value."""
         return self._node(new, index, past)
 
     def _node(self, new: Sequence[Any], index: int, past: Sequence[Any], scales: Sequence[Any] = ()) -> Sequence[Any]:
@@ -237,7 +236,13 @@ class Grouped(_Drawing):
         fused = self._at is None
         window = self.config.sliding_window if fused and self.config.sliding_window is not None else -1
         mask = None if self._at is None else self._at.mask
-        optional = [*(self._tables or [None, None]), None, mask, None, *scales]  # places and sinks are left out
+        optional = [
+            *(self._tables or [None, None]),
+            None,
+            mask,
+            None,
+            *scales,
+        ]  # no position_ids, no head_sink
         kept, quantized = self.builder.float_type, dict[str, Any]()
         if scales:
             kept = INT8
@@ -259,7 +264,7 @@ class Grouped(_Drawing):
         return outputs
 
     def _projections(self, x: Any, index: int) -> tuple[Any, Any, Any]:
-        """Query, key, value; all three in the first place where they come from one node as they are."""
+        """Query, key, value; packed in the first one if they come from one node unchanged."""
         dims = self.config.layers[index]
         query_part, key_part, value_part = (Part.of(self.config, index, linear) for linear in "qkv")
         if dims.d_v < dims.d_qk:
@@ -275,7 +280,7 @@ class Grouped(_Drawing):
         return query, key, value
 
     def _narrow(self, wide: Any, dims: LayerDims) -> Any:
-        """Drop the empty columns of each head, [b, s, h * d] -> [b, s, h * r]."""
+        """Remove the padding of each head, [b, s, h * d] -> [b, s, h * r]."""
         if dims.d_v == dims.d_qk:
             return wide
         split = self.split_heads(wide, dims.heads, dims.d_qk)

@@ -1,7 +1,7 @@
-"""A thin pen for ONNX graphs: every tensor it draws gets a name, a type and a shape.
+"""Builder for ONNX graphs in which every tensor has a name, a type and a shape.
 
-onnx's checker does not look into onnxruntime's own operators, so shapes behind them cannot be inferred: they are
-known here and written down as value_info. Weights are lazy: they are read and packed when the file is written.
+onnx's shape inference does not support onnxruntime's operators, so shapes are given explicitly and written as
+value_info. Weights are lazy: they are read and packed when the file is written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Builder:
     """Collects inputs, nodes and initializers of one graph.
 
     Args:
-        float_type: of every tensor that is not said to be of another type.
+        float_type: default type of tensors.
         opset: of the standard operators.
     """
 
@@ -54,7 +54,7 @@ class Builder:
         return value
 
     def optional_input(self, name: str, default: NDArray[Any]) -> Any:
-        """A graph input that may be left out: an initializer that the caller can override."""
+        """An optional graph input: an initializer that the caller can override."""
         value = self.constant(name, default)
         self._inputs.append(value)
         return value
@@ -65,11 +65,11 @@ class Builder:
         self._outputs.append(value)
 
     def constant(self, name: str, array: NDArray[Any]) -> Any:
-        """A small initializer, made now; asking again for the same name gives the same value."""
+        """A small initializer; the same name returns the same value."""
         return self.weight(name, array.shape, lambda: array, ir.DataType.from_numpy(array.dtype))
 
     def weight(self, name: str, shape: Sequence[int], make: Callable[[], NDArray[Any]], dtype: Any = None) -> Any:
-        """An initializer whose content is made, and brought to its type, when the file is written."""
+        """An initializer whose content is computed, and cast to its type, when the file is written."""
         if name not in self._initializers:
             value = self._value(name, shape, dtype)
             wanted = value.dtype.numpy()
@@ -100,8 +100,8 @@ class Builder:
         """A node with several outputs.
 
         Args:
-            inputs: None leaves one out.
-            shapes: of the outputs; None leaves one out.
+            inputs: None omits an optional input.
+            shapes: of the outputs; None omits an optional output.
             dtype: of all outputs, or a list with one for each.
         """
         name = self._fresh(kind)
@@ -118,13 +118,13 @@ class Builder:
         return outputs
 
     def either(self, condition: Any, then: Callable[[], Sequence[Any]], otherwise: Callable[[], Sequence[Any]]) -> Any:
-        """An If node; each branch draws its nodes when it is called and returns its values, as many and alike."""
+        """An If node; ``then`` and ``otherwise`` add the nodes of their branch and return values of the same shapes."""
         branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
         values = branches["then_branch"].outputs
         return self.ops("If", [condition], [v.shape for v in values], dtype=[v.dtype for v in values], **branches)
 
     def _branch(self, draw: Callable[[], Sequence[Any]]) -> Any:
-        """What ``draw`` draws as a graph of its own, which sees all values of this one."""
+        """The nodes added by ``draw`` as a subgraph, which can use all values of the outer graph."""
         outside, self._nodes = self._nodes, []
         try:
             outputs = draw()
@@ -153,5 +153,5 @@ class Builder:
 
 
 def ints(*values: int) -> NDArray[np.int64]:
-    """A vector of int64."""
+    """An int64 vector of constants."""
     return np.array(values, np.int64)

@@ -1,11 +1,11 @@
-"""Keys and values of the positions so far, bound to a session's inputs and outputs so that they never leave the device.
+"""The KV cache, bound to a session's inputs and outputs so that it stays on the device.
 
-Three ways in which past becomes present, named by ``Contract.growth``. Two of them write new positions into the
-buffer that holds the old ones. Such a buffer has room for some positions more than it holds, because the work of
-``attention: reduced`` goes with the room, not with the positions: it grows by a share of itself, which costs a copy
-now and then and leaves every shape as it is in between. Constant shapes also let onnxruntime plan its memory once,
-and let CUDA record a step once and replay it. A recorded step reads and writes where the first one did, so whatever
-a step is given keeps its place, also from one text to the next.
+``Contract.growth`` names three ways in which past becomes present. In two of them new positions are written into the
+buffer of the past. The buffer is allocated for more positions than it holds and grows by a fraction of its size, which
+needs a copy now and then and keeps all shapes constant in between. It is not allocated at full capacity because the
+time of ``attention: reduced`` depends on the allocated size. Constant shapes also let onnxruntime plan its memory only
+once, and allow CUDA graphs. A CUDA graph reads and writes fixed addresses, so the buffers of a step keep their address,
+also from one text to the next.
 
 Axes: b batch, s new positions, t positions.
 """
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from flatq.export import ExportError, FloatArray, IntArray
 from flatq_onnx.contract import Contract
 
-STEP = 64  # positions by which room grows at least
-NO_GRAPH = -1  # onnxruntime's number for a run that must not be recorded
+STEP = 64  # the allocated size is a multiple of this many positions
+NO_GRAPH = -1  # onnxruntime's graph id for a run without a CUDA graph
 
 
 class Cache:
@@ -31,10 +31,10 @@ class Cache:
 
     Args:
         session: onnxruntime's.
-        capacity: positions that will be asked for at most.
+        capacity: maximum number of positions.
         device: ``cpu`` or ``cuda``.
-        graphs: numbers that the session has not used yet, to record single steps as CUDA graphs; only for
-            ``growth: fixed``. None records nothing.
+        graphs: unused graph ids of the session, to capture single steps as CUDA graphs; only for ``growth: fixed``.
+            None disables CUDA graphs.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Cache:
         graphs: Iterator[int] | None = None,
     ) -> None:
         self._session, self._contract, self._device = session, contract, device
-        self.batch, self.capacity, self.length, self.room = batch, capacity, 0, 0
+        self.batch, self.capacity, self.length, self.allocated = batch, capacity, 0, 0
         self._graphs, self._graph = graphs, NO_GRAPH
         self._binding = session.io_binding()
         self._valid = np.zeros((batch, 0), np.int64)
@@ -58,12 +58,12 @@ class Cache:
         self._bound: dict[str, Any] = {}
         if "logits_from" in contract.optional_inputs:
             self._bind("logits_from", np.full(1, -1, np.int64))
-        self._binding.bind_output("logits", "cpu")  # outputs come back in the order of their first binding
+        self._binding.bind_output("logits", "cpu")  # outputs are returned in the order of their first binding
         if contract.growth == "returned":
             self._keep([_value(np.zeros(shape, contract.cache_number), device) for _, shape in self._shapes(0)])
 
     def restart(self, batch: int, capacity: int) -> bool:
-        """Forget all positions but not what was recorded; False where a new cache is as good."""
+        """Remove all positions but keep buffers and CUDA graphs; returns False if that has no advantage."""
         if self._graphs is None or batch != self.batch:
             return False
         self.capacity, self.length = capacity, 0
@@ -71,16 +71,16 @@ class Cache:
         return True
 
     def append(self, tokens: IntArray) -> FloatArray:
-        """Run new tokens, [b, s] -> logits of the last one [b, vocab]."""
+        """Run new tokens, [b, s] -> logits of the last position [b, vocab]."""
         first, new = self.length, tokens.shape[1]
         if first + new > self.capacity:
-            raise ExportError(f"the cache holds {self.capacity} positions, all used; start with a larger capacity")
-        self._make_room(first + new)
+            raise ExportError(f"the cache is full ({self.capacity} positions); start with a larger capacity")
+        self._allocate(first + new)
         self.length += new
         self._valid[:, first : self.length] = 1
         single = new == 1
         self._bind("input_ids", tokens, single=single)
-        # GroupQueryAttention knows a prompt by a mask as long as the prompt.
+        # GroupQueryAttention recognises a prompt by a mask of the same length.
         whole = self._contract.growth == "fixed" and (single or "cache_position" in self._contract.inputs)
         self._bind("attention_mask", self._valid if whole else self._valid[:, : self.length], single=single)
         if "cache_position" in self._contract.inputs:
@@ -105,35 +105,35 @@ class Cache:
             self._keep(self._binding.get_outputs()[1:])
         logits = self._step_logits() if single else self._binding.get_outputs()[0]
         rows: NDArray[np.float32] = logits.numpy()
-        return rows[:, -1].astype(np.float32)  # a copy: the next step writes where this one did
+        return rows[:, -1].astype(np.float32)  # a copy, because the next step overwrites the buffer
 
     def _step_logits(self) -> Any:
-        """One buffer for all steps: asking for a step's outputs wraps the whole cache, 3 % of a small model's time."""
+        """One logits buffer for all steps, because ``get_outputs`` wraps the whole cache (3 % of the time)."""
         if self._logits is None:
             shape = (self.batch, 1, self._contract.vocab)
             self._logits = _value(np.zeros(shape, self._contract.float_type), self._device)
         return self._logits
 
-    def _make_room(self, needed: int) -> None:
-        """At least ``needed`` positions, a share more so that it is seldom done, never more than the capacity."""
-        if needed <= self.room:
+    def _allocate(self, needed: int) -> None:
+        """Allocate at least ``needed`` positions, an eighth more to avoid frequent copies, at most the capacity."""
+        if needed <= self.allocated:
             return
-        room = min(self.capacity, -(-(needed + needed // 8) // STEP) * STEP)
-        self._valid = np.pad(self._valid, ((0, 0), (0, room - self.room)))
+        allocated = min(self.capacity, -(-(needed + needed // 8) // STEP) * STEP)
+        self._valid = np.pad(self._valid, ((0, 0), (0, allocated - self.allocated)))
         if self._contract.growth != "returned":
-            for name, shape in self._shapes(room):
+            for name, shape in self._shapes(allocated):
                 wider = np.zeros(shape, self._contract.cache_number)
                 if self.length:
                     wider[:, :, : self.length] = self._buffers[name].numpy()[:, :, : self.length]
                 self._buffers[name] = _value(wider, self._device)
                 self._binding.bind_ortvalue_input(f"past_key_values.{name}", self._buffers[name])
                 self._binding.bind_ortvalue_output(f"present.{name}", self._buffers[name])
-        self.room = room
+        self.allocated = allocated
         if self._graphs is not None:
             self._graph = next(self._graphs)
 
     def _bind(self, name: str, array: IntArray, *, single: bool = False) -> None:
-        """Bind an input of prompts or of single steps; one of the same shape as before gets new content where it is."""
+        """Bind an input of prompts or of single steps; a buffer of the same shape is updated in place."""
         array = np.ascontiguousarray(array, np.int64)
         shape, value = self._made.get((name, single), ((), None))
         if shape == array.shape:
@@ -146,7 +146,7 @@ class Cache:
             self._bound[name] = value
 
     def _keep(self, cache: list[Any]) -> None:
-        """What a step returned is the next one's past."""
+        """Bind the returned cache as the past of the next step."""
         for (name, _), value in zip(self._shapes(0), cache, strict=True):
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
 
@@ -155,7 +155,7 @@ class Cache:
 
 
 def run_options(graph: int) -> Any:
-    """Options of a run that is recorded as a CUDA graph of this number, or replays it."""
+    """Options of a run that captures, or replays, the CUDA graph with this id."""
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
     return options
@@ -166,7 +166,7 @@ def _value(array: NDArray[Any], device: str) -> Any:
 
 
 def empty_cache(contract: Contract, batch: int, positions: int) -> dict[str, NDArray[Any]]:
-    """What a program feeds as its past first: zeros, with room for so many positions."""
+    """An initial cache of zeros, allocated for ``positions``, by input name."""
     return {
         f"past_key_values.{name}": np.zeros(shape, contract.cache_number)
         for name, shape in cache_shapes(contract, batch, positions)

@@ -1,6 +1,6 @@
-"""Reasons why a model cannot be written as ONNX with these options, each with the way out.
+"""Reasons why a model cannot be written as ONNX with given options, each with a remedy.
 
-Nothing here needs onnx: a recipe is checked on a machine that only has the core.
+This module does not import onnx, so that recipes can be checked with only the core installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TWO_BITS_SINCE = {"fp32": Version("1.24"), "fp16": Version("1.28")}
 
 
 def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
-    """Why this model cannot be written with these options, each with the way out."""
+    """Reasons why this model cannot be written with these options, each with a remedy."""
     return [
         *_target_objections(config, grids, options),
         *_shape_objections(config, options),
@@ -41,13 +41,11 @@ def _target_objections(config: DecoderConfig, grids: Mapping[str, Grid], options
             "optimization level; leave accuracy_level out"
         )
     if target in ("genai", "optimum", "cuda") and options.attention != "gqa":
-        found.append(f"onnx: target: {target} needs attention: gqa, for it has one cache shape; leave attention out")
+        found.append(f"onnx: target: {target} supports only attention: gqa; leave attention out")
     if target == "optimum" and not options.left_padding:
         found.append("onnx: target: optimum pads on the left; leave left_padding out")
     if target == "cuda" and options.left_padding:
-        found.append(
-            "onnx: target: cuda with left_padding takes CUDA's slow path; leave it out, or use target: optimum"
-        )
+        found.append("onnx: target: cuda with left_padding uses a slow kernel; leave it out, or use target: optimum")
     if target == "cuda" and options.activations != "fp16":
         found.append("onnx: target: cuda computes in fp16; leave activations out, or use precision: fp16")
     if target == "cuda" and options.precision == "int4":
@@ -56,10 +54,10 @@ def _target_objections(config: DecoderConfig, grids: Mapping[str, Grid], options
 
 
 def _cuda_shapes(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
-    """CUDA's fast product with codes takes outputs in 64s and whole blocks of inputs."""
+    """Objections to shapes that CUDA's fast kernel of MatMulNBits does not support."""
     found: dict[str, list[str]] = {}
     for index, dims in enumerate(config.layers):
-        for linear in ("o", "gate", "up", "down"):  # q, k and v are filled up, embedding and head are not narrowed
+        for linear in ("o", "gate", "up", "down"):  # q, k and v are padded, embedding and head are not narrowed
             grid = grids.get(f"layers.{index}.{linear}")
             block = None if grid is None else block_of(grid, dims.shape(linear, config.d_model)[1])
             if block is None:
@@ -70,8 +68,8 @@ def _cuda_shapes(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
             if columns % block:
                 found.setdefault(f"inputs in whole blocks of {block}", []).append(f"layers.{index}.{linear} {columns}")
     return [
-        f"onnx: target: cuda needs {what}, not so in {places[0]} and {len(places) - 1} more; set the flat stage's "
-        "rank_multiple and width_multiple so, or use a smaller group_size"
+        f"onnx: target: cuda needs {what}, but {places[0]} and {len(places) - 1} more differ; set rank_multiple and "
+        "width_multiple of the flat stage, or use a smaller group_size"
         for what, places in found.items()
     ]
 
@@ -79,24 +77,24 @@ def _cuda_shapes(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
 def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
     found = []
     if options.left_padding and options.attention == "reduced":
-        found.append("onnx: left_padding is an option of attention: gqa; reduced always handles it, so leave it out")
+        found.append("onnx: left_padding is an option of attention: gqa; reduced always supports it, so leave it out")
     if options.context_length is not None and not options.fused_rope:
-        found.append("onnx: context_length only matters where rotary tables are stored (attention: gqa); leave it out")
+        found.append("onnx: context_length has an effect only with rotary tables (attention: gqa); leave it out")
     if options.cache_type == "int8":
         found += _int8_objections(options)
     head_sizes = sorted({dims.d_qk for dims in config.layers})
     if len(head_sizes) > 1:
-        found.append(f"onnx: layers have different d_qk {head_sizes}; one rotary table serves all, so keep d_qk equal")
+        found.append(f"onnx: layers have different d_qk {head_sizes}; they share rotary tables, so keep d_qk equal")
     if any(size % 2 for size in head_sizes):
         found.append(f"onnx: d_qk {head_sizes} is odd; the rotary embedding needs pairs of columns")
-    step = 16 if options.fused_rope else 8  # what the kernels refuse; the narrower limit is that of their own rope
+    step = 16 if options.fused_rope else 8  # requirements of the kernels; 16 is for their fused rotary embedding
     if options.attention == "gqa" and any(size % step for size in head_sizes):
         found.append(
             f"onnx: attention: gqa needs d_qk to be a multiple of {step}, it is {head_sizes}; use attention: reduced"
         )
     wide = [index for index, dims in enumerate(config.layers) if dims.d_v > dims.d_qk]
     if options.attention == "gqa" and wide:
-        found.append(f"onnx: attention: gqa needs d_v <= d_qk, not so in layers {wide}; use attention: reduced")
+        found.append(f"onnx: attention: gqa needs d_v <= d_qk, but layers {wide} differ; use attention: reduced")
     return found
 
 
@@ -111,13 +109,14 @@ def oldest_onnxruntime(grids: Mapping[str, Grid], options: OnnxOptions) -> str:
 
 
 def too_old_for_int8() -> str:
-    """Why the onnxruntime that is installed here must not run a cache of int8; empty if it may, or is not there."""
+    """A message if the installed onnxruntime does not support an int8 cache; empty if it does, or is not installed."""
     for package in ("onnxruntime", "onnxruntime-gpu"):
         with suppress(PackageNotFoundError):
             found = version(package)
             if Version(found) < INT8_SINCE:
                 return (
-                    f"a cache of int8 needs onnxruntime {INT8_SINCE} (older ones compute it wrongly), here is {found}"
+                    f"an int8 cache needs onnxruntime {INT8_SINCE} (older versions give wrong results), {found} is "
+                    "installed"
                 )
     return ""
 
@@ -131,8 +130,8 @@ def _int8_objections(options: OnnxOptions) -> list[str]:
     }
     found = [f"onnx: {old}; update it, or leave cache_type out"] if (old := too_old_for_int8()) else []
     return found + [
-        f"onnx: cache_type: int8 is for GroupQueryAttention with its own rotary embedding, in float32 on a CPU, not "
-        f"for {name}; leave one of the two out"
+        f"onnx: cache_type: int8 supports only GroupQueryAttention with fused rotary embedding, in float32 on a CPU, "
+        f"not {name}; leave one of the two out"
         for name, there in wrong.items()
         if there
     ]
@@ -150,7 +149,7 @@ def _grid_objections(grids: Mapping[str, Grid], options: OnnxOptions) -> list[st
     for grid in dict.fromkeys(grids.values()):
         first = next(name for name, other in grids.items() if other == grid)
         if grid.bits not in (2, 3, 4, 8):
-            found.append(f"onnx: {first} has {grid.bits} bits; MatMulNBits takes 2, 3 (stored as 4), 4 and 8")
+            found.append(f"onnx: {first} has {grid.bits} bits; MatMulNBits supports 2, 3 (stored as 4), 4 and 8")
         if block_of(grid, 1) is None:
             found.append(
                 f"onnx: {first} has group_size {grid.group_size}; it must be -1 or a multiple of {LEAST_BLOCK} "

@@ -1,7 +1,7 @@
-"""What the program that will run the graph wants to find beside it: its configuration and a tokenizer it can read.
+"""Additional files that onnxruntime-genai and optimum need: configuration and tokenizer.
 
-Widths per layer need no entry anywhere: both programs take the shapes of the cache from heads and head size, and the
-rest from the graph. Tokenizer, chat templates and generation settings are the model's own files.
+Widths per layer are not needed in these files: both programs compute the shapes of the cache from heads and head size
+and take everything else from the graph. Tokenizer, chat templates and generation settings are files of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "n
 
 
 def write_companions(artifact: Artifact, out: Path, options: OnnxOptions) -> tuple[list[Path], list[str]]:
-    """Write the files that ``options.target`` wants; returns them, and in words what was changed in the model's own."""
+    """Write the files that ``options.target`` needs; returns their paths, and notes about changes of copied files."""
     if options.target == "genai":
         path, content = out / "genai_config.json", genai_config(artifact, options)
     elif options.target == "optimum":
@@ -33,7 +33,7 @@ def write_companions(artifact: Artifact, out: Path, options: OnnxOptions) -> tup
 
 
 def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
-    """``genai_config.json``; sampling as the model's ``generation_config.json`` says, greedy without one."""
+    """``genai_config.json``; sampling as in the model's ``generation_config.json``, greedy without one."""
     config, dims = artifact.config, artifact.config.layers[0]
     context = options.context_length or config.max_positions
     names = {
@@ -72,7 +72,7 @@ def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
 
 
 def transformers_config(artifact: Artifact) -> dict[str, Any]:
-    """``config.json`` as transformers 4 reads it; of the MLP it can only say the largest width.
+    """``config.json`` for transformers 4; it can state only the largest width of the MLPs.
 
     Raises:
         UnsupportedModel: the family's configuration cannot describe the model.

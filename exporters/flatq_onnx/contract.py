@@ -1,7 +1,7 @@
-"""What a program must know to run the graph, in a file of its own beside it: ``flatq_onnx.json``.
+"""The file ``flatq_onnx.json``: everything that a program must know to run the graph.
 
-The graph's inputs carry the same shapes, but the ids that end a text, the widths of each layer and the limits of
-a layout are not in it.
+The graph also contains the shapes of its inputs, but not the end-of-text ids, the widths of each layer and the limits
+of the layout.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Contract(BaseModel):
     """Inputs, outputs and limits of the graph.
 
     Attributes:
-        onnxruntime: oldest version that gives the graph's numbers; empty if not known.
-        left_padding: whether a left-padded batch is right; if not, padding must stand on the right.
-        growth: how past becomes present. ``fixed``: both are one buffer with room for more than it holds, the mask is
-            as long as the buffer, and so all shapes stay as they are; ``shared``: the same, but the mask ends at the
-            last token; ``returned``: present is a new tensor, longer than past.
+        onnxruntime: oldest version that gives the graph's numbers; empty if unknown.
+        left_padding: whether left-padded batches are supported; otherwise padding must be on the right.
+        growth: how past becomes present. ``fixed``: both are one preallocated buffer and the mask is as long as the
+            buffer, so all shapes are constant; ``shared``: the same, but the mask ends at the last token;
+            ``returned``: present is a new tensor, longer than past.
         float_type: of logits, and of the cache unless ``cache_type`` is int8.
-        context_length: positions that the graph can place; None is no limit of the graph.
-        token_ids: the model's bos, eos and pad ids as its own configuration has them.
+        context_length: maximum number of positions; None is no limit.
+        token_ids: bos, eos and pad ids of the model's configuration.
         layers: widths of each layer.
     """
 
@@ -104,7 +104,7 @@ class Contract(BaseModel):
 
     @property
     def cache_number(self) -> str:
-        """Name of the type of the cache's numbers."""
+        """Name of the data type of the cache."""
         return "int8" if self.cache_type == "int8" else self.float_type
 
     def save(self, root: Path) -> Path:
@@ -118,6 +118,6 @@ class Contract(BaseModel):
         """Read it from the folder of an export.
 
         Raises:
-            ExportError: the file is missing or is not what ``save`` writes.
+            ExportError: the file is missing or invalid.
         """
         return read_json(root / CONTRACT, cls, "export the model again", error=ExportError)

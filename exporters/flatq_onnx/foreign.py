@@ -1,8 +1,7 @@
-"""The contract of a decoder graph that someone else made: onnxruntime-genai's builder, optimum, a script.
+"""The contract of an ONNX decoder of another program: onnxruntime-genai's builder, optimum, a script.
 
-Nothing is beside such a graph that could be trusted, so all is read from the graph: inputs called ``input_ids``,
-``attention_mask``, ``position_ids`` and ``past_key_values.N.key``, outputs ``logits`` and ``present.N.key``, which is
-how those programs name them. Anything else is refused by name.
+It is derived from the graph: inputs ``input_ids``, ``attention_mask``, ``position_ids`` and ``past_key_values.N.key``,
+outputs ``logits`` and ``present.N.key``, the names that those programs use. Other names raise an error.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class GenaiConfig(BaseModel):
 
 
 def contract_of(root: Path) -> Contract:
-    """What the only graph in a folder takes and gives.
+    """The contract of the only graph in a folder.
 
     Raises:
-        ExportError: there is not exactly one graph, or it is no decoder that can be run here.
+        ExportError: there is not exactly one graph, or it is no supported decoder.
     """
     files = sorted(root.glob("*.onnx"))
     if len(files) != 1:
@@ -54,13 +53,13 @@ def contract_of(root: Path) -> Contract:
     inputs = {value.name: value.type.tensor_type for value in graph.input if value.name not in weights}
     optional = ["logits_from"] if "logits_from" in weights else []
     outputs = {value.name: value.type.tensor_type for value in graph.output}
-    strange = [name for name in inputs if name not in KNOWN and not PAST.fullmatch(name)]
+    unknown = [name for name in inputs if name not in KNOWN and not PAST.fullmatch(name)]
     cache = _cache(files[0], inputs)
     presents = [name.replace("past_key_values", "present") for name in inputs if PAST.fullmatch(name)]
     missing = [name for name in ["logits", *presents] if name not in outputs]
-    if strange or missing:
+    if unknown or missing:
         raise ExportError(
-            f"{files[0]}: is no decoder as onnxruntime-genai and optimum name it; unknown inputs {strange or 'none'}, "
+            f"{files[0]}: is no decoder of onnxruntime-genai or optimum; unknown inputs {unknown or 'none'}, "
             f"missing outputs {missing or 'none'}"
         )
     kinds = _kinds(graph)
@@ -85,7 +84,7 @@ def contract_of(root: Path) -> Contract:
 
 
 def _kinds(graph: Any) -> set[str]:
-    """Names of all operators, those inside branches too."""
+    """Names of all operators, including those in branches."""
     found = {node.op_type for node in graph.node}
     inside = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
     return found.union(*map(_kinds, inside))
@@ -98,20 +97,20 @@ def _cache(path: Path, inputs: dict[str, Any]) -> list[CacheShape]:
         key, value = (_sizes(inputs[f"past_key_values.{len(cache)}.{part}"]) for part in ("key", "value"))
         cache.append(CacheShape(heads=key[1], key_width=key[3] or stated, value_width=value[3] or stated))
     if not cache or any(0 in (layer.heads, layer.key_width, layer.value_width) for layer in cache):
-        raise ExportError(f"{path}: its inputs past_key_values.N.key do not tell heads and widths; nothing can run it")
+        raise ExportError(f"{path}: its inputs past_key_values.N.key have no fixed heads and widths; it cannot be run")
     return cache
 
 
 def _head_size(root: Path) -> int:
-    """What onnxruntime-genai's configuration says where the graph leaves the width open; 0 if there is none.
+    """Head size in onnxruntime-genai's configuration, for graphs without fixed widths; 0 without that file.
 
     Raises:
         ExportError: there is one, and it is damaged.
     """
     path = root / "genai_config.json"
     if not path.is_file():
-        return 0  # the caller refuses it
-    return read_json(path, GenaiConfig, "get the folder again", error=ExportError).model.decoder.head_size
+        return 0  # the caller raises an error
+    return read_json(path, GenaiConfig, "create the folder again", error=ExportError).model.decoder.head_size
 
 
 def _sizes(tensor: Any) -> list[int]:

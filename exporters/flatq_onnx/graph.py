@@ -1,14 +1,15 @@
-"""The whole decoder as one ONNX graph, drawn straight from the configuration.
+"""The whole decoder as one ONNX graph, built from the configuration.
 
-No tracing: a traced graph of the same model has four times as many nodes, cannot name its cache, and knows no
-MatMulNBits. Inputs are ``input_ids`` [b, s], ``attention_mask`` [b, t] (1 = valid), the cache and, with
-``attention: reduced``, ``cache_position`` [b], the place in the cache that a row's first new token gets; outputs are
-``logits`` and the new cache. ``logits_from`` may be left out: logits are made for positions from there on (-1 is the
-last one only), which spares a long prompt the head's work at positions whose logits nobody reads.
+The model is not traced: a traced graph has four times as many nodes, no named cache, and no MatMulNBits. Inputs are
+``input_ids`` [b, s], ``attention_mask`` [b, t] (1 = valid), the cache and, with ``attention: reduced``,
+``cache_position`` [b], the position of a row's first new token in the cache; outputs are ``logits`` and the new cache.
+With the optional input ``logits_from``, logits are computed only from that position on (-1: only the last position),
+which saves most of the head's time for long prompts.
 
 The first and the last norm are RMSNormalization of opset 23, because onnx's checker rejects onnxruntime's older
-SimplifiedLayerNormalization, which claims to be a standard operator; all others are one node with the sum in front
-of them. Fewer nodes are faster: at the width of SmolLM2 a node costs as much as a small vector's arithmetic.
+SimplifiedLayerNormalization, which is declared as a standard operator; all others are fused with the preceding addition
+(SkipSimplifiedLayerNormalization). Fewer nodes are faster: at the width of SmolLM2 the overhead of a node is as large
+as the computation of an element-wise operation.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def draw(
     metadata: dict[str, str],
     ranges: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """The model, an ``onnx_ir.Model`` whose weights are read when it is saved.
+    """Build the model, an ``onnx_ir.Model`` whose weights are read when it is saved.
 
     Args:
         config: widths and switches.
-        grids: grid of each quantized linear; not looked at with ``precision: fp32``.
+        grids: grid of each quantized linear; ignored unless ``precision: int4``.
         read: reads a tensor by its name.
         options: layout and precision.
         metadata: written as the model's metadata_props.
@@ -76,7 +77,7 @@ class _Sheet:
         return build.model("flatq", metadata)
 
     def _decoder(self, attention: Attention, tokens: Any, pasts: Sequence[tuple[Any, Any]], first: Any) -> list[Any]:
-        """Logits of the positions from ``first`` on, and each layer's new keys and values."""
+        """Logits from position ``first`` on, and each layer's present keys and values."""
         build, config = self.builder, self.config
         stream, update, presents = self.linears.embed(tokens, config), None, list[Any]()
         for index, past in enumerate(pasts):
@@ -107,10 +108,10 @@ class _Sheet:
     def _layer(
         self, attention: Attention, x: Any, update: Any, index: int, past: tuple[Any, Any]
     ) -> tuple[Any, Any, Any, Any]:
-        """Residual stream behind the attention, what the MLP adds to it, and the layer's new cache.
+        """Residual stream after the attention, the MLP's output (not yet added), and the layer's present cache.
 
         Args:
-            update: what the layer before adds to ``x``; None in the first layer.
+            update: MLP output of the previous layer, to be added to ``x``; None in the first layer.
         """
         name = f"layers.{index}"
         normed, x = self._added(x, update, f"{name}.attention_norm")

@@ -1,15 +1,15 @@
-"""Attention over a cache of int8: a quarter of the memory, and of what a long context makes each token read.
+"""Attention with an int8 KV cache: a quarter of the memory, and a quarter of the bytes read per decoded token.
 
-onnxruntime's GroupQueryAttention rounds keys and values to int8, with a scale for each channel of each head, as it
-writes them, and computes with what it has written. For a token that is fast. For a prompt it is slow, several times
-as slow as with floats, because it decodes the cache anew for every query. So a prompt without a past (of more than one
-token) takes another branch: attention among its own tokens as they are, unrounded, whose keys and values are then
-rounded into the cache. Both branches round alike, so the cache is the same.
+onnxruntime's GroupQueryAttention quantizes keys and values to int8, with a scale per channel and head, when it writes
+them, and computes with the quantized values. This is fast for decoding, but several times slower than float for a
+prompt, because the cache is dequantized for every query. So a prompt without a past (of more than one token) uses
+another branch: attention on the unquantized keys and values of the prompt, which are then quantized into the cache.
+Both branches round in the same way, so the cache is the same.
 
-The branch is in every layer, which costs a token some microseconds each. One branch around the whole decoder was
-about 4 % faster and made onnxruntime hold every weight twice (docs/decisions/0030).
+There is a branch in every layer, which takes some microseconds per layer and token. A single branch around the whole
+decoder was about 4 % faster but made onnxruntime load every weight twice (docs/decisions/0030).
 
-Value heads are as wide as the keys' in the cache; their empty columns are zeros, a byte each.
+In the cache, value heads are as wide as keys; padded columns are zeros, a byte each.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from flatq_onnx.builder import BOOL, INT8, INT64, Dims, ints
 from flatq_onnx.positions import length
 
 LARGEST = 127
-HEADROOM = 1.1  # over what calibration saw: costs nothing on average, and other texts go further (docs/decisions/0023)
+HEADROOM = 1.1  # factor on the calibrated range, for larger values in other texts (docs/decisions/0023)
 
 
 class QuantizedGrouped(Grouped):
     """GroupQueryAttention over int8 caches [b, kv, t, d].
 
     Args:
-        parts: what ``Grouped`` takes.
+        parts: positional arguments of ``Grouped``.
         ranges: see ``flatq.calibration.cache_ranges``.
-        settings: what ``Grouped`` takes.
+        settings: keyword arguments of ``Grouped``.
     """
 
     kept = INT8
@@ -65,7 +65,7 @@ class QuantizedGrouped(Grouped):
         return outputs
 
     def _scale(self, name: str, heads: int, width: int) -> Any:
-        """What a code of 1 stands for, float32 [1, kv, 1, d]; 1 for channels that are always zero."""
+        """Quantization scale per channel, float32 [1, kv, 1, d]; 1 for channels that are always zero."""
 
         def scale() -> NDArray[Any]:
             known = self._ranges[name].numpy()
@@ -76,9 +76,9 @@ class QuantizedGrouped(Grouped):
         return self.builder.weight(f"{name}.scale", (1, heads, 1, width), scale)
 
     def _rounded(self, written: Any, scale: Any, past: Any) -> Any:
-        """Codes of a prompt's keys or values [b, kv, s, d], followed by what of the past lies behind them.
+        """Codes of a prompt's keys or values [b, kv, s, d], followed by the rest of the past buffer.
 
-        The past is empty if the program wants a new cache, and has room for more if past and present share a buffer.
+        The past is empty if the caller wants a new cache; it is a preallocated buffer if past and present share one.
         """
         build, shape = self.builder, list(written.shape)
         steps = build.op("Div", [written, scale], shape)

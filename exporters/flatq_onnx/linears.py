@@ -1,9 +1,9 @@
-"""Linear layers: MatMulNBits where the artifact has codes, MatMul where it has plain numbers.
+"""Linear layers: MatMulNBits for quantized weights, MatMul for others.
 
-Linears that read the same input (q, k, v; gate, up) become one node when they are on one grid, or all plain: one
-larger product keeps the processor busier than several small ones. Differs from the textbook graph of a quantized
-model, DequantizeLinear in front of MatMul: onnxruntime recognises only one of its forms and otherwise decodes the
-weight on every call, eleven times slower.
+Linears with the same input (q, k, v; gate, up) are stacked into one node if they have the same grid, or are all
+unquantized, because one large product is faster than several small ones. The standard representation of a quantized
+model, DequantizeLinear before MatMul, is not used: onnxruntime recognises only one of its forms and otherwise
+dequantizes the weight on every call, which is eleven times slower.
 
 Axes: b batch, s new positions, n out_features, k in_features.
 """
@@ -32,7 +32,7 @@ class Part:
     """One linear, alone or stacked with others.
 
     Attributes:
-        heads: if not 0, its rows are heads of equal width, each filled up with zero rows to ``rows / heads``.
+        heads: if not 0, its rows are heads of equal width, each padded with zero rows to ``rows / heads``.
     """
 
     stem: str
@@ -43,16 +43,16 @@ class Part:
 
     @classmethod
     def of(cls, config: DecoderConfig, index: int, linear: str) -> Part:
-        """A linear of a layer as it is."""
+        """A linear of a layer, without padding."""
         rows, columns = config.layers[index].shape(linear, config.d_model)
         return cls(f"layers.{index}.{linear}", rows, columns, config.has_bias(linear))
 
 
 class Linears:
-    """Draws linears, embedding and head.
+    """Builds linears, embedding and head.
 
     Args:
-        grids: the linears to be drawn as MatMulNBits; the others are decoded if need be.
+        grids: grids of the linears that become MatMulNBits; the others are dequantized if necessary.
         read: reads a tensor by its name.
     """
 
@@ -63,7 +63,7 @@ class Linears:
         self._made_on_loading: dict[str, Any] = {}
 
     def can_stack(self, parts: Sequence[Part]) -> bool:
-        """Whether the parts fit into one node."""
+        """Whether the parts can be stacked in one node."""
         return len({self.grids.get(part.stem) for part in parts}) == 1 and len({part.bias for part in parts}) == 1
 
     def stacked(self, x: Any, parts: Sequence[Part], lead: Dims = TOKENS) -> Any:
@@ -104,11 +104,11 @@ class Linears:
         blocks = Blocks.of(grid, part.rows, part.columns, lookup=True)
         codes, scales, *zeros = self._packed("embed", (part,), blocks)
         filled, axis = blocks.count * blocks.block, 2
-        if zeros:  # their bytes go with a table of two axes
+        if zeros:  # zeros are supported only for a table with two axes
             flat = blocks.codes_shape[1] * blocks.codes_shape[2]
             shape = self.builder.constant("shape.table", ints(-1, flat))
             codes, axis = self.builder.op("Reshape", [codes, shape], [part.rows, flat], dtype=UINT8), 1
-        else:  # the head's codes as they are: in another shape onnxruntime would keep a second copy of them
+        else:  # the codes have the shape of the head's: in another shape onnxruntime would keep a second copy
             shape = self.builder.constant("shape.scales", ints(*blocks.scales_shape, 1))
             scales = self.builder.op("Reshape", [scales, shape], [*blocks.scales_shape, 1])
         rows = self.builder.op(
@@ -130,7 +130,7 @@ class Linears:
         return self.builder.op("Slice", [rows, *limits], [*TOKENS, part.columns])
 
     def head(self, x: Any, config: DecoderConfig, lead: Dims) -> Any:
-        """Logits, [b, s, m] -> [b, s, vocab]; a tied head reads the embedding's own tensors."""
+        """Logits, [b, s, m] -> [b, s, vocab]; a tied head uses the embedding's tensors."""
         if not config.tied_head:
             return self.stacked(x, [Part("head", config.vocab, config.d_model)], lead)
         part = Part("embed", config.vocab, config.d_model)
@@ -168,7 +168,7 @@ class Linears:
         )
 
     def _packed(self, name: str, parts: tuple[Part, ...], blocks: Blocks) -> list[Any]:
-        """Initializers of a quantized matrix: codes, scales, and zeros unless they are in the middle."""
+        """Initializers of a quantized matrix: codes, scales, and zeros if it is asymmetric."""
 
         def made(pack: Callable[[QuantizedWeight, Blocks], NDArray[Any]]) -> Callable[[], NDArray[Any]]:
             def make() -> NDArray[Any]:
@@ -189,12 +189,12 @@ class Linears:
         return values
 
     def _on_loading(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]], dtype: Any) -> Any:
-        """A tensor that onnxruntime's constant folding makes on loading from an initializer of one axis.
+        """A tensor that onnxruntime computes from a flat initializer when it loads the model (constant folding).
 
-        Scales are float16 numbers, stored so and widened by a Cast. Without constant folding they are then no
-        constants, and MatMulNBits must not take its codes for constants either: it would pack them without their
-        scales and give zeros or NaN. So the codes, too, pass a node that only constant folding removes. The Reshape
-        in front of the Cast keeps another rewrite away from it, which crashes in onnxruntime 1.28 and older.
+        Scales are stored as float16 and converted by a Cast. Without constant folding they are not constant, and then
+        the codes must not be constant either: MatMulNBits would prepack them without scales and return zeros or NaN.
+        So the codes also pass through a node that only constant folding removes. The Reshape before the Cast prevents
+        another optimization, which crashes in onnxruntime 1.28 and older.
         """
         if name not in self._made_on_loading:
             flat = self.builder.weight(name, (prod(shape),), lambda: make().reshape(-1), dtype)
@@ -213,7 +213,7 @@ class Linears:
         return self.builder.weight(f"{name}.bias", (rows,), make)
 
     def _weight(self, parts: tuple[Part, ...]) -> Tensor | QuantizedWeight:
-        """The stacked matrix; the latest is kept, for its codes, scales and zeros are asked for one by one."""
+        """The stacked matrix; the last one is cached because codes, scales and zeros are requested separately."""
         if self._latest is None or self._latest[0] != parts:
             matrices = []
             for part in parts:

@@ -1,6 +1,6 @@
-"""What a recipe may say about an ONNX export.
+"""Options of an ONNX export.
 
-Nothing here needs onnx: a recipe is checked on a machine that only has the core.
+This module does not import onnx, so that recipes can be checked with only the core installed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# What each consumer needs; a recipe may still say otherwise, as long as `check.objections` has nothing against it.
+# Defaults for each target; a recipe can override them, as far as `check.objections` allows.
 TARGETS: Mapping[str, Mapping[str, Any]] = {
     "ort": {},
     "mobile": {},
@@ -24,29 +24,29 @@ class OnnxOptions(BaseModel):
     """Options of ``exports: - onnx: {...}``.
 
     Attributes:
-        target: the program that will run the graph; sets the layout, the type of numbers and the files beside it.
-            ``ort`` is onnxruntime itself on a CPU; ``genai`` onnxruntime-genai (``genai_config.json`` and tokenizer);
-            ``optimum`` ORTModelForCausalLM, right for left-padded batches (configuration and tokenizer as
-            transformers 4 reads them); ``cuda`` onnxruntime on CUDA; ``mobile`` one ``.ort`` file, which
-            onnxruntime's builds for phones read.
-        attention: ``reduced`` has a value cache as narrow as the model's value heads, written in place, and is right
-            for left- and right-padded batches. ``gqa`` is onnxruntime's GroupQueryAttention, whose value heads are as
-            wide as the keys' (missing columns are zero): the usual cache shape, which other programs expect.
-        precision: ``fp32``, ``fp16``, or ``int4`` for MatMulNBits nodes that hold the artifact's own codes, whatever
-            their bits (the name is that of the usual case); linears without a grid stay plain.
-        activations: type of all numbers that are not codes, the cache included.
-        accuracy_level: what MatMulNBits may compute in: 4 int8 activations (fast), 0 and 1 float32. With ``fp16``
-            it is 0: GPUs do not look at it, and with 4 CPUs give zeros below onnxruntime's highest optimization level.
-        cache_type: ``int8`` keeps keys and values in 8 bits, one scale per channel, measured on calibration text: a
-            quarter of the memory, and faster decoding the longer the context. Only for ``gqa`` without
-            ``left_padding``, on a CPU. ``float`` is the type of ``activations``.
-        left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, so that left-padded
-            batches are right. Without it a padded batch must be padded on the right.
-        last_logits_only: whether a program that does not set the input ``logits_from`` gets the last position's
-            logits only.
-        context_length: positions in the rotary tables of ``gqa`` without ``left_padding``; None is the model's own
-            limit. The other layouts compute the angles and have no limit.
-        external_data_above: weights of more bytes than this go into a file of their own (protobuf ends at 2 GB).
+        target: the program that will run the graph; sets layout, data type and additional files.
+            ``ort`` is onnxruntime on a CPU; ``genai`` onnxruntime-genai (``genai_config.json`` and tokenizer);
+            ``optimum`` ORTModelForCausalLM, with left padding (configuration and tokenizer in the format of
+            transformers 4); ``cuda`` onnxruntime on CUDA; ``mobile`` one ``.ort`` file for onnxruntime's mobile
+            builds.
+        attention: ``reduced`` has a value cache with the model's reduced width, written in place, and supports left
+            and right padding. ``gqa`` is onnxruntime's GroupQueryAttention, whose value heads are as wide as keys
+            (padded with zeros): the standard cache shape, which other programs expect.
+        precision: ``fp32``, ``fp16``, or ``int4`` for MatMulNBits nodes with the artifact's codes of any bits;
+            linears without a grid are not quantized.
+        activations: data type of everything that is not quantized, including the cache.
+        accuracy_level: precision of MatMulNBits: 4 is int8 activations (fast), 0 and 1 are float32. With ``fp16`` it is
+            0: GPUs ignore it, and with 4 CPUs return zeros below onnxruntime's highest optimization level.
+        cache_type: ``int8`` stores keys and values in 8 bits, with a scale per channel from calibration text: a
+            quarter of the memory, and faster decoding with long contexts. Only for ``gqa`` without ``left_padding``,
+            on a CPU. ``float`` is the type of ``activations``.
+        left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, which supports
+            left-padded batches. Without it a padded batch must be padded on the right.
+        last_logits_only: default of the graph's input ``logits_from``: true returns only the last position's logits.
+        context_length: positions in the rotary tables of ``gqa`` without ``left_padding``; None is the model's limit.
+            The other layouts compute the angles and have no limit.
+        external_data_above: weights with more bytes than this are written to a separate file (protobuf's limit is
+            2 GB).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,5 +75,5 @@ class OnnxOptions(BaseModel):
 
     @property
     def fused_rope(self) -> bool:
-        """Whether GroupQueryAttention itself rotates and masks, by the number of valid tokens in each row."""
+        """Whether GroupQueryAttention applies rotary embedding and mask, from the number of valid tokens per row."""
         return self.attention == "gqa" and not self.left_padding

@@ -1,9 +1,9 @@
-"""Where new tokens stand: rotary angles and mask, drawn once and shared by all layers.
+"""Rotary angles and attention mask from token positions, computed once and shared by all layers.
 
-The angles are computed, not looked up: no tables, and no limit to the positions. Both count the valid tokens of a
-row, so padding may stand on either side.
+The angles are computed in the graph: there are no tables and no limit of positions. Both count the valid tokens of a
+row, so padding may be on either side.
 
-Axes: b batch, s new positions, t positions that the mask speaks of, d d_qk.
+Axes: b batch, s new positions, t positions of the mask, d d_qk.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class Placement:
 
     cos: Any  # float [b, s, d / 2]
     sin: Any
-    mask: Any  # float [b, 1, s, t], 0 or the least finite number: a row that sees nothing must not become NaN
+    mask: Any  # float [b, 1, s, t], 0 or the lowest finite number, so that a fully masked row does not become NaN
 
 
 def place(
-    builder: Builder, config: DecoderConfig, valid: Any, slots: Any, room: str, *, scale: float = 1.0
+    builder: Builder, config: DecoderConfig, valid: Any, slots: Any, axis_name: str, *, scale: float = 1.0
 ) -> Placement:
-    """Draw angles and mask.
+    """Compute angles and mask.
 
     Args:
         valid: int64 [b, t], 1 for a token, 0 for padding.
-        slots: place of each new token along t, int64 [b, s].
-        room: name of the axis t.
+        slots: position of each new token along t, int64 [b, s].
+        axis_name: name of the axis t.
         scale: factor of the angles' cosines and sines.
     """
     axis = builder.constant("const.1", ints(1))
-    count = builder.op("CumSum", [valid, axis], ["batch", room], dtype=INT64)
+    count = builder.op("CumSum", [valid, axis], ["batch", axis_name], dtype=INT64)
     index = builder.op("GatherElements", [count, slots], TOKENS, dtype=INT64, axis=1)
     index = builder.op("Sub", [index, axis], TOKENS, dtype=INT64)
     index = builder.op("Max", [index, builder.constant("const.0", ints(0))], TOKENS, dtype=INT64)
@@ -55,24 +55,24 @@ def place(
     if builder.float_type != FLOAT:
         waves = [builder.op("Cast", [wave], half, to=builder.float_type) for wave in waves]
     cos, sin = waves
-    return Placement(cos, sin, _mask(builder, config, valid, slots, room))
+    return Placement(cos, sin, _mask(builder, config, valid, slots, axis_name))
 
 
-def _mask(builder: Builder, config: DecoderConfig, valid: Any, slots: Any, room: str) -> Any:
-    """A token sees valid places up to its own, and always itself, so that a padded row stays finite."""
+def _mask(builder: Builder, config: DecoderConfig, valid: Any, slots: Any, axis_name: str) -> Any:
+    """A token attends to valid positions up to its own, and always to itself, so that padded rows stay finite."""
     one, two = builder.constant("const.1", ints(1)), builder.constant("const.2", ints(2))
     query = builder.op("Unsqueeze", [slots, two], [*TOKENS, 1], dtype=INT64)
     end = builder.op("Squeeze", [length(builder, valid, 1), builder.constant("const.0", ints(0))], [], dtype=INT64)
-    key = span(builder, end, room)
-    full: Dims = [*TOKENS, room]
+    key = span(builder, end, axis_name)
+    full: Dims = [*TOKENS, axis_name]
     seen = builder.op("LessOrEqual", [key, query], full, dtype=BOOL)
     if config.sliding_window is not None:
         window = builder.constant("sliding_window", ints(config.sliding_window))
         oldest = builder.op("Sub", [query, window], [*TOKENS, 1], dtype=INT64)
         near = builder.op("Greater", [key, oldest], full, dtype=BOOL)
         seen = builder.op("And", [seen, near], full, dtype=BOOL)
-    real = builder.op("Cast", [valid], ["batch", room], dtype=BOOL, to=BOOL)
-    real = builder.op("Unsqueeze", [real, one], ["batch", 1, room], dtype=BOOL)
+    real = builder.op("Cast", [valid], ["batch", axis_name], dtype=BOOL, to=BOOL)
+    real = builder.op("Unsqueeze", [real, one], ["batch", 1, axis_name], dtype=BOOL)
     seen = builder.op("And", [seen, real], full, dtype=BOOL)
     itself = builder.op("Equal", [key, query], full, dtype=BOOL)
     seen = builder.op("Or", [seen, itself], full, dtype=BOOL)
@@ -80,7 +80,7 @@ def _mask(builder: Builder, config: DecoderConfig, valid: Any, slots: Any, room:
     look = builder.constant("mask.seen", np.array(0, number))
     blocked = builder.constant("mask.blocked", np.array(np.finfo(number).min, number))
     mask = builder.op("Where", [seen, look, blocked], full)
-    return builder.op("Unsqueeze", [mask, one], ["batch", 1, "sequence", room])
+    return builder.op("Unsqueeze", [mask, one], ["batch", 1, "sequence", axis_name])
 
 
 def length(builder: Builder, value: Any, axis: int) -> Any:

@@ -1,4 +1,4 @@
-"""Running an export in onnxruntime: prompt in one call, then a token a call, the cache never leaving its device.
+"""Runner for exports in onnxruntime: prefill in one call, then one token per call, with the cache on the device.
 
 Axes: b batch, s new positions, t all positions.
 """
@@ -21,7 +21,7 @@ class OnnxRunner:
     """An open export; satisfies ``flatq.export.Runner``.
 
     Args:
-        root: folder that the exporter wrote.
+        root: export folder.
         provider: ``auto``, ``cpu`` or ``cuda``.
         threads: 0 is one per physical core.
         exact: compute with float32 activations, for comparison with the artifact.
@@ -29,7 +29,7 @@ class OnnxRunner:
         level: of onnxruntime's graph optimizations, one of ``session.LEVELS``.
 
     Raises:
-        ExportError: the folder is no ONNX export, or cannot be run as asked.
+        ExportError: the folder is no ONNX export, or the provider does not support it.
     """
 
     def __init__(
@@ -54,33 +54,33 @@ class OnnxRunner:
         )
         self.device = "cuda" if self.session.wanted == CUDA else "cpu"
         self._cache: Cache | None = None
-        self._graphs = count(1)  # numbers of recorded steps, each of one cache's buffers
+        self._graphs = count(1)  # ids of CUDA graphs; a graph belongs to the buffers of one cache
 
     def _for_int8(self, provider: str) -> str:
-        """Where a cache of int8 is computed rightly."""
+        """The provider that supports an int8 cache."""
         if old := too_old_for_int8():
             raise ExportError(f"{self.root}: {old}; update it")
         if provider == "cuda" and self.contract.float_type == "float32":
-            raise ExportError(f"{self.root}: CUDA has no attention for float32 over a cache of int8; use provider cpu")
+            raise ExportError(f"{self.root}: CUDA has no float32 attention with an int8 cache; use provider cpu")
         return "cpu" if self.contract.float_type == "float32" else provider
 
     @property
     def provider(self) -> str:
-        """What really runs the nodes."""
+        """The provider that runs the nodes."""
         return self.session.provider
 
     def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
         """Logits of every position without a past, [b, s] -> [b, s, vocab]; ``valid`` is 0 at padding.
 
         Raises:
-            ExportError: left padding in a layout that takes only right padding, or tokens beyond its limit.
+            ExportError: left padding in a layout that supports only right padding, or more tokens than its limit.
         """
         batch, length = tokens.shape
         mask = np.ones_like(tokens) if valid is None else np.asarray(valid, np.int64)
         self._allow(length)
         if not self.contract.left_padding and bool((np.diff(mask, axis=1) > 0).any()):
             raise ExportError(
-                f"{self.root}: this attention layout takes padding on the right only; pad there, or export with "
+                f"{self.root}: this attention layout supports only right padding; pad on the right, or export with "
                 "attention: reduced or left_padding: true"
             )
         known = {
@@ -99,12 +99,12 @@ class OnnxRunner:
         return found.astype(np.float32, copy=False)
 
     def start(self, tokens: IntArray, capacity: int) -> FloatArray:
-        """Forget the past, read a prompt into the cache, return its last logits, [b, s] -> [b, vocab]."""
+        """Reset the cache, prefill it with a prompt, return the last logits, [b, s] -> [b, vocab]."""
         if capacity < tokens.shape[1]:
             raise ExportError(f"{self.root}: capacity {capacity} is less than the prompt's {tokens.shape[1]} tokens")
         self._allow(capacity)
         if self._cache is None or not self._cache.restart(tokens.shape[0], capacity):
-            self._cache = None  # the old one's memory is free before the new one's is taken
+            self._cache = None  # frees the memory of the old cache first
             parts = self.session.ort, self.contract, tokens.shape[0], capacity, self.device
             self._cache = Cache(*parts, graphs=self._graphs if self.session.replays else None)
         return self._cache.append(tokens)
@@ -112,7 +112,7 @@ class OnnxRunner:
     def step(self, tokens: IntArray) -> FloatArray:
         """Append one token per row to the cache, [b] -> [b, vocab]."""
         if self._cache is None:
-            raise ExportError(f"{self.root}: step was called before start; read a prompt first")
+            raise ExportError(f"{self.root}: step was called before start; call start first")
         return self._cache.append(tokens[:, None])
 
     def close(self) -> None:
@@ -123,4 +123,4 @@ class OnnxRunner:
     def _allow(self, positions: int) -> None:
         limit = self.contract.context_length
         if limit is not None and positions > limit:
-            raise ExportError(f"{self.root}: {positions} positions were asked for, its rotary tables have {limit}")
+            raise ExportError(f"{self.root}: {positions} positions are more than the {limit} of its rotary tables")

@@ -1,9 +1,8 @@
-"""Opening a graph in onnxruntime so that it runs where it was asked to run, and saying so if it does not.
+"""Open a graph in onnxruntime and detect if it does not run on the requested provider.
 
-onnxruntime answers a wish for CUDA that it cannot fulfil with a warning and the CPU, and moves single nodes to the
-CPU without a word. Both are found out here: providers are compared after loading, and the session's record of
-which node went where is read. An attention node that went to the CPU would get copies of the cache and lose what it
-writes there, so such a session is not used.
+If CUDA is not available, onnxruntime uses the CPU with a warning, and single nodes can be assigned to the CPU silently.
+Both are detected here: the session's providers are compared with the request, and its assignment of nodes is read. An
+attention node on the CPU would write into a copy of the cache, so such a session is rejected.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from flatq.export import ExportError
 
 logger = logging.getLogger(__name__)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-SPIN_MICROSECONDS = "100"  # as quick as without a limit, measured (docs/log/)
-LEVELS: Mapping[str, tuple[Any, tuple[str, ...]]] = {  # of graph optimizations: the level, and what is switched off
+SPIN_MICROSECONDS = "100"  # as fast as without a limit (measured, docs/log/)
+LEVELS: Mapping[str, tuple[Any, tuple[str, ...]]] = {  # of graph optimizations: the level, and disabled optimizers
     "all": (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ()),
     "extended": (ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, ()),
     "basic": (ort.GraphOptimizationLevel.ORT_ENABLE_BASIC, ()),
@@ -35,7 +34,7 @@ LEVELS: Mapping[str, tuple[Any, tuple[str, ...]]] = {  # of graph optimizations:
     "all without ConstantFolding": (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ("ConstantFolding",)),
 }
 DEFAULT_LEVEL = "all"
-WORK = frozenset(  # the operators that take the time; a few shape computations may sit on the CPU by right
+WORK = frozenset(  # operators with significant cost; shape computations may run on the CPU
     {
         "Attention",
         "FusedMatMul",
@@ -59,9 +58,9 @@ class Session:
     """An open session.
 
     Attributes:
-        wanted: the provider that was to run everything.
-        fallbacks: working nodes that another provider got, how many of each operator, by provider.
-        replays: whether a step can be recorded as a CUDA graph; every run must then say which one it is.
+        wanted: the provider that should run all nodes.
+        fallbacks: number of nodes in ``WORK`` that another provider runs, by provider and operator.
+        replays: whether steps can be captured as CUDA graphs; every run must then give a graph id.
     """
 
     ort: Any
@@ -71,7 +70,7 @@ class Session:
 
     @property
     def provider(self) -> str:
-        """What really runs the nodes, with the exceptions."""
+        """The provider that runs the nodes, with the exceptions."""
         moved = [
             f"{provider} runs " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             for provider, kinds in self.fallbacks.items()
@@ -93,18 +92,18 @@ def open_session(
 
     Args:
         path: the graph's file.
-        provider: ``auto`` is CUDA where there is one that can compute the graph.
+        provider: ``auto`` is CUDA if it is available and supports the graph.
         threads: 0 is one per physical core.
-        exact: compute with float32 as it is: no int8 activations in MatMulNBits, no TensorFloat-32.
+        exact: compute in full float32: no int8 activations in MatMulNBits, no TensorFloat-32.
         codes: whether there are MatMulNBits nodes.
-        replay: on CUDA, record steps as CUDA graphs if all nodes are there.
+        replay: use CUDA graphs for steps if all nodes run on CUDA.
         level: of graph optimizations, one of ``LEVELS``.
 
     Raises:
-        ExportError: the file cannot be loaded, or CUDA was asked for and cannot be had.
+        ExportError: the file cannot be loaded, or CUDA was requested and is not available.
     """
     wanted = _choose(provider)
-    said = _preloaded() if wanted == CUDA else ""
+    output = _preloaded() if wanted == CUDA else ""
     options, switched_off = _options(threads, level)
     source: str | bytes = str(path)
     if exact and codes:
@@ -112,15 +111,15 @@ def open_session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         session, replays = _loaded(source, options, switched_off, wanted, exact, replay and wanted == CUDA)
-    except Exception as problem:  # onnxruntime's own exceptions have no common type but this
+    except Exception as problem:  # onnxruntime's exceptions have no other common base class
         raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {problem}") from problem
     if wanted not in session.get_providers():
         if provider == "cuda":
-            raise ExportError(_no_cuda(f"its libraries could not be loaded ({said or 'no device?'})"))
+            raise ExportError(_no_cuda(f"its libraries could not be loaded ({output or 'no device?'})"))
         wanted = CPU
     moved = _elsewhere(session, wanted)
     if wanted == CUDA and any("GroupQueryAttention" in kinds for kinds in moved.values()):
-        why = f"{path}: CUDA has no GroupQueryAttention for this graph, only one for float16"
+        why = f"{path}: CUDA supports GroupQueryAttention only in float16"
         if provider == "cuda":
             raise ExportError(f"{why}; export with target: cuda or activations: fp16, or use provider cpu")
         logger.warning("%s; running on the CPU", why)
@@ -130,23 +129,23 @@ def open_session(
 
 @cache
 def _preloaded() -> str:
-    """Load CUDA's libraries from where pip puts them; what onnxruntime says of it, which is nothing if all is well.
+    """Load the CUDA libraries that pip has installed; returns onnxruntime's output, empty on success.
 
-    A process that has not imported torch would only look where the system keeps its libraries.
+    Without this, only a process that has imported torch finds them.
     """
-    said = io.StringIO()
-    with redirect_stdout(said):
+    output = io.StringIO()
+    with redirect_stdout(output):
         ort.preload_dlls()
-    return " ".join(said.getvalue().split())
+    return " ".join(output.getvalue().split())
 
 
 def _options(threads: int, level: str) -> tuple[Any, tuple[str, ...]]:
-    """Options of a session, and the optimizers that it leaves out."""
+    """Options of a session, and the optimizers that are disabled."""
     options = ort.SessionOptions()
     options.graph_optimization_level, switched_off = LEVELS[level]
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # warnings speak of our optional input; errors are raised
-    # A thread that spins while it waits is quicker at the next node, but takes a core from whoever has work.
+    options.log_severity_level = 3  # the warnings are about the optional input; errors are raised
+    # Spinning threads start faster with the next node, but take CPU time from other threads.
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_MICROSECONDS)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options, switched_off
@@ -155,7 +154,7 @@ def _options(threads: int, level: str) -> tuple[Any, tuple[str, ...]]:
 def _loaded(
     source: str | bytes, options: Any, switched_off: tuple[str, ...], wanted: str, exact: bool, replay: bool
 ) -> tuple[Any, bool]:
-    """The session, and whether it can record; a graph with nodes elsewhere cannot, and is loaded without."""
+    """The session, and whether it supports CUDA graphs, which need all nodes on CUDA."""
     providers: list[Any] = [CPU]
     if wanted == CUDA:
         settings = {"enable_cuda_graph": str(int(replay)), "use_tf32": str(int(not exact))}
@@ -170,7 +169,7 @@ def _loaded(
 
 
 def available() -> tuple[str, ...]:
-    """The providers that this build of onnxruntime has, as ``open_session`` calls them."""
+    """The providers of this build of onnxruntime, by their names for ``open_session``."""
     return ("cpu", "cuda") if CUDA in ort.get_available_providers() else ("cpu",)
 
 
@@ -184,14 +183,14 @@ def _choose(provider: str) -> str:
 
 
 def _no_cuda(why: str) -> str:
-    return f"onnx: provider cuda was asked for but cannot be had: {why}; install flatq[gpu] or use provider cpu"
+    return f"onnx: provider cuda is not available: {why}; install flatq[gpu] or use provider cpu"
 
 
 def _with_float_activations(path: Path) -> bytes:
-    """The graph with every MatMulNBits at accuracy level 0; weights in a file of their own stay there."""
+    """The graph with accuracy level 0 for every MatMulNBits; external weights stay in their file."""
     if path.suffix == ".ort":
         with tempfile.TemporaryDirectory() as folder:
-            from flatq_onnx.writing import convert  # imports onnx_ir, which the other uses of a session do without
+            from flatq_onnx.writing import convert  # imports onnx_ir, which is needed only here
 
             plain = Path(folder) / "model.onnx"
             convert(path, plain, "ONNX")
@@ -208,12 +207,12 @@ def _set_float_activations(graph: Any) -> None:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
             if attribute.HasField("g"):
-                attribute.g.name = attribute.g.name or f"{node.name}.{attribute.name}"  # an .ort file has no such names
+                attribute.g.name = attribute.g.name or f"{node.name}.{attribute.name}"  # .ort: no names
                 _set_float_activations(attribute.g)
 
 
 def _elsewhere(session: Any, wanted: str) -> dict[str, Counter[str]]:
-    """Working nodes that ``wanted`` did not get: provider -> operator -> how many."""
+    """Nodes in ``WORK`` that another provider than ``wanted`` runs: provider -> operator -> count."""
     found: dict[str, Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
         kinds = Counter(node.op_type for node in part.get_nodes() if node.op_type in WORK)

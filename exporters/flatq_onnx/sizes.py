@@ -1,4 +1,4 @@
-"""Size of an export from shapes alone, so that a plan can name it before anything is computed."""
+"""Size of an export from shapes alone, for ``flatq plan``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from flatq.export import LINEARS, DecoderConfig, Grid
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.tensors import Blocks
 
-LAYER_GRAPH_BYTES = {False: 5300, True: 25_000}  # nodes, names, shapes of a layer, as measured; True: in an .ort file
-BRANCH_GRAPH_BYTES = 2200  # what the two branches of a layer with an int8 cache have more
+LAYER_GRAPH_BYTES = {False: 5300, True: 25_000}  # nodes, names, shapes of a layer, measured; True: in an .ort file
+BRANCH_GRAPH_BYTES = 2200  # additional bytes for the branches of a layer with an int8 cache
 ENDS_GRAPH_BYTES = 8000
 
 
 def estimated_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
-    """Bytes of all files that an export with these options has."""
+    """Bytes of all files of an export."""
     used = grids if options.precision == "int4" else {}
     layers = sum(_layer_bytes(config, index, used, options) for index in range(len(config.layers)))
     return layers + _ends_bytes(config, used, options) + ENDS_GRAPH_BYTES
@@ -48,7 +48,7 @@ def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxO
 
 
 def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, scale: int, *, lookup: bool = False) -> int:
-    """Bytes of one matrix in the file; a number has ``number`` bytes, and so has a scale that cannot be widened."""
+    """Bytes of one matrix; ``number`` bytes per unquantized weight and per scale that is not stored as float16."""
     if grid is None:
         return prod((rows, columns, number))
     blocks = Blocks.of(grid, rows, columns, lookup=lookup)
@@ -56,7 +56,7 @@ def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, scale:
 
 
 def _scale_bytes(options: OnnxOptions) -> int:
-    """An .ort file is written after loading, which widens them."""
+    """Bytes of a scale; an .ort file is written after loading, which casts scales to the graph's type."""
     return _number_bytes(options) if options.target == "mobile" else 2
 
 

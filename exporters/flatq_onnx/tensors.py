@@ -1,12 +1,12 @@
-"""From codes to the bytes of MatMulNBits: the same numbers, no rounding on the way.
+"""Lossless packing of codes for MatMulNBits.
 
-MatMulNBits computes ``x @ W.T`` from blocks of consecutive input columns that share a scale. A block must be a
-power of two, at least 16; blocks above 256 gave zeros on the CPU. A grid's group that is none of these is cut
-into equal blocks that repeat its scale, which is exact; the last block of a row may be short and is filled up.
+MatMulNBits computes ``x @ W.T`` from blocks of consecutive input columns that share a scale. The block size must be a
+power of two, at least 16; above 256 the CPU kernel returned zeros. Other group sizes are split into equal blocks with
+the same scale, which is exact; the last block of a row may be incomplete and is padded.
 
-Codes of 4 or 8 bits, and 2 bits in the linears, are stored as they are, least significant bits first. There is
-no 3-bit kernel, and the embedding's lookup knows 4 and 8 bits only: those codes become symmetric 4-bit ones,
-``code - zero + 8``, which lies in 1 .. 15 and stands for the same number.
+Codes with 4 or 8 bits, and with 2 bits in linears, are stored unchanged, least significant bits first. There is no
+3-bit kernel, and the embedding's lookup supports only 4 and 8 bits: such codes are converted to symmetric 4-bit codes
+``code - zero + 8``, which are in 1 .. 15 and have the same value.
 
 Axes: n out_features, k in_features, G groups of the grid, B blocks.
 """
@@ -32,7 +32,7 @@ Bytes = NDArray[np.uint8]
 
 
 def block_of(grid: Grid, columns: int) -> int | None:
-    """Columns in a block that carries this grid over ``columns`` inputs exactly; None if there is no such block."""
+    """Block size that can represent this grid exactly for ``columns`` inputs; None if there is none."""
     if grid.group_size == -1:
         block = LEAST_BLOCK
         while block < min(columns, LARGEST_BLOCK):
@@ -44,7 +44,7 @@ def block_of(grid: Grid, columns: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """How a quantized matrix [n, k] lies in the file."""
+    """Layout of a quantized matrix [n, k] in the file."""
 
     rows: int
     columns: int
@@ -54,9 +54,9 @@ class Blocks:
 
     @classmethod
     def of(cls, grid: Grid, rows: int, columns: int, *, lookup: bool = False) -> Blocks:
-        """Layout of a matrix on ``grid``; ``lookup`` if the embedding's gather reads it too."""
+        """Layout of a matrix with ``grid``; ``lookup`` if it is also used by the embedding's lookup."""
         block = block_of(grid, columns)
-        assert block is not None, "refused by OnnxExporter.check"
+        assert block is not None, "rejected by OnnxExporter.check"
         recoded = grid.bits == 3 or (lookup and grid.bits == 2)
         return cls(rows, columns, 4 if recoded else grid.bits, block, not (recoded or grid.symmetric))
 
@@ -86,13 +86,13 @@ class Blocks:
         return prod(self.codes_shape) <= FOLDED_BYTES
 
     def nbytes(self, scale: int = 2) -> int:
-        """Size in the file when a scale has ``scale`` bytes."""
+        """Size in the file with ``scale`` bytes per scale."""
         zeros = self.zeros_shape[1] if self.has_zeros else 0
         return self.rows * (self.count * (self.block * self.bits // 8 + scale) + zeros)
 
 
 def pack_codes(weight: QuantizedWeight, blocks: Blocks) -> Bytes:
-    """Codes [n, k] as MatMulNBits wants them, uint8 [n, B, bytes of a block]."""
+    """Codes [n, k] packed for MatMulNBits, uint8 [n, B, bytes of a block]."""
     codes = weight.codes
     if blocks.bits != weight.grid.bits:
         group = weight.grid.group_index(blocks.columns)
@@ -113,13 +113,13 @@ def pack_zeros(weight: QuantizedWeight, blocks: Blocks) -> Bytes:
 
 
 def _per_block(values: Tensor, grid: Grid, blocks: Blocks) -> Tensor:
-    """[n, G] -> [n, B]: the value of the group that a block lies in."""
+    """[n, G] -> [n, B]: the value of each block's group."""
     firsts = torch.arange(blocks.count) * blocks.block
     return values[:, firsts // grid.width(blocks.columns)]
 
 
 def _join(codes: Bytes, bits: int) -> Bytes:
-    """Join neighbours of the last axis into bytes, the first in the lowest bits; a short last byte ends in zeros."""
+    """Pack the last axis into bytes, the first code in the lowest bits; the last byte is padded with zeros."""
     if bits == 8:
         return np.ascontiguousarray(codes)
     per_byte = 8 // bits
@@ -132,7 +132,7 @@ def _join(codes: Bytes, bits: int) -> Bytes:
 
 
 def stack_rows(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
-    """Matrices on one grid, or all plain, one below the other."""
+    """Concatenate rows of matrices with the same grid, or of unquantized ones."""
     quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
     if len(quantized) < len(parts):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
@@ -145,7 +145,7 @@ def stack_rows(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor | QuantizedW
 
 
 def widen_heads(part: Tensor | QuantizedWeight, heads: int, width: int) -> Tensor | QuantizedWeight:
-    """Rows [heads * r, ...] -> [heads * width, ...], each head filled up with rows that stand for zero."""
+    """Rows [heads * r, ...] -> [heads * width, ...], each head padded with rows that decode to zero."""
 
     def widened(tensor: Tensor) -> Tensor:
         split = tensor.reshape(heads, -1, *tensor.shape[1:])

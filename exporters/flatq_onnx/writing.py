@@ -1,4 +1,4 @@
-"""Writing the graph: one file, or two when the weights are large, or onnxruntime's own ``.ort`` file."""
+"""Write the graph: one file, or two if the weights are large, or an ``.ort`` file of onnxruntime."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from flatq_onnx.contract import DATA, MOBILE, MODEL
 from flatq_onnx.graph import draw
 from flatq_onnx.options import OnnxOptions
 
-SMALL = 1024  # tensors of fewer bytes stay in the graph's file, where shape inference can read them
+SMALL = 1024  # smaller tensors stay in the graph's file, so that shape inference can use them
 
 
 def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: dict[str, str]) -> list[Path]:
-    """Write ``model.onnx`` and, above the options' threshold, ``model.onnx.data``; each appears whole or not at all.
+    """Write ``model.onnx`` and, above the options' threshold, ``model.onnx.data``; each atomically.
 
-    For ``target: mobile`` it is ``model.ort`` instead.
+    For ``target: mobile`` the file is ``model.ort``.
 
     Raises:
-        ExportError: a tensor cannot be read or a file cannot be written; an error of flatq's own comes as it is.
+        ExportError: a tensor cannot be read or a file cannot be written; errors of flatq are passed on.
     """
     ranges = artifact.cache_ranges() if options.cache_type == "int8" else None
     model = draw(artifact.config, artifact.grids, artifact.tensor, options, metadata, ranges)
@@ -35,7 +35,7 @@ def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: di
         cause = _first_cause(problem)
         if isinstance(cause, FlatqError):
             raise cause from None
-        raise ExportError(f"{out}: the graph cannot be written: {cause}; mend that and export again") from problem
+        raise ExportError(f"{out}: the graph cannot be written: {cause}; fix that and export again") from problem
     if options.target == "mobile":
         return [_converted(partial, out, external)]
     _appear(partial, out / MODEL)
@@ -45,9 +45,9 @@ def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: di
 def convert(source: Path, target: Path, form: str, *, optimize: bool = False) -> None:
     """Load a graph and save it in another format, ``ORT`` or ``ONNX``.
 
-    Only rewrites that hold on every processor are made (``optimize``), and no weight is rearranged for this one.
+    ``optimize`` applies only optimizations that are independent of the processor; weights are not prepacked.
     """
-    import onnxruntime as ort  # a graph is written without it
+    import onnxruntime as ort  # not needed to write a graph
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -65,7 +65,7 @@ def _converted(graph: Path, out: Path, external: str | None) -> Path:
     partial = out / f"{MOBILE}.partial"
     try:
         convert(graph, partial, "ORT", optimize=True)
-    except Exception as problem:  # onnxruntime's own exceptions have no common type but this
+    except Exception as problem:  # onnxruntime's exceptions have no other common base class
         partial.unlink(missing_ok=True)
         raise ExportError(f"{out}: onnxruntime {ort.__version__} cannot write {MOBILE}: {problem}") from problem
     finally:
@@ -83,7 +83,7 @@ def _appear(partial: Path, path: Path) -> None:
 
 
 def _first_cause(problem: BaseException) -> BaseException:
-    """What went wrong first: onnx-ir wraps an error once for every level of the graph."""
+    """The innermost cause: onnx-ir wraps an error once for every level of the graph."""
     while problem.__cause__ is not None:
         problem = problem.__cause__
     return problem

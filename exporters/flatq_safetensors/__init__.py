@@ -1,8 +1,8 @@
-"""Hugging Face folders: dense, compressed-tensors, GPTQ; with their code, tokenizer and model card.
+"""Hugging Face folders: dense, compressed-tensors, GPTQ; with model code, tokenizer and model card.
 
-Read ``packing.py`` first: bytes that other programs must agree with. ``tensors.py`` says which tensors a folder holds,
-``configs.py`` what its ``config.json`` says, ``padding.py`` makes value heads whole again, ``writing.py`` writes,
-``runner.py`` runs the result in transformers.
+``packing.py`` packs codes in the layouts of other programs, ``tensors.py`` plans and creates the tensors of a folder,
+``configs.py`` writes ``config.json``, ``padding.py`` pads value heads to their full width, ``writing.py`` writes the
+folder, ``runner.py`` runs it in transformers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ READER = {"compressed_tensors": ("compressed-tensors", "pip install 'flatq[hf]'"
 
 
 class SafetensorsExporter(Exporter):
-    """Writes ``config.json``, ``model*.safetensors`` and what belongs beside them."""
+    """Writes ``config.json``, ``model*.safetensors``, tokenizer, model card and, if needed, model code."""
 
     Options = SafetensorsOptions
 
     def check(self, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
-        """Objections to writing this model so; see ``flatq.export.Exporter.check``."""
+        """See ``flatq.export.Exporter.check``."""
         return objections(config, grids, options)
 
     def bytes(
@@ -40,14 +40,14 @@ class SafetensorsExporter(Exporter):
         return estimated_bytes(config, grids, options, itemsize)
 
     def dense(self, options: SafetensorsOptions) -> SafetensorsOptions:
-        """The model before compression: a plain checkpoint, computed in float32 as ``open`` does."""
+        """Options for the dense model: a standard checkpoint in float32, the type in which ``open`` computes."""
         return SafetensorsOptions(format="fp32", max_shard_size=options.max_shard_size)
 
     def write(self, artifact: Artifact, out: Path, options: SafetensorsOptions) -> Exported:
-        """Write the folder; ``config.json`` appears last, when all that it promises is there.
+        """Write the folder; ``config.json`` is written last, when all other files exist.
 
         Raises:
-            ExportError: ``check`` objects, or a tensor cannot be stored as the format wants it.
+            ExportError: ``check`` has objections, or the format cannot store a tensor.
         """
         problems = self.check(artifact.config, artifact.grids, options)
         if problems:
@@ -57,9 +57,9 @@ class SafetensorsExporter(Exporter):
         return write_folder(artifact, out, options)
 
     def missing(self, options: SafetensorsOptions, *, opening: bool = True) -> list[str]:
-        """compressed-tensors, with which transformers opens the format of that name.
+        """compressed-tensors, which transformers needs for the format of that name.
 
-        GPTQ's files are compared through flatq's own decoding, since the kernels of their readers need a compiler.
+        GPTQ files are dequantized by flatq for verification, because the kernels of GPTQModel need a compiler.
         """
         return absent_packages(READER) if opening and options.format == "compressed-tensors" else []
 
@@ -80,7 +80,7 @@ class SafetensorsExporter(Exporter):
     ) -> TransformersRunner:
         """Open what ``write`` wrote in transformers; see ``flatq.export.Exporter.open``.
 
-        It computes in float32, so ``exact`` changes nothing.
+        It computes in float32, so ``exact`` has no effect.
         """
         from flatq_safetensors.runner import TransformersRunner
 

@@ -1,4 +1,4 @@
-"""``README.md`` of an exported folder: how it was made, how good it is, how to load it."""
+"""The model card ``README.md`` of an exported folder: how to load it, how it was created, measured quality."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ tags: [flatq{% if grids %}, quantized{% endif %}]
 ---
 # {{ title }}
 
-A {{ family }} model made small without training by flatq {{ version }}:
+A {{ family }} model compressed by flatq {{ version }}, without training:
 {{ parameters }} parameters in {{ layers }} layers.
 {% if license %}
 The base model's license, `{{ license }}`, applies to these weights too.
@@ -71,8 +71,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder{trust})"""
 def model_card(artifact: Artifact, layout: Layout, notes: Sequence[str]) -> str:
     """The card as Markdown.
 
-    Reads ``source`` (``origin``, ``license``), ``recipe`` and ``quality`` (name -> number) from the artifact's
-    manifest, as far as they are there.
+    Uses ``source`` (``origin``, ``license``), ``recipe`` and ``quality`` (name -> value) of the artifact's manifest, if
+    they exist.
     """
     manifest = artifact.manifest
     source = manifest.get("source", {})
@@ -111,8 +111,8 @@ def _needs(layout: Layout) -> str:
     code = (
         "The layers have the same widths, so no extra code is needed."
         if layout.plain
-        else "Layers differ in width, which stock classes cannot express; the code travels with the folder. It was "
-        f"tried with transformers {tried}."
+        else "The layers differ in width, so the folder contains the code of the model. It was tested with "
+        f"transformers {tried}."
     )
     if not layout.grids:
         return code

@@ -1,6 +1,6 @@
-"""Reasons why a model cannot be written as a Hugging Face folder, each with the way out.
+"""Reasons why a model cannot be written as a Hugging Face folder, each with a remedy.
 
-Nothing here needs transformers: a recipe is checked on a machine that only has the core.
+This module does not import transformers, so that recipes can be checked with only the core installed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ GPTQ_MULTIPLE = 32
 
 
 def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions) -> list[str]:
-    """Everything that stands against writing this model so, each with the way out."""
+    """Reasons why this model cannot be written with these options, each with a remedy."""
     problems = _padding(config, options) + _packed_embedding(config, grids, options)
     if not options.keeps_codes:
         if options.dtype is not None:
-            problems.append(f"dtype {options.dtype}: format {options.format} already says it; leave dtype out")
+            problems.append(f"dtype {options.dtype}: format {options.format} determines it; leave dtype out")
         return problems
     inside = [grid for stem, grid in grids.items() if stem.startswith("layers.")]
     if not inside:
         problems.append(f"format {options.format}: no linear is quantized; write format bf16 or fp16, or add gptq")
     if options.format == "compressed-tensors" and Versions.reading(inside, embedding=options.packed_embedding) is None:
         problems.append(
-            "format compressed-tensors: no release of that package reads asymmetric weights beside 3 bits or a packed "
+            "format compressed-tensors: no release of that package reads asymmetric weights with 3 bits or a packed "
             "embedding; quantize with symmetric: true, leave packed_embedding out, or write format gptq_v2"
         )
     written = padded_config(config) if options.pad_values else config
@@ -50,7 +50,7 @@ def _padding(config: DecoderConfig, options: SafetensorsOptions) -> list[str]:
     widths = sorted({dims.d_ff for dims in config.layers})
     if len(widths) > 1:
         return [
-            f"pad_values: a plain {config.family} checkpoint has one MLP width, this model has {len(widths)} "
+            f"pad_values: a standard {config.family} checkpoint has one MLP width, this model has {len(widths)} "
             f"({widths[0]} to {widths[-1]}); plan with uniform: true, or leave pad_values out"
         ]
     if family_settings(padded_config(config)) is None:
@@ -65,13 +65,13 @@ def _packed_embedding(config: DecoderConfig, grids: Mapping[str, Grid], options:
     if not options.packed_embedding:
         return []
     if options.format != "compressed-tensors":
-        return [f"packed_embedding: no reader of format {options.format} knows it; write format compressed-tensors"]
+        return [f"packed_embedding: no reader of format {options.format} supports it; write format compressed-tensors"]
     if "embed" not in grids:
         return ["packed_embedding: the embedding is not quantized; add embedding: {bits: 8} to the gptq stage"]
     if family_settings(padded_config(config) if options.pad_values else config) is not None:
         return [
-            f"packed_embedding: a stock {config.family} class asks for the embedding's weight before it is unpacked, "
-            "so that only models with their own widths load with it; leave packed_embedding out"
+            f"packed_embedding: the {config.family} class of transformers uses the embedding's weight before it is "
+            "unpacked, so it works only for models with widths per layer; leave packed_embedding out"
         ]
     return []
 
@@ -93,7 +93,7 @@ def _linear(rows: int, columns: int, quantized: Grid, grid: Grid, options: Safet
     if grid.group_size not in (-1, *GPTQ_GROUPS):
         problems.append(
             f"{columns} inputs in groups of {quantized.group_size} would be written as groups of {grid.group_size}; "
-            f"GPTQ readers know -1 and {', '.join(map(str, GPTQ_GROUPS))}; plan widths in multiples of the group "
+            f"GPTQ readers support -1 and {', '.join(map(str, GPTQ_GROUPS))}; plan widths in multiples of the group "
             "size, or write format compressed-tensors"
         )
     if options.gptq_version == 1 and not grid.symmetric:

@@ -1,10 +1,10 @@
-"""``config.json`` and ``quantize_config.json``: what each loader needs to read to find every tensor.
+"""``config.json`` and ``quantize_config.json`` for the loaders of each format.
 
-Two kinds of folder. A model whose layers are all alike is a plain checkpoint of its family. One with its own widths
-per layer is ``model_type: flatq_hub``: its code travels with it (``auto_map``), and flatq itself knows it.
+There are two kinds of folders. A model with equal layers is a standard checkpoint of its family. A model with widths
+per layer has ``model_type: flatq_hub``; its code is in the folder (``auto_map``) and in flatq.
 
-Widths per layer stand under the key ``decoder``. transformers' own key ``per_layer_config`` is avoided on purpose:
-with it any reader that asks for ``intermediate_size`` gets an error.
+Widths per layer are stored under the key ``decoder``. The key ``per_layer_config`` of transformers is not used, because
+with it reading ``intermediate_size`` raises an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def hub_module(stem: str) -> str:
 
 
 def family_settings(config: DecoderConfig) -> dict[str, Any] | None:
-    """``config.json`` of a plain checkpoint of the model's family; None if the family cannot say all of it."""
+    """``config.json`` of a standard checkpoint of the family; None if the family cannot express the configuration."""
     try:
         return config_to_hf(config)
     except UnsupportedModel:
@@ -41,7 +41,7 @@ def family_settings(config: DecoderConfig) -> dict[str, Any] | None:
 
 
 def hub_settings(config: DecoderConfig) -> dict[str, Any]:
-    """``config.json`` of a model with its own widths in every layer."""
+    """``config.json`` of a model with widths per layer."""
     return {
         "model_type": "flatq_hub",
         "architectures": ["FlatqHubForCausalLM"],
@@ -78,11 +78,11 @@ def compressed_tensors_config(config: DecoderConfig, grids: Mapping[str, Grid]) 
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """Which releases of compressed-tensors unpack a folder in transformers: ``since`` <= version < ``before``.
+    """Releases of compressed-tensors that can unpack a folder in transformers: ``since`` <= version < ``before``.
 
-    Found by trying 0.15.0, 0.17.1, 0.18.0 and 0.20.0 with transformers 5.23. Since 0.18 three-bit codes are a dense
-    stream (before: ten to a word), and a model that is being loaded expects unpacked zeros where files hold packed
-    ones, so that asymmetric weights do not load. Packed embeddings were tried with 0.20 only.
+    Determined by tests with 0.15.0, 0.17.1, 0.18.0 and 0.20.0 and transformers 5.23. Since 0.18, 3-bit codes are a
+    dense stream (before: ten per word), and the loader expects unpacked zeros although files contain packed ones, so
+    asymmetric weights do not load. Packed embeddings were tested only with 0.20.
     """
 
     since: tuple[int, int] = (0, 15)
@@ -90,7 +90,7 @@ class Versions:
 
     @classmethod
     def reading(cls, grids: Iterable[Grid], *, embedding: bool = False) -> Versions | None:
-        """The releases that read all of these grids, and a packed embedding; None if there is none."""
+        """The releases that support all of these grids, and a packed embedding; None if there is none."""
         grids = list(grids)
         dense_stream = any(grid.bits == 3 for grid in grids)
         asymmetric = not all(grid.symmetric for grid in grids)
@@ -109,7 +109,7 @@ class Versions:
 
 
 def _targets(config: DecoderConfig, grids: Mapping[str, Grid], grid: Grid) -> list[str]:
-    """Modules of one grid: a pattern for a linear that has it in all layers, else full names."""
+    """Modules with the grid: a pattern for linears that have it in all layers, else full names."""
     targets = []
     for linear in LINEARS:
         stems = [f"layers.{index}.{linear}" for index in range(len(config.layers))]
@@ -123,7 +123,7 @@ def _targets(config: DecoderConfig, grids: Mapping[str, Grid], grid: Grid) -> li
 
 
 def gptq_config(config: DecoderConfig, grids: Mapping[str, Grid], version: int) -> dict[str, Any]:
-    """``quantization_config`` for GPTQ readers; the commonest grid is the rule, ``dynamic`` holds the exceptions."""
+    """``quantization_config`` for GPTQ readers; the most common grid is the default, ``dynamic`` has the exceptions."""
     rule = _distinct(grids)[0]
     dynamic: dict[str, dict[str, Any]] = {}
     for stem, grid in grids.items():
@@ -151,14 +151,14 @@ def gptq_config(config: DecoderConfig, grids: Mapping[str, Grid], version: int) 
         linear for linear in LINEARS if all(f"layers.{i}.{linear}" in grids for i in range(len(config.layers)))
     ]
     if len(everywhere) < len(LINEARS):
-        # optimum knows no patterns, only which linears of a block are quantized.
+        # optimum does not support patterns, only a list of the quantized linears of a block.
         names = [hub_module(f"layers.0.{linear}").split(".", 3)[3] for linear in everywhere]
         described["modules_in_block_to_quantize"] = [[name] for name in names]
     return described
 
 
 def _distinct(grids: Mapping[str, Grid]) -> list[Grid]:
-    """Each grid once, the commonest first."""
+    """Distinct grids, the most common first."""
     counts: dict[Grid, int] = {}
     for grid in grids.values():
         counts[grid] = counts.get(grid, 0) + 1
@@ -166,6 +166,6 @@ def _distinct(grids: Mapping[str, Grid]) -> list[Grid]:
 
 
 def _dense(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
-    """Stems of the linears inside the layers that are not quantized."""
+    """Stems of the unquantized linears of the layers."""
     stems = [f"layers.{index}.{linear}" for index in range(len(config.layers)) for linear in LINEARS]
     return [stem for stem in stems if stem not in grids]

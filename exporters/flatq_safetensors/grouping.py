@@ -1,9 +1,9 @@
-"""Groups cut finer where a format asks for whole groups: same weights, a few more scales.
+"""Split groups into smaller ones where a format needs it: the same weights with more scales.
 
-flatq lets the last group of a row be shorter. The readers of these formats do not: the group size must divide the
-inputs. Cutting every group of 32 into two of 16 that share its scale changes no weight, and 432 inputs, which are
-13.5 groups of 32, are 27 of 16. The same makes groups end where value heads end, so that heads can be padded, and
-gives all linears one group size, because transformers reads GPTQ folders with no other.
+In flatq the last group of a row may be shorter. These formats require that the group size divides the inputs. Splitting
+every group of 32 into two of 16 with the same scale changes no weight, and 432 inputs (13.5 groups of 32) become 27
+groups of 16. The same method makes groups end at the ends of value heads, so that heads can be padded, and gives all
+linears the same group size, which transformers requires for GPTQ folders.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 from flatq.export import DecoderConfig, Grid, QuantizedWeight
 
 ENDS = ("embed", "head")
-LEAST = 8  # below, scales take more room than is gained, and no reader is known to accept it
+LEAST = 8  # with smaller groups the scales need more space than is saved, and no known reader supports them
 
 
 def written_grids(
     config: DecoderConfig, grids: Mapping[str, Grid], *, pad_values: bool, one_size: bool
 ) -> dict[str, Grid]:
-    """Grids of the linears as they will stand in the files: -1 for one group per row, else a size that divides the row.
+    """Grids of the linears as written: group size -1 for one group per row, else a divisor of the row length.
 
     Args:
         config: widths before padding.
         grids: as quantized, by stem.
         pad_values: whether value heads will be padded to the width of the key heads.
-        one_size: cut all linears to one group size if they differ in nothing else.
+        one_size: use the same group size for all linears if their grids are otherwise equal.
     """
     pieces = {stem: _pieces(config, stem, pad_values) for stem in sorted(grids) if stem.startswith("layers.")}
     written = {}
@@ -46,7 +46,7 @@ def written_grids(
 
 
 def written_ends(config: DecoderConfig, grids: Mapping[str, Grid]) -> dict[str, Grid]:
-    """The same for embedding and head, as far as they are quantized."""
+    """The same for embedding and head, if they are quantized."""
     written = {}
     for stem in ENDS:
         if stem in grids:
@@ -57,7 +57,7 @@ def written_ends(config: DecoderConfig, grids: Mapping[str, Grid]) -> dict[str, 
 
 
 def _pieces(config: DecoderConfig, stem: str, pad_values: bool) -> tuple[int, tuple[int, ...]]:
-    """Inputs of a linear, and the lengths that its groups must divide."""
+    """Number of inputs of a linear, and the lengths that its group size must divide."""
     _, index, linear = stem.split(".")
     dims = config.layers[int(index)]
     columns = dims.shape(linear, config.d_model)[1]
@@ -66,7 +66,7 @@ def _pieces(config: DecoderConfig, stem: str, pad_values: bool) -> tuple[int, tu
 
 
 def split_groups(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
-    """The same weight in groups whose size divides the old one; a whole row stays one group."""
+    """The same weight with a group size that divides the old one; a group of a whole row is not split."""
     if grid.group_size == -1:
         return QuantizedWeight(weight.codes, weight.scale, weight.zero, grid)
     columns = weight.shape[1]

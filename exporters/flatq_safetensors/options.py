@@ -1,6 +1,6 @@
-"""What a recipe may say about a Hugging Face folder.
+"""Options of a Hugging Face export.
 
-Nothing here needs transformers: a recipe is checked on a machine that only has the core.
+This module does not import transformers, so that recipes can be checked with only the core installed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ class SafetensorsOptions(BaseModel):
     """Options of ``exports: - safetensors: {...}``.
 
     Attributes:
-        format: ``compressed-tensors`` keeps the codes and is what transformers reads on any machine (package
-            ``compressed-tensors``) and vLLM runs; ``gptq`` (v1) and ``gptq_v2`` keep them for GPTQModel and all who
-            read AutoGPTQ's files; ``bf16``, ``fp16`` and ``fp32`` are dense, codes decoded.
-        dtype: of the tensors that are not quantized, in the formats that keep codes; None is as in the artifact.
+        format: ``compressed-tensors`` keeps the codes; transformers reads it on any machine (with the package
+            ``compressed-tensors``), vLLM runs it; ``gptq`` (v1) and ``gptq_v2`` keep the codes for GPTQModel and other
+            readers of AutoGPTQ files; ``bf16``, ``fp16`` and ``fp32`` are dense, with dequantized weights.
+        dtype: of unquantized tensors, in the formats that keep codes; None is the artifact's.
         pad_values: pad value heads with zeros to the width of the key heads. With one MLP width in all layers the
-            folder is then a plain checkpoint of its family, which needs no extra code and saves nothing on v and o.
-        one_group_size: in the formats ``gptq`` and ``gptq_v2``, cut all linears to the smallest group size that any of
-            them needs (the same weights, more scales): transformers reads no other GPTQ folders. False writes each
-            linear in its own size, for GPTQModel and vLLM.
-        packed_embedding: write a quantized embedding (and head) as codes, too; a tied head stays tied. Read by
-            compressed-tensors 0.20 or later, for models with their own widths per layer: stock classes ask for the
-            embedding's weight before it is unpacked. False writes them dense.
+            folder is then a standard checkpoint of its family, which needs no extra code and saves nothing on v and o.
+        one_group_size: in the formats ``gptq`` and ``gptq_v2``, use the smallest group size that any linear needs for
+            all linears (the same weights, more scales), which transformers requires for GPTQ folders. False writes
+            each linear with its own size, for GPTQModel and vLLM.
+        packed_embedding: also write a quantized embedding (and head) as codes; a tied head stays tied. Supported by
+            compressed-tensors 0.20 or later, for models with widths per layer (the family classes of transformers use
+            the embedding's weight before it is unpacked). False writes them dense.
         max_shard_size: bytes of weights in one file, unless a single tensor is larger.
     """
 

@@ -1,17 +1,17 @@
-"""Codes into 32-bit words: the three layouts that checkpoint formats use, and back.
+"""Packing of codes into 32-bit words and unpacking, in the three layouts of checkpoint formats.
 
-All of them are one dense little-endian bit stream: code k starts at bit ``k * bits``, and a code may straddle two
-words (3 bits). They differ in the axis that is packed and in what stands beside it:
+All layouts are a dense little-endian bit stream: code k starts at bit ``k * bits``, and with 3 bits a code may span two
+words. They differ in the packed axis and in the additional tensors:
 
 * ``gptq`` (v1): ``qweight`` packed along the inputs, ``qzeros`` along the outputs and stored as zero - 1;
-* ``gptq_v2``: the same with the zero as it is;
-* compressed-tensors ``pack-quantized``: codes packed along the inputs within a row, zeros along the outputs. It
-  stores signed codes plus ``2**(bits - 1)``, which are our unsigned codes again.
+* ``gptq_v2``: the same, but the zero is stored unchanged;
+* compressed-tensors ``pack-quantized``: codes packed along the inputs within a row, zeros along the outputs. It stores
+  signed codes plus ``2**(bits - 1)``, which equal flatq's unsigned codes.
 
-v1 cannot hold a zero of 0: zero - 1 would borrow from the neighbours in its word, and readers disagree on what then
-stands there. It occurs in asymmetric groups without a negative weight, and is refused.
+v1 cannot store a zero of 0: zero - 1 would underflow into other bits of the word, and readers decode that differently.
+Such zeros occur in asymmetric groups without negative weights, and raise an error.
 
-Sources: AutoGPTQ 0.7.1 (``qlinear_cuda``), whose packed bytes the tests compare with; compressed-tensors 0.20
+Sources: AutoGPTQ 0.7.1 (``qlinear_cuda``), with whose packed bytes the tests compare; compressed-tensors 0.20
 (``pack_quantized``).
 
 Axes: o out_features, i in_features, G groups, w words.
@@ -31,12 +31,12 @@ WORD = 32
 
 
 def words(count: int, bits: int) -> int:
-    """32-bit words that ``count`` codes take."""
+    """Number of 32-bit words for ``count`` codes."""
     return -(-count * bits // WORD)
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Pack each row into words, uint8 [n, k] -> int32 [n, w]; the last word is filled up with zero bits."""
+    """Pack each row into words, uint8 [n, k] -> int32 [n, w]; the last word is padded with zero bits."""
     values = codes.cpu().numpy()
     rows, count = values.shape
     stream = np.zeros((rows, words(count, bits) * WORD), dtype=np.uint8)
@@ -50,10 +50,10 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of ``pack_rows``, int32 [n, w] -> uint8 [n, count].
 
     Raises:
-        ValueError: w is not what so many codes take.
+        ValueError: w is wrong for so many codes.
     """
     if packed.shape[1] != words(count, bits):
-        raise ValueError(f"{packed.shape[1]} words; {count} codes of {bits} bits take {words(count, bits)}")
+        raise ValueError(f"{packed.shape[1]} words; {count} codes of {bits} bits need {words(count, bits)}")
     raw = np.ascontiguousarray(packed.cpu().numpy()).view(np.uint8)
     stream = np.unpackbits(raw, axis=1, bitorder="little")[:, : count * bits]
     codes = np.zeros((raw.shape[0], count), dtype=np.uint8)
@@ -85,13 +85,13 @@ class GptqLinear:
 
 
 def pack_gptq(weight: QuantizedWeight, *, version: int, g_idx: Tensor | None = None, name: str = "") -> GptqLinear:
-    """Pack for AutoGPTQ, GPTQModel and all who read their files.
+    """Pack for AutoGPTQ, GPTQModel and compatible readers.
 
     Args:
-        weight: the codes; its own group order is columns in sequence.
+        weight: the codes; groups are consecutive columns.
         version: 1 stores zero - 1, 2 stores zero.
-        g_idx: group of each input, int64 [i], where it is not ``columns // group_size``.
-        name: place, for the error message.
+        g_idx: group of each input, int64 [i], if it is not ``columns // group_size``.
+        name: name of the linear, for the error message.
 
     Raises:
         ExportError: version 1 and a zero is 0.
@@ -115,7 +115,7 @@ def pack_gptq(weight: QuantizedWeight, *, version: int, g_idx: Tensor | None = N
 
 
 def unpack_gptq(packed: GptqLinear, grid: Grid, *, version: int) -> QuantizedWeight:
-    """Inverse of ``pack_gptq``; ``g_idx`` stays with the packed form, see ``dequantize_gptq``."""
+    """Inverse of ``pack_gptq`` without ``g_idx``, which only ``dequantize_gptq`` uses."""
     columns, rows = packed.g_idx.shape[0], packed.scales.shape[1]
     codes = unpack_rows(packed.qweight.T, grid.bits, columns)
     zero = unpack_rows(packed.qzeros, grid.bits, rows).T
@@ -125,7 +125,7 @@ def unpack_gptq(packed: GptqLinear, grid: Grid, *, version: int) -> QuantizedWei
 
 
 def dequantize_gptq(packed: GptqLinear, grid: Grid, *, version: int) -> Tensor:
-    """``scales[g_idx] * (code - zero)`` as every reader computes it, float32 [o, i]."""
+    """``scales[g_idx] * (code - zero)``, the weight that readers of the format use, float32 [o, i]."""
     weight, group = unpack_gptq(packed, grid, version=version), packed.g_idx.long()
     centred = weight.codes.float() - weight.zero.float()[:, group]
     return weight.scale.float()[:, group] * centred
@@ -134,11 +134,11 @@ def dequantize_gptq(packed: GptqLinear, grid: Grid, *, version: int) -> Tensor:
 def pack_compressed(weight: QuantizedWeight, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """Pack for compressed-tensors: ``weight_packed`` int32 [o, w], ``weight_scale`` [o, G], ``weight_shape``.
 
-    ``weight_zero_point`` int32 [w, G] stands beside them if the grid is asymmetric.
+    For an asymmetric grid also ``weight_zero_point`` int32 [w, G].
 
     Args:
         weight: the codes.
-        dtype: of the scale; it decides what a loader decodes to.
+        dtype: of the scale; loaders dequantize to this type.
     """
     packed = {
         "weight_packed": pack_rows(weight.codes, weight.grid.bits),

@@ -1,8 +1,8 @@
-"""Value heads padded back to the width of the key heads, so that programs with one head size read the model.
+"""Padding of value heads to the width of the key heads, for programs that support only one head size.
 
-A value column of zeros meets an output column that is multiplied by it: nothing changes in the logits, and nothing
-is saved on v and o. Quantized weights are padded in codes: a code equal to its zero decodes to exactly 0. In ``o``
-the new columns stand inside each head, so groups must end where heads end, which ``grouping`` has seen to.
+The padded rows of v are zero, so the values and the logits do not change, and nothing is saved on v and o. Quantized
+weights are padded with codes equal to the zero point, which decode to exactly 0. In ``o`` the padded columns are inside
+each head, so groups must end at the ends of heads; ``grouping`` ensures this.
 
 Axes: h query heads, kv key/value heads, r d_v, d d_qk, G groups.
 """
@@ -24,7 +24,7 @@ def padded_config(config: DecoderConfig) -> DecoderConfig:
 
 
 def pad_dense(tensor: Tensor, name: str, dims: LayerDims) -> Tensor:
-    """``v.weight``, ``v.bias`` or ``o.weight`` with zeros in the new places; other tensors as they are."""
+    """``v.weight``, ``v.bias`` or ``o.weight`` padded with zeros; other tensors unchanged."""
     missing = dims.d_qk - dims.d_v
     linear, kind = name.rsplit(".", 2)[-2:]
     if linear == "v":
@@ -37,7 +37,7 @@ def pad_dense(tensor: Tensor, name: str, dims: LayerDims) -> Tensor:
 
 
 def pad_quantized(weight: QuantizedWeight, linear: str, dims: LayerDims) -> QuantizedWeight:
-    """``v`` or ``o`` with codes in the new places that decode to 0; other linears as they are."""
+    """``v`` or ``o`` padded with codes that decode to 0; other linears unchanged."""
     grid, missing = weight.grid, dims.d_qk - dims.d_v
     if missing == 0 or linear not in ("v", "o"):
         return weight

@@ -1,9 +1,8 @@
-"""An exported folder run by transformers, through the auto class, as a user would load it.
+"""Runner for exported folders in transformers, loaded with the auto class.
 
-GPTQ folders are loaded by transformers only where GPTQModel is installed, and its kernels want to compile C++ first.
-So for them, and for compressed-tensors where no release that reads the folder is installed, the packed file is
-decoded here by the format's own formula, and the dense result handed to the same model class; ``provider`` says which
-way it went.
+transformers loads GPTQ folders only with GPTQModel, whose kernels need a C++ compiler. So these, and compressed-tensors
+folders without a suitable release of that package, are dequantized here by the definition of the format, and the dense
+weights are loaded into the same model class; ``provider`` states which method was used.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class TransformersRunner:
     def step(self, tokens: IntArray) -> FloatArray:
         """See ``flatq.export.Runner.step``."""
         if self._cache is None:
-            raise ExportError("step: there is no prompt to go on from; call start first")
+            raise ExportError("step: was called before start; call start first")
         return self._advance(self._tensor(tokens)[:, None])
 
     def close(self) -> None:
@@ -98,10 +97,10 @@ class TransformersRunner:
 
 
 def load_strictly(folder: Path) -> tuple[Any, str]:
-    """The folder's model in float32, and how it was read if not by transformers alone.
+    """The folder's model in float32, and a remark if its weights were dequantized by flatq.
 
     Raises:
-        ExportError: a tensor is missing, misshapen or unknown (transformers would only log it).
+        ExportError: a tensor is missing, has a wrong shape or is unknown (transformers would only log it).
     """
     register_with_transformers()  # so that the auto classes know folders with widths per layer
     described = read_json(folder / "config.json", Config, AGAIN, error=ExportError).quantization_config
@@ -114,13 +113,13 @@ def load_strictly(folder: Path) -> tuple[Any, str]:
                 folder,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, with all other faults
+                ignore_mismatched_sizes=True,  # reported below, with all other faults
                 local_files_only=True,
             )
             faults = loading_faults(found)
     except ExportError:
         raise
-    except Exception as fault:  # the libraries below raise whatever they like at a damaged file
+    except Exception as fault:  # the libraries raise various exceptions for damaged files
         raise ExportError(f"{folder}: transformers cannot load what was written: {fault}; {AGAIN}") from fault
     if faults:
         raise ExportError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
@@ -128,7 +127,7 @@ def load_strictly(folder: Path) -> tuple[Any, str]:
 
 
 def _reads(described: dict[str, Any]) -> bool:
-    """Whether transformers can unpack this on any machine with what is installed."""
+    """Whether transformers can unpack the folder with the installed packages."""
     if described["quant_method"] != "compressed-tensors" or not importlib.util.find_spec("compressed_tensors"):
         return False
     groups = described["config_groups"].values()
@@ -161,10 +160,10 @@ def _from_state(folder: Path, state: dict[str, Tensor]) -> tuple[Any, list[str]]
 
 
 def decoded_state(folder: Path, described: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a packed folder, quantized modules decoded to float32.
+    """All tensors of a packed folder, with quantized modules dequantized to float32.
 
     Args:
-        folder: what ``SafetensorsExporter.write`` wrote.
+        folder: written by ``SafetensorsExporter.write``.
         described: its ``quantization_config``.
     """
     state = _read_all(folder)
@@ -210,7 +209,7 @@ def compressed_grid(module: str, described: dict[str, Any]) -> Grid:
             pattern = target.removeprefix("re:") if target.startswith("re:") else re.escape(target) + "$"
             if re.match(pattern, module):
                 return _grid_of(group)
-    raise ExportError(f"{module}: holds codes, but no config_group of config.json names it")
+    raise ExportError(f"{module}: is quantized, but no config_group of config.json contains it")
 
 
 def _grid_of(group: dict[str, Any]) -> Grid:
@@ -231,7 +230,7 @@ def _read_all(folder: Path) -> dict[str, Tensor]:
 
 def _device(provider: str) -> str:
     if provider == "cuda" and not torch.cuda.is_available():
-        raise ExportError("safetensors: provider cuda was asked for and torch sees no CUDA device; use cpu or auto")
+        raise ExportError("safetensors: provider cuda is not available: torch finds no CUDA device; use cpu or auto")
     return "cuda" if provider == "cuda" or (provider == "auto" and torch.cuda.is_available()) else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Size of an export from shapes alone, so that a plan can name it before anything is computed."""
+"""Size of an export from shapes alone, for ``flatq plan``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which tensors a folder will hold, from shapes alone, and how each is made from the artifact.
+"""The tensors of a folder, planned from shapes, and their conversion from the artifact.
 
-The two belong together: sizes and shards are planned from ``planned``, the file is written from ``made``, and what
-was made must be what was planned.
+Sizes and shards are computed from ``planned``, and the file is written from ``made``, which must return what was
+planned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor before it exists."""
+    """Shape and type of a planned tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,13 +39,13 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Everything that decides what a folder looks like.
+    """Everything that determines the content of a folder.
 
     Attributes:
         source: the artifact's widths.
-        config: the widths as written, after padding.
-        grids: by stem, what stays quantized, in groups that divide a row; -1 is one group per row.
-        dtype: of the tensors that are not quantized, and of the decoded ones.
+        config: the written widths, after padding.
+        grids: grids of the weights that stay quantized, by stem; group sizes divide the row, -1 is one group per row.
+        dtype: of unquantized and dequantized tensors.
     """
 
     source: DecoderConfig
@@ -58,7 +58,7 @@ class Layout:
     def of(
         cls, config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions, stored: torch.dtype
     ) -> Layout:
-        """The layout of one export; ``stored`` is the artifact's own dtype."""
+        """The layout of one export; ``stored`` is the artifact's dtype."""
         written = padded_config(config) if options.pad_values else config
         kept = options.written_grids(config, grids) if options.keeps_codes else {}
         wanted = options.dtype if options.keeps_codes else options.format
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """Whether the folder is a plain checkpoint of the model's family."""
+        """Whether the folder is a standard checkpoint of the model's family."""
         return family_settings(self.config) is not None
 
     def names(self) -> list[str]:
@@ -74,7 +74,7 @@ class Layout:
         return list(shapes_of(self.source))
 
     def planned(self, name: str) -> dict[str, Planned]:
-        """What one of the artifact's tensors becomes, by name in the files."""
+        """The written tensors for one tensor of the artifact, by name in the files."""
         hub, stem = NAMES.to_hf(name), name.removesuffix(".weight")
         shape = shapes_of(self.config)[name]
         if stem not in self.grids or not name.endswith(".weight"):
@@ -100,16 +100,16 @@ class Layout:
         return {f"{module}.{part}": plan for part, plan in parts.items()}
 
     def made(self, name: str, stored: Tensor | QuantizedWeight) -> dict[str, Tensor]:
-        """The tensors that ``planned`` announced.
+        """The planned tensors with their data.
 
         Raises:
             ExportError: a zero that format gptq (v1) cannot store; a number too large for float16; the artifact's
-                tensor has another shape than its configuration says.
+                tensor does not have the shape of its configuration.
         """
         tensors = self._packed(name, stored) if self._keeps(name, stored) else self._decoded(name, stored)
         found = {key: Planned(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
         if found != self.planned(name):
-            raise ExportError(f"{name}: the artifact gives {found}, config.json asks for {self.planned(name)}")
+            raise ExportError(f"{name}: the artifact gives {found}, config.json needs {self.planned(name)}")
         return tensors
 
     def _keeps(self, name: str, stored: Tensor | QuantizedWeight) -> bool:
@@ -143,5 +143,5 @@ class Layout:
 
 @lru_cache(maxsize=4)
 def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """``flatq.model.weights.tensor_shapes``, remembered: it builds the model on no device, once per question."""
+    """``flatq.model.weights.tensor_shapes`` with a cache, because it builds the model (on device meta) in each call."""
     return tensor_shapes(config)

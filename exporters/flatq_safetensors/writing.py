@@ -1,7 +1,7 @@
-"""The folder on disk: shards with an index, configuration, code, tokenizer, model card.
+"""Write the folder: shards with an index, configuration, model code, tokenizer, model card.
 
-One tensor of the artifact is in memory at a time beside the shard that is being filled. Files appear atomically and
-``config.json`` last: a folder without it is an export that did not finish.
+One shard is in memory at a time. Files are written atomically and ``config.json`` last; a folder without it is an
+unfinished export.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from flatq_safetensors.options import SafetensorsOptions
 from flatq_safetensors.tensors import Layout
 
 SINGLE = "model.safetensors"
-CODE = {"modeling_flatq": "flatq.hf", "decoder": "flatq.model", "dims": "flatq.model"}  # what travels, and from where
+CODE = {
+    "modeling_flatq": "flatq.hf",
+    "decoder": "flatq.model",
+    "dims": "flatq.model",
+}  # copied modules
 ROUNDING_KL = {torch.float16: 2e-3, torch.bfloat16: 0.02}  # nats; bfloat16 keeps 8 bits of a number
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -57,11 +61,11 @@ def write_folder(artifact: Artifact, out: Path, options: SafetensorsOptions) -> 
 
 
 def travelling_source(name: str) -> str:
-    """Source of one of flatq's own modules, its imports turned to the files beside it."""
+    """Source of a flatq module with relative imports, for a copy in the folder."""
     module = f"{CODE[name]}.{name}"
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ExportError(f"{module} is not there to be copied; reinstall flatq from a wheel or a checkout")
+        raise ExportError(f"{module} has no source file to copy; reinstall flatq from a wheel or a checkout")
     return re.sub(r"^from flatq\.\w+\.", "from .", Path(spec.origin).read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
@@ -85,7 +89,7 @@ def _settings(artifact: Artifact, layout: Layout) -> dict[str, Any]:
 
 
 def _shards(layout: Layout) -> list[list[str]]:
-    """The artifact's names, cut where a file would grow beyond ``max_shard_size``."""
+    """The artifact's tensor names, divided into files of at most ``max_shard_size`` bytes."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in layout.names():
@@ -121,7 +125,7 @@ def _tensors(artifact: Artifact, layout: Layout, names: list[str]) -> Iterator[t
 
 
 def _companions(artifact: Artifact, out: Path) -> tuple[list[Path], list[str]]:
-    """Tokenizer, chat templates and generation settings; without the last, the token ids stand in for them."""
+    """Copy tokenizer, chat templates and generation settings; without the latter, write one with the token ids."""
     copied, changes = artifact.copy_companions(out)
     if not artifact.generation():
         ids = {key: artifact.settings[key] for key in TOKEN_IDS if key in artifact.settings}
@@ -131,7 +135,7 @@ def _companions(artifact: Artifact, out: Path) -> tuple[list[Path], list[str]]:
 
 
 def _rounded(artifact: Artifact, layout: Layout, stored: torch.dtype) -> bool:
-    """Whether weights were rounded once more on the way, so that logits cannot be the artifact's to the last digit."""
+    """Whether the export rounds weights, so that its logits differ from the artifact's."""
     decoded = any(stem not in layout.grids for stem in artifact.grids)
     return layout.dtype is not torch.float32 and (decoded or layout.dtype is not stored)
 
@@ -140,19 +144,19 @@ def _notes(artifact: Artifact, layout: Layout) -> list[str]:
     notes = []
     ends = sorted(stem for stem in artifact.grids if stem in ENDS and stem not in layout.grids)
     if ends and layout.options.keeps_codes:
-        notes.append(f"{' and '.join(ends)} written dense: few readers of this format know quantized ones")
+        notes.append(f"{' and '.join(ends)} written dense: few readers of this format support quantized ones")
     finer = sum(0 < grid.group_size < artifact.grids[stem].group_size for stem, grid in layout.grids.items())
     if finer:
         notes.append(f"{finer} linears are written in smaller groups that share scales, so that the size divides them")
     if layout.options.keeps_codes and layout.dtype is torch.bfloat16:
         notes.append(
-            "transformers computes in bfloat16 unless told otherwise and then rounds the scales to it; "
+            "transformers computes in bfloat16 by default and then rounds the scales to it; "
             "dtype=torch.float16 or float32 keeps them exact"
         )
     if layout.options.format == "compressed-tensors" and (readers := Versions.reading(layout.grids.values())):
         notes.append(f"to load it into transformers: {readers}")
     if layout.options.pad_values and artifact.config != layout.config:
-        notes.append("value heads are padded with zeros: v and o take the room of the original model")
+        notes.append("value heads are padded with zeros: v and o are as large as in the original model")
     if layout.options.gptq_version is not None and len(set(layout.grids.values())) > 1:
-        notes.append("linears differ in bits or group size; readers must know the key `dynamic` (GPTQModel, vLLM)")
+        notes.append("linears differ in bits or group size; readers must support the key `dynamic` (GPTQModel, vLLM)")
     return notes

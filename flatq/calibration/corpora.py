@@ -9,7 +9,6 @@ Text that the model generates itself is in ``self_text``.
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flatq.errors import RecipeError
+from flatq.files import from_json
 
 CHARACTERS_PER_TOKEN = 5  # more than any tokenizer in use needs for English
 
@@ -132,8 +132,8 @@ def _objects(text: str, file: Path, place: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at separators inside of a text
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as broken:
+                yield number, from_json(line)
+            except ValueError as broken:
                 raise RecipeError(f"{place}.path: {file}, line {number}: not valid JSON ({broken})") from broken
 
 
@@ -160,7 +160,7 @@ def _chats(text: str, field: str, file: Path, place: str, tokenizer: Any) -> Ite
             )
         try:
             yield str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as refused:  # a template may raise whatever it likes
+        except Exception as refused:  # a template may raise any exception
             raise RecipeError(
                 f"{place}.chat_template: {file}, line {number}: the model's chat template refuses this chat ({refused})"
             ) from refused

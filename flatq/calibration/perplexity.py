@@ -4,8 +4,8 @@ The dense model of a large run may not fit into memory. So the loop runs over ha
 Memory is one half layer and the residual stream of all tokens (``4 * n * s * m`` bytes); each weight is read once. The
 same code computes the reference logits that exports are verified against.
 
-Everything runs in float32, whatever the weights are stored in: dense source and quantized artifact use the same
-arithmetic, so that the difference of their perplexities is caused by the compression alone.
+Everything runs in float32, independent of the stored type of the weights: dense source and quantized artifact use the
+same arithmetic, so that the difference of their perplexities is caused by the compression alone.
 
 Left out: sliding evaluation windows with overlap (each row is scored separately, as in the papers' tables) and
 benchmark tasks (use lm-eval).
@@ -30,7 +30,7 @@ from flatq.machine import distributed
 from flatq.machine.device import exact
 from flatq.model.weights import Weights, load_head, load_last_norm
 
-LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32: large enough for an efficient product, small beside half a layer
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32: large enough for an efficient product, small compared to half a layer
 
 
 @dataclass(frozen=True, slots=True)

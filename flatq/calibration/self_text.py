@@ -107,7 +107,7 @@ def chat_script(tokenizer: Any, ends: frozenset[int]) -> Script | None:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE
         )
-    except Exception as refused:  # a template may raise whatever it likes
+    except Exception as refused:  # a template may raise any exception
         log.warning("dataset self: only documents are written, for the chat template refuses a question: %s", refused)
         return None
     before, found, after = text.partition(MARK)

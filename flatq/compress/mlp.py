@@ -23,7 +23,7 @@ def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
         gram: second moment of the inner activation, [f, f].
         ridge: relative to the mean diagonal of ``gram``.
     Source: FLAT-LLM (arXiv 2505.23966), MLP part: ``diag(C (C + ridge I)^-1)``.
-    Differs from the authors' code, which adds 1 to the raw sum over tokens, whatever its scale.
+    Differs from the authors' code, which adds 1 to the raw sum over tokens, independent of its scale.
     """
     inverted, shift = inverse(gram, ridge)
     return 1 - shift * inverted.diagonal().double()

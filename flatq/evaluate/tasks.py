@@ -56,7 +56,7 @@ class TaskSet:
     Attributes:
         tasks: names with their numbers of examples, see ``tasks_wanted``.
         limit: first documents of each task only; None takes all.
-        folder: holds task files of one's own.
+        folder: with local task files.
     """
 
     tasks: Mapping[str, int | None]

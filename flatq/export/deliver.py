@@ -112,7 +112,7 @@ def measured(
     """Speed and memory of every export that has a runtime, of the dense model and of the baselines; JSON-ready.
 
     Args:
-        recipe: its bench block says what is measured.
+        recipe: its bench block defines what is measured.
         source: the dense model.
         folder: the run's.
         exports: the finished exports.
@@ -127,7 +127,7 @@ def measured(
             log.warning("bench: no runtime for %s is installed, so it is left out", item.name)
     entries = {item.name: (item, folder.exports / item.name) for item in runnable}
     if spec.baseline:
-        dense = next((d for item in runnable if (d := _dense_twin(item, source, folder.work)) is not None), None)
+        dense = next((d for item in runnable if (d := _dense_export(item, source, folder.work)) is not None), None)
         if dense is not None:
             entries = {BASELINE: dense, **entries}
     for name, artifact in (baselines or {}).items() if runnable else ():
@@ -154,7 +154,7 @@ def side_by_side(entries: Mapping[str, tuple[PlannedExport, Path]], spec: BenchS
         )
 
 
-def _dense_twin(item: PlannedExport, source: Source, work: Path) -> tuple[PlannedExport, Path] | None:
+def _dense_export(item: PlannedExport, source: Source, work: Path) -> tuple[PlannedExport, Path] | None:
     """The dense model, written by the same exporter; None if the exporter does not support that."""
     options = item.exporter.dense(item.options)
     if options is None:
@@ -162,9 +162,9 @@ def _dense_twin(item: PlannedExport, source: Source, work: Path) -> tuple[Planne
     root = work / BASELINE
     shutil.rmtree(root, ignore_errors=True)
     (root / "export").mkdir(parents=True)
-    twin = PlannedExport(BASELINE, item.format, item.exporter, options)
+    exported_dense = PlannedExport(BASELINE, item.format, item.exporter, options)
     item.exporter.write(dense_artifact(source, root / "artifact"), root / "export", options)
-    return twin, root / "export"
+    return exported_dense, root / "export"
 
 
 def _baseline_export(

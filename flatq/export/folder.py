@@ -1,7 +1,7 @@
 """The export folder: ``export.json`` states which exporter wrote it, from which artifact, and the digest of every file.
 
-It holds everything that ``flatq bench`` and ``flatq generate`` need besides the exporter's files, so an export folder
-can be moved and opened without its run. Only formats without a tokenizer need the artifact, for its tokenizer.
+It has everything that ``flatq bench`` and ``flatq generate`` need in addition to the exporter's files, so an export
+folder can be moved and opened without its run. Only formats without a tokenizer need the artifact, for its tokenizer.
 """
 
 from __future__ import annotations

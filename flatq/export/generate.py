@@ -152,12 +152,8 @@ def stream(
         temperature: 0 is greedy; otherwise ids are sampled from ``softmax(logits / temperature)``.
         seed: of the sampling; the same seed gives the same text.
         eos: ids that end the text; they are not part of it.
-    <<<<<<< HEAD
-        chat: put the prompt into the tokenizer's chat template as a user's message.
-        vocab: rows of the embedding; a prompt with a token beyond them is refused.
-    =======
         chat: format the prompt as a user message with the tokenizer's chat template.
-    >>>>>>> main
+        vocab: rows of the embedding; a prompt with a token beyond them is an error.
 
     Raises:
         RecipeError: the prompt has no tokens or one without an embedding, there is no chat template, or a
@@ -191,7 +187,7 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
-        except Exception as refused:  # a template may raise whatever it likes
+        except Exception as refused:  # a template may raise any exception
             raise RecipeError(f"--chat: the model's chat template refuses the prompt ({refused})") from refused
     ids: list[int] = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not ids:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flatq.artifact import Artifact
+from flatq.artifact import MANIFEST, Artifact
 from flatq.errors import ArtifactError
 from flatq.hf.modeling_flatq import DecoderForCausalLM, FlatqHubConfig, FlatqHubForCausalLM
 from flatq.hf.quantized_linear import quantized_like
@@ -91,6 +91,17 @@ class FlatqForCausalLM(DecoderForCausalLM):
         self.__dict__["_decoder"] = decoder
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, check: bool = True, **options: Any) -> Any:
+        """See ``DecoderForCausalLM.from_pretrained``; the files of an artifact are compared with their digests first.
+
+        Raises:
+            ArtifactError: a file is damaged or missing, or tensors are missing, unknown or of a wrong shape.
+        """
+        if check and (Path(str(name_or_path)) / MANIFEST).is_file():
+            Artifact.open(name_or_path)
+        return super().from_pretrained(name_or_path, *args, **options)
+
     @property
     def body(self) -> Decoder:
         """Embedding, layers and final norm."""
@@ -126,7 +137,9 @@ def load(
     """
     root = Artifact.open(root, check=check).root
     try:
-        model: FlatqForCausalLM = FlatqForCausalLM.from_pretrained(root, dtype=dtype, local_files_only=True)
+        model: FlatqForCausalLM = FlatqForCausalLM.from_pretrained(
+            root, dtype=dtype, local_files_only=True, check=False
+        )
     except (OSError, ValueError, SafetensorError) as fault:
         raise ArtifactError(f"{root}: a file is missing or damaged ({fault}); run the recipe with --fresh") from fault
     model.to(device)

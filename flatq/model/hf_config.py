@@ -194,7 +194,7 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
         Settings that ``config_from_hf`` reads back as the same model (with ``dims`` in every layer).
 
     Raises:
-        UnsupportedModel: the family's configuration cannot say all of it.
+        UnsupportedModel: the family's configuration cannot express all of it.
     """
     stated = dims or config.layers[0]
     same = config.with_layers((stated,) * len(config.layers))
@@ -224,7 +224,7 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
     }
     settings |= {key: getattr(config, name) for name, key in family.switches.items() if isinstance(key, str)}
     if config_from_hf(settings) != same:
-        raise UnsupportedModel(f"{config.family}: its config.json cannot say all that this model computes")
+        raise UnsupportedModel(f"{config.family}: its config.json cannot describe this model")
     return settings
 
 

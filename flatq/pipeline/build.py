@@ -29,7 +29,7 @@ from flatq.model.weights import HALVES, halves, head_stem
 from flatq.quantize.embedding_and_head import EMBEDDING, ENDS, head_moment, save_first, save_last, saved_first
 from flatq.quantize.stage import READERS
 from flatq.sources.source import Source
-from flatq.stages import stages_of, walked_along
+from flatq.stages import dense_states_needed, stages_of
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _walk(job: Job, plan: RankPlan, grids: Mapping[str, Grid]) -> None:
     """Apply the stages to every block, and write each block when it is finished."""
     source, partial, work = job.source, job.folder.partial, job.folder.work
     stages = stages_of(job.recipe, plan, grids, source.config, work)
-    reference, lag = walked_along(job.recipe)
+    reference, lag = dense_states_needed(job.recipe)
 
     def save(block: Block) -> None:
         _save_block(block, source.dtype, partial, work)

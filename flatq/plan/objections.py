@@ -6,7 +6,6 @@ widths are raised first: an unsupported tokenizer, and different widths per laye
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from flatq.compress.plan import uneven
@@ -14,6 +13,7 @@ from flatq.errors import RecipeError
 from flatq.evaluate.tasks import absent_for_tasks
 from flatq.export.planned import PlannedExport, absent_packages_of
 from flatq.export.protocols import Exporter
+from flatq.files import from_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.plan.positions import rows_that_do_not_fit
@@ -64,7 +64,7 @@ def raise_absent_packages(exports: list[PlannedExport], recipe: Recipe | None = 
 
 
 def tokenizer_objections(source: Source, exports: list[PlannedExport]) -> list[str]:
-    """What stands against the model's tokenizer: that it adds a token without a row, or an exporter's objections.
+    """Objections to the model's tokenizer: a token without a row in the embedding, or those of the exporters.
 
     Raises:
         RecipeError: it cannot be opened.
@@ -78,7 +78,7 @@ def tokenizer_objections(source: Source, exports: list[PlannedExport]) -> list[s
     ]
     carriers = [item for item in exports if type(item.exporter).check_tokenizer is not Exporter.check_tokenizer]
     if carriers:
-        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        described = from_json(tokenizer.backend_tokenizer.to_str())
         for item in carriers:
             said = item.exporter.check_tokenizer(described, source.config, item.options)
             found += [f"exports.{item.name}: {words}" for words in said]

@@ -19,7 +19,7 @@ from flatq.model.grid import CLIPS
 from flatq.plan.decide import measurements
 from flatq.quantize.stage import READERS
 from flatq.recipe.grammar import Recipe
-from flatq.stages import walked_along
+from flatq.stages import dense_states_needed
 
 DOUBLE = 2.5  # cost of float64 products and factorizations, relative to float32 products
 PASSES = 12 * len(CLIPS) + 60  # float32 passes over a weight: scale search and column loop of GPTQ
@@ -186,7 +186,7 @@ def _bits(recipe: Recipe, config: DecoderConfig, t: int, s: int) -> Operations:
 def _compressed(recipe: Recipe, config: DecoderConfig, planned: DecoderConfig, t: int) -> Operations:
     """The walk: each block is observed, changed and run again; with the dense model's blocks if a stage needs them."""
     m, s = config.d_model, recipe.calibration.seq_len
-    reference, lag = walked_along(recipe)
+    reference, lag = dense_states_needed(recipe)
     along = reference or lag
     found = _passed(config, t, s, 2 if along else 1) + _passed(planned, t, s)
     for before, after in zip(config.layers, planned.layers, strict=True):

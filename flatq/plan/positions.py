@@ -14,7 +14,7 @@ def rows_that_do_not_fit(recipe: Recipe, config: DecoderConfig, exports: list[Pl
 
     Args:
         config: of the dense model, for its positions.
-        exports: those that are verified are compared on rows of text, and judged on all of them.
+        exports: those that are verified are compared on rows of text, and evaluated on all of them.
     """
     opened = [item for item in exports if item.verify and type(item.exporter).open is not Exporter.open]
     found = _too_long(recipe, config.max_positions, "the model", "")

@@ -155,7 +155,7 @@ def _evaluation(recipe: Mapping[str, Any]) -> Broken:
             yield (*place, "name"), f"a second text is called {spec['name']!r:.60}; give each its own"
         names.append(spec.get("name"))
         if spec.get("name") is not None and spec.get("dataset") is None:
-            yield (*place, "name"), "one name for two texts; say `dataset: held-out` or `dataset: other`"
+            yield (*place, "name"), "one name for two texts; write `dataset: held-out` or `dataset: other`"
         for key in ("task_limit", "task_folder"):
             if spec.get(key) is not None and not spec.get("tasks"):
                 yield (*place, key), "only read with `tasks`; name them, or remove it"

@@ -45,8 +45,8 @@ def findings(report: Report) -> Findings:
     ours = next((entry for entry in report.bench if entry is not dense and entry.name not in quantized), None)
     for entry in report.bench:
         if ours is not None and entry.name in quantized:
-            beside = f"Narrowing, beside quantization alone ({quantized[entry.name].description}): {ours.name}"
-            _compare_speed(ours, entry, found, beside)
+            alone = f"Narrowing, compared with quantization alone ({quantized[entry.name].description}): {ours.name}"
+            _compare_speed(ours, entry, found, alone)
     if report.bench and dense is None:
         found.notes.append("The baseline's speed was not measured, so the speed-up is not known.")
     for export in report.exports:

@@ -235,11 +235,11 @@ class GgufFile:
         return read_tokenizer(self.path, self._value("tokenizer.ggml.model"), self._value("tokenizer.ggml.pre"))
 
     def tokenizer_notes(self) -> list[str]:
-        """None: the files are made anew."""
+        """Always empty: the files are created."""
         return []
 
     def carry(self, out: Path, tokenizer: Any) -> None:
-        """See ``flatq.sources.source.Storage``; a GGUF file has no files beside it, so they are made."""
+        """See ``flatq.sources.source.Storage``; the files are created, because a GGUF file contains the tokenizer."""
         save(tokenizer, out)
 
     def settings(self) -> dict[str, Any]:

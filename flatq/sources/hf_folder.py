@@ -6,7 +6,6 @@ header, so a truncated download is detected without reading any weights.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +17,14 @@ import yaml
 from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
-from flatq.files import lfs_pointer
+from flatq.files import lfs_pointer, read_json
 from flatq.model.families import FAMILIES
 from flatq.model.hf_config import config_from_hf
 from flatq.tokenizer import carry, companions, generation_settings, has_tokenizer, notes, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DOWNLOAD = "download it again"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -48,7 +48,7 @@ class HfFolder:
         config_file = root / "config.json"
         if not config_file.is_file():
             raise RecipeError(f"model: {root} has no config.json; give a Hugging Face model folder or a .gguf file")
-        self._hf = _read_json(config_file)
+        self._hf = read_json(config_file, dict[str, Any], DOWNLOAD)
         if self._hf.get("model_type") == "flatq":
             raise UnsupportedModel(f"{root}: this is a model that flatq has already compressed; give the original one")
         self.config = config_from_hf(self._hf, where=str(config_file))
@@ -70,9 +70,11 @@ class HfFolder:
             single = (self.root / SINGLE).is_file()
             others = sorted(path.name for path in self.root.glob("*.safetensors"))
             if others and not single:
-                raise ArtifactError(f"{self.root}: {others[0]} has no {INDEX} beside it; download the index too")
+                raise ArtifactError(
+                    f"{self.root}: {others[0]} needs {INDEX} in the same folder; download the index too"
+                )
             return None, [SINGLE] if single else []
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index, dict[str, Any], DOWNLOAD).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ArtifactError(f"{index}: no weight_map of names to files; download it again")
         shards = sorted(set(weight_map.values()))
@@ -203,13 +205,3 @@ class HfFolder:
 
 def _stated(data: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if value is not None}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as damaged:
-        raise ArtifactError(f"{path}: not valid JSON ({damaged}); download it again") from damaged
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: a JSON object was expected, found {type(data).__name__}; download it again")
-    return data

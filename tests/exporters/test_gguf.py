@@ -141,7 +141,7 @@ def test_a_matrix_whose_codes_do_not_fit_is_stored_otherwise_and_said(make_artif
         expected = expected_linear(artifact, 0, "o", {})
         assert np.abs(decoded(tensors["blk.0.attn_output.weight"]) - expected).max() <= bound * np.abs(expected).max()
         assert any("layers.0.o" in note and "rank_multiple: 32" in note for note in exported.notes)
-        assert any("they have no codes: embed" in note for note in exported.notes)
+        assert any("they are not quantized: embed" in note for note in exported.notes)
 
 
 @pytest.mark.parametrize("precision", ["f32", "f16", "bf16", "q8_0", "q5_0", "q4_1", "q4_0"])
@@ -205,7 +205,7 @@ def test_deci_describes_every_layer(make_artifact: MakeArtifact) -> None:
     assert fields["deci.rope.dimension_count"] == 16
     assert fields["deci.context_length"] == 256
     assert "output.weight" not in tensors
-    assert any("filled up with zeros" in note for note in exported.notes)
+    assert any("padded with zeros" in note for note in exported.notes)
 
 
 def test_compact_keeps_the_narrow_values_and_the_order_of_rows(make_artifact: MakeArtifact) -> None:
@@ -449,7 +449,7 @@ def test_a_quantized_source_does_not_lend_its_type_to_the_name(make_artifact: Ma
     assert export(artifact, name="mine")[0].files[0].name == "mine-flatq-F32.gguf"
 
 
-def test_the_dense_twin_is_the_familys_own_architecture() -> None:
+def test_the_dense_export_has_the_familys_own_architecture() -> None:
     twin = GgufExporter().dense(GgufOptions(layout="compact", baseline="q4_0"))
     assert (twin.precision, twin.layout) == ("q4_0", "auto")
 

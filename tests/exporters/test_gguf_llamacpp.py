@@ -293,7 +293,7 @@ def test_a_damaged_file_is_an_error_that_llama_cpp_explains(make_artifact: MakeA
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"no \.gguf file is there"):
+    with pytest.raises(ExportError, match=r"has no \.gguf file"):
         LlamaCppRunner(tmp_path)
 
 

@@ -365,7 +365,7 @@ def test_the_size_is_known_before_anything_is_written(tmp_path: Path, options: d
     [
         (own_widths(), {}, {}, "no linear is quantized"),
         (own_widths(), {"layers.0.q": Grid(4, 4)}, {}, r"layers\.0\.q: groups of 4 among 64 inputs can only be"),
-        (own_widths(), {"layers.0.q": Grid(4, 8)}, {"format": "gptq"}, "written as groups of 8; GPTQ readers know"),
+        (own_widths(), {"layers.0.q": Grid(4, 8)}, {"format": "gptq"}, "written as groups of 8; GPTQ readers support"),
         (own_widths(), {"layers.0.q": Grid(4, 32, False)}, {"format": "gptq"}, "write format gptq_v2"),
         (own_widths(), {"layers.0.q": Grid(4, 32, False), "layers.0.k": Grid(3, 32)}, {}, "no release of that package"),
         (own_widths(), {}, {"format": "fp16", "pad_values": True}, r"one MLP width, this model has 2 \(64 to 96\)"),
