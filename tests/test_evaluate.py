@@ -42,7 +42,7 @@ def without_dense_model(made: Made, runs: Runs, place: Path) -> Path:
 def scored(made: Made, rows: int) -> float:
     """Perplexity of the artifact on the first rows of its own text."""
     recipe, tokenizer = Recipe.parse(made.artifact.manifest["recipe"]), tokenizer_in(made.artifact.root)
-    text = tokens_of(recipe, tokenizer, made.artifact.config.vocab).judged[0]
+    text = tokens_of(recipe, tokenizer, made.artifact.config.vocab).evaluation[0]
     return perplexity(made.artifact, text.tokens[:rows]).value
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from flatq.artifact import MANIFEST, Artifact, artifact_in, tokenizer_in
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.perplexity import perplexity
-from flatq.calibration.tokens import JudgedText, token_batches
+from flatq.calibration.tokens import EvaluationText, token_batches
 from flatq.errors import ExportError, FlatqError, RecipeError
 from flatq.export.deliver import reopened
 from flatq.export.folder import DESCRIPTION, artifact_of, description_of, tokenizer_of
@@ -101,18 +101,20 @@ def checked_dataset(dataset: str | None, path: Path | None) -> str | None:
     return dataset
 
 
-def _of_export(root: Path, texts_of: Callable[[Recipe | None, Any, int], list[JudgedText]], check: bool) -> list[str]:
-    """An export beside the dense model; beside its artifact where that cannot be opened.
+def _of_export(
+    root: Path, texts_of: Callable[[Recipe | None, Any, int], list[EvaluationText]], check: bool
+) -> list[str]:
+    """Compare an export with the dense model, or with its artifact if the dense model cannot be opened.
 
     Raises:
-        ArtifactError: a file is damaged, or neither the dense model nor the artifact is there.
+        ArtifactError: a file is damaged, or neither the dense model nor the artifact is available.
     """
     item, _ = reopened(root, check=check)
     described = description_of(root, check=False)
     artifact = artifact_of(root, described, check=check) if (root / described.artifact).is_dir() else None
     recipe = _recipe(artifact.manifest["recipe"] if artifact else described.recipe, root / DESCRIPTION)
     source = _original(recipe)
-    reference: Weights = source or artifact or artifact_of(root, described)  # the last says what is gone
+    reference: Weights = source or artifact or artifact_of(root, described)  # the last raises with the missing path
     tokenizer = tokenizer_of(root, described, check=check) or (source and source.tokenizer())
     texts = texts_of(recipe, tokenizer, described.vocab)
     compared = "" if source is not None else " (compared with the artifact: the dense model cannot be opened)"
@@ -130,7 +132,7 @@ def _recipe(text: str, where: Path) -> Recipe | None:
     return Recipe.parse(text, str(where)) if text else None
 
 
-def _alone(weights: Weights, texts: Sequence[JudgedText]) -> list[str]:
+def _alone(weights: Weights, texts: Sequence[EvaluationText]) -> list[str]:
     return [f"{text.name}: perplexity {perplexity(weights, text.tokens).value:.4f}" for text in texts]
 
 
@@ -157,18 +159,18 @@ def _texts(
     path: Path | None,
     tokens: int,
     seq_len: int | None,
-) -> list[JudgedText]:
+) -> list[EvaluationText]:
     """The requested text, or the texts of the run."""
     if dataset is not None or recipe is None:
         return [_one_text(tokenizer, dataset or "python-docs", path, tokens, seq_len)]
     if seq_len is not None:
         raise RecipeError("--seq-len: is not used for the texts of the run; give a text with --dataset or --path")
-    judged = tokens_of(recipe, tokenizer, vocab).judged
-    return [JudgedText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in judged]
+    texts = tokens_of(recipe, tokenizer, vocab).evaluation
+    return [EvaluationText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in texts]
 
 
-def _one_text(tokenizer: Any, dataset: str, path: Path | None, tokens: int, seq_len: int | None) -> JudgedText:
+def _one_text(tokenizer: Any, dataset: str, path: Path | None, tokens: int, seq_len: int | None) -> EvaluationText:
     seen = {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
-    judged = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=min(seq_len or SEQ_LEN, tokens))
-    text = token_batches(CalibrationSpec.model_validate(seen), [judged], tokenizer).judged[0]
-    return JudgedText(Path(path).stem if path else dataset, text.tokens, calibrated=False)
+    spec = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=min(seq_len or SEQ_LEN, tokens))
+    text = token_batches(CalibrationSpec.model_validate(seen), [spec], tokenizer).evaluation[0]
+    return EvaluationText(Path(path).stem if path else dataset, text.tokens, calibrated=False)

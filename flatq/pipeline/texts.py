@@ -55,7 +55,7 @@ def tokens_of(recipe: Recipe, tokenizer: Any, rows: int) -> Tokens:
 def _drawn(recipe: Recipe, tokenizer: Any, rows: int, writer: SelfText | None = None) -> Tokens:
     tokens = token_batches(recipe.calibration, recipe.evaluation, tokenizer, writer)
     refuse_beyond(tokens.calibration, tokenizer, rows, f"calibration: {recipe.calibration.label}")
-    for text in tokens.judged:
+    for text in tokens.evaluation:
         refuse_beyond(text.tokens, tokenizer, rows, f"evaluation: {text.name}")
     return tokens
 
