@@ -135,8 +135,8 @@ FAULTS = [
     ),
     Fault(
         "the result's perplexity is the baseline's",
-        "model_quality(dense, artifact, tokens.judged)",
-        "model_quality(dense, source, tokens.judged)",
+        "model_quality(dense, artifact, tokens.evaluation)",
+        "model_quality(dense, source, tokens.evaluation)",
         (f"{WIRING}::test_the_reported_perplexities_are_those_of_the_dense_model_and_of_the_artifact",),
     ),
     Fault("damping ignored", "damping=spec.damping", "damping=0.01", (f"{KEYS}[gptq.damping]",)),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flatq.calibration.divergence import DenseStates, divergence
-from flatq.calibration.tokens import JudgedText
+from flatq.calibration.tokens import EvaluationText
 from flatq.errors import ExportError, NumericsError, RecipeError
 from flatq.export.baseline import BASELINE
 from flatq.export.generate import DecoderRunner
@@ -192,7 +192,7 @@ def test_without_a_limit_a_ruined_model_is_warned_of(caplog: pytest.LogCaptureFi
 
 def test_an_export_that_cannot_be_opened_has_no_quality(tmp_path: Path) -> None:
     dense = DenseStates(RandomWeights(tiny_config()), tmp_path)
-    texts = [JudgedText("one", torch.zeros(1, 8, dtype=torch.int64), calibrated=False)]
+    texts = [EvaluationText("one", torch.zeros(1, 8, dtype=torch.int64), calibrated=False)]
     exporter = exporter_named("onnx")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(exporter), "open", lambda *_: None)
