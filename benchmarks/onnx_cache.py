@@ -59,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     artifact = Artifact.open(options.run)
     recipe, tokenizer = recipe_of(artifact), tokenizer_in(artifact.root)
-    calibration = tokens_of(recipe, artifact).calibration
+    calibration = tokens_of(recipe, tokenizer, artifact.config.vocab).calibration
     ids = tokenizer(options.text.read_text()[: 20 * options.rows * options.length])["input_ids"]
     rows = np.array(ids[: options.rows * options.length]).reshape(options.rows, options.length)
     precision: dict[str, Any] = {"precision": "int4" if artifact.grids else "fp32"}

@@ -17,7 +17,7 @@ from flatq.evaluate.subjects import subjects_of
 from flatq.evaluate.tasks import absent_for_tasks, require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
-from flatq.export.folder import DESCRIPTION, description_of, tokenizer_of
+from flatq.export.folder import DESCRIPTION, description_of, required_tokenizer_of
 from flatq.export.generate import DecoderRunner, stream
 from flatq.export.planned import PlannedExport, absent_packages_of, needs_cache_ranges, planned_exports
 from flatq.export.protocols import Exporter, Runner, exporter_named
@@ -124,7 +124,7 @@ def export(
     raise_absent_packages([item])
     if needs_cache_ranges([item]) and RANGES not in model.manifest["files"]:
         text = recipe_of(model)
-        tokens = tokens_of(text, model)
+        tokens = tokens_of(text, tokenizer_in(model.root), model.config.vocab)
         note_cache_ranges(model, tokens, precision=text.calibration.precision)
     return [out / file for file in deliver(item, model, out, None)["files"]]
 
@@ -208,7 +208,7 @@ def generate(
     runner: Runner
     if (path / DESCRIPTION).exists():
         described = description_of(path, check=check)
-        tokenizer, ends = tokenizer_of(path, described, check=check), described.token_ids.get("eos_token_id")
+        tokenizer, ends = required_tokenizer_of(path, described, check=check), described.token_ids.get("eos_token_id")
         vocab = described.vocab
         runner = opened(path, provider, check=False)
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flatq.artifact import MANIFEST
+from flatq.artifact import MANIFEST, tokenizer_in
 from flatq.calibration.perplexity import perplexity
 from flatq.errors import ArtifactError, ExportError, RecipeError
 from flatq.export.quality import TOKENS
@@ -41,7 +41,8 @@ def without_dense_model(made: Made, runs: Runs, place: Path) -> Path:
 
 def scored(made: Made, rows: int) -> float:
     """Perplexity of the artifact on the first rows of its own text."""
-    text = tokens_of(Recipe.parse(made.artifact.manifest["recipe"]), made.artifact).judged[0]
+    recipe, tokenizer = Recipe.parse(made.artifact.manifest["recipe"]), tokenizer_in(made.artifact.root)
+    text = tokens_of(recipe, tokenizer, made.artifact.config.vocab).evaluation[0]
     return perplexity(made.artifact, text.tokens[:rows]).value
 
 

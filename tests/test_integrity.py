@@ -224,18 +224,45 @@ def test_an_unexpected_file_is_warned_of_and_used_all_the_same(run: Path, caplog
     assert "manifest.json does not list these files: added_tokens.json" in caplog.text
 
 
-def test_an_export_that_was_copied_elsewhere_is_opened_and_checked_without_its_run(run: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(run / "exports" / "gqa", tmp_path / "elsewhere" / "gqa"))
+@pytest.mark.parametrize("case", ["optimum", "compressed-tensors"])
+def test_an_export_that_was_copied_elsewhere_answers_as_before_and_is_checked(
+    case: str, run: Path, tmp_path: Path
+) -> None:
+    form, options = FORMATS[case]
+    exporter = exporter_named(form)
+    item = PlannedExport("mine", form, exporter, exporter.Options(**options), verify=False)
+    if absent := exporter.missing(item.options):
+        pytest.skip(absent[0])
+    deliver(item, Artifact.open(run), run / "exports" / "mine", None)
+    asked = [("generate", "-p", "The river", "--new-tokens", "6"), ("eval", "--tokens", "32")]
+    before = [flatq(verb, run / "exports" / "mine", *words).stdout for verb, *words in asked]
+    moved = Path(shutil.copytree(run / "exports" / "mine", tmp_path / "elsewhere" / "mine"))
     shutil.rmtree(run)
+    assert all(before)
+    assert [flatq(verb, moved, *words).stdout for verb, *words in asked] == before
     assert flatq("verify", moved).exit_code == 0
+    file = max(moved.iterdir(), key=lambda path: path.stat().st_size)
+    flip(file)
+    for verb, *words in asked:
+        shown = flatq(verb, moved, *words)
+        assert shown.exit_code == 3
+        assert f"damaged files: {file.name}" in shown.stderr
+
+
+@pytest.mark.parametrize("case", ["onnx", "gguf"])
+def test_an_export_without_a_tokenizer_says_so_when_its_run_is_gone(case: str, run: Path, tmp_path: Path) -> None:
+    form, options = FORMATS[case]
+    exporter = exporter_named(form)
+    item = PlannedExport("mine", form, exporter, exporter.Options(**options), verify=False)
+    if absent := exporter.missing(item.options):
+        pytest.skip(absent[0])
+    deliver(item, Artifact.open(run), run / "exports" / "mine", None)
+    whole = flatq("eval", run / "exports" / "mine", "--tokens", "32").stdout
+    moved = Path(shutil.copytree(run / "exports" / "mine", tmp_path / "elsewhere" / "mine"))
+    shutil.rmtree(run)
+    assert whole
     assert flatq("bench", moved, *FEW).exit_code == 0
-    for verb in ("eval", "generate"):
-        shown = flatq(verb, moved, *(("-p", "The") if verb == "generate" else ()))
-        assert shown.exit_code == 3
-        assert f"{moved}: " in shown.stderr
-        assert "export the artifact again" in shown.stderr
-    flip(moved / "model.onnx", 0.98)
-    for arguments in (("verify", moved), ("bench", moved, *FEW), ("generate", moved, "-p", "The")):
-        shown = flatq(*arguments)
-        assert shown.exit_code == 3
-        assert "damaged files: model.onnx" in shown.stderr
+    assert flatq("eval", moved, "--tokens", "32").stdout == whole, "the dense model has the tokenizer"
+    shown = flatq("generate", moved, "-p", "The")
+    assert shown.exit_code == 3
+    assert f"{moved}: holds no tokenizer" in shown.stderr

@@ -13,7 +13,7 @@ import pytest
 
 from tests.demo_band import main, newest, outside
 from tests.mutants import Mutant, changes
-from tests.mutations import FAULTS, TARGETS, all_mutants, chosen_tests, place_of
+from tests.mutations import CANDIDATES, FAULTS, ROOT, TARGETS, all_mutants, chosen_tests, place_of
 from tests.trials import Reached
 
 GOOD: dict[str, Any] = {
@@ -41,6 +41,13 @@ def test_every_target_has_mutants_that_differ_from_the_file() -> None:
             assert mutant.text != ast.unparse(ast.parse(mutant.original)), mutant.name
 
 
+def test_the_tests_that_may_notice_are_there() -> None:
+    named = [test for tests in CANDIDATES for test in tests if test.startswith("tests/")]
+    for test in [*named, *(test for fault in FAULTS for test in fault.tests)]:
+        file, _, function = test.partition("::")
+        assert f"def {function.partition('[')[0]}" in (ROOT / file).read_text()
+
+
 def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quickest_first() -> None:
     mutant = Mutant("a.py", "f", range(5, 6), range(3, 9), "x -> y", 0, "")
 
@@ -54,6 +61,8 @@ def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quickest_first() 
     assert chosen_tests(mutant, {"beside": reached(20, 1.0)}) == []
     assert chosen_tests(mutant, {"a": reached(5, 19.0), "b": reached(5, 19.5)}) == ["a"]
     assert chosen_tests(mutant, {"a": reached(5, 99.0)}) == ["a"]
+    late = {f"{number}": reached(5, float(number), late=True) for number in range(5)}
+    assert chosen_tests(mutant, {"a": reached(5, 99.0), **late}) == ["a", "0", "1", "2"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flatq.calibration.divergence import DenseStates, divergence
-from flatq.calibration.tokens import JudgedText
+from flatq.calibration.tokens import EvaluationText
 from flatq.errors import ExportError, NumericsError, RecipeError
 from flatq.export.baseline import BASELINE
 from flatq.export.generate import DecoderRunner
@@ -21,7 +21,7 @@ from flatq.export.planned import PlannedExport
 from flatq.export.protocols import exporter_named
 from flatq.export.quality import first_rows, runner_divergence
 from flatq.model.footprint import weight_bytes
-from flatq.pipeline.baselines import nearest_in_bytes
+from flatq.pipeline.baselines import QuantizedBaseline, nearest_in_bytes
 from flatq.pipeline.evaluate import checked_dataset
 from flatq.pipeline.quality import export_quality, stop_if_ruined
 from flatq.quantize.grids import planned_grids
@@ -126,6 +126,10 @@ def test_eval_reads_a_path_alone(exported_run: tuple[Path, Path], text_file: Pat
 def test_eval_refuses_a_misspelt_dataset_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"--dataset wikitxt2: not known.*did you mean wikitext2\?"):
         checked_dataset("wikitxt2", None)
+    with pytest.raises(RecipeError, match=r"did you mean wikitext2\?"):
+        checked_dataset("wiki", None)
+    with pytest.raises(RecipeError, match=r"--dataset zzz: (?!.*did you mean)"):
+        checked_dataset("zzz", None)
     with pytest.raises(RecipeError, match="give the file with --path"):
         checked_dataset("text", None)
     with pytest.raises(RecipeError, match="is not used with --dataset c4"):
@@ -153,6 +157,18 @@ def test_a_ruined_model_stops_before_the_exports(
     assert not (out / "report.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bits": 3, "group_size": 32}, "3 bit, groups of 32"),
+        ({"bits": 8, "group_size": -1}, "8 bit, one group per row"),
+        ({"average_bits": 3.5, "group_size": 64}, "3.5 (on average) bit, groups of 64"),
+    ],
+)
+def test_a_baseline_is_described_by_bits_and_groups(settings: dict[str, float], words: str) -> None:
+    assert QuantizedBaseline("quantized", GptqSpec.model_validate(settings)).words == words
+
+
 def lost(text: str, damage: float) -> dict[str, object]:
     return {"text": text, "damage": damage, "perplexity": 20.0, "baseline_perplexity": 10.0}
 
@@ -176,7 +192,7 @@ def test_without_a_limit_a_ruined_model_is_warned_of(caplog: pytest.LogCaptureFi
 
 def test_an_export_that_cannot_be_opened_has_no_quality(tmp_path: Path) -> None:
     dense = DenseStates(RandomWeights(tiny_config()), tmp_path)
-    texts = [JudgedText("one", torch.zeros(1, 8, dtype=torch.int64), calibrated=False)]
+    texts = [EvaluationText("one", torch.zeros(1, 8, dtype=torch.int64), calibrated=False)]
     exporter = exporter_named("onnx")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(exporter), "open", lambda *_: None)

@@ -220,7 +220,7 @@ def test_a_mix_holds_rows_of_all_its_texts_shuffled(source: Source, tmp_path: Pa
     parts = tokens.description["calibration"]["parts"]
     assert [part["sequences"] for part in parts] == [6, 2]
     # What is judged on: the held-out part of each, and a text of another kind.
-    assert [(text.name, text.calibrated) for text in tokens.judged] == [
+    assert [(text.name, text.calibrated) for text in tokens.evaluation] == [
         ("self", True),
         (text_file.stem, True),
         ("python-docs", False),
@@ -238,9 +238,9 @@ def test_what_the_model_wrote_for_the_judgement_is_not_what_it_wrote_to_calibrat
 
 def test_the_text_of_another_kind_is_one_that_was_not_calibrated_on(source: Source, tmp_path: Path) -> None:
     found = texts(source, tmp_path, {"dataset": "python-docs"}, [{}])
-    assert [(text.name, text.calibrated) for text in found.judged] == [("python-docs", True), ("self", False)]
+    assert [(text.name, text.calibrated) for text in found.evaluation] == [("python-docs", True), ("self", False)]
     found = texts(source, tmp_path, {"dataset": "self"}, [{}])
-    assert [(text.name, text.calibrated) for text in found.judged] == [("self", True), ("python-docs", False)]
+    assert [(text.name, text.calibrated) for text in found.evaluation] == [("self", True), ("python-docs", False)]
     both = {"mix": [{"dataset": "self", "share": 1}, {"dataset": "python-docs", "share": 1}]}
     with pytest.raises(RecipeError, match="other needs one of python-docs, self that is not a calibration text"):
         texts(source, tmp_path, both, [{"dataset": "other"}])
@@ -249,8 +249,8 @@ def test_the_text_of_another_kind_is_one_that_was_not_calibrated_on(source: Sour
 def test_texts_have_names_of_their_own(source: Source, tmp_path: Path, text_file: Path) -> None:
     twice = [{"dataset": "text", "path": str(text_file), "tokens": tokens} for tokens in (64, 128)]
     found = texts(source, tmp_path, {"dataset": "python-docs"}, [*twice, {"dataset": "held-out", "name": "docs"}])
-    assert [text.name for text in found.judged] == [text_file.stem, f"{text_file.stem} 2", "docs"]
-    assert [text.tokens.numel() for text in found.judged] == [64, 128, 64]
+    assert [text.name for text in found.evaluation] == [text_file.stem, f"{text_file.stem} 2", "docs"]
+    assert [text.tokens.numel() for text in found.evaluation] == [64, 128, 64]
 
 
 def test_chats_of_a_file_go_through_the_template(chatty: Source, tmp_path: Path) -> None:

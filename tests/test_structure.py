@@ -48,6 +48,7 @@ BANNED = {
     r"(neighbour|stranger|rival|twin|witness|guest|landlord)(s|es)?": "adjacent, unexpected, baseline, copy",
     r"luck|honest|a hair": "measured, unbiased, rounding",
     r"mend(s|ed)?": "fix",
+    r"judgedtexts?": "EvaluationText",
     r"misshapen": "wrong shape",
     r"fill(s|ed)? up": "pad with zeros",
     r"likeliest(?! token as the original)": "most likely",

@@ -46,7 +46,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedText:
+class EvaluationText:
     """A text that the model is evaluated on.
 
     Attributes:
@@ -66,18 +66,18 @@ class Tokens:
 
     Attributes:
         calibration: int64 [samples, seq_len].
-        judged: at least one evaluation text, in the order of the recipe.
+        evaluation: at least one evaluation text, in the order of the recipe.
         description: origin and digests of all texts; JSON-ready.
     """
 
     calibration: Tensor
-    judged: tuple[JudgedText, ...]
+    evaluation: tuple[EvaluationText, ...]
     description: dict[str, Any]
 
     @property
     def heldout(self) -> Tensor:
         """Tokens of the first evaluation text, int64 [windows, seq_len]."""
-        return self.judged[0].tokens
+        return self.evaluation[0].tokens
 
 
 def token_batches(
@@ -106,8 +106,8 @@ def token_batches(
     about = seen[0] if len(seen) == 1 else {"dataset": "mix", "parts": seen, **_shape(rows)}
     judged, described = [], []
     for name, spec, corpus in split.wanted:
-        kept, available = split.judged(spec, corpus)
-        judged.append(JudgedText(name, kept, corpus in split.sources))
+        kept, available = split.evaluation(spec, corpus)
+        judged.append(EvaluationText(name, kept, corpus in split.sources))
         described.append({"name": name, "calibrated": corpus in split.sources} | _describe(corpus, kept, available))
     description = {"calibration": about | {"seed": calibration.seed}, "heldout": described[0], "judged": described}
     return Tokens(rows, tuple(judged), description)
@@ -190,7 +190,7 @@ class _Split:
             stream, self._rest[corpus] = _set_apart(stream, apart, corpus.label)
         return draw_windows(stream, samples, seq_len, seed, corpus.label), len(stream)
 
-    def judged(self, spec: EvaluationSpec, corpus: Corpus) -> tuple[Tensor, int]:
+    def evaluation(self, spec: EvaluationSpec, corpus: Corpus) -> tuple[Tensor, int]:
         """Evaluation rows of a text, int64 [windows, seq_len], and the number of held-out tokens."""
         windows = _rows_of(spec)
         kept = windows * spec.seq_len

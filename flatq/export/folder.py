@@ -16,6 +16,7 @@ from flatq.artifact import Artifact, tokenizer_in
 from flatq.digests import Findings, compared, digests_of
 from flatq.errors import ArtifactError
 from flatq.files import read_json, write_checksummed
+from flatq.tokenizer import has_tokenizer
 
 log = logging.getLogger(__name__)
 DESCRIPTION = "export.json"
@@ -29,6 +30,7 @@ class Description(BaseModel):
         format: name of the exporter.
         options: its options, JSON-ready.
         artifact: path of the artifact, relative to the folder.
+        recipe: text of the recipe that made the artifact; empty if it was made without one.
         vocab: rows of the embedding.
         token_ids: ``bos_token_id`` and so on, if the artifact defines them.
         files: SHA-256 by path relative to the folder.
@@ -39,6 +41,7 @@ class Description(BaseModel):
     format: str
     options: dict[str, Any]
     artifact: str
+    recipe: str
     vocab: int
     token_ids: dict[str, int | list[int] | None]
     files: dict[str, str]
@@ -51,6 +54,7 @@ def describe(root: Path, artifact: Artifact, format: str, options: BaseModel, or
         format=format,
         options=options.model_dump(mode="json"),
         artifact=origin,
+        recipe=artifact.manifest["recipe"],
         vocab=artifact.config.vocab,
         token_ids=ids,
         files=digests_of(root, but=[DESCRIPTION]),
@@ -104,17 +108,24 @@ def artifact_of(root: Path, described: Description, *, check: bool = True) -> Ar
     return Artifact.open(place, check=check)
 
 
-def tokenizer_of(root: Path, described: Description, *, check: bool = True) -> Any:
-    """The tokenizer of the artifact; if the artifact does not exist any more, that of the export.
-
-    Raises:
-        ArtifactError: neither has one.
-    """
+def tokenizer_of(root: Path, described: Description, *, check: bool = True) -> Any | None:
+    """The artifact's tokenizer; if the artifact is gone the export's own; None if there is neither."""
     if (root / described.artifact).is_dir():
         return tokenizer_in(artifact_of(root, described, check=check).root)
-    if (root / "tokenizer.json").is_file():
-        return tokenizer_in(root)
-    raise ArtifactError(
-        f"{root}: has no tokenizer, and its artifact is no longer at {(root / described.artifact).resolve()}; move the "
-        "run folder back, or export the artifact again"
-    )
+    return tokenizer_in(root) if has_tokenizer(root) else None
+
+
+def required_tokenizer_of(root: Path, described: Description, *, check: bool = True) -> Any:
+    """See ``tokenizer_of``.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    found = tokenizer_of(root, described, check=check)
+    if found is None:
+        raise ArtifactError(
+            f"{root}: holds no tokenizer that flatq reads, and the artifact that it was made from is not at "
+            f"{(root / described.artifact).resolve()} any more; move the run folder back, or copy the model's "
+            "tokenizer.json and tokenizer_config.json into the folder"
+        )
+    return found

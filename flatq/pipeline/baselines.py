@@ -95,7 +95,7 @@ def quantized_baselines(
 
     def evaluated(baseline: QuantizedBaseline) -> dict[str, Any]:
         artifact = _built(job, baseline, provenance)
-        quality = model_quality(dense, artifact, job.tokens.judged, baseline.name)
+        quality = model_quality(dense, artifact, job.tokens.evaluation, baseline.name)
         log_quality(quality, f"{baseline.name} ({baseline.words})")
         return measure(baseline, artifact, job, quality)
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import difflib
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flatq.artifact import MANIFEST, Artifact, artifact_in, tokenizer_in
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.perplexity import perplexity
-from flatq.calibration.tokens import JudgedText, token_batches
+from flatq.calibration.tokens import EvaluationText, token_batches
 from flatq.errors import ExportError, FlatqError, RecipeError
 from flatq.export.deliver import reopened
-from flatq.export.folder import DESCRIPTION, artifact_of, description_of
-from flatq.export.planned import PlannedExport
+from flatq.export.folder import DESCRIPTION, artifact_of, description_of, tokenizer_of
 from flatq.export.quality import TOKENS, first_rows
 from flatq.model.weights import Weights
 from flatq.pipeline.quality import export_quality, model_quality, sentence
@@ -61,18 +61,19 @@ def evaluate(
     """
     dataset = checked_dataset(dataset, path)
     if (Path(model) / DESCRIPTION).is_file():
-        item, _ = reopened(Path(model), check=check)
-        artifact = artifact_of(Path(model), description_of(Path(model), check=False), check=check)
-        texts = _texts(artifact, dataset, path, tokens or TOKENS, seq_len)
-        return _of_export(item, Path(model), artifact, texts)
+        texts_of = partial(_texts, dataset=dataset, path=path, tokens=tokens or TOKENS, seq_len=seq_len)
+        return _of_export(Path(model), texts_of, check)
     if artifact_in(Path(model)) is None:
         source = open_model(model)
         source.validate()
         text = _one_text(source.tokenizer(), dataset or "python-docs", path, tokens or ALL_TOKENS, seq_len)
         return _alone(source, [text])
     artifact = Artifact.open(model, check=check)
-    texts = _texts(artifact, dataset, path, tokens or ALL_TOKENS, seq_len)
-    original = _original(artifact)
+    recipe = _recipe(artifact.manifest["recipe"], artifact.root / MANIFEST)
+    tokenizer, vocab = tokenizer_in(artifact.root), artifact.config.vocab
+    asked: dict[str, Any] = {"dataset": dataset, "path": path, "tokens": tokens or ALL_TOKENS, "seq_len": seq_len}
+    texts = _texts(recipe, tokenizer, vocab, **asked)
+    original = _original(recipe)
     if original is None:
         return _alone(artifact, texts)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,29 +101,46 @@ def checked_dataset(dataset: str | None, path: Path | None) -> str | None:
     return dataset
 
 
-def _of_export(item: PlannedExport, root: Path, artifact: Artifact, texts: Sequence[JudgedText]) -> list[str]:
-    reference: Weights | None = _original(artifact)
-    compared = "" if reference is not None else " (compared with the artifact: the dense model cannot be opened)"
+def _of_export(
+    root: Path, texts_of: Callable[[Recipe | None, Any, int], list[EvaluationText]], check: bool
+) -> list[str]:
+    """Compare an export with the dense model, or with its artifact if the dense model cannot be opened.
+
+    Raises:
+        ArtifactError: a file is damaged, or neither the dense model nor the artifact is available.
+    """
+    item, _ = reopened(root, check=check)
+    described = description_of(root, check=False)
+    artifact = artifact_of(root, described, check=check) if (root / described.artifact).is_dir() else None
+    recipe = _recipe(artifact.manifest["recipe"] if artifact else described.recipe, root / DESCRIPTION)
+    source = _original(recipe)
+    reference: Weights = source or artifact or artifact_of(root, described)  # the last raises with the missing path
+    tokenizer = tokenizer_of(root, described, check=check) or (source and source.tokenizer())
+    texts = texts_of(recipe, tokenizer, described.vocab)
+    compared = "" if source is not None else " (compared with the artifact: the dense model cannot be opened)"
     with tempfile.TemporaryDirectory() as folder:
-        found = export_quality(DenseStates(reference or artifact, Path(folder)), item, root, texts)
+        found = export_quality(DenseStates(reference, Path(folder)), item, root, texts)
     if not found:
         raise ExportError(
             f"{root}: no runtime for the format {item.format!r} is available; evaluate the artifact instead: "
-            f"{artifact.root}"
+            f"{(root / described.artifact).resolve()}"
         )
     return [sentence(text) + compared for text in found]
 
 
-def _alone(weights: Weights, texts: Sequence[JudgedText]) -> list[str]:
+def _recipe(text: str, where: Path) -> Recipe | None:
+    return Recipe.parse(text, str(where)) if text else None
+
+
+def _alone(weights: Weights, texts: Sequence[EvaluationText]) -> list[str]:
     return [f"{text.name}: perplexity {perplexity(weights, text.tokens).value:.4f}" for text in texts]
 
 
-def _original(artifact: Artifact) -> Source | None:
-    """The dense model of an artifact; None, with a warning, if it cannot be opened."""
-    recipe = artifact.manifest["recipe"]
-    if not recipe:
+def _original(recipe: Recipe | None) -> Source | None:
+    """The dense model of a recipe; None, with a warning, if it cannot be opened."""
+    if recipe is None:
         return None
-    spec = Recipe.parse(recipe, str(artifact.root / MANIFEST)).model
+    spec = recipe.model
     try:
         source = open_model(spec.path, revision=spec.revision, dtype=spec.dtype)
         source.validate()
@@ -133,20 +151,26 @@ def _original(artifact: Artifact) -> Source | None:
 
 
 def _texts(
-    artifact: Artifact, dataset: str | None, path: Path | None, tokens: int, seq_len: int | None
-) -> list[JudgedText]:
+    recipe: Recipe | None,
+    tokenizer: Any,
+    vocab: int,
+    *,
+    dataset: str | None,
+    path: Path | None,
+    tokens: int,
+    seq_len: int | None,
+) -> list[EvaluationText]:
     """The requested text, or the texts of the run."""
-    recipe = artifact.manifest["recipe"]
-    if dataset is not None or not recipe:
-        return [_one_text(tokenizer_in(artifact.root), dataset or "python-docs", path, tokens, seq_len)]
+    if dataset is not None or recipe is None:
+        return [_one_text(tokenizer, dataset or "python-docs", path, tokens, seq_len)]
     if seq_len is not None:
         raise RecipeError("--seq-len: is not used for the texts of the run; give a text with --dataset or --path")
-    judged = tokens_of(Recipe.parse(recipe, str(artifact.root / MANIFEST)), artifact).judged
-    return [JudgedText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in judged]
+    texts = tokens_of(recipe, tokenizer, vocab).evaluation
+    return [EvaluationText(text.name, first_rows(text.tokens, tokens), text.calibrated) for text in texts]
 
 
-def _one_text(tokenizer: Any, dataset: str, path: Path | None, tokens: int, seq_len: int | None) -> JudgedText:
+def _one_text(tokenizer: Any, dataset: str, path: Path | None, tokens: int, seq_len: int | None) -> EvaluationText:
     seen = {"dataset": dataset, "path": str(path) if path else None, "samples": 1, "seq_len": 16}
-    judged = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=min(seq_len or SEQ_LEN, tokens))
-    text = token_batches(CalibrationSpec.model_validate(seen), [judged], tokenizer).judged[0]
-    return JudgedText(Path(path).stem if path else dataset, text.tokens, calibrated=False)
+    spec = EvaluationSpec(dataset="held-out", tokens=tokens, seq_len=min(seq_len or SEQ_LEN, tokens))
+    text = token_batches(CalibrationSpec.model_validate(seen), [spec], tokenizer).evaluation[0]
+    return EvaluationText(Path(path).stem if path else dataset, text.tokens, calibrated=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flatq.calibration.divergence import DenseStates, dense_perplexity, divergence
-from flatq.calibration.tokens import JudgedText
+from flatq.calibration.tokens import EvaluationText
 from flatq.errors import NumericsError
 from flatq.export.planned import PlannedExport
 from flatq.export.quality import first_rows, runner_divergence
@@ -22,7 +22,7 @@ from flatq.units import with_error
 log = logging.getLogger(__name__)
 
 
-def dense_quality(dense: DenseStates, texts: Sequence[JudgedText]) -> dict[str, float]:
+def dense_quality(dense: DenseStates, texts: Sequence[EvaluationText]) -> dict[str, float]:
     """Perplexity of the dense model by text; its hidden states are cached for later comparisons."""
     found = {}
     with progress("baseline", len(texts) * len(dense.weights.config.layers) * len(HALVES)) as advance:
@@ -32,7 +32,7 @@ def dense_quality(dense: DenseStates, texts: Sequence[JudgedText]) -> dict[str, 
 
 
 def model_quality(
-    dense: DenseStates, weights: Weights, texts: Sequence[JudgedText], what: str = "evaluate"
+    dense: DenseStates, weights: Weights, texts: Sequence[EvaluationText], what: str = "evaluate"
 ) -> list[dict[str, Any]]:
     """JSON-ready ``TextQuality`` of each text."""
     found = []
@@ -44,7 +44,7 @@ def model_quality(
 
 
 def export_quality(
-    dense: DenseStates, item: PlannedExport, root: Path, texts: Sequence[JudgedText]
+    dense: DenseStates, item: PlannedExport, root: Path, texts: Sequence[EvaluationText]
 ) -> list[dict[str, Any]]:
     """JSON-ready ``TextQuality`` of each text in the export's runtime; empty if the runtime is not available."""
     if not item.verify:

@@ -112,12 +112,14 @@ def _run(
         if predict:
             expected = folder.phase("forecast", lambda: expectations(job, exports), dict[str, Any])
         dense = DenseStates(source, folder.work / "dense-states", device=device)
-        folder.phase("baseline", lambda: dense_quality(dense, tokens.judged), dict[str, float])
+        folder.phase("baseline", lambda: dense_quality(dense, tokens.evaluation), dict[str, float])
         plan = rank_plan(job)
         grids = bit_plan(job, plan)
         raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)
         artifact = compressed(job, plan, grids, origins)
-        quality = folder.phase("evaluate", lambda: model_quality(dense, artifact, tokens.judged), list[dict[str, Any]])
+        quality = folder.phase(
+            "evaluate", lambda: model_quality(dense, artifact, tokens.evaluation), list[dict[str, Any]]
+        )
         log_quality(quality, "artifact")
         stop_if_ruined(recipe, quality)
         baselines = quantized_baselines(job, dense, artifact.bytes(), origins)
@@ -233,7 +235,7 @@ def exported(job: Job, item: PlannedExport, artifact: Artifact, dense: DenseStat
     try:
         done = folder.phase(f"export-{item.name}", lambda: deliver(item, artifact, out, tokens.heldout), dict[str, Any])
         quality = folder.phase(
-            f"quality-{item.name}", lambda: export_quality(dense, item, out, tokens.judged), list[dict[str, Any]]
+            f"quality-{item.name}", lambda: export_quality(dense, item, out, tokens.evaluation), list[dict[str, Any]]
         )
     except ExportError as error:
         log.error("%s: %s", item.name, error)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from flatq.artifact import Artifact, tokenizer_in
 from flatq.calibration.self_text import SelfText
 from flatq.calibration.tokens import Tokens, self_tokens, token_batches
 from flatq.errors import RecipeError
@@ -34,14 +33,19 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -
     return drawn()
 
 
-def tokens_of(recipe: Recipe, artifact: Artifact) -> Tokens:
-    """The texts of a finished artifact; the dense model is opened again if it generated some of them.
+def tokens_of(recipe: Recipe, tokenizer: Any, rows: int) -> Tokens:
+    """The texts of a finished run; the dense model is opened again if it generated some of them.
+
+    Args:
+        recipe: of the run.
+        tokenizer: of its artifact.
+        rows: of the embedding.
 
     Raises:
         RecipeError: a text cannot be read, or the dense model is not available.
     """
     if not self_tokens(recipe.calibration, recipe.evaluation):
-        return _drawn(recipe, tokenizer_in(artifact.root), artifact.config.vocab)
+        return _drawn(recipe, tokenizer, rows)
     source = open_model(recipe.model.path, revision=recipe.model.revision, dtype=recipe.model.dtype)
     with tempfile.TemporaryDirectory() as folder:
         writer = SelfText(source, Path(folder), precision=recipe.calibration.precision)
@@ -51,7 +55,7 @@ def tokens_of(recipe: Recipe, artifact: Artifact) -> Tokens:
 def _drawn(recipe: Recipe, tokenizer: Any, rows: int, writer: SelfText | None = None) -> Tokens:
     tokens = token_batches(recipe.calibration, recipe.evaluation, tokenizer, writer)
     refuse_beyond(tokens.calibration, tokenizer, rows, f"calibration: {recipe.calibration.label}")
-    for text in tokens.judged:
+    for text in tokens.evaluation:
         refuse_beyond(text.tokens, tokenizer, rows, f"evaluation: {text.name}")
     return tokens
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, uniform, widths
 from flatq.compress.budget import parameter_budget
-from flatq.compress.plan import plan_ranks
+from flatq.compress.plan import plan_ranks, uneven
 from flatq.errors import RecipeError
 from flatq.model.dims import LayerDims
 from flatq.recipe.grammar import FlatSpec
@@ -229,3 +229,20 @@ def test_a_plan_says_what_it_really_keeps(allocation: str, keep: float) -> None:
         assert plan.layers[5].d_ff > plan.layers[1].d_ff
     else:
         assert max(d.d_ff for d in plan.layers) - min(d.d_ff for d in plan.layers) <= 2
+
+
+@pytest.mark.parametrize(("multiple", "lower"), [(1, 15), (4, 12), (8, 8), (16, None), (32, None)])
+def test_ranks_that_will_differ_are_known_before_anything_is_measured(multiple: int, lower: int | None) -> None:
+    config = tiny_config()
+    spec = FlatSpec.model_validate({"keep_ratio": 0.8, "rank_multiple": multiple})
+    first, *others = uneven(config, spec).layers
+    assert first == (config.layers[0] if lower is None else replace(config.layers[0], d_v=lower))
+    assert tuple(others) == config.layers[1:]
+
+
+@pytest.mark.parametrize(
+    "alike", [{"uniform": True}, {"allocation": "uniform"}, {"values": "whole"}, {"keep_ratio": 1.0}], ids=str
+)
+def test_ranks_that_will_be_alike_are_known_before_anything_is_measured(alike: dict[str, Any]) -> None:
+    config = tiny_config()
+    assert uneven(config, FlatSpec.model_validate({"keep_ratio": 0.8, "rank_multiple": 4, **alike})) == config
