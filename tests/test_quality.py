@@ -21,7 +21,7 @@ from flatq.export.planned import PlannedExport
 from flatq.export.protocols import exporter_named
 from flatq.export.quality import first_rows, runner_divergence
 from flatq.model.footprint import weight_bytes
-from flatq.pipeline.baselines import nearest_in_bytes
+from flatq.pipeline.baselines import QuantizedBaseline, nearest_in_bytes
 from flatq.pipeline.evaluate import checked_dataset
 from flatq.pipeline.quality import export_quality, stop_if_ruined
 from flatq.quantize.grids import planned_grids
@@ -170,6 +170,18 @@ def test_a_ruined_model_stops_before_the_exports(
     assert "artifact: " in caplog.text
     assert not (out / "exports").exists()
     assert not (out / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bits": 3, "group_size": 32}, "3 bit, groups of 32"),
+        ({"bits": 8, "group_size": -1}, "8 bit, one group per row"),
+        ({"average_bits": 3.5, "group_size": 64}, "3.5 (on average) bit, groups of 64"),
+    ],
+)
+def test_a_baseline_is_described_by_bits_and_groups(settings: dict[str, float], words: str) -> None:
+    assert QuantizedBaseline("quantized", GptqSpec.model_validate(settings)).words == words
 
 
 def lost(text: str, damage: float) -> dict[str, object]:

@@ -152,7 +152,18 @@ class HfFolder:
 
     def damage(self) -> list[str]:
         """See ``flatq.sources.source.Storage``."""
-        return list(self._headers[1])
+        return [*self._headers[1], *self._wrong_token_ids()]
+
+    def _wrong_token_ids(self) -> list[str]:
+        found = []
+        for key, value in self.settings().items():
+            ids = value if isinstance(value, list) else [value]
+            if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+                found.append(
+                    f"{self.root}: {key} is {value!r} in generation_config.json or config.json; a token id or a list "
+                    f"of token ids is expected; {DOWNLOAD}"
+                )
+        return found
 
     def objections(self) -> list[str]:
         """Unexpected tensors, unsupported data types, a tied head that differs from the embedding."""

@@ -99,6 +99,16 @@ def test_a_damaged_config(folder: Path, content: str) -> None:
     assert "config.json" in fault(folder, ArtifactError, exit_code=3)
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("ids", ["</s>", 1.5, True, [1, "2"], {"id": 1}])
+def test_a_token_id_that_is_no_number(folder: Path, file: str, ids: object) -> None:
+    path = folder / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, "eos_token_id": ids}))
+    message = fault(folder, ArtifactError, exit_code=3)
+    assert f"eos_token_id is {ids!r} in generation_config.json or config.json" in message
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_shard_is_found_before_any_weight_is_read(folder: Path, keep: int) -> None:
     file = folder / "model.safetensors"
