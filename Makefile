@@ -7,6 +7,7 @@
 #                      (5 to 10 minutes to install, 1.7 GB)
 #   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
 #                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
+#   make interop-versions  several versions of onnxruntime open tiny exports of every target (0.5 GB)
 # make docs    write the generated pages again (results, command line)
 # make package  build sdist and wheel, install the wheel into a bare environment and run it outside of this folder
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
@@ -23,6 +24,7 @@ PIP_FLAGS ?=
 LOWEST_VENV ?= .venv-lowest
 PACKAGE_VENV ?= .venv-package
 GPTQ_VENV ?= .venv-gptq
+ORT_VERSIONS ?= 1.23.2 1.25.1 1.28.0 1.32.0
 
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
@@ -38,7 +40,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum clean
+.PHONY: demo test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-versions clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -97,7 +99,7 @@ llamacpp: $(installed)
 	CMAKE_ARGS="$(strip $(llama_flags))" PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(bin)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[llamacpp]"
 
-interop: interop-gptq interop-optimum
+interop: interop-gptq interop-optimum interop-versions
 
 interop-gptq: $(GPTQ_VENV)/.installed
 	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/python -m pytest -m gptqmodel tests/interop
@@ -120,6 +122,14 @@ $(OPTIMUM_VENV)/.installed: tests/interop/optimum.txt
 	$(OPTIMUM_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps onnxruntime-genai==0.18.0
 	touch $@
 
+interop-versions: $(installed) $(ORT_VERSIONS:%=.venv-ort-%/.installed)
+	$(bin)/python -m tests.interop.onnx_versions $(ORT_VERSIONS:%=.venv-ort-%/bin/python)
+
+.venv-ort-%/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) onnxruntime==$* numpy
+	touch $@
+
 clean:
-	rm -rf dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,9 @@ from flatq_onnx.options import OnnxOptions
 from flatq_onnx.tensors import LEAST_BLOCK, block_of
 
 CUDA_ROWS = 64
-INT8_SINCE = Version("1.28")
+# The oldest onnxruntime that opens a graph and gives its numbers; `make interop-versions` measures them.
+GROUPED_SINCE, REDUCED_SINCE, INT8_SINCE, MOBILE_SINCE = map(Version, ("1.23", "1.25", "1.28", "1.28"))
+TWO_BITS_SINCE = {"fp32": Version("1.24"), "fp16": Version("1.28")}
 
 
 def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
@@ -94,6 +96,16 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
     if options.attention == "gqa" and wide:
         found.append(f"onnx: attention: gqa needs d_v <= d_qk, but layers {wide} differ; use attention: reduced")
     return found
+
+
+def oldest_onnxruntime(grids: Mapping[str, Grid], options: OnnxOptions) -> str:
+    """Version that opens such a graph and gives its numbers, as older ones do not."""
+    needed = [REDUCED_SINCE if options.attention == "reduced" else GROUPED_SINCE]
+    two_bits = any(grid.bits == 2 for stem, grid in grids.items() if stem != "embed")  # the lookup has them in 4
+    needed += [TWO_BITS_SINCE[options.activations]] if two_bits and options.precision == "int4" else []
+    needed += [INT8_SINCE] if options.cache_type == "int8" else []
+    needed += [MOBILE_SINCE] if options.target == "mobile" else []
+    return str(max(needed))
 
 
 def too_old_for_int8() -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from flatq.export import Artifact, ExportError, read_json, write_json
+from flatq_onnx.check import oldest_onnxruntime
 from flatq_onnx.options import OnnxOptions
 
 CONTRACT = "flatq_onnx.json"
@@ -35,6 +36,7 @@ class Contract(BaseModel):
     """Inputs, outputs and limits of the graph.
 
     Attributes:
+        onnxruntime: oldest version that gives the graph's numbers; empty if unknown.
         left_padding: whether left-padded batches are supported; otherwise padding must be on the right.
         growth: how past becomes present. ``fixed``: both are one preallocated buffer and the mask is as long as the
             buffer, so all shapes are constant; ``shared``: the same, but the mask ends at the last token;
@@ -48,6 +50,7 @@ class Contract(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[2] = 2
+    onnxruntime: str = ""
     model: str = MODEL
     attention: str
     precision: str
@@ -73,6 +76,7 @@ class Contract(BaseModel):
         pairs = [f"{index}.{part}" for index in range(len(config.layers)) for part in ("key", "value")]
         return cls(
             model=MOBILE if options.target == "mobile" else MODEL,
+            onnxruntime=oldest_onnxruntime(artifact.grids, options),
             attention=options.attention,
             precision=options.precision,
             left_padding=not options.fused_rope,

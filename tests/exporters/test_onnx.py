@@ -720,6 +720,27 @@ def test_float16_graphs_stay_close(make_artifact: MakeArtifact, layout: str, gri
     assert np.abs(decoded(runner, tokens, 4) - wanted[:, 3:]).max() < limit
 
 
+@pytest.mark.parametrize(
+    ("options", "bits", "version"),
+    [
+        ({"attention": "gqa"}, 4, "1.23"),
+        ({"attention": "gqa"}, 2, "1.24"),
+        ({"attention": "gqa", "activations": "fp16"}, 2, "1.28"),
+        ({"attention": "gqa", "precision": "fp32"}, 2, "1.23"),
+        ({}, 4, "1.25"),
+        ({}, 2, "1.25"),
+        ({"target": "mobile"}, 4, "1.28"),
+        pytest.param({"cache_type": "int8"}, 4, "1.28", marks=needs_int8),
+    ],
+)
+def test_the_contract_states_the_oldest_onnxruntime(
+    make_artifact: MakeArtifact, options: dict[str, Any], bits: int, version: str
+) -> None:
+    artifact = make_artifact(tiny_config(), grid=Grid(bits, 32), embed_grid=Grid(2, 32))
+    exported, _ = export(artifact, **options)
+    assert json.loads((exported.root / "flatq_onnx.json").read_text())["onnxruntime"] == version
+
+
 TARGET_FILES = {
     "ort": {"model.onnx"},
     "genai": {"model.onnx", "genai_config.json"},
