@@ -246,3 +246,13 @@ def test_a_banned_phrase_is_found_with_its_line(text: str, line: int) -> None:
 
 def test_words_that_only_contain_a_banned_one_are_allowed() -> None:
     assert banned("headroom reminds an artist of households; intold strangeness") == []
+
+
+def test_no_file_has_conflict_markers() -> None:
+    """In a docstring they are valid Python, so no other check sees them."""
+    files = [
+        path for folder in ("flatq", "exporters", "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*")
+    ]
+    texts = [path for path in files if path.suffix in (".py", ".md", ".j2", ".yaml", ".json")]
+    marker = re.compile(r"^\s*(<{7} |>{7} )", re.MULTILINE)
+    assert [named(path) for path in texts if marker.search(path.read_text())] == []
