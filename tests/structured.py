@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ class Runs:
     def __init__(self, given: Path, out: Path) -> None:
         self.model, self.text, self.out = given / "model", given / "corpus.txt", out
         self._made: dict[str, Made] = {}
+        self._number = count()  # also of runs that end with an error, and leave their folder
 
     def recipe(self, **changed: Any) -> str:
         """The usual recipe with some blocks changed; those of ``calibration`` and ``evaluation`` key by key."""
@@ -214,7 +216,7 @@ class Runs:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("flatq.report.render.render", lambda *_, **__: "")
                 patch.setattr(os, "fsync", lambda _: None)
-                root = run(Recipe.parse(text), self.out / f"run-{len(self._made)}", device="cpu")
+                root = run(Recipe.parse(text), self.out / f"run-{next(self._number)}", device="cpu")
             assert root is not None
             report = json.loads((root / "report.json").read_text())
             self._made[text] = Made(root, report, Artifact.open(root))
