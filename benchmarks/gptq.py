@@ -98,7 +98,7 @@ class Bench:
     def source(self) -> First:
         """The model, all of it read: GPTQModel's clock, too, starts when its model is in memory."""
         opened = open_model(self.model)
-        source = First(opened.storage, opened.origin, opened.wanted, self.layers)
+        source = First(opened.storage, opened.origin, opened.wanted, layers=self.layers)
         for name in source.names():
             source.tensor(name)
         return source
