@@ -29,6 +29,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow  # half a minute; .ci/run runs it
 def test_runs_elsewhere_end_as_on_the_cpu(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     exports = [] if too_old_for_int8() else [{"onnx": {"cache_type": "int8"}}]
     recipes = {name: make_recipe(name=name, stages=stages, exports=exports) for name, stages in STAGES.items()}

@@ -209,7 +209,7 @@ def test_the_digest_changes_with_every_value(old: str, new: str) -> None:
         ("evaluation: [{dataset: c4, name: a}, {dataset: self, name: a}]\nexports: [{gguf: {}}]",
          "evaluation[1].name: a second text is called 'a'; give each its own"),
         ("evaluation: {name: a}\nexports: [{gguf: {}}]",
-         "evaluation.name: one name for two texts; say `dataset: held-out`"),
+         "evaluation.name: one name for two texts; write `dataset: held-out`"),
         ("evaluation: {tokens: 100}\nexports: [{gguf: {}}]", "evaluation.tokens: 100 is not allowed; at least one"),
         (
             "calibration: {dataset: c4, samples: 100000, seq_len: 4096}\nexports: [{gguf: {}}]",

@@ -211,6 +211,7 @@ def test_a_folder_with_only_pickles(folder: Path, name: str) -> None:
     "shard", ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "..", "w.bin"]
 )
 def test_an_index_that_points_out_of_the_folder(folder: Path, shard: str) -> None:
+    (folder / "model.safetensors").unlink()  # beside an index it would be a second set of weights
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: shard}}))
     assert "not a plain .safetensors file name" in fault(folder, ArtifactError, exit_code=3)
 
@@ -223,6 +224,7 @@ def test_a_damaged_index(folder: Path, index: dict[str, Any]) -> None:
 
 def test_a_shard_that_the_index_names_but_is_not_there(folder: Path) -> None:
     weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model-2.safetensors")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert "model-2.safetensors: missing, though" in fault(folder, ArtifactError, exit_code=3)
 
