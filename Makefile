@@ -13,7 +13,7 @@
 # make package  build sdist and wheel, install the wheel into a bare environment and run it outside of this folder
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
 #              PyPI), in an environment of their own
-# make mutants  do the tests notice faults? Those put in by hand, then a sample of small mutations: 5 minutes
+# make mutants  do the tests notice faults? Those put in by hand, then a sample of small mutations, which fails today
 # make clean   remove what make made, except runs/
 #
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.

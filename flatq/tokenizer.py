@@ -110,6 +110,12 @@ def generation_settings(root: Path) -> dict[str, Any]:
     return _read(root / GENERATION)
 
 
+def end_tokens(settings: Mapping[str, Any]) -> frozenset[int]:
+    """Ids at which a model stops, of ``eos_token_id``: one id, a list of ids, or nothing."""
+    stated = settings.get("eos_token_id")
+    return frozenset(int(token) for token in (stated if isinstance(stated, list) else [stated]) if token is not None)
+
+
 def carry(root: Path, out: Path, tokenizer: Any = None) -> None:
     """Copy tokenizer, templates and generation settings byte for byte into another folder.
 

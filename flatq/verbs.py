@@ -14,12 +14,12 @@ from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.evaluate.compare import comparison, entries_of
 from flatq.evaluate.subjects import subjects_of
-from flatq.evaluate.tasks import absent_for_tasks, require_lm_eval, run_tasks, task_table, tasks_wanted
+from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
 from flatq.export.folder import DESCRIPTION, description_of, required_tokenizer_of
 from flatq.export.generate import DecoderRunner, stream
-from flatq.export.planned import PlannedExport, absent_packages_of, needs_cache_ranges, planned_exports
+from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
 from flatq.export.protocols import Exporter, Runner, exporter_named
 from flatq.machine.device import resolve_device
 from flatq.pipeline.run import open_source
@@ -27,10 +27,17 @@ from flatq.pipeline.texts import tokens_of
 from flatq.plan.decide import draft
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
-from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
+from flatq.plan.objections import (
+    absent_packages,
+    raise_absent_packages,
+    raise_early_objections,
+    raise_objections,
+    tokenizer_cautions,
+)
 from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
+from flatq.tokenizer import end_tokens
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -64,7 +71,7 @@ def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, 
 
 def _warnings(recipe: Recipe, exports: list[PlannedExport]) -> list[str]:
     """Missing packages, as warnings: the recipe may be meant for another machine."""
-    return [f"! {problem}" for problem in absent_packages_of(exports) + absent_for_tasks(recipe)]
+    return [f"! {problem}" for problem in absent_packages(exports, recipe)]
 
 
 def plan(recipe: Recipe, *, device: str = "auto") -> str:
@@ -208,16 +215,15 @@ def generate(
     runner: Runner
     if (path / DESCRIPTION).exists():
         described = description_of(path, check=check)
-        tokenizer, ends = required_tokenizer_of(path, described, check=check), described.token_ids.get("eos_token_id")
+        tokenizer, ends = required_tokenizer_of(path, described, check=check), end_tokens(described.token_ids)
         vocab = described.vocab
         runner = opened(path, provider, check=False)
     else:
         artifact = Artifact.open(path, check=check)
-        tokenizer, ends = tokenizer_in(artifact.root), artifact.settings.get("eos_token_id")
+        tokenizer, ends = tokenizer_in(artifact.root), end_tokens(artifact.settings)
         runner, vocab = DecoderRunner(artifact), artifact.config.vocab
-    eos = set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set[int]()
     sampling: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
-    return stream(runner, tokenizer, prompt, **sampling, eos=eos, chat=chat, vocab=vocab)
+    return stream(runner, tokenizer, prompt, **sampling, eos=set(ends), chat=chat, vocab=vocab)
 
 
 def checked_options(exporter: Exporter, options: dict[str, Any]) -> BaseModel:

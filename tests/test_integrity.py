@@ -105,16 +105,21 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def planned(case: str, *, opening: bool = True) -> PlannedExport:
+    """An export of this format, not verified; the test is skipped where its packages are not installed."""
+    form, options = FORMATS[case]
+    exporter = exporter_named(form)
+    item = PlannedExport("mine", form, exporter, exporter.Options(**options), verify=False)
+    if absent := exporter.missing(item.options, opening=opening):
+        pytest.skip(absent[0])
+    return item
+
+
 @pytest.mark.parametrize("case", FORMATS)
 def test_a_bit_flipped_anywhere_in_any_file_of_an_export_is_found_by_the_file_s_name(
     case: str, run: Path, tmp_path: Path
 ) -> None:
-    form, options = FORMATS[case]
-    exporter = exporter_named(form)
-    item = PlannedExport("mine", form, exporter, exporter.Options(**options), verify=False)
-    if absent := exporter.missing(item.options, opening=False):
-        pytest.skip(absent[0])
-    report = deliver(item, Artifact.open(run), tmp_path / "mine", None)
+    report = deliver(planned(case, opening=False), Artifact.open(run), tmp_path / "mine", None)
     files = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
     assert len(files) == len(report["files"]) + 1
     for file in files:
@@ -228,12 +233,7 @@ def test_an_unexpected_file_is_warned_of_and_used_all_the_same(run: Path, caplog
 def test_an_export_that_was_copied_elsewhere_answers_as_before_and_is_checked(
     case: str, run: Path, tmp_path: Path
 ) -> None:
-    form, options = FORMATS[case]
-    exporter = exporter_named(form)
-    item = PlannedExport("mine", form, exporter, exporter.Options(**options), verify=False)
-    if absent := exporter.missing(item.options):
-        pytest.skip(absent[0])
-    deliver(item, Artifact.open(run), run / "exports" / "mine", None)
+    deliver(planned(case), Artifact.open(run), run / "exports" / "mine", None)
     asked = [("generate", "-p", "The river", "--new-tokens", "6"), ("eval", "--tokens", "32")]
     before = [flatq(verb, run / "exports" / "mine", *words).stdout for verb, *words in asked]
     moved = Path(shutil.copytree(run / "exports" / "mine", tmp_path / "elsewhere" / "mine"))
@@ -251,12 +251,7 @@ def test_an_export_that_was_copied_elsewhere_answers_as_before_and_is_checked(
 
 @pytest.mark.parametrize("case", ["onnx", "gguf"])
 def test_an_export_without_a_tokenizer_says_so_when_its_run_is_gone(case: str, run: Path, tmp_path: Path) -> None:
-    form, options = FORMATS[case]
-    exporter = exporter_named(form)
-    item = PlannedExport("mine", form, exporter, exporter.Options(**options), verify=False)
-    if absent := exporter.missing(item.options):
-        pytest.skip(absent[0])
-    deliver(item, Artifact.open(run), run / "exports" / "mine", None)
+    deliver(planned(case), Artifact.open(run), run / "exports" / "mine", None)
     whole = flatq("eval", run / "exports" / "mine", "--tokens", "32").stdout
     moved = Path(shutil.copytree(run / "exports" / "mine", tmp_path / "elsewhere" / "mine"))
     shutil.rmtree(run)

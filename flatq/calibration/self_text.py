@@ -40,6 +40,7 @@ from flatq.machine.progress import progress
 from flatq.model.decoder import Decoder, DecoderConfig
 from flatq.model.dims import LayerDims
 from flatq.model.weights import Weights, load_decoder
+from flatq.tokenizer import end_tokens
 
 log = logging.getLogger(__name__)
 SIDE_BY_SIDE = 64  # rows in a batch: the weights are read once for all of them
@@ -314,9 +315,7 @@ class SelfText:
 
 def stop_ids(settings: dict[str, Any], tokenizer: Any) -> frozenset[int]:
     """Stop ids of a model: ``eos_token_id`` of its settings, and the tokenizer's end-of-text token."""
-    stated = settings.get("eos_token_id")
-    found = {*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id}
-    return frozenset(int(token) for token in found if token is not None)
+    return end_tokens(settings) | end_tokens({"eos_token_id": tokenizer.eos_token_id})
 
 
 def writing_bytes(config: DecoderConfig, rows: int, seq_len: int, dtype: torch.dtype = torch.float32) -> int:

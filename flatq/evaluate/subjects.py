@@ -18,10 +18,10 @@ from flatq.export.deliver import opened
 from flatq.export.folder import DESCRIPTION, artifact_of, description_of
 from flatq.export.generate import DecoderRunner
 from flatq.export.protocols import Runner
-from flatq.files import file_digest
 from flatq.model.decoder import DecoderConfig
 from flatq.recipe.grammar import Recipe
-from flatq.sources.source import Source, open_model
+from flatq.sources.source import Source, open_model, open_named
+from flatq.tokenizer import end_tokens
 
 log = logging.getLogger(__name__)
 DENSE = "dense"
@@ -50,8 +50,7 @@ class Subject:
     @property
     def ends(self) -> frozenset[int]:
         """Tokens that end a text."""
-        stated = self.settings.get("eos_token_id")
-        return frozenset(stated if isinstance(stated, list) else [] if stated is None else [int(stated)])
+        return end_tokens(self.settings)
 
     @property
     def prefix(self) -> int:
@@ -111,8 +110,7 @@ def compressed(artifact: Artifact) -> Subject:
 
 def exported(root: Path, artifact: Artifact, provider: str) -> Subject:
     """An export in its runtime with default settings, with the tokenizer of its artifact."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    digest = _digest({str(path.relative_to(root)): file_digest(path) for path in files})
+    digest = _digest(description_of(root, check=False).files)
     tokenizer = partial(tokenizer_in, artifact.root)
     open_export = partial(opened, root, provider, check=False)  # by now the files were compared, if they were to be
     return Subject(root.name, digest, artifact.config, artifact.settings, tokenizer, open_export)
@@ -129,7 +127,7 @@ def _dense_of(artifact: Artifact) -> Subject | None:
         return None
     model = Recipe.parse(text, str(artifact.root)).model
     try:
-        return pretrained(open_model(model.path, revision=model.revision, dtype=model.dtype))
+        return pretrained(open_named(model))
     except FlatqError as gone:
         log.warning("the dense model %s cannot be opened (%s); only the compressed model runs", model.path, gone)
         return None

@@ -57,7 +57,7 @@ def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor 
         exported = item.exporter.write(artifact, growing, item.options)
         origin = os.path.relpath(artifact.root, out)
         described = describe(growing, artifact, item.format, item.options, origin)
-        verification, unverified = _judged(item, artifact, exported, heldout)
+        verification, unverified = _verification(item, artifact, exported, heldout)
     except BaseException:
         shutil.rmtree(growing, ignore_errors=True)
         raise
@@ -77,7 +77,7 @@ def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor 
     }
 
 
-def _judged(
+def _verification(
     item: PlannedExport, artifact: Artifact, exported: Exported, heldout: Tensor | None
 ) -> tuple[dict[str, Any] | None, str]:
     """The verification, or the reason why there is none."""

@@ -24,6 +24,7 @@ from flatq.export.folder import DESCRIPTION, artifact_of, description_of, tokeni
 from flatq.export.quality import TOKENS, first_rows
 from flatq.model.weights import Weights
 from flatq.pipeline.quality import export_quality, model_quality, sentence
+from flatq.pipeline.run import open_source
 from flatq.pipeline.texts import tokens_of
 from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
 from flatq.recipe.grammar import Recipe
@@ -62,9 +63,9 @@ def evaluate(
         ExportError: the runtime of an export is not available.
     """
     dataset = checked_dataset(dataset, path, field)
+    texts_of = partial(_texts, dataset=dataset, path=path, field=field, seq_len=seq_len)
     if (Path(model) / DESCRIPTION).is_file():
-        texts_of = partial(_texts, dataset=dataset, path=path, field=field, tokens=tokens or TOKENS, seq_len=seq_len)
-        return _of_export(Path(model), texts_of, check)
+        return _of_export(Path(model), partial(texts_of, tokens=tokens or TOKENS), check)
     if artifact_in(Path(model)) is None:
         source = open_model(model)
         source.validate()
@@ -73,9 +74,7 @@ def evaluate(
     artifact = Artifact.open(model, check=check)
     recipe = _recipe(artifact.manifest["recipe"], artifact.root / MANIFEST)
     tokenizer, vocab = tokenizer_in(artifact.root), artifact.config.vocab
-    place: dict[str, Any] = {"dataset": dataset, "path": path, "field": field}
-    asked: dict[str, Any] = {**place, "tokens": tokens or ALL_TOKENS, "seq_len": seq_len}
-    texts = _texts(recipe, tokenizer, vocab, **asked)
+    texts = texts_of(recipe, tokenizer, vocab, tokens=tokens or ALL_TOKENS)
     original = _original(recipe)
     if original is None:
         return _alone(artifact, texts)
@@ -145,14 +144,11 @@ def _original(recipe: Recipe | None) -> Source | None:
     """The dense model of a recipe; None, with a warning, if it cannot be opened."""
     if recipe is None:
         return None
-    spec = recipe.model
     try:
-        source = open_model(spec.path, revision=spec.revision, dtype=spec.dtype)
-        source.validate()
+        return open_source(recipe)
     except FlatqError as error:
         log.warning("the dense model cannot be opened, so there is no comparison with it: %s", error)
         return None
-    return source
 
 
 def _texts(

@@ -42,7 +42,7 @@ from flatq.recipe.grammar import Recipe
 from flatq.report.render import write_report
 from flatq.report.summary import card_quality, provenance, summarize
 from flatq.run_folder import RunFolder, require_space
-from flatq.sources.source import Source, open_model
+from flatq.sources.source import Source, open_named
 
 log = logging.getLogger(__name__)
 
@@ -191,8 +191,7 @@ def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
 
 def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
     """Open the model of a recipe and check that all tensors exist (weights are not read)."""
-    model = recipe.model
-    source = open_model(model.path, revision=model.revision, dtype=model.dtype, need_weights=need_weights)
+    source = open_named(recipe.model, need_weights=need_weights)
     if need_weights:
         source.validate()
     return source

@@ -14,7 +14,7 @@ from flatq.errors import RecipeError
 from flatq.machine import distributed
 from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder
-from flatq.sources.source import Source, open_model
+from flatq.sources.source import Source, open_named
 
 
 def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -> Tokens:
@@ -46,7 +46,7 @@ def tokens_of(recipe: Recipe, tokenizer: Any, rows: int) -> Tokens:
     """
     if not self_tokens(recipe.calibration, recipe.evaluation):
         return _drawn(recipe, tokenizer, rows)
-    source = open_model(recipe.model.path, revision=recipe.model.revision, dtype=recipe.model.dtype)
+    source = open_named(recipe.model)
     with tempfile.TemporaryDirectory() as folder:
         writer = SelfText(source, Path(folder), precision=recipe.calibration.precision)
         return _drawn(recipe, source.tokenizer(), source.config.vocab, writer)

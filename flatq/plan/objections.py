@@ -53,13 +53,18 @@ def exporter_objections(
     return list(dict.fromkeys(words))
 
 
+def absent_packages(exports: list[PlannedExport], recipe: Recipe | None = None) -> list[str]:
+    """What the exports, and the tasks of a recipe, need and this machine lacks; with the command that installs it."""
+    return absent_packages_of(exports) + (absent_for_tasks(recipe) if recipe is not None else [])
+
+
 def raise_absent_packages(exports: list[PlannedExport], recipe: Recipe | None = None) -> None:
     """Raise an error for exports or tasks that need packages that are not installed, before the run starts.
 
     Raises:
         RecipeError: lists the missing packages, with the command that installs each.
     """
-    if problems := absent_packages_of(exports) + (absent_for_tasks(recipe) if recipe is not None else []):
+    if problems := absent_packages(exports, recipe):
         raise RecipeError(problems)
 
 

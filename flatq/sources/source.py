@@ -26,6 +26,7 @@ from flatq.errors import ArtifactError, NumericsError, RecipeError, UnsupportedM
 from flatq.files import file_digest
 from flatq.model.decoder import DecoderConfig
 from flatq.model.weights import tensor_shapes
+from flatq.recipe.blocks import ModelSpec
 from flatq.sources.gguf_file import GgufFile
 from flatq.sources.hf_folder import HfFolder
 
@@ -281,6 +282,11 @@ def open_model(path: str, *, revision: str | None = None, dtype: str = "auto", n
         raise RecipeError(f"model: {place} holds no weights (*.safetensors); download them, or give another folder")
     hub_id, _, commit = origin.partition("@")
     return Source(storage, origin, DTYPES.get(dtype), hub_id if commit and place.name == commit else None)
+
+
+def open_named(model: ModelSpec, *, need_weights: bool = True) -> Source:
+    """The model that a recipe names; see ``open_model``."""
+    return open_model(model.path, revision=model.revision, dtype=model.dtype, need_weights=need_weights)
 
 
 def _locate(path: str, revision: str | None, need_weights: bool) -> tuple[Path, str]:
