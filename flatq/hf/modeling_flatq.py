@@ -4,9 +4,9 @@ The forward pass is that of ``model.decoder``. ``DecoderForCausalLM`` converts a
 to its arguments and wraps the logits. ``FlatqHubForCausalLM`` registers the same modules under the names of the Hugging
 Face hub (``model.layers.0.self_attn.q_proj``), by which loaders of quantized checkpoints find them.
 
-This file is copied into exported folders together with ``decoder.py`` and ``dims.py``, so that
+This file is copied into exported folders together with the modules of ``flatq.model`` that it imports, so that
 ``trust_remote_code=True`` loads the folder without an installation of flatq. It may import only torch, transformers and
-those two.
+those.
 
 Value heads may be narrower than key heads and differ between layers; a ``DynamicCache`` supports both because it grows
 by concatenation. Left out: static caches, 4-d masks, ``inputs_embeds``, and a cache that drops positions outside the
@@ -23,8 +23,12 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flatq.model.decoder import Decoder, DecoderConfig, DecoderLayer, RMSNorm
-from flatq.model.dims import LayerDims  # noqa: F401 (some transformers copy only what this file imports)
+from flatq.model.config import DecoderConfig
+from flatq.model.decoder import Decoder, DecoderLayer, RMSNorm
+
+# Some transformers copy only what this file imports.
+from flatq.model.dims import LayerDims  # noqa: F401
+from flatq.model.rope import Rope  # noqa: F401
 
 
 class FlatqHubConfig(PretrainedConfig):  # type: ignore[misc]
