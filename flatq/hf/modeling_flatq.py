@@ -24,7 +24,7 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flatq.model.config import DecoderConfig
-from flatq.model.decoder import Decoder, DecoderLayer, RMSNorm
+from flatq.model.decoder import Decoder, DecoderLayer, RMSNorm, capped
 
 # Some transformers copy only what this file imports.
 from flatq.model.dims import LayerDims  # noqa: F401
@@ -150,6 +150,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         head, hidden = self.get_output_embeddings(), hidden[:, kept]
         logits = F.linear(hidden, self.get_input_embeddings().weight) if head is None else head(hidden)
+        logits = capped(logits, self.body.config.logit_cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
@@ -193,7 +194,9 @@ HUB_PATHS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
     "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_self_attn_layernorm",
     "mlp_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_mlp_layernorm",
 }
 
 
