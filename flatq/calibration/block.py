@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ class Block:
     half: str
     layer: DecoderLayer
     feed: HiddenStates
-    positions: Callable[[int], Positions]
+    positions: Callable[[int], Sequence[Positions]]
     precision: str = "auto"
     device: str = "cpu"
     reference: Reference | None = None
@@ -57,7 +57,8 @@ class Block:
         ``input`` [d_model] is the input of q, k, v or gate, up; ``inner`` is the input of o [heads * d_v] or down
         [d_ff]; ``values`` [kv_heads blocks of d_v] are the value heads. Only those in ``moments`` are measured. With a
         reference, ``drift`` [inner, d_model] of an MLP is the sum of ``inner^T (y_dense - y)`` over tokens, where y is
-        the output of the current block. With ``reference.inputs``, ``drift`` is also measured for attention, and so is
+        the residual stream after the current block, or with post norms the output of down, in front of its norm
+        (docs/decisions/0034). With ``reference.inputs``, ``drift`` is also measured for attention, and so is
         ``lag`` [d_model, d_model], the sum of ``input^T (input_dense - input)``. If ``out`` is set, the block's outputs
         are written to it.
 
@@ -66,6 +67,7 @@ class Block:
         """
         if not self.grams:
             self.together("observe")
+            self._begin()
             with forward_precision(self.precision, self.device):
                 for batch in self.feed.batches():
                     self._observe(self.feed.states[batch].to(self.device, torch.float32), batch)
@@ -83,26 +85,48 @@ class Block:
                 self.lag = distributed.all_reduce(self.lag).to(solver_of(self.device))
         return self.grams
 
+    def _begin(self) -> None:
+        """Sums of zero tokens, in the shapes of this block: a process without samples has the same ones as others."""
+        d_model, inner, device = self.layer.config.d_model, self._last.in_features, self.device
+        self.grams = {"input": Gram(d_model, device=device), "inner": Gram(inner, device=device)}
+        if self.half == "attention":
+            heads = self.dims.kv_heads
+            self.grams["values"] = Gram(self.layer.v.out_features // heads, heads, device)
+        self.grams = {name: gram for name, gram in self.grams.items() if name in self.moments}
+        if self.reference is not None and (self.half == "mlp" or self.reference.inputs):
+            self.drift = torch.zeros(inner, d_model, device=device)
+        if self.reference is not None and self.reference.inputs:
+            self.lag = torch.zeros(d_model, d_model, device=device)
+
     @property
     def _last(self) -> nn.Linear:
         """The linear that reads the inner activation: o or down."""
         return self.layer.o if self.half == "attention" else self.layer.down
-
-    @property
-    def _first(self) -> Callable[[Tensor], Tensor]:
-        """The norm in front of the first linears."""
-        return self.layer.attention_norm if self.half == "attention" else self.layer.mlp_norm
 
     def together(self, what: str) -> None:
         """Broadcast a command from rank 0; the other processes wait for it while rank 0 runs the loop body."""
         if distributed.first():
             distributed.broadcast(what)
 
+    def inputs(self) -> Tensor:
+        """Inputs of the block for the samples of all processes, [samples, s, d_model], in main memory."""
+        self.together("inputs")
+        return self.feed.everyone()
+
+    def answer(self, command: str) -> None:
+        """Take part in what the loop body does with this block on rank 0."""
+        if command == "observe":
+            self.observe()
+        elif command == "inputs":
+            self.inputs()
+        else:
+            raise ValueError(f"{self.place}: unknown command {command!r}")
+
     def activations(self, x: Tensor) -> dict[str, Tensor]:
         """Inputs of the block's linears for a residual stream [b, s, d_model], float32; names as for ``observe``."""
         layer = self.layer
         with blocks_in(self.precision, self.device):
-            found = {"input": self._first(x)}
+            found = {"input": layer.enter(self.half, x)}
             if self.half == "attention":
                 if "values" in self.moments:
                     found["values"] = layer.v(found["input"])
@@ -114,29 +138,24 @@ class Block:
     def _observe(self, x: Tensor, batch: slice) -> None:
         seen = self.activations(x)
         for name, activation in seen.items():
-            if name in self.moments:
-                self._gram(name, activation, batch, self.dims.kv_heads if name == "values" else 1)
+            if name in self.grams:
+                self._must_be_finite(ACTIVATIONS[self.half][name], activation, batch)
+                self.grams[name].update(activation)
         if self.out is not None:
             with blocks_in(self.precision, self.device):
-                given = self._last(seen["inner"])
-            self._write(x + given, batch, self.out)
+                left = self.layer.leave(self.half, x, self._last(seen["inner"]))
+            self._write(left, batch, self.out)
         if self.reference is not None:
-            before, after = self.reference.follow(self, batch)
-            if self.half == "mlp" or self.reference.inputs:
-                lacking = after.sub_(x)
+            before, output, after = self.reference.follow(self, batch)
+            if self.drift is not None:
+                lacking = output if self.layer.config.post_norms else after.sub_(x)
                 if self._last.bias is not None:
                     lacking -= self._last.bias
-                self.drift = _product(seen["inner"], lacking, self.drift)
-            if self.reference.inputs:
+                _add_product(self.drift, seen["inner"], lacking)
+            if self.lag is not None:
                 with blocks_in(self.precision, self.device):
-                    ahead = self._first(before).float()
-                self.lag = _product(seen["input"], ahead - seen["input"], self.lag)
-
-    def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
-        self._must_be_finite(ACTIVATIONS[self.half][name], x, batch)
-        if name not in self.grams:
-            self.grams[name] = Gram(x.shape[-1] // blocks, blocks, x.device)
-        self.grams[name].update(x)
+                    ahead = self.layer.enter(self.half, before).float()
+                _add_product(self.lag, seen["input"], ahead - seen["input"])
 
     def advance(self, out: HiddenStates) -> None:
         """Run the current block on all inputs and write its outputs to ``out``."""
@@ -183,25 +202,25 @@ class Reference:
     after: HiddenStates
     inputs: bool = False
 
-    def follow(self, block: Block, batch: slice) -> tuple[Tensor, Tensor]:
+    def follow(self, block: Block, batch: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Run samples of the dense model through a block that is not changed yet.
 
         Returns:
-            Input and output of the block, each [b, s, d_model].
+            Input of the block, output of its last linear, output of the block, each [b, s, d_model].
         """
         x = self.before.states[batch].to(block.device, torch.float32)
-        y = block.run(x)
+        with blocks_in(block.precision, block.device):
+            output = block.layer.output(block.half, x, block.positions(x.shape[0]))
+            y = block.layer.leave(block.half, x, output)
         self.after.states[batch] = y
         self.before.forget()
         self.after.forget()
-        return x, y
+        return x, output.float(), y
 
 
-def _product(x: Tensor, y: Tensor, so_far: Tensor | None) -> Tensor:
-    """Add ``x^T y`` over all tokens to the sum of earlier batches, [b, s, i] and [b, s, o] -> [i, o]."""
-    if so_far is None:
-        so_far = x.new_zeros(x.shape[-1], y.shape[-1])
-    return so_far.addmm_(x.flatten(0, 1).T, y.flatten(0, 1))
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add ``x^T y`` over all tokens to ``total`` [i, o], for [b, s, i] and [b, s, o]."""
+    total.addmm_(x.flatten(0, 1).T, y.flatten(0, 1))
 
 
 ACTIVATIONS = {
