@@ -148,9 +148,7 @@ def _compact(config: DecoderConfig) -> list[str]:
         )
     if config.rope.scaling == "llama3":
         found.append("layout: compact does not support the rope factors of Llama 3; use layout: deci")
-    names = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "post_norms", "attention_cap", "logit_cap", "other_kinds")
-    switches = [name for name in names if getattr(config, name)]
-    switches += [config.activation] if config.activation != "silu" else []
+    switches = [name for name in config.switches() if name != "sliding_window"]
     if switches:
         found.append(f"layout: compact does not support {', '.join(switches)}; use layout: deci")
     return found
