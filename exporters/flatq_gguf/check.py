@@ -73,13 +73,8 @@ def _switches(config: DecoderConfig, chosen: Architecture) -> list[str]:
         _having(graph.post_norms, "norms after attention and MLP"): graph.post_norms != config.post_norms,
         f"norms on q and k: {graph.qk_norm}, not {qk_norm}": graph.qk_norm != qk_norm,
         "a head that is tied to the embedding": graph.tied is True and not config.tied_head,
-<<<<<<< 33465fab4097868318f062d9eaaaa1a0fcdb45cc
-        "a separate head": graph.tied is False and config.tied_head,
-        "no rope factors per frequency": not graph.factors and not native_rope(config.rope),
-=======
         "an untied head": graph.tied is False and config.tied_head,
-        "no rope factors per frequency": not graph.factors and config.rope.scaling == "llama3",
->>>>>>> 9b9a377
+        "no rope factors per frequency": not graph.factors and not native_rope(config.rope),
         **{
             _having(cap in graph.caps, f"a cap of {what}"): (
                 graph.caps_required if getattr(config, cap) is None else cap not in graph.caps
