@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from flatq.model.dims import LINEARS, LayerDims
@@ -70,6 +70,13 @@ class DecoderConfig:
         if self.kind_of and len(self.kind_of) != len(self.layers):
             raise ValueError(f"kind_of names the kinds of {len(self.kind_of)} layers, there are {len(self.layers)}")
 
+    def switches(self) -> list[str]:
+        """Names of the switches that are not at their defaults; with none the model computes what a Llama does.
+
+        An exporter that refuses every name it does not know also refuses the switches of later versions.
+        """
+        return [field.name for field in fields(self) if field.default not in (MISSING, getattr(self, field.name))]
+
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """All kinds of layers."""
@@ -130,11 +137,11 @@ class DecoderConfig:
         """Inverse of ``to_dict``."""
         known = dict(data)
         known["layers"] = tuple(LayerDims(**dims) for dims in data["layers"])
-        known["rope"] = Rope(**data["rope"])
+        known["rope"] = Rope.from_dict(data["rope"])
         known["other_kinds"] = tuple(_kind(kind) for kind in data.get("other_kinds", ()))
         known["kind_of"] = tuple(data.get("kind_of", ()))
         return cls(**known)
 
 
 def _kind(data: dict[str, Any]) -> Kind:
-    return Kind(None if data["rope"] is None else Rope(**data["rope"]), data["window"])
+    return Kind(None if data["rope"] is None else Rope.from_dict(data["rope"]), data["window"])
