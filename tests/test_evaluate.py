@@ -139,6 +139,11 @@ def test_an_export_without_any_tokenizer_is_judged_with_that_of_its_dense_model(
     assert evaluate(str(made.root / "exports" / "onnx")) == usual
 
 
+def test_an_export_that_was_copied_elsewhere_is_judged_without_its_run(made: Made, tmp_path: Path) -> None:
+    alone = shutil.copytree(made.root / "exports" / "onnx", tmp_path / "onnx")
+    assert evaluate(str(alone)) == evaluate(str(made.root / "exports" / "onnx"))
+
+
 def test_a_pretrained_model_is_scored_on_a_text_of_the_usual_length(tiny_model: Path) -> None:
     written = {"dataset": "python-docs", "tokens": ALL_TOKENS, "seq_len": SEQ_LEN}
     assert evaluate(str(tiny_model)) == evaluate(str(tiny_model), **written)

@@ -191,8 +191,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_fi
 
 def test_a_run_does_what_its_recipe_asks_for_and_no_more(finished: Finished) -> None:
     report = read_report(finished.root / "report.json")
-    assert list(report.timing) == ["baseline", "compress", "evaluate", "export-onnx", "quality-onnx", "bench"]
-    assert report.bench == [], "no bench, so no time was taken"
+    assert list(report.timing) == ["baseline", "compress", "evaluate", "export-onnx", "quality-onnx"]
+    assert report.bench == []
     assert report.forecast == {}
     assert report.exports[0].verify is not None
     assert report.exports[0].quality
@@ -215,6 +215,7 @@ def test_the_manifest_lists_the_blocks_in_order_with_the_shapes_of_their_linears
     for block in blocks:
         assert sorted(block["shapes"]) == names[block["half"]] == sorted(block["errors"])
     assert blocks[1]["shapes"]["down"] == [64, 128]
+    assert "perplexity of the original" in manifest_of(finished.root)["quality"]
 
 
 def test_a_finished_run_is_left_alone_and_a_damaged_one_is_told(finished: Finished, tmp_path: Path) -> None:
