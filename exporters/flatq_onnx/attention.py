@@ -107,20 +107,20 @@ class Reduced(_Drawing):
 
     def __init__(self, builder: Builder, linears: Linears, config: DecoderConfig, tokens: Any, valid: Any) -> None:
         super().__init__(builder, linears, config)
-        self._first = builder.input("cache_position", ["batch"], INT64)
+        self._first = builder.input("cache_position", ["batch_size"], INT64)
         sequence = builder.op(
             "Squeeze", [length(builder, tokens, 1), builder.constant("const.0", ints(0))], [], dtype=INT64
         )
         offsets = span(builder, sequence, "sequence")
         one = builder.constant("const.1", ints(1))
-        first = builder.op("Unsqueeze", [self._first, one], ["batch", 1], dtype=INT64)
+        first = builder.op("Unsqueeze", [self._first, one], ["batch_size", 1], dtype=INT64)
         slots = builder.op("Add", [first, offsets], TOKENS, dtype=INT64)
         # Cosines and sines are scaled by d ** -0.25, so the product of queries and keys is scaled by d ** -0.5.
         self._at = place(builder, config, valid, slots, self.past, scale=config.layers[0].d_qk ** -0.25)
 
     def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
         """See ``Attention.cache``."""
-        heads: Dims = ["batch", dims.kv_heads, self.past]
+        heads: Dims = ["batch_size", dims.kv_heads, self.past]
         return [*heads, dims.d_qk], [*heads, dims.d_v]
 
     def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -128,11 +128,11 @@ class Reduced(_Drawing):
         build, dims = self.builder, self.config.layers[index]
         pair, value = self._projected(x, index)
         counts = (dims.heads, dims.kv_heads)
-        rows: list[Dims] = [["batch", count, "sequence", dims.d_qk] for count in counts]
+        rows: list[Dims] = [["batch_size", count, "sequence", dims.d_qk] for count in counts]
         sizes = build.constant("split.{}_{}".format(*counts), ints(*counts))
         query, key = build.ops("Split", [self._turned(pair, sum(counts), dims.d_qk), sizes], rows, axis=1)
         keys, values = self._written(past, (key, self._turned(value, dims.kv_heads, dims.d_v)), dims, axis=2)
-        heads: Dims = ["batch", dims.heads, "sequence", dims.d_v]
+        heads: Dims = ["batch_size", dims.heads, "sequence", dims.d_v]
         mixed = build.op("Attention", [query, keys, values, self._at.mask], heads, scale=1.0)
         mixed = build.op("Transpose", [mixed], [*TOKENS, dims.heads, dims.d_v], perm=[0, 2, 1, 3])
         return self.joined_heads(mixed, dims.heads, dims.d_v), keys, values
@@ -160,7 +160,7 @@ class Reduced(_Drawing):
     def _turned(self, x: Any, heads: int, width: int) -> Any:
         """[b, s, heads * width] -> [b, heads, s, width]."""
         split = self.split_heads(x, heads, width)
-        return self.builder.op("Transpose", [split], ["batch", heads, "sequence", width], perm=[0, 2, 1, 3])
+        return self.builder.op("Transpose", [split], ["batch_size", heads, "sequence", width], perm=[0, 2, 1, 3])
 
 
 class Grouped(_Drawing):
@@ -190,16 +190,16 @@ class Grouped(_Drawing):
         self._at = None
         if positions is None:  # the mask hides padding, so every row ends at the last position
             rows = length(builder, valid, 0)
-            count = builder.op("Expand", [total, rows], ["batch"], dtype=INT64)
+            count = builder.op("Expand", [total, rows], ["batch_size"], dtype=INT64)
             start = builder.op("Sub", [total, length(builder, tokens, 1)], [1], dtype=INT64)
             start = builder.op("Squeeze", [start, zero], [], dtype=INT64)
             shape = builder.op("Shape", [tokens], [2], dtype=INT64)
             slots = builder.op("Expand", [span(builder, end, "sequence", start), shape], TOKENS, dtype=INT64)
             self._at = place(builder, config, valid, slots, "total")
         else:
-            count = builder.op("ReduceSum", [valid, one], ["batch"], dtype=INT64, keepdims=0)
-        last = builder.op("Sub", [count, one], ["batch"], dtype=INT64)
-        self._last = builder.op("Cast", [last], ["batch"], dtype=INT32, to=INT32)
+            count = builder.op("ReduceSum", [valid, one], ["batch_size"], dtype=INT64, keepdims=0)
+        last = builder.op("Sub", [count, one], ["batch_size"], dtype=INT64)
+        self._last = builder.op("Cast", [last], ["batch_size"], dtype=INT32, to=INT32)
         self._tables = [] if positions is None else self._rotary_tables(positions)
 
     def _rotary_tables(self, positions: int) -> list[Any]:
@@ -216,7 +216,7 @@ class Grouped(_Drawing):
 
     def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
         """See ``Attention.cache``."""
-        shape: Dims = ["batch", dims.kv_heads, self.past, dims.d_qk]
+        shape: Dims = ["batch_size", dims.kv_heads, self.past, dims.d_qk]
         return shape, shape
 
     def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -232,7 +232,7 @@ class Grouped(_Drawing):
     def _node(self, new: Sequence[Any], index: int, past: Sequence[Any], scales: Sequence[Any] = ()) -> Sequence[Any]:
         """One GroupQueryAttention; with ``scales`` of keys and values the cache is int8."""
         dims = self.config.layers[index]
-        cache: Dims = ["batch", dims.kv_heads, "present", dims.d_qk]
+        cache: Dims = ["batch_size", dims.kv_heads, "present", dims.d_qk]
         fused = self._at is None
         window = self.config.sliding_window if fused and self.config.sliding_window is not None else -1
         mask = None if self._at is None else self._at.mask

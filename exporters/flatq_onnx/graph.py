@@ -66,7 +66,7 @@ class _Sheet:
     def model(self, metadata: dict[str, str]) -> Any:
         build, config = self.builder, self.config
         tokens = build.input("input_ids", TOKENS, INT64)
-        valid = build.input("attention_mask", ["batch", "total"], INT64)
+        valid = build.input("attention_mask", ["batch_size", "total"], INT64)
         attention = self._attention(tokens, valid)
         pasts = [self._past(attention, index) for index in range(len(config.layers))]
         first = build.optional_input("logits_from", ints(-1 if self.options.last_logits_only else 0))
@@ -84,7 +84,7 @@ class _Sheet:
             stream, update, *present = self._layer(attention, stream, update, index, past)
             presents += present
         stream = build.op("Add", [stream, update], [*TOKENS, config.d_model])
-        lead: Dims = ("batch", "kept")
+        lead: Dims = ("batch_size", "kept")
         end = build.constant("const.end", ints(2**62))
         kept = build.op("Slice", [stream, first, end, build.constant("const.1", ints(1))], [*lead, config.d_model])
         return [self.linears.head(self._norm(kept, "norm", lead), config, lead), *presents]

@@ -24,7 +24,7 @@ from flatq_onnx.builder import FLOAT, FLOAT16, MICROSOFT, UINT8, Builder, Dims, 
 from flatq_onnx.tensors import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 
 Read = Callable[[str], Tensor | QuantizedWeight]
-TOKENS: tuple[int | str, ...] = ("batch", "sequence")
+TOKENS: tuple[int | str, ...] = ("batch_size", "sequence")
 
 
 @dataclass(frozen=True, slots=True)
