@@ -27,6 +27,7 @@ from flatq_onnx.companions import TOKENIZER, write_companions
 from flatq_onnx.contract import CONTRACT, Contract
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.sizes import estimated_bytes
+from flatq_onnx.usage import usage
 
 __all__ = ["OnnxExporter", "OnnxOptions"]
 
@@ -56,6 +57,10 @@ class OnnxExporter(Exporter):
         """Options for the dense model: the same graph with unquantized weights, as external data to save memory."""
         plain = {"precision": options.activations, "cache_type": "float", "external_data_above": 0}
         return options.model_copy(update=plain)
+
+    def usage(self, options: OnnxOptions) -> str:
+        """See ``flatq.export.Exporter.usage``."""
+        return usage(options)
 
     def needs_cache_ranges(self, options: OnnxOptions) -> bool:
         """See ``flatq.export.Exporter.needs_cache_ranges``."""

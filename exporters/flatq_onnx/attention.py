@@ -1,8 +1,9 @@
 """Two implementations of attention in ONNX.
 
-``Reduced`` uses standard operators (opset 24): TensorScatter writes new keys and values in place into a preallocated
-cache, and Attention gets the whole cache as its keys and values, because Attention's own past would be copied for every
-token. Value heads, also in the cache, have the model's reduced width. When a token is decoded, each head is a
+``Reduced`` uses standard operators: ScatterND writes new keys and values in place into a preallocated cache, and
+Attention gets the whole cache as its keys and values, because Attention's own past would be copied for every token.
+TensorScatter of opset 24 does the same, but warns for every token if the cache is not bound in place, and needs a newer
+onnxruntime. Value heads, also in the cache, have the model's reduced width. When a token is decoded, each head is a
 vector-matrix product; onnxruntime reads the cache without copies for a single row and a scale of 1 (so the scale is
 applied in the rotary embedding), and otherwise copies it into panels. This makes it faster than GroupQueryAttention,
 which copies once per query head. The caller allocates the caches and gives the positions of new tokens.
@@ -114,7 +115,8 @@ class Reduced(_Drawing):
         offsets = span(builder, sequence, "sequence")
         one = builder.constant("const.1", ints(1))
         first = builder.op("Unsqueeze", [self._first, one], ["batch_size", 1], dtype=INT64)
-        slots = builder.op("Add", [first, offsets], TOKENS, dtype=INT64)
+        self._slots = slots = builder.op("Add", [first, offsets], TOKENS, dtype=INT64)
+        self._rows: dict[int, Any] = {}
         # Cosines and sines are scaled by d ** -0.25, so the product of queries and keys is scaled by d ** -0.5.
         self._at = place(builder, config, valid, slots, self.past, scale=config.layers[0].d_qk ** -0.25)
 
@@ -131,7 +133,7 @@ class Reduced(_Drawing):
         rows: list[Dims] = [["batch_size", count, "sequence", dims.d_qk] for count in counts]
         sizes = build.constant("split.{}_{}".format(*counts), ints(*counts))
         query, key = build.ops("Split", [self._turned(pair, sum(counts), dims.d_qk), sizes], rows, axis=1)
-        keys, values = self._written(past, (key, self._turned(value, dims.kv_heads, dims.d_v)), dims, axis=2)
+        keys, values = self._written(past, (key, self._turned(value, dims.kv_heads, dims.d_v)), dims)
         heads: Dims = ["batch_size", dims.heads, "sequence", dims.d_v]
         mixed = build.op("Attention", [query, keys, values, self._at.mask], heads, scale=1.0)
         mixed = build.op("Transpose", [mixed], [*TOKENS, dims.heads, dims.d_v], perm=[0, 2, 1, 3])
@@ -150,12 +152,33 @@ class Reduced(_Drawing):
             pair = self.builder.op("Concat", [*normed], [*TOKENS, both * dims.d_qk], axis=-1)
         return self.rotate(pair, both, dims.d_qk, self._at), value
 
-    def _written(self, past: Sequence[Any], new: Sequence[Any], dims: LayerDims, axis: int) -> list[Any]:
+    def _written(self, past: Sequence[Any], new: Sequence[Any], dims: LayerDims) -> list[Any]:
         """Caches with the new keys and values written to their positions."""
+        rows = self._rows_of(dims.kv_heads)
         return [
-            self.builder.op("TensorScatter", [old, part, self._first], shape, axis=axis)
+            self.builder.op("ScatterND", [old, rows, part], shape)
             for old, part, shape in zip(past, new, self.cache(dims), strict=True)
         ]
+
+    def _rows_of(self, heads: int) -> Any:
+        """Row, head and position of each new key or value in the cache, int64 [b, heads, s, 3]; for all layers."""
+        if heads in self._rows:
+            return self._rows[heads]
+        build, full = self.builder, ("batch_size", heads, "sequence")
+        rows, new = (length(build, self._slots, axis) for axis in (0, 1))
+        shape = build.op("Concat", [rows, build.constant(f"const.{heads}", ints(heads)), new], [3], dtype=INT64, axis=0)
+        end = build.op("Squeeze", [rows, build.constant("const.0", ints(0))], [], dtype=INT64)
+        column = build.constant("shape.column", ints(-1, 1, 1))
+        row = build.op("Reshape", [span(build, end, "batch_size"), column], ["batch_size", 1, 1], dtype=INT64)
+        head = build.constant(f"heads.{heads}", np.arange(heads, dtype=np.int64)[:, None])
+        one, last = build.constant("const.1", ints(1)), build.constant("const.-1", ints(-1))
+        slot = build.op("Unsqueeze", [self._slots, one], ["batch_size", 1, "sequence"], dtype=INT64)
+        parts = []
+        for part in (row, head, slot):
+            wide = build.op("Expand", [part, shape], full, dtype=INT64)
+            parts.append(build.op("Unsqueeze", [wide, last], [*full, 1], dtype=INT64))
+        self._rows[heads] = build.op("Concat", parts, [*full, 3], dtype=INT64, axis=-1)
+        return self._rows[heads]
 
     def _turned(self, x: Any, heads: int, width: int) -> Any:
         """[b, s, heads * width] -> [b, heads, s, width]."""

@@ -42,9 +42,8 @@ class OnnxOptions(BaseModel):
             on a CPU. ``float`` is the type of ``activations``.
         left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, which supports
             left-padded batches. Without it a padded batch must be padded on the right.
-        last_logits_only: default of the graph's input ``logits_from``: true returns only the last position's logits.
-        context_length: positions in the rotary tables of ``gqa`` without ``left_padding``; None is the model's limit.
-            The other layouts compute the angles and have no limit.
+        context_length: maximum number of positions; None is the model's. It is stated in ``flatq_onnx.json``, and
+            ``gqa`` without ``left_padding`` has rotary tables of that length.
         external_data_above: weights with more bytes than this are written to a separate file (protobuf's limit is
             2 GB).
     """
@@ -58,7 +57,6 @@ class OnnxOptions(BaseModel):
     accuracy_level: Literal[0, 1, 4] = 4
     left_padding: bool = False
     cache_type: Literal["float", "int8"] = "float"
-    last_logits_only: bool = False
     context_length: int | None = Field(default=None, ge=1)
     external_data_above: int = Field(default=1_500_000_000, ge=0, le=1_500_000_000)
 
@@ -72,6 +70,11 @@ class OnnxOptions(BaseModel):
         grouped = {"attention": "gqa"} if data.get("cache_type") == "int8" else {}
         chosen = {**half, **grouped, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
         return {"accuracy_level": 0, **chosen} if chosen.get("activations") == "fp16" else chosen
+
+    @property
+    def chooses_logits(self) -> bool:
+        """Whether the graph has the input ``num_logits_to_keep``; genai and optimum only know their own inputs."""
+        return self.target not in ("genai", "optimum")
 
     @property
     def fused_rope(self) -> bool:

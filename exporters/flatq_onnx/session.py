@@ -48,7 +48,7 @@ WORK = frozenset(  # operators with significant cost; shape computations may run
         "SimplifiedLayerNormalization",
         "SkipSimplifiedLayerNormalization",
         "Softmax",
-        "TensorScatter",
+        "ScatterND",
     }
 )
 

@@ -24,6 +24,7 @@ from flatq.export.protocols import (
     IntArray,
     Runner,
     absent_packages,
+    require_positions,
 )
 from flatq.files import file_digest, read_json, write_atomically, write_json
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
@@ -67,6 +68,7 @@ __all__ = [
     "pairs_from_halves",
     "read_json",
     "register_with_transformers",
+    "require_positions",
     "save_shard",
     "tensor_shapes",
     "write_atomically",

@@ -87,6 +87,7 @@ def written(root: Path, options: dict[str, Any], grid: Grid | None) -> Contract:
     tokens = random.integers(0, artifact.config.vocab, (2, TOKENS))
     reduced = "cache_position" in contract.inputs
     feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    feeds |= {"num_logits_to_keep": np.array(0)} if "num_logits_to_keep" in contract.inputs else {}
     feeds |= empty_cache(contract, 2, TOKENS if reduced else 0)
     feeds |= {"cache_position": np.zeros(2, np.int64)} if reduced else {}
     wanted = load_decoder(artifact)(torch.from_numpy(tokens)).numpy()
