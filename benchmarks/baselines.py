@@ -243,10 +243,7 @@ def _through(layer: DecoderLayer, half: str, x: Tensor, axes: Tensor) -> None:
     """Project the stream and send it through half a layer, [n, s, m], in place."""
     for chunk in torch.split(x, max(1, BATCH_TOKENS // x.shape[1])):
         cut = chunk @ axes @ axes.T
-        if half == "attention":
-            chunk.copy_(layer.attend(cut, locate(layer.config, *cut.shape[:2])))
-        else:
-            chunk.copy_(layer.transform(cut))
+        chunk.copy_(layer.run(half, cut, locate(layer.config, *cut.shape[:2])))
 
 
 def _score(weights: Weights, hidden: Tensor, tokens: Tensor) -> float:

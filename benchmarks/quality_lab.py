@@ -254,5 +254,15 @@ def code_digest() -> str:
     root = Path(flatq.__file__).parent
     folders = ("calibration", "compress", "quantize")
     parts = [*(path for folder in folders for path in root.glob(f"{folder}/*.py")), Path(baselines.__file__)]
-    parts += [root / name for name in ("linalg.py", "model/decoder.py", "model/grid.py", "recipe/blocks.py")]
+    parts += [
+        root / name
+        for name in (
+            "linalg.py",
+            "model/config.py",
+            "model/decoder.py",
+            "model/grid.py",
+            "model/rope.py",
+            "recipe/blocks.py",
+        )
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(parts))).hexdigest()[:12]

@@ -111,7 +111,7 @@ def same(source: Source, weights: RandomWeights) -> bool:
     return all(torch.equal(source.tensor(name), weights.tensor(name)) for name in weights.names())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "ministral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_gives_back_its_weights(tmp_path: Path, family: str, tied: bool) -> None:
     weights = RandomWeights(family_config(family, tied_head=tied))

@@ -32,6 +32,8 @@ SINGLE = "model.safetensors"
 CODE = {
     "modeling_flatq": "flatq.hf",
     "decoder": "flatq.model",
+    "config": "flatq.model",
+    "rope": "flatq.model",
     "dims": "flatq.model",
 }  # copied modules
 ROUNDING_KL = {torch.float16: 2e-3, torch.bfloat16: 0.02}  # nats; bfloat16 keeps 8 bits of a number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ class Block:
     half: str
     layer: DecoderLayer
     feed: HiddenStates
-    positions: Callable[[int], Positions]
+    positions: Callable[[int], Sequence[Positions]]
     precision: str = "auto"
     device: str = "cpu"
     reference: Reference | None = None
@@ -57,7 +57,8 @@ class Block:
         ``input`` [d_model] is the input of q, k, v or gate, up; ``inner`` is the input of o [heads * d_v] or down
         [d_ff]; ``values`` [kv_heads blocks of d_v] are the value heads. Only those in ``moments`` are measured. With a
         reference, ``drift`` [inner, d_model] of an MLP is the sum of ``inner^T (y_dense - y)`` over tokens, where y is
-        the output of the current block. With ``reference.inputs``, ``drift`` is also measured for attention, and so is
+        the residual stream after the current block, or with post norms the output of down, in front of its norm
+        (docs/decisions/0034). With ``reference.inputs``, ``drift`` is also measured for attention, and so is
         ``lag`` [d_model, d_model], the sum of ``input^T (input_dense - input)``. If ``out`` is set, the block's outputs
         are written to it.
 
@@ -88,11 +89,6 @@ class Block:
         """The linear that reads the inner activation: o or down."""
         return self.layer.o if self.half == "attention" else self.layer.down
 
-    @property
-    def _first(self) -> Callable[[Tensor], Tensor]:
-        """The norm in front of the first linears."""
-        return self.layer.attention_norm if self.half == "attention" else self.layer.mlp_norm
-
     def together(self, what: str) -> None:
         """Broadcast a command from rank 0; the other processes wait for it while rank 0 runs the loop body."""
         if distributed.first():
@@ -102,7 +98,7 @@ class Block:
         """Inputs of the block's linears for a residual stream [b, s, d_model], float32; names as for ``observe``."""
         layer = self.layer
         with blocks_in(self.precision, self.device):
-            found = {"input": self._first(x)}
+            found = {"input": layer.enter(self.half, x)}
             if self.half == "attention":
                 if "values" in self.moments:
                     found["values"] = layer.v(found["input"])
@@ -118,18 +114,18 @@ class Block:
                 self._gram(name, activation, batch, self.dims.kv_heads if name == "values" else 1)
         if self.out is not None:
             with blocks_in(self.precision, self.device):
-                given = self._last(seen["inner"])
-            self._write(x + given, batch, self.out)
+                left = self.layer.leave(self.half, x, self._last(seen["inner"]))
+            self._write(left, batch, self.out)
         if self.reference is not None:
-            before, after = self.reference.follow(self, batch)
+            before, output, after = self.reference.follow(self, batch)
             if self.half == "mlp" or self.reference.inputs:
-                lacking = after.sub_(x)
+                lacking = output if self.layer.config.post_norms else after.sub_(x)
                 if self._last.bias is not None:
                     lacking -= self._last.bias
                 self.drift = _product(seen["inner"], lacking, self.drift)
             if self.reference.inputs:
                 with blocks_in(self.precision, self.device):
-                    ahead = self._first(before).float()
+                    ahead = self.layer.enter(self.half, before).float()
                 self.lag = _product(seen["input"], ahead - seen["input"], self.lag)
 
     def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
@@ -183,18 +179,20 @@ class Reference:
     after: HiddenStates
     inputs: bool = False
 
-    def follow(self, block: Block, batch: slice) -> tuple[Tensor, Tensor]:
+    def follow(self, block: Block, batch: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Run samples of the dense model through a block that is not changed yet.
 
         Returns:
-            Input and output of the block, each [b, s, d_model].
+            Input of the block, output of its last linear, output of the block, each [b, s, d_model].
         """
         x = self.before.states[batch].to(block.device, torch.float32)
-        y = block.run(x)
+        with blocks_in(block.precision, block.device):
+            output = block.layer.output(block.half, x, block.positions(x.shape[0]))
+            y = block.layer.leave(block.half, x, output)
         self.after.states[batch] = y
         self.before.forget()
         self.after.forget()
-        return x, y
+        return x, output.float(), y
 
 
 def _product(x: Tensor, y: Tensor, so_far: Tensor | None) -> Tensor:

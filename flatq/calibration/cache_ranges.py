@@ -77,10 +77,7 @@ def cache_ranges(
 
 def _largest(layer: DecoderLayer, x: Tensor) -> dict[str, Tensor]:
     """Ranges of one layer's keys and values for residual streams [n, s, m]."""
-    dims, normed = layer.config.layers[layer.index], layer.attention_norm(x)
-    key = layer.k(normed).view(-1, dims.kv_heads, dims.d_qk)
-    if layer.config.qk_norm:
-        key = layer.k_norm(key)
-    pair = torch.hypot(*key.float().chunk(2, -1)).amax(0)
-    value = layer.v(normed).view(-1, dims.kv_heads, dims.d_v).float().abs().amax(0)
-    return {"key": torch.cat([pair, pair], -1).cpu(), "value": value.cpu()}
+    _, key, value = layer.heads(layer.enter("attention", x))
+    pair = torch.hypot(*key.float().chunk(2, -1)).flatten(0, -3).amax(0)
+    values = value.float().abs().flatten(0, -3).amax(0)
+    return {"key": torch.cat([pair, pair], -1).cpu(), "value": values.cpu()}

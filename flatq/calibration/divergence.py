@@ -32,7 +32,7 @@ from flatq.calibration.perplexity import final_hidden
 from flatq.errors import NumericsError, RecipeError
 from flatq.machine import distributed
 from flatq.machine.device import exact
-from flatq.model.weights import Weights, load_head
+from flatq.model.weights import Head, Weights, load_head
 
 LOGITS_AT_ONCE = 1 << 22  # 16 MiB of float32; a chunk holds about six arrays of that size
 MEASURES = 4  # per position: nll of the dense model, nll of the other, KL, agreement
@@ -142,8 +142,8 @@ class DenseStates:
         save_shard(self._folder / f"{name}.safetensors", {"tokens": tokens, "hidden": hidden})
         return hidden
 
-    def head(self) -> Tensor:
-        """The dense model's head, float32 [v, m], on its device."""
+    def head(self) -> Head:
+        """The dense model's head, float32, on its device."""
         return load_head(self.weights, device=self.device)
 
 
@@ -190,7 +190,7 @@ def divergence(
             for start in range(0, own.shape[1] - 1, step):
                 at = slice(start, min(start + step, own.shape[1] - 1))
                 pair = [
-                    F.linear(states[row, at].to(dense.device), head)
+                    head(states[row, at].to(dense.device))
                     for states, head in zip((reference, hidden), heads, strict=True)
                 ]
                 parts.append(position_measures(pair[0], pair[1], own[row, 1:][at].to(dense.device)))
@@ -207,7 +207,7 @@ def dense_perplexity(dense: DenseStates, tokens: Tensor, *, on_half: Callable[[]
         hidden, targets = dense.hidden(own, on_half=on_half)[:, :-1].flatten(0, 1), own[:, 1:].flatten()
         step = max(1, LOGITS_AT_ONCE // len(head))
         for states, wanted in zip(torch.split(hidden, step), torch.split(targets, step), strict=True):
-            logits = F.linear(states.to(dense.device), head)
+            logits = head(states.to(dense.device))
             total += exact(F.cross_entropy(logits, wanted.to(dense.device), reduction="none")).sum().cpu()
     mean = distributed.all_reduce(total).item() / (len(tokens) * (tokens.shape[1] - 1))
     if not math.isfinite(mean) or mean > math.log(torch.finfo(torch.float64).max):

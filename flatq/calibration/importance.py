@@ -38,7 +38,7 @@ def layer_importance(weights: Weights, tokens: Tensor, work: Path, *, execution:
                     before = feed.states[batch].to(execution.device, torch.float32)
                     positions = locate(config, len(before), length, device=before.device)
                     with blocks_in(execution.precision, execution.device):
-                        after = mlp.transform(attention.attend(before, positions))
+                        after = mlp.run("mlp", attention.run("attention", before, positions), positions)
                     angle.update(before, after)
                     feed.states[batch] = after.cpu()
             angle.gather()

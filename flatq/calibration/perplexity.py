@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,8 +130,9 @@ def head_logits(weights: Weights, hidden: Tensor, *, device: str = "cpu") -> Ite
     Yields:
         The slice of rows and their logits, of the type of ``hidden``, [some, vocab], on ``device``.
     """
-    head = load_head(weights, device=device).to(hidden.dtype)
+    head = load_head(weights, device=device)
+    head = replace(head, weight=head.weight.to(hidden.dtype))
     step = max(1, LOGITS_AT_ONCE // weights.config.vocab)
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, min(start + step, hidden.shape[0]))
-        yield rows, F.linear(hidden[rows].to(device), head)
+        yield rows, head(hidden[rows].to(device))

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, embedded, pieces, stored_as
@@ -87,7 +86,9 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, executio
             advance()
         gradient = states.drawn_gradient(weights)
         for done, _, half, layer in half_layers(weights, device=execution.device, backwards=True):
-            found[done] = _second_moment(gradient, states.mine, len(tokens))
+            at_output = states.before_norm(done, layer, half, gradient)
+            found[done] = _second_moment(at_output, states.mine, len(tokens))
+            del at_output
             gradient = states.backward(done, layer, half, gradient)
             advance()
     states.close()
@@ -139,6 +140,20 @@ class _States:
             (gradient[mine],) = torch.autograd.grad(self._run(layer, half, x), x, gradient[mine])
         return gradient
 
+    def before_norm(self, done: int, layer: DecoderLayer, half: str, gradient: Tensor) -> Tensor:
+        """Gradient of the output of o or down, [n, s, m]; that of the residual stream unless a norm is in between."""
+        if not layer.config.post_norms:
+            return gradient
+        found = torch.empty_like(gradient)
+        for rows in self.batches(self.batch_tokens):
+            mine, x = self._of_mine(rows), self.states[done, rows].to(self.device, torch.float32)
+            with blocks_in(self.execution.precision, self.device):
+                with torch.no_grad():
+                    output = layer.output(half, x, self.positions)
+                output = output.float().requires_grad_()
+                (found[mine],) = torch.autograd.grad(layer.leave(half, x, output), output, gradient[mine])
+        return found
+
     def drawn_gradient(self, weights: Weights) -> Tensor:
         """Logit noise with the Fisher covariance, backpropagated to the input of the final norm, [n, s, m]."""
         device = self.device
@@ -147,8 +162,11 @@ class _States:
         for rows in self.batches(LOGITS):
             x = self.states[-1, rows].to(device, torch.float32).requires_grad_()
             normed = norm(x)
-            chances = F.linear(normed.detach(), head).softmax(-1)
-            pull = unsure(chances, _noise(rows, chances)) @ head
+            logits = head(normed.detach())
+            chances, slope = logits.softmax(-1), head.slope(logits)
+            del logits
+            pull = unsure(chances, _noise(rows, chances))
+            pull = (pull if slope is None else pull * slope) @ head.weight
             (found[self._of_mine(rows)],) = torch.autograd.grad(normed, x, pull)
         return found
 

@@ -78,7 +78,7 @@ def budget_of(config: DecoderConfig, flat: FlatSpec, gptq: GptqSpec | None, item
     @functools.cache
     def price(index: int, dims: LayerDims) -> float:
         weights = footprint.layer_bytes(config, grids, itemsize, index, dims)
-        return weights + footprint.cache_bytes(config, dims, whole_cache)
+        return weights + footprint.cache_bytes(config, index, dims, whole_cache)
 
     rest = (footprint.ends_bytes if flat.size else footprint.decode_ends_bytes)(config, grids, itemsize)
     return Budget("size" if flat.size else "decode_bytes", given, parse_size(given), price, rest)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flatq.calibration.divergence import (
     LOGITS_AT_ONCE,
@@ -57,7 +56,7 @@ def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, nam
         parts = []
         for start in range(0, len(text) - 1, step):
             at = slice(start, min(start + step, len(text) - 1))
-            reference = F.linear(hidden[row, at].to(dense.device), head)
+            reference = head(hidden[row, at].to(dense.device))
             parts.append(position_measures(reference, logits[0, at].to(reference), text[1:][at].to(reference.device)))
         means[row] = row_means(torch.cat(parts)).cpu()
     return Divergence.of(means, tokens.shape[1] - 1)

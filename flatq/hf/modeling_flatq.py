@@ -4,9 +4,9 @@ The forward pass is that of ``model.decoder``. ``DecoderForCausalLM`` converts a
 to its arguments and wraps the logits. ``FlatqHubForCausalLM`` registers the same modules under the names of the Hugging
 Face hub (``model.layers.0.self_attn.q_proj``), by which loaders of quantized checkpoints find them.
 
-This file is copied into exported folders together with ``decoder.py`` and ``dims.py``, so that
+This file is copied into exported folders together with the modules of ``flatq.model`` that it imports, so that
 ``trust_remote_code=True`` loads the folder without an installation of flatq. It may import only torch, transformers and
-those two.
+those.
 
 Value heads may be narrower than key heads and differ between layers; a ``DynamicCache`` supports both because it grows
 by concatenation. Left out: static caches, 4-d masks, ``inputs_embeds``, and a cache that drops positions outside the
@@ -23,8 +23,12 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flatq.model.decoder import Decoder, DecoderConfig, DecoderLayer, RMSNorm
-from flatq.model.dims import LayerDims  # noqa: F401 (some transformers copy only what this file imports)
+from flatq.model.config import DecoderConfig
+from flatq.model.decoder import Decoder, DecoderLayer, RMSNorm, capped
+
+# Some transformers copy only what this file imports.
+from flatq.model.dims import LayerDims  # noqa: F401
+from flatq.model.rope import Rope  # noqa: F401
 
 
 class FlatqHubConfig(PretrainedConfig):  # type: ignore[misc]
@@ -146,6 +150,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         head, hidden = self.get_output_embeddings(), hidden[:, kept]
         logits = F.linear(hidden, self.get_input_embeddings().weight) if head is None else head(hidden)
+        logits = capped(logits, self.body.config.logit_cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
@@ -189,7 +194,9 @@ HUB_PATHS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
     "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_self_attn_layernorm",
     "mlp_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_mlp_layernorm",
 }
 
 

@@ -12,16 +12,18 @@ d d_qk, r d_v, m d_model, f d_ff.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flatq.model.config import DecoderConfig
 from flatq.model.dims import ATTENTION_LINEARS, LINEARS, MLP_LINEARS, LayerDims
+from flatq.model.rope import Rope
 
 __all__ = [
     "ATTENTION_LINEARS",
@@ -38,93 +40,6 @@ __all__ = [
     "Rope",
     "locate",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding; ``scaling`` is none, ``linear`` or ``llama3``."""
-
-    theta: float = 10000.0
-    scaling: str | None = None
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def inverse_frequencies(self, d_qk: int) -> Tensor:
-        """Inverse frequencies (angle per position), float32 [d_qk / 2].
-
-        Source: Llama 3.1 model card (the ``llama3`` rule interpolates long wavelengths by ``factor``).
-        """
-        inv = 1.0 / self.theta ** (torch.arange(0, d_qk, 2, dtype=torch.float32) / d_qk)
-        if self.scaling is None:
-            return inv
-        if self.scaling == "linear":
-            return inv / self.factor
-        wavelength = 2 * math.pi / inv
-        turns = self.original_max_positions / wavelength
-        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        blended = (1 - smooth) * inv / self.factor + smooth * inv
-        scaled = torch.where(turns < self.low_freq_factor, inv / self.factor, blended)
-        return torch.where(turns > self.high_freq_factor, inv, scaled)
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """The configuration of a decoder: widths and settings, without weights.
-
-    ``sliding_window`` is the number of positions a query sees (itself included) in every layer, or None.
-    """
-
-    family: str
-    d_model: int
-    vocab: int
-    layers: tuple[LayerDims, ...]
-    rope: Rope
-    norm_eps: float
-    tied_head: bool
-    max_positions: int
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
-
-    def with_layers(self, layers: Sequence[LayerDims]) -> DecoderConfig:
-        """The same configuration with other layer widths."""
-        return replace(self, layers=tuple(layers))
-
-    def has_bias(self, linear: str) -> bool:
-        """Whether one of the seven linears has a bias."""
-        if linear in ("q", "k", "v"):
-            return self.qkv_bias
-        return self.o_bias if linear == "o" else self.mlp_bias
-
-    def decoder_parameters(self) -> int:
-        """Number of weights in all decoder linears; ``keep_ratio`` is a fraction of this number."""
-        return sum(dims.parameters(self.d_model) for dims in self.layers)
-
-    def parameters(self) -> int:
-        """Number of all weights; a tied head is counted once."""
-        norms = self.d_model * (2 * len(self.layers) + 1)
-        qk_norms = sum(2 * dims.d_qk for dims in self.layers) if self.qk_norm else 0
-        biases = sum(
-            dims.shape(name, self.d_model)[0] for dims in self.layers for name in LINEARS if self.has_bias(name)
-        )
-        tables = self.vocab * self.d_model * (1 if self.tied_head else 2)
-        return self.decoder_parameters() + norms + qk_norms + biases + tables
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; ``from_dict`` is its inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> DecoderConfig:
-        """Inverse of ``to_dict``."""
-        known = dict(data)
-        known["layers"] = tuple(LayerDims(**dims) for dims in data["layers"])
-        known["rope"] = Rope(**data["rope"])
-        return cls(**known)
 
 
 class Cache(Protocol):
@@ -170,15 +85,17 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Rotary cosines and sines and the attention mask for a batch; computed once, shared by all layers."""
+    """Rotary cosines and sines and the attention mask for a batch; computed once per kind of layer."""
 
-    cos: Tensor  # [b or 1, 1, s, d]
-    sin: Tensor  # [b or 1, 1, s, d]
+    cos: Tensor | None  # [b or 1, 1, s, d]; None = no rotation
+    sin: Tensor | None  # [b or 1, 1, s, d]
     mask: Tensor | None  # bool [b or 1, 1, s, t], True = attends; None = causal from position 0
 
 
 def rotate(x: Tensor, positions: Positions) -> Tensor:
     """Apply the rotary embedding to [b, heads, s, d] (halves convention of Hugging Face checkpoints)."""
+    if positions.cos is None or positions.sin is None:
+        return x
     x = x.to(positions.cos.dtype)  # products of two dtypes take three times as long
     turned, half = x * positions.cos, x.shape[-1] // 2
     sine = positions.sin[..., :half]  # both halves rotate by the same angles
@@ -196,35 +113,100 @@ def locate(
     valid: Tensor | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Positions:
-    """Positions for ``length`` new tokens after ``past`` cached ones.
+) -> tuple[Positions, ...]:
+    """Positions for ``length`` new tokens after ``past`` cached ones, for each of the kinds of layers.
 
     Args:
         valid: [b, t] with 0 where a token is padding (left or right); None when there is none. Positions count
             valid tokens only, so a left-padded row equals the same row alone.
     """
-    total = past + length
     if valid is None:
-        where = torch.arange(past, total, device=device)[None]
+        where = torch.arange(past, past + length, device=device)[None]
     else:
-        where = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, past:total]
-    d_qk = config.layers[0].d_qk
-    angles = where[..., None].float() * config.rope.inverse_frequencies(d_qk).to(where.device)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]  # [b, 1, s, d]
-    windowed = config.sliding_window is not None and total > config.sliding_window
-    mask = None
-    if valid is not None or (past > 0 and length > 1) or windowed:  # a single new token attends to all positions
-        query = torch.arange(past, total, device=device)[:, None]
-        key = torch.arange(total, device=device)[None]
-        mask = key <= query
-        if config.sliding_window is not None:
-            mask = mask & (key > query - config.sliding_window)
-        mask = mask[None, None]
-        if valid is not None:
-            mask = mask & valid.bool()[:, None, None, :total]
-            mask = mask | (key == query)[None, None]  # padding attends to itself: no empty softmax
-        mask = mask.expand(batch, 1, length, total)
-    return Positions(angles.cos().to(dtype), angles.sin().to(dtype), mask)
+        where = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, past : past + length]
+    masks = {
+        window: _mask(batch, length, past, valid, window, device) for window in {kind.window for kind in config.kinds}
+    }
+    found = []
+    for kind in config.kinds:
+        if kind.rope is None:
+            found.append(Positions(None, None, masks[kind.window]))
+            continue
+        angles = where[..., None].float() * kind.rope.inverse_frequencies(config.layers[0].d_qk).to(where.device)
+        angles = torch.cat([angles, angles], dim=-1)[:, None]  # [b, 1, s, d]
+        found.append(Positions(angles.cos().to(dtype), angles.sin().to(dtype), masks[kind.window]))
+    return tuple(found)
+
+
+def _mask(
+    batch: int, length: int, past: int, valid: Tensor | None, window: int | None, device: torch.device | None
+) -> Tensor | None:
+    """See ``Positions.mask``; arguments of ``locate``."""
+    total = past + length
+    windowed = window is not None and total > window
+    if valid is None and (past == 0 or length == 1) and not windowed:
+        return None  # a single new token attends to all positions
+    query = torch.arange(past, total, device=device)[:, None]
+    key = torch.arange(total, device=device)[None]
+    mask = key <= query
+    if window is not None:
+        mask = mask & (key > query - window)
+    mask = mask[None, None]
+    if valid is not None:
+        mask = mask & valid.bool()[:, None, None, :total]
+        mask = mask | (key == query)[None, None]  # padding attends to itself: no empty softmax
+    return mask.expand(batch, 1, length, total)
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """``cap * tanh(x / cap)``, or ``x`` without a cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cap: float) -> Tensor:
+    """Attention with capped scores, which the fused kernels do not have; axes as in ``attention``."""
+    b, heads, s, d = query.shape
+    groups = query.reshape(b, key.shape[1], -1, s, d)  # [b, kv, g, s, d]
+    with torch.autocast(query.device.type, enabled=False):  # scores of 8 bits are too coarse
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = capped(groups.to(dtype) @ key.to(dtype).mT[:, :, None] * d**-0.5, cap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+        elif s > 1:
+            future = torch.ones(s, s, dtype=torch.bool, device=query.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        mixed = scores.softmax(-1) @ value.to(dtype)[:, :, None]
+    return mixed.view(b, heads, s, -1).to(value.dtype)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cap: float | None) -> Tensor:
+    """Outputs of the heads, [b, h, s, d], [b, kv, t, d], [b, kv, t, r] -> [b, h, s, r]."""
+    (b, heads, s, d), (_, kv_heads, _, rank) = query.shape, value.shape
+    if cap is not None:
+        return _capped_attention(query, key, value, mask, cap)
+    if s == 1 and mask is None:
+        # The query heads of a group take the place of positions, so that keys and values need not be repeated.
+        query = query.view(b, kv_heads, heads // kv_heads, d)
+        return F.scaled_dot_product_attention(query, key, value).reshape(b, heads, 1, rank)
+    # The fused kernels need one head size, so narrower values are padded with zeros for the call.
+    mixed = F.scaled_dot_product_attention(
+        query,
+        key,
+        F.pad(value, (0, d - rank)),
+        attn_mask=mask,
+        is_causal=mask is None and s > 1,
+        enable_gqa=heads > kv_heads,
+    )
+    return mixed[..., :rank]
+
+
+PRE_NORM = {"attention": "attention_norm", "mlp": "mlp_norm"}
+POST_NORM = {"attention": "attention_post_norm", "mlp": "mlp_post_norm"}
+ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class DecoderLayer(nn.Module):
@@ -237,76 +219,75 @@ class DecoderLayer(nn.Module):
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
-    attention_norm: RMSNorm
     q_norm: RMSNorm
     k_norm: RMSNorm
-    mlp_norm: RMSNorm
 
     def __init__(self, config: DecoderConfig, index: int, halves: Sequence[str] = ("attention", "mlp")) -> None:
         super().__init__()
         self.config, self.index = config, index
-        dims = config.layers[index]
-        names: tuple[str, ...] = ()
-        if "attention" in halves:
-            names += ATTENTION_LINEARS
-            self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-            if config.qk_norm:
-                self.q_norm = RMSNorm(dims.d_qk, config.norm_eps)
-                self.k_norm = RMSNorm(dims.d_qk, config.norm_eps)
-        if "mlp" in halves:
-            names += MLP_LINEARS
-            self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        for name in names:
-            rows, columns = dims.shape(name, config.d_model)
+        self._add_half("attention", halves, ATTENTION_LINEARS)
+        if "attention" in halves and config.qk_norm:
+            queries, keys = config.qk_norm_widths(config.layers[index])
+            self.q_norm, self.k_norm = RMSNorm(queries, config.norm_eps), RMSNorm(keys, config.norm_eps)
+        self._add_half("mlp", halves, MLP_LINEARS)
+
+    def _add_half(self, half: str, halves: Sequence[str], linears: Sequence[str]) -> None:
+        config = self.config
+        if half not in halves:
+            return
+        for wanted, norms in ((config.pre_norms, PRE_NORM), (config.post_norms, POST_NORM)):
+            if wanted:
+                setattr(self, norms[half], RMSNorm(config.d_model, config.norm_eps))
+        for name in linears:
+            rows, columns = config.layers[self.index].shape(name, config.d_model)
             setattr(self, name, nn.Linear(columns, rows, bias=config.has_bias(name)))
 
-    def mix(self, normed: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
-        """Concatenated outputs of the attention heads, before the output projection: [b, s, m] -> [b, s, h * r]."""
-        b, s, _ = normed.shape
-        dims = self.config.layers[self.index]
-        query = self.q(normed).view(b, s, dims.heads, dims.d_qk)
-        key = self.k(normed).view(b, s, dims.kv_heads, dims.d_qk)
-        if self.config.qk_norm:
+    def enter(self, half: str, x: Tensor) -> Tensor:
+        """Input of a half's first linears, from the residual stream, [b, s, m] -> [b, s, m]."""
+        return getattr(self, PRE_NORM[half])(x) if self.config.pre_norms else x
+
+    def leave(self, half: str, x: Tensor, output: Tensor) -> Tensor:
+        """The residual stream with a half's output (of o or down) added to it, [b, s, m] -> [b, s, m]."""
+        return x + (getattr(self, POST_NORM[half])(output) if self.config.post_norms else output)
+
+    def heads(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b, s, h, d] and keys [b, s, kv, d] after their norms, and values [b, s, kv, r]."""
+        lead, dims, config = normed.shape[:-1], self.config.layers[self.index], self.config
+        query, key = self.q(normed), self.k(normed)
+        if config.qk_norm and config.wide_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        value = self.v(normed).view(b, s, dims.kv_heads, -1).transpose(1, 2)  # [b, kv, s, r]
-        query, key = rotate(query.transpose(1, 2), positions), rotate(key.transpose(1, 2), positions)
+        query, key = query.view(*lead, dims.heads, dims.d_qk), key.view(*lead, dims.kv_heads, dims.d_qk)
+        if config.qk_norm and not config.wide_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, self.v(normed).view(*lead, dims.kv_heads, -1)
+
+    def mix(self, normed: Tensor, positions: Sequence[Positions], cache: Cache | None = None) -> Tensor:
+        """Concatenated outputs of the attention heads, before the output projection: [b, s, m] -> [b, s, h * r]."""
+        here = positions[self.config.number_of_kind(self.index)]
+        query, key, value = (part.transpose(1, 2) for part in self.heads(normed))
+        query, key = rotate(query, here), rotate(key, here)
         if cache is not None:
             key, value = cache.update(key, value, self.index)
-        rank = value.shape[-1]
-        if s == 1 and positions.mask is None:
-            # The query heads of a group take the place of positions, so that keys and values need not be repeated.
-            query = query.view(b, dims.kv_heads, dims.group, dims.d_qk)
-            return F.scaled_dot_product_attention(query, key, value).reshape(b, 1, dims.heads * rank)
-        # The fused kernels need one head size, so narrower values are padded with zeros for the call.
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            F.pad(value, (0, dims.d_qk - rank)),
-            attn_mask=positions.mask,
-            is_causal=positions.mask is None and s > 1,
-            enable_gqa=dims.group > 1,
-        )
-        return mixed[..., :rank].transpose(1, 2).reshape(b, s, dims.heads * rank)
+        return attention(query, key, value, here.mask, self.config.attention_cap).transpose(1, 2).flatten(2)
 
     def widen(self, normed: Tensor) -> Tensor:
         """The MLP's inner activation, [b, s, m] -> [b, s, f]."""
-        return F.silu(self.gate(normed)) * self.up(normed)
+        return ACTIVATION[self.config.activation](self.gate(normed)) * self.up(normed)
 
-    def attend(self, x: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
-        """The attention half on the residual stream, [b, s, m] -> [b, s, m]."""
-        return x + self.o(self.mix(self.attention_norm(x), positions, cache))
+    def output(self, half: str, x: Tensor, positions: Sequence[Positions], cache: Cache | None = None) -> Tensor:
+        """Output of a half's last linear (o or down), from the residual stream, [b, s, m] -> [b, s, m]."""
+        entered = self.enter(half, x)
+        if half == "attention":
+            return self.o(self.mix(entered, positions, cache))
+        return self.down(self.widen(entered))
 
-    def transform(self, x: Tensor) -> Tensor:
-        """The MLP half on the residual stream, [b, s, m] -> [b, s, m]."""
-        return x + self.down(self.widen(self.mlp_norm(x)))
-
-    def run(self, half: str, x: Tensor, positions: Positions) -> Tensor:
+    def run(self, half: str, x: Tensor, positions: Sequence[Positions], cache: Cache | None = None) -> Tensor:
         """One half (``attention`` or ``mlp``) on the residual stream, [b, s, m] -> [b, s, m]."""
-        return self.attend(x, positions) if half == "attention" else self.transform(x)
+        return self.leave(half, x, self.output(half, x, positions, cache))
 
-    def forward(self, x: Tensor, positions: Positions, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Sequence[Positions], cache: Cache | None = None) -> Tensor:
         """Attention and MLP on the residual stream, [b, s, m] -> [b, s, m]."""
-        return self.transform(self.attend(x, positions, cache))
+        return self.run("mlp", self.run("attention", x, positions, cache), positions)
 
 
 class Decoder(nn.Module):
@@ -332,7 +313,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the LM head, [b, s, m] -> [b, s, vocab]."""
-        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        return capped(logits, self.config.logit_cap)
 
     def forward(
         self, tokens: Tensor, *, valid: Tensor | None = None, cache: Cache | None = None, past: int = 0

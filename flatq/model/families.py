@@ -4,108 +4,32 @@ To add a family, add a row here and a case to ``tests/parity``; no model code is
 from the model's ``config.json``. A setting that flatq's decoder does not support is an error that names it, because a
 wrong default would only show as slightly worse text.
 
-Left out: mixture of experts, partial rotary embeddings, soft caps, windows that differ from layer to layer, and
-rope scalings beyond ``linear`` and ``llama3``.
+Left out: mixture of experts, partial rotary embeddings, and rope scalings beyond ``linear`` and ``llama3``.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 from flatq.errors import UnsupportedModel
+from flatq.model.family import ACTIVATIONS, POST_NORMED, Family, Names
+from flatq.model.folds import EMBEDDING_SCALE, ONE_PLUS, QUERY_NORM_SCALE, QUERY_SCALE
 
-# (flatq, Hugging Face, GGUF)
-ENDS = (
-    ("embed", "model.embed_tokens", "token_embd"),
-    ("norm", "model.norm", "output_norm"),
-    ("head", "lm_head", "output"),
-)
-INSIDE = (
-    ("attention_norm", "input_layernorm", "attn_norm"),
-    ("q", "self_attn.q_proj", "attn_q"),
-    ("k", "self_attn.k_proj", "attn_k"),
-    ("v", "self_attn.v_proj", "attn_v"),
-    ("o", "self_attn.o_proj", "attn_output"),
-    ("q_norm", "self_attn.q_norm", "attn_q_norm"),
-    ("k_norm", "self_attn.k_norm", "attn_k_norm"),
-    ("mlp_norm", "post_attention_layernorm", "ffn_norm"),
-    ("gate", "mlp.gate_proj", "ffn_gate"),
-    ("up", "mlp.up_proj", "ffn_up"),
-    ("down", "mlp.down_proj", "ffn_down"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Tensor names of a family; every row is (flatq, Hugging Face, GGUF)."""
-
-    ends: tuple[tuple[str, str, str], ...] = ENDS
-    inside: tuple[tuple[str, str, str], ...] = INSIDE
-
-    def to_hf(self, name: str) -> str:
-        """``layers.3.q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
-        return self._translate(name, 0, 1)
-
-    def from_hf(self, name: str) -> str | None:
-        """Inverse of ``to_hf``; None for a tensor that flatq's decoder does not have."""
-        return self._find(name, 1, 0)
-
-    def to_gguf(self, name: str) -> str:
-        """``layers.3.q.weight`` -> ``blk.3.attn_q.weight``."""
-        return self._translate(name, 0, 2)
-
-    def from_gguf(self, name: str) -> str | None:
-        """Inverse of ``to_gguf``; None for a tensor that flatq's decoder does not have."""
-        return self._find(name, 2, 0)
-
-    def _translate(self, name: str, source: int, target: int) -> str:
-        found = self._find(name, source, target)
-        if found is None:
-            raise KeyError(name)
-        return found
-
-    def _find(self, name: str, source: int, target: int) -> str | None:
-        prefixes = ("layers.", "model.layers.", "blk.")
-        stem, _, kind = name.rpartition(".")
-        index = ""
-        table = self.ends
-        if stem.startswith(prefixes[source]):
-            index, _, stem = stem.removeprefix(prefixes[source]).partition(".")
-            table = self.inside
-        row = next((row for row in table if row[source] == stem), None)
-        if row is None or kind not in ("weight", "bias"):
-            return None
-        if table is self.ends:
-            return f"{row[target]}.{kind}"
-        return f"{prefixes[target]}{index}.{row[target]}.{kind}" if index.isdecimal() else None
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One row of the table.
-
-    Attributes:
-        architecture: name of the class in transformers.
-        switches: fields of ``DecoderConfig``; a string is the key of config.json that sets it (False if absent).
-        window: ``never``; ``always`` = ``sliding_window`` applies to every layer; ``by_layer`` = it applies from layer
-            ``max_window_layers`` on, if ``use_sliding_window``.
-        required: keys that have no safe default in this family; null is allowed.
-        gguf: the architecture's name in GGUF files.
-        gguf_permuted: GGUF stores rows of q and k with rotary pairs interleaved instead of in halves.
-    """
-
-    model_type: str
-    architecture: str
-    switches: Mapping[str, str | bool]
-    window: Literal["never", "always", "by_layer"]
-    gguf: str
-    gguf_permuted: bool = False
-    required: tuple[str, ...] = ()
-    names: Names = field(default_factory=Names)
-
+GEMMA: Mapping[str, str | bool] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+SANDWICHED: Mapping[str, str | bool] = {
+    **GEMMA,
+    "post_norms": True,
+    "attention_cap": "attn_logit_softcapping",
+    "logit_cap": "final_logit_softcapping",
+}
+OLMO: Mapping[str, str | bool] = {
+    **GEMMA,
+    "qk_norm": True,
+    "wide_qk_norm": True,
+    "pre_norms": False,
+    "post_norms": True,
+}
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
@@ -143,6 +67,108 @@ FAMILIES: dict[str, Family] = {
             window="by_layer",
             gguf="qwen3",
             required=("num_key_value_heads", "head_dim"),
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+            window="by_layer",
+            skips_rope=True,
+            gguf="smollm3",
+            defaults={"rope_theta": 2e6, "tie_word_embeddings": True},
+            required=("num_key_value_heads",),
+        ),
+        Family(
+            "gemma",
+            "GemmaForCausalLM",
+            GEMMA,
+            window="never",
+            activations={**ACTIVATIONS, "gelu": "gelu_tanh"},  # what "gelu" means in published configurations
+            gguf="gemma",
+            defaults={"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+            required=("num_key_value_heads", "head_dim"),
+            folds=(ONE_PLUS, *EMBEDDING_SCALE),
+            gguf_folds=EMBEDDING_SCALE,
+        ),
+        Family(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            {
+                **GEMMA,
+                "post_norms": True,
+                "attention_cap": "attn_logit_softcapping",
+                "logit_cap": "final_logit_softcapping",
+            },
+            window="alternating",
+            full_every=2,
+            gguf="gemma2",
+            names=Names(inside=POST_NORMED),
+            defaults={
+                "tie_word_embeddings": True,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+            },
+            required=("num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window"),
+            folds=(ONE_PLUS, *EMBEDDING_SCALE, QUERY_SCALE),
+            gguf_folds=(*EMBEDDING_SCALE, QUERY_SCALE),
+        ),
+        # The caps of scores are in its configuration, but not in its attention.
+        Family(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            {**GEMMA, "post_norms": True, "qk_norm": True, "logit_cap": "final_logit_softcapping"},
+            window="alternating",
+            full_every=6,
+            local_theta="rope_local_base_freq",
+            gguf="gemma3",
+            names=Names(inside=POST_NORMED),
+            defaults={
+                "tie_word_embeddings": True,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "query_pre_attn_scalar": 256,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "vocab_size": 262_208,
+                "max_position_embeddings": 131_072,
+                "rms_norm_eps": 1e-6,
+                "sliding_window": 4096,
+            },
+            folds=(ONE_PLUS, *EMBEDDING_SCALE, QUERY_NORM_SCALE),
+            gguf_folds=(*EMBEDDING_SCALE, QUERY_NORM_SCALE),
+        ),
+        Family(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            OLMO,
+            window="never",
+            gguf="olmo2",
+            names=Names(inside=POST_NORMED),
+            required=("num_key_value_heads",),
+        ),
+        Family(
+            "olmo3",
+            "Olmo3ForCausalLM",
+            OLMO,
+            window="alternating",
+            full_every=4,
+            local_theta="rope_theta",
+            gguf="olmo2",
+            names=Names(inside=POST_NORMED),
+            defaults={"rope_theta": 5e5},
+            required=("num_key_value_heads", "sliding_window"),
+        ),
+        Family(
+            "ministral",
+            "MinistralForCausalLM",
+            {},
+            window="always",
+            gguf="llama",
+            gguf_permuted=True,
+            required=("num_key_value_heads", "sliding_window"),
         ),
     )
 }

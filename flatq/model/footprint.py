@@ -43,8 +43,7 @@ def table_bytes(config: DecoderConfig, grids: Grids, itemsize: int, name: str) -
 
 def norm_bytes(config: DecoderConfig, itemsize: int) -> int:
     """Bytes of all norms."""
-    qk_norms = sum(2 * dims.d_qk for dims in config.layers) if config.qk_norm else 0
-    return itemsize * (config.d_model * (2 * len(config.layers) + 1) + qk_norms)
+    return itemsize * config.norm_parameters()
 
 
 def ends_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
@@ -65,9 +64,10 @@ def weight_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
     return layers + ends_bytes(config, grids, itemsize)
 
 
-def cache_bytes(config: DecoderConfig, dims: LayerDims, context: int) -> int:
-    """KV cache bytes of one layer for ``context`` tokens, or for its sliding window if that is smaller."""
-    seen = context if config.sliding_window is None else min(context, config.sliding_window)
+def cache_bytes(config: DecoderConfig, index: int, dims: LayerDims, context: int) -> int:
+    """KV cache bytes of layer ``index`` for ``context`` tokens, or for its sliding window if that is smaller."""
+    window = config.kind(index).window
+    seen = context if window is None else min(context, window)
     return seen * dims.kv_heads * (dims.d_qk + dims.d_v) * CACHE_ITEM
 
 
@@ -79,7 +79,7 @@ def decode_ends_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int
 def decode_bytes(config: DecoderConfig, grids: Grids, itemsize: int, context: int) -> int:
     """Bytes read to decode one token with ``context`` tokens in the cache."""
     layers = sum(
-        layer_bytes(config, grids, itemsize, i, dims) + cache_bytes(config, dims, context)
+        layer_bytes(config, grids, itemsize, i, dims) + cache_bytes(config, i, dims, context)
         for i, dims in enumerate(config.layers)
     )
     return layers + decode_ends_bytes(config, grids, itemsize)

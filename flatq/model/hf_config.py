@@ -8,21 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from flatq.errors import UnsupportedModel
-from flatq.model.decoder import DecoderConfig, LayerDims, Rope
-from flatq.model.families import Family, family_named
+from flatq.model.config import DecoderConfig, Kind
+from flatq.model.dims import LayerDims
+from flatq.model.families import family_named
+from flatq.model.family import Family
+from flatq.model.layer_kinds import FULL, WINDOWED, KindKeys, PositiveInt, distinct, rotated_layers, windows_of
+from flatq.model.rope import Rope
 
-PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # beyond that no tensor library counts
-Count = Annotated[int, Field(gt=0, le=10_000)]
 
-
-class _HfKeys(BaseModel):
+class _HfKeys(KindKeys):
     """The keys of config.json that change what the model computes; all others are not looked at."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
-    num_hidden_layers: Count
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
@@ -36,11 +34,13 @@ class _HfKeys(BaseModel):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    hidden_act: Literal["silu"] = "silu"
-    sliding_window: PositiveInt | None = None
-    use_sliding_window: bool = False
-    max_window_layers: int | None = None
-    layer_types: list[str] | None = None
+    hidden_act: str = "silu"
+    hidden_activation: str | None = None
+    attn_logit_softcapping: PositiveFloat | None = None
+    final_logit_softcapping: PositiveFloat | None = None
+    query_pre_attn_scalar: PositiveFloat | None = None
+    use_bidirectional_attention: Literal[False] | None = None
+    rope_local_base_freq: PositiveFloat | None = None
     quantization_config: None = None
 
 
@@ -67,6 +67,7 @@ def config_from_hf(data: Mapping[str, Any], where: str = "config.json") -> Decod
         UnsupportedModel: a value that flatq's decoder cannot express, or a missing key; all of them at once.
     """
     family = family_named(data.get("model_type"), where)
+    data = {**family.defaults, **data}
     problems = [
         f"{where}: {key} is missing; {family.model_type} needs it" for key in family.required if key not in data
     ]
@@ -74,13 +75,13 @@ def config_from_hf(data: Mapping[str, Any], where: str = "config.json") -> Decod
         keys = _HfKeys.model_validate(dict(data))
     except ValidationError as invalid:
         raise UnsupportedModel("\n".join(problems + _explain(invalid, where))) from invalid
-    rope = _read_rope(keys, where, problems)
+    kinds = _read_kinds(family, keys, where, problems)
     dims = _read_dims(keys, where, problems)
-    window = _read_window(family, keys, where, problems)
-    if problems or rope is None or dims is None:
+    activation = _read_activation(family, keys, where, problems)
+    if problems or dims is None:
         raise UnsupportedModel("\n".join(problems))
-    switches = {
-        name: decides if isinstance(decides, bool) else bool(getattr(keys, decides))
+    switches: dict[str, Any] = {
+        name: getattr(keys, decides) if isinstance(decides, str) else decides
         for name, decides in family.switches.items()
     }
     return DecoderConfig(
@@ -88,11 +89,11 @@ def config_from_hf(data: Mapping[str, Any], where: str = "config.json") -> Decod
         d_model=keys.hidden_size,
         vocab=keys.vocab_size,
         layers=(dims,) * keys.num_hidden_layers,
-        rope=rope,
         norm_eps=keys.rms_norm_eps,
         tied_head=keys.tie_word_embeddings,
         max_positions=keys.max_position_embeddings,
-        sliding_window=window,
+        activation=activation,
+        **distinct(kinds),
         **switches,
     )
 
@@ -160,26 +161,43 @@ def _read_dims(keys: _HfKeys, where: str, problems: list[str]) -> LayerDims | No
     return LayerDims(heads=heads, kv_heads=kv_heads, d_qk=head_dim, d_v=head_dim, d_ff=keys.intermediate_size)
 
 
-def _read_window(family: Family, keys: _HfKeys, where: str, problems: list[str]) -> int | None:
-    if family.window == "never":
-        return None
-    if family.window == "always":
-        return keys.sliding_window
-    if not keys.use_sliding_window or keys.sliding_window is None:
-        return None
-    if keys.layer_types is not None:
-        windowed = {kind == "sliding_attention" for kind in keys.layer_types}
-    elif keys.max_window_layers is None:
-        problems.append(f"{where}: max_window_layers is missing; use_sliding_window needs it")
-        return None
-    else:
-        windowed = {layer >= keys.max_window_layers for layer in range(keys.num_hidden_layers)}
-    if len(windowed) > 1:
-        problems.append(
-            f"{where}: some layers have a sliding window and some do not (max_window_layers, layer_types); "
-            "supported: all of them, or none (use_sliding_window: false)"
+def _read_activation(family: Family, keys: _HfKeys, where: str, problems: list[str]) -> str:
+    key = "hidden_activation" if keys.hidden_activation else "hidden_act"
+    stated = keys.hidden_activation or keys.hidden_act
+    if stated not in family.activations:
+        problems.append(f"{where}: {key}: {stated!r} is not supported; supported: {', '.join(family.activations)}")
+        return "silu"
+    return family.activations[stated]
+
+
+def _read_kinds(family: Family, keys: _HfKeys, where: str, problems: list[str]) -> list[Kind]:
+    """One kind per layer; empty if a rope is not supported."""
+    windows = windows_of(family, keys, where, problems)
+    rotated = rotated_layers(family, keys, where, problems)
+    ropes: dict[bool, Rope | None] = {}
+    for windowed in dict.fromkeys(window is not None for window in windows):
+        ropes[windowed] = _read_rope(_rope_keys(family, keys, windowed=windowed), where, problems)
+    if None in ropes.values():
+        return []
+    return [
+        Kind(ropes[window is not None] if turns else None, window)
+        for window, turns in zip(windows, rotated, strict=True)
+    ]
+
+
+def _rope_keys(family: Family, keys: _HfKeys, *, windowed: bool) -> _HfKeys:
+    """The keys with the rope of one kind of layer as if it were that of all."""
+    given = keys.rope_parameters or {}
+    if any(isinstance(value, dict) for value in given.values()):  # as transformers 5 writes it
+        if family.local_theta is None:
+            return keys  # refused by the reader
+        return keys.model_copy(
+            update={"rope_scaling": None, "rope_parameters": given.get(WINDOWED if windowed else FULL)}
         )
-    return keys.sliding_window if windowed == {True} else None
+    if windowed and family.local_theta is not None:
+        theta = getattr(keys, family.local_theta)
+        return keys.model_copy(update={"rope_scaling": None, "rope_parameters": None, "rope_theta": theta})
+    return keys
 
 
 def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[str, Any]:
@@ -217,13 +235,13 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
         "vocab_size": config.vocab,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
+        "hidden_act": next(name for name, ours in family.activations.items() if ours == config.activation),
         "tie_word_embeddings": config.tied_head,
         **_written_rope(config.rope),
-        **_written_window(family, config),
+        **_written_kinds(family, config),
     }
     settings |= {key: getattr(config, name) for name, key in family.switches.items() if isinstance(key, str)}
-    if config_from_hf(settings) != same:
+    if family.folds or config_from_hf(settings) != same:
         raise UnsupportedModel(f"{config.family}: its config.json cannot describe this model")
     return settings
 
@@ -242,10 +260,16 @@ def _written_rope(rope: Rope) -> dict[str, Any]:
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 
-def _written_window(family: Family, config: DecoderConfig) -> dict[str, Any]:
-    if family.window == "always":
-        return {"sliding_window": config.sliding_window}
+def _written_kinds(family: Family, config: DecoderConfig) -> dict[str, Any]:
+    windows = config.windows()
+    window = next((window for window in windows if window is not None), None)
+    written: dict[str, Any] = {}
     if family.window == "by_layer":
-        used = config.sliding_window is not None
-        return {"use_sliding_window": used, "sliding_window": config.sliding_window, "max_window_layers": 0}
-    return {}
+        written = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+    elif family.window != "never":
+        written = {"sliding_window": window}
+    if len(set(windows)) > 1:
+        written["layer_types"] = [FULL if window is None else WINDOWED for window in windows]
+    if family.skips_rope:
+        written["no_rope_layers"] = [int(config.kind(index).rope is not None) for index in range(len(windows))]
+    return written

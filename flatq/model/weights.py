@@ -7,12 +7,14 @@ Names are those of ``Decoder.state_dict()``: ``embed.weight``, ``layers.3.q.weig
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from flatq.model.decoder import Decoder, DecoderConfig, DecoderLayer, RMSNorm
+from flatq.model.decoder import Decoder, DecoderConfig, DecoderLayer, RMSNorm, capped
 from flatq.model.grid import QuantizedWeight
 
 HALVES = ("attention", "mlp")
@@ -54,9 +56,29 @@ def head_stem(config: DecoderConfig) -> str:
     return "embed" if config.tied_head else "head"
 
 
-def load_head(weights: Weights, *, device: str = "cpu") -> Tensor:
-    """The LM-head weight, dequantized, float32 [vocab, d_model]."""
-    return dense(weights.tensor(f"{head_stem(weights.config)}.weight")).to(device)
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The LM head: its matrix, float [vocab, d_model], and the cap of its logits."""
+
+    weight: Tensor
+    cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits, [..., d_model] -> [..., vocab], in the type of ``hidden``."""
+        return capped(F.linear(hidden, self.weight.to(hidden.dtype)), self.cap)
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Derivative of the capped logits with respect to those without a cap, [..., vocab]; None without a cap."""
+        return None if self.cap is None else 1 - (logits / self.cap).square()
+
+
+def load_head(weights: Weights, *, device: str = "cpu") -> Head:
+    """The LM head, dequantized, float32."""
+    matrix = dense(weights.tensor(f"{head_stem(weights.config)}.weight")).to(device)
+    return Head(matrix, weights.config.logit_cap)
 
 
 def load_last_norm(weights: Weights, *, device: str = "cpu") -> RMSNorm:

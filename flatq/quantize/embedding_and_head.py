@@ -60,7 +60,7 @@ def head_moment(weights: Weights, states: HiddenStates, execution: Execution) ->
 
 def quantized_head(weights: Weights, grid: Grid, moment: Gram, spec: GptqSpec) -> GptqResult:
     """The LM head quantized with GPTQ, [vocab, m]."""
-    table = load_head(weights, device=str(moment.total.device))
+    table = load_head(weights, device=str(moment.total.device)).weight
     return quantized_together([table], moment.mean(), grid, spec, at_once=HEAD_AT_ONCE)
 
 

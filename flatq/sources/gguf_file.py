@@ -27,7 +27,8 @@ from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.model.decoder import DecoderConfig, Rope
-from flatq.model.families import FAMILIES, Family
+from flatq.model.families import FAMILIES
+from flatq.model.family import Family
 from flatq.model.hf_config import config_from_hf
 from flatq.sources.gguf_tokenizer import read_tokenizer
 from flatq.tokenizer import save

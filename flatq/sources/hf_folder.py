@@ -20,13 +20,14 @@ from torch import Tensor
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.files import lfs_pointer, read_json
 from flatq.model.families import FAMILIES
+from flatq.model.folds import folded, is_folded
 from flatq.model.hf_config import config_from_hf
 from flatq.tokenizer import carry, companions, generation_settings, has_tokenizer, notes, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
-FIRST_NORM, HEAD = "layers.0.input_layernorm.weight", "lm_head.weight"  # one of each kind in every decoder
+FIRST_LINEAR, HEAD = "layers.0.self_attn.o_proj.weight", "lm_head.weight"  # one of each kind in every decoder
 DOWNLOAD = "download it again"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -60,7 +61,8 @@ class HfFolder:
                 f"{root}: {ADAPTER} says that a LoRA adapter belongs to this model; merge it first (merge_and_unload "
                 "of peft), or remove it and its weights"
             )
-        self._names = FAMILIES[self.config.family].names
+        self._family = FAMILIES[self.config.family]
+        self._names = self._family.names
         self._weight_map, self._shards = self._list_shards()
         self.has_weights = bool(self._shards)
         pickled = sorted(path.name for pattern in PICKLED for path in root.glob(pattern))
@@ -148,6 +150,8 @@ class HfFolder:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """See ``flatq.sources.source.Storage``."""
+        if is_folded(self._family.folds, name):
+            return torch.float32
         return STORED_DTYPES.get(self.tensors[name].dtype, torch.float32)
 
     def damage(self) -> list[str]:
@@ -195,7 +199,7 @@ class HfFolder:
                 f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}"
             )
         tensor: Tensor = self._handle(entry.file).get_tensor(entry.name)
-        return tensor
+        return folded(self._family.folds, name, tensor, self.config, self._hf)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -240,10 +244,10 @@ def usual_names(stored: Iterable[str]) -> dict[str, str]:
     """Each name of a checkpoint, and the name that the tensor has in a plain checkpoint of a causal language model.
 
     Base models are saved without ``model.``; torch.compile, peft and models with more parts put a prefix before it.
-    The prefix is taken from the name of the first layer's norm.
+    The prefix is taken from the name of the first layer's output projection.
     """
     names = list(stored)
-    prefixes = {name.removesuffix(FIRST_NORM) for name in names if name.endswith(FIRST_NORM)}
+    prefixes = {name.removesuffix(FIRST_LINEAR) for name in names if name.endswith(FIRST_LINEAR)}
     if len(prefixes) != 1:
         return {name: name for name in names}
     prefix = prefixes.pop()

@@ -100,13 +100,13 @@ def test_under_a_long_context_narrower_values_are_worth_their_price() -> None:
 def test_a_sliding_window_bounds_the_cache(window: int | None, seen: int) -> None:
     config = tiny_config(sliding_window=window)
     dims = config.layers[0]
-    assert cache_bytes(config, dims, 1000) == seen * dims.kv_heads * (dims.d_qk + dims.d_v) * CACHE_ITEM
+    assert cache_bytes(config, 0, dims, 1000) == seen * dims.kv_heads * (dims.d_qk + dims.d_v) * CACHE_ITEM
 
 
 def test_reading_counts_head_and_cache_and_of_an_untied_embedding_nothing() -> None:
     tied, untied = tiny_config(), tiny_config(tied_head=False)
     assert decode_bytes(tied, {}, 4, 100) == decode_bytes(untied, {}, 4, 100)
-    cache = sum(cache_bytes(tied, dims, 100) for dims in tied.layers)
+    cache = sum(cache_bytes(tied, index, dims, 100) for index, dims in enumerate(tied.layers))
     assert decode_bytes(tied, {}, 4, 100) - cache == weight_bytes(tied, {}, 4)
 
 

@@ -53,6 +53,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
+SMALL_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+LONG_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa": ("Llama", {}),
     "llama-mha": ("Llama", {"num_key_value_heads": 4}),
@@ -71,15 +77,54 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     ),
+    "qwen2-mixed-windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-attention-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3-layer-types": ("Qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, **ALTERNATING}),
+    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 5, **ALTERNATING}),
+    "ministral-all-windows": ("Ministral", {"head_dim": 8, "sliding_window": 5}),
+    "llama-gelu": ("Llama", {"hidden_act": "gelu"}),
+    "llama-gelu-tanh": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}),
+    "smollm3-by-interval": ("SmolLM3", {"num_hidden_layers": 4, "attention_bias": True, "mlp_bias": True}),
+    "smollm3-window": (
+        "SmolLM3",
+        {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 2},
+    ),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma-untied": ("Gemma", {"head_dim": 16, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, **SMALL_CAPS}),
+    "gemma2-attention-cap": (
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 2.0, "final_logit_softcapping": None},
+    ),
+    "gemma2-biases": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "attention_bias": True}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 24, "sliding_window": 5, "_type": "Text"},
+    ),
+    "gemma3-linear-rope": (
+        "Gemma3",
+        {"head_dim": 16, "sliding_window": 5, "_type": "Text", "rope_parameters": LONG_ROPE, **ALTERNATING},
+    ),
+    "gemma3-logit-cap": (
+        "Gemma3",
+        {"head_dim": 16, "sliding_window": 5, "_type": "Text", "tie_word_embeddings": False, **SMALL_CAPS},
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-mha-biases": ("Olmo2", {"num_key_value_heads": 4, "attention_bias": True}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 5}),
 }
 
 
 def tiny(case: str, **more: Any) -> Any:
     """A tiny transformers model; every tensor random, biases and norms too, so that none can be forgotten."""
     name, settings = CASES[case]
-    config = getattr(transformers, f"{name}Config")(**{**BASE, **settings, **more})
+    chosen = {**BASE, **settings, **more}
+    config = getattr(transformers, f"{name}{chosen.pop('_type', '')}Config")(**chosen)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

@@ -1,0 +1,126 @@
+"""What a family of models is: the names of its tensors, and how its config.json sets the decoder's switches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flatq.model.folds import Fold
+
+# (flatq, Hugging Face, GGUF)
+ENDS = (
+    ("embed", "model.embed_tokens", "token_embd"),
+    ("norm", "model.norm", "output_norm"),
+    ("head", "lm_head", "output"),
+)
+INSIDE = (
+    ("attention_norm", "input_layernorm", "attn_norm"),
+    ("q", "self_attn.q_proj", "attn_q"),
+    ("k", "self_attn.k_proj", "attn_k"),
+    ("v", "self_attn.v_proj", "attn_v"),
+    ("o", "self_attn.o_proj", "attn_output"),
+    ("q_norm", "self_attn.q_norm", "attn_q_norm"),
+    ("k_norm", "self_attn.k_norm", "attn_k_norm"),
+    ("attention_post_norm", "post_self_attn_layernorm", "post_attention_norm"),
+    ("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+    ("mlp_post_norm", "post_mlp_layernorm", "post_ffw_norm"),
+    ("gate", "mlp.gate_proj", "ffn_gate"),
+    ("up", "mlp.up_proj", "ffn_up"),
+    ("down", "mlp.down_proj", "ffn_down"),
+)
+
+
+# Families whose post_attention_layernorm is a norm of attention's output, as its name says.
+POST_NORMED = (
+    ("attention_norm", "input_layernorm", "attn_norm"),
+    ("attention_post_norm", "post_attention_layernorm", "post_attention_norm"),
+    ("mlp_norm", "pre_feedforward_layernorm", "ffn_norm"),
+    ("mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
+    *(row for row in INSIDE if not row[0].startswith(("attention_", "mlp_"))),
+)
+# Names of activations in config.json.
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Tensor names of a family; every row is (flatq, Hugging Face, GGUF)."""
+
+    ends: tuple[tuple[str, str, str], ...] = ENDS
+    inside: tuple[tuple[str, str, str], ...] = INSIDE
+
+    def to_hf(self, name: str) -> str:
+        """``layers.3.q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
+        return self._translate(name, 0, 1)
+
+    def from_hf(self, name: str) -> str | None:
+        """Inverse of ``to_hf``; None for a tensor that flatq's decoder does not have."""
+        return self._find(name, 1, 0)
+
+    def to_gguf(self, name: str) -> str:
+        """``layers.3.q.weight`` -> ``blk.3.attn_q.weight``."""
+        return self._translate(name, 0, 2)
+
+    def from_gguf(self, name: str) -> str | None:
+        """Inverse of ``to_gguf``; None for a tensor that flatq's decoder does not have."""
+        return self._find(name, 2, 0)
+
+    def _translate(self, name: str, source: int, target: int) -> str:
+        found = self._find(name, source, target)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def _find(self, name: str, source: int, target: int) -> str | None:
+        prefixes = ("layers.", "model.layers.", "blk.")
+        stem, _, kind = name.rpartition(".")
+        index = ""
+        table = self.ends
+        if stem.startswith(prefixes[source]):
+            index, _, stem = stem.removeprefix(prefixes[source]).partition(".")
+            table = self.inside
+        row = next((row for row in table if row[source] == stem), None)
+        if row is None or kind not in ("weight", "bias"):
+            return None
+        if table is self.ends:
+            return f"{row[target]}.{kind}"
+        return f"{prefixes[target]}{index}.{row[target]}.{kind}" if index.isdecimal() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        architecture: name of the class in transformers.
+        switches: fields of ``DecoderConfig``; a string is the key of config.json that sets it.
+        window: which layers ``sliding_window`` applies to, unless ``layer_types`` lists them: ``never``; ``always`` =
+            all; ``by_layer`` = from ``max_window_layers`` on, if ``use_sliding_window``; ``alternating`` = all but
+            every ``full_every``-th, or ``sliding_window_pattern``-th.
+        local_theta: key of the rope base of layers with a window, if they have another one and no rope scaling.
+        skips_rope: ``no_rope_layers`` or ``no_rope_layer_interval`` say which layers rotate nothing.
+        activations: names in config.json and in ``DecoderConfig``.
+        defaults: values of keys that published configurations leave out.
+        required: keys that have no safe default in this family; null is allowed.
+        folds: changes of weights while they are read from a Hugging Face folder.
+        gguf: the architecture's name in GGUF files.
+        gguf_permuted: GGUF stores rows of q and k with rotary pairs interleaved instead of in halves.
+        gguf_folds: changes of weights while they are read from a GGUF file.
+    """
+
+    model_type: str
+    architecture: str
+    switches: Mapping[str, str | bool]
+    window: Literal["never", "always", "by_layer", "alternating"]
+    gguf: str
+    gguf_permuted: bool = False
+    required: tuple[str, ...] = ()
+    names: Names = field(default_factory=Names)
+    full_every: int = 0
+    local_theta: str | None = None
+    skips_rope: bool = False
+    activations: Mapping[str, str] = field(default_factory=lambda: ACTIVATIONS)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    folds: tuple[Fold, ...] = ()
+    gguf_folds: tuple[Fold, ...] = ()
