@@ -17,7 +17,7 @@ from flatq_onnx.tensors import LEAST_BLOCK, block_of
 
 CUDA_ROWS = 64
 # The oldest onnxruntime that opens a graph and gives its numbers; `make interop-versions` measures them.
-GROUPED_SINCE, REDUCED_SINCE, INT8_SINCE, MOBILE_SINCE = map(Version, ("1.23", "1.23", "1.28", "1.28"))
+SINCE, INT8_SINCE = Version("1.23"), Version("1.28")
 TWO_BITS_SINCE = {"fp32": Version("1.24"), "fp16": Version("1.28")}
 
 
@@ -103,11 +103,10 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
 
 def oldest_onnxruntime(grids: Mapping[str, Grid], options: OnnxOptions) -> str:
     """Version that opens such a graph and gives its numbers, as older ones do not."""
-    needed = [REDUCED_SINCE if options.attention == "reduced" else GROUPED_SINCE]
+    needed = [SINCE]
     two_bits = any(grid.bits == 2 for stem, grid in grids.items() if stem != "embed")  # the lookup has them in 4
     needed += [TWO_BITS_SINCE[options.activations]] if two_bits and options.precision == "int4" else []
     needed += [INT8_SINCE] if options.cache_type == "int8" else []
-    needed += [MOBILE_SINCE] if options.target == "mobile" else []
     return str(max(needed))
 
 

@@ -17,9 +17,6 @@ from flatq_onnx.check import oldest_onnxruntime
 from flatq_onnx.options import OnnxOptions
 
 CONTRACT = "flatq_onnx.json"
-MODEL = "model.onnx"
-DATA = "model.onnx.data"
-MOBILE = "model.ort"
 
 
 class CacheShape(BaseModel):
@@ -51,7 +48,7 @@ class Contract(BaseModel):
 
     schema_version: Literal[3] = 3
     onnxruntime: str = ""
-    model: str = MODEL
+    model: str
     attention: str
     precision: str
     left_padding: bool
@@ -74,7 +71,7 @@ class Contract(BaseModel):
         reduced = options.attention == "reduced"
         pairs = [f"{index}.{part}" for index in range(len(config.layers)) for part in ("key", "value")]
         return cls(
-            model=MOBILE if options.target == "mobile" else MODEL,
+            model=options.model_file,
             onnxruntime=oldest_onnxruntime(artifact.grids, options),
             attention=options.attention,
             precision=options.precision,

@@ -59,7 +59,9 @@ class _Sheet:
     ) -> None:
         self.config, self.options, self.ranges = config, options, ranges
         self.builder = Builder(FLOAT16 if options.activations == "fp16" else FLOAT)
-        self.linears = Linears(self.builder, grids, read, options.accuracy_level)
+        self.linears = Linears(
+            self.builder, grids, read, options.accuracy_level, standard_lookup=options.target == "web"
+        )
 
     def model(self, metadata: dict[str, str]) -> Any:
         build, config = self.builder, self.config

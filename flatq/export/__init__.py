@@ -33,6 +33,7 @@ from flatq.model.grid import Grid, QuantizedWeight
 from flatq.model.hf_config import config_from_hf, config_to_hf
 from flatq.model.weights import Weights, dense, tensor_shapes
 from flatq.sources.gguf_file import ROPE_DIVISORS, pairs_from_halves
+from flatq.tokenizer import chat_templates
 
 __all__ = [
     "ENERGIES",
@@ -60,6 +61,7 @@ __all__ = [
     "Weights",
     "__version__",
     "absent_packages",
+    "chat_templates",
     "config_from_hf",
     "config_to_hf",
     "dense",

@@ -70,6 +70,7 @@ def runner_perplexity(runner: Runner, tokens: Tensor) -> float:
         tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are predicted.
     """
     rows = [
-        F.cross_entropy(torch.from_numpy(runner.logits(text[None].numpy()))[0, :-1], text[1:]) for text in tokens.cpu()
+        torch.nn.functional.cross_entropy(torch.from_numpy(runner.logits(text[None].numpy()))[0, :-1], text[1:])
+        for text in tokens.cpu()
     ]
     return float(torch.stack(rows).double().mean().exp())

@@ -71,8 +71,6 @@ def cases() -> dict[str, tuple[dict[str, Any], Grid | None]]:
         "cuda, 4 bits": ({"target": "cuda"}, four),
         "cuda, 8 bits": ({"target": "cuda"}, eight),
         "cuda, 2 bits": ({"target": "cuda"}, two),
-        "mobile, 4 bits": ({"target": "mobile"}, four),
-        "mobile, 2 bits": ({"target": "mobile"}, two),
     }
 
 
