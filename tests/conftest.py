@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 LAYERS = 3
-CACHE = tempfile.TemporaryDirectory(prefix="flatq-cache-")
-os.environ["FLATQ_CACHE"] = CACHE.name  # what tests verified is not remembered in the user's own cache
 FLAT = {"flat": {"keep_ratio": 0.8, "rank_multiple": 4, "width_multiple": 16}}
 GPTQ = {"gptq": {"bits": 4, "group_size": 16, "embedding": {"bits": 8, "group_size": 32}}}
 ONNX = [
@@ -52,6 +49,12 @@ def digests(root: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by path."""
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests verified is not remembered in the user's cache, nor left behind by tests that are killed."""
+    os.environ["FLATQ_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flatq.artifact import Artifact
 from flatq.machine import distributed
 from flatq.model.weights import dense
 from tests.conftest import FLAT, GPTQ, LAYERS, MakeRecipe, flatq
+from tests.processes import statistics
 
 BLOCKS = 2 * LAYERS
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo, SIGKILL")
@@ -26,10 +28,15 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with g
 
 def launch(processes: int, recipe: Path, out: Path, log: Path) -> subprocess.Popen[bytes]:
     """``torchrun --nproc-per-node N -m flatq run RECIPE --out OUT``."""
+    return torchrun(processes, ["-m", "flatq", "run", str(recipe), "--out", str(out), "--device", "cpu"], log)
+
+
+def torchrun(processes: int, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """``torchrun --nproc-per-node N ARGUMENTS``; what it prints goes to ``log``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with log.open("wb") as file:
         return subprocess.Popen(
-            [*command, "-m", "flatq", "run", str(recipe), "--out", str(out), "--device", "cpu"],
+            [*command, *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
             cwd=Path(__file__).parents[1],
             stdout=file,
@@ -66,17 +73,42 @@ distributed.leave()
     assert ended[0].stdout == b"done"
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_process_without_rows_takes_part_in_every_statistic(rows: int, tmp_path: Path) -> None:
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    shared.mkdir()
+    started = torchrun(3, ["-m", "tests.processes", str(shared), str(rows)], tmp_path / "log")
+    expected = statistics(rows, alone)
+    assert started.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    found = load_file(shared / "statistics.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+MIXED_BITS = {"gptq": {"average_bits": 3.6, "group_size": 16, "correction": 0.5}}
+
+
 @pytest.mark.parametrize(
-    ("processes", "stages", "tolerance"),
+    ("processes", "samples", "stages", "tolerance"),
     [
-        pytest.param(2, [FLAT], 1e-5, id="2 processes"),
-        pytest.param(3, [FLAT], 1e-5, id="3 processes", marks=pytest.mark.slow),
+        pytest.param(2, 8, [FLAT], 1e-5, id="2 processes"),
+        pytest.param(3, 8, [FLAT], 1e-5, id="3 processes", marks=pytest.mark.slow),
+        pytest.param(2, 1, [FLAT], 1e-5, id="1 sample on 2 processes", marks=pytest.mark.slow),
+        pytest.param(4, 1, [MIXED_BITS], 1e-5, id="1 sample on 4 processes, measured bits", marks=pytest.mark.slow),
     ],
 )
 def test_processes_that_share_the_samples_give_the_result_of_one(
-    processes: int, stages: list[dict[str, Any]], tolerance: float, make_recipe: MakeRecipe, tmp_path: Path
+    processes: int,
+    samples: int,
+    stages: list[dict[str, Any]],
+    tolerance: float,
+    make_recipe: MakeRecipe,
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
-    recipe = make_recipe(stages=stages)
+    calibration = {"dataset": "text", "path": str(text_file), "samples": samples, "seq_len": 64}
+    recipe = make_recipe(stages=stages, calibration={**calibration, "precision": "float32"})
     started = launch(processes, recipe, tmp_path / "shared", tmp_path / "log")
     assert flatq("run", recipe, "--out", tmp_path / "alone", "--device", "cpu").exit_code == 0
     assert started.wait(timeout=300) == 0, (tmp_path / "log").read_text()
@@ -88,7 +120,7 @@ def test_processes_that_share_the_samples_give_the_result_of_one(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stages",
-    [[FLAT, GPTQ], [{"gptq": {"average_bits": 3.6, "group_size": 16, "correction": 0.5}}]],
+    [[FLAT, GPTQ], [MIXED_BITS]],
     ids=["both stages", "measured bits, dense model walked along"],
 )
 def test_quantized_models_of_one_and_of_three_processes_are_equally_good(

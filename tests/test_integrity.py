@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -207,6 +208,7 @@ def test_a_memory_that_is_damaged_or_cannot_be_written_only_costs_time(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    assert tmp_path.parent in Path(os.environ["FLATQ_CACHE"]).parents, "removed with the folders of the tests"
     monkeypatch.setenv("FLATQ_CACHE", str(tmp_path / "cache"))
     Artifact.open(run)
     (memory,) = (tmp_path / "cache" / "digests").iterdir()

@@ -136,7 +136,7 @@ class Cache:
         """Bind an input of prompts or of single steps; a buffer of the same shape is updated in place."""
         array = np.asarray(array, np.int64, order="C")
         shape, value = self._made.get((name, single), (None, None))
-        if shape == array.shape:
+        if value is not None and shape == array.shape:
             value.update_inplace(array)
         else:
             value = _value(array.copy(), self._device)

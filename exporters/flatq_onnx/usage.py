@@ -13,13 +13,13 @@ folder, prompt, new = ".", "The sea is", 20
 about = json.load(open(f"{folder}/flatq_onnx.json"))
 session = ort.InferenceSession(f"{folder}/{about['model']}")
 ids = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json").encode(prompt).ids
-room, number = len(ids) + new, about["float_type"]
+space, number = len(ids) + new, about["float_type"]
 shapes = [(1, layer["heads"], ROOM, layer[width]) for layer in about["cache"] for width in ("key_width", "value_width")]
 names = [name for name in about["inputs"] if name.startswith("past_key_values.")]
 feed = {name: np.zeros(shape, CACHE) for name, shape in zip(names, shapes)}
 feed |= {"num_logits_to_keep": np.array(1), "input_ids": np.array([ids])}
 known = 0
-while len(ids) < room:
+while len(ids) < space:
     known += feed["input_ids"].shape[1]
 STEP
     logits, *cache = session.run(None, feed)
@@ -28,9 +28,9 @@ STEP
 print(tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json").decode(ids))
 ```
 """
-# A cache that is written in place has room for all positions from the start, and the mask has its length.
+# A cache that is written in place has space for all positions from the start, and the mask has its length.
 IN_PLACE = """    feed["cache_position"] = np.array([known - feed["input_ids"].shape[1]])
-    feed["attention_mask"] = (np.arange(room) < known).astype(np.int64)[None]"""
+    feed["attention_mask"] = (np.arange(space) < known).astype(np.int64)[None]"""
 GROWING = """    feed["attention_mask"] = np.ones((1, known), np.int64)"""
 
 GENAI = """## onnxruntime-genai in Python
@@ -88,7 +88,7 @@ def usage(options: OnnxOptions) -> str:
         return JAVASCRIPT
     in_place = options.attention == "reduced"
     return (
-        PYTHON.replace("ROOM", "room" if in_place else "0")
+        PYTHON.replace("ROOM", "space" if in_place else "0")
         .replace("CACHE", "np.int8" if options.cache_type == "int8" else "number")
         .replace("STEP", IN_PLACE if in_place else GROWING)
     )

@@ -67,6 +67,7 @@ class Block:
         """
         if not self.grams:
             self.together("observe")
+            self._begin()
             with forward_precision(self.precision, self.device):
                 for batch in self.feed.batches():
                     self._observe(self.feed.states[batch].to(self.device, torch.float32), batch)
@@ -84,6 +85,19 @@ class Block:
                 self.lag = distributed.all_reduce(self.lag).to(solver_of(self.device))
         return self.grams
 
+    def _begin(self) -> None:
+        """Sums of zero tokens, in the shapes of this block: a process without samples has the same ones as others."""
+        d_model, inner, device = self.layer.config.d_model, self._last.in_features, self.device
+        self.grams = {"input": Gram(d_model, device=device), "inner": Gram(inner, device=device)}
+        if self.half == "attention":
+            heads = self.dims.kv_heads
+            self.grams["values"] = Gram(self.layer.v.out_features // heads, heads, device)
+        self.grams = {name: gram for name, gram in self.grams.items() if name in self.moments}
+        if self.reference is not None and (self.half == "mlp" or self.reference.inputs):
+            self.drift = torch.zeros(inner, d_model, device=device)
+        if self.reference is not None and self.reference.inputs:
+            self.lag = torch.zeros(d_model, d_model, device=device)
+
     @property
     def _last(self) -> nn.Linear:
         """The linear that reads the inner activation: o or down."""
@@ -93,6 +107,20 @@ class Block:
         """Broadcast a command from rank 0; the other processes wait for it while rank 0 runs the loop body."""
         if distributed.first():
             distributed.broadcast(what)
+
+    def inputs(self) -> Tensor:
+        """Inputs of the block for the samples of all processes, [samples, s, d_model], in main memory."""
+        self.together("inputs")
+        return self.feed.everyone()
+
+    def answer(self, command: str) -> None:
+        """Take part in what the loop body does with this block on rank 0."""
+        if command == "observe":
+            self.observe()
+        elif command == "inputs":
+            self.inputs()
+        else:
+            raise ValueError(f"{self.place}: unknown command {command!r}")
 
     def activations(self, x: Tensor) -> dict[str, Tensor]:
         """Inputs of the block's linears for a residual stream [b, s, d_model], float32; names as for ``observe``."""
@@ -110,29 +138,24 @@ class Block:
     def _observe(self, x: Tensor, batch: slice) -> None:
         seen = self.activations(x)
         for name, activation in seen.items():
-            if name in self.moments:
-                self._gram(name, activation, batch, self.dims.kv_heads if name == "values" else 1)
+            if name in self.grams:
+                self._must_be_finite(ACTIVATIONS[self.half][name], activation, batch)
+                self.grams[name].update(activation)
         if self.out is not None:
             with blocks_in(self.precision, self.device):
                 left = self.layer.leave(self.half, x, self._last(seen["inner"]))
             self._write(left, batch, self.out)
         if self.reference is not None:
             before, output, after = self.reference.follow(self, batch)
-            if self.half == "mlp" or self.reference.inputs:
+            if self.drift is not None:
                 lacking = output if self.layer.config.post_norms else after.sub_(x)
                 if self._last.bias is not None:
                     lacking -= self._last.bias
-                self.drift = _product(seen["inner"], lacking, self.drift)
-            if self.reference.inputs:
+                _add_product(self.drift, seen["inner"], lacking)
+            if self.lag is not None:
                 with blocks_in(self.precision, self.device):
                     ahead = self.layer.enter(self.half, before).float()
-                self.lag = _product(seen["input"], ahead - seen["input"], self.lag)
-
-    def _gram(self, name: str, x: Tensor, batch: slice, blocks: int = 1) -> None:
-        self._must_be_finite(ACTIVATIONS[self.half][name], x, batch)
-        if name not in self.grams:
-            self.grams[name] = Gram(x.shape[-1] // blocks, blocks, x.device)
-        self.grams[name].update(x)
+                _add_product(self.lag, seen["input"], ahead - seen["input"])
 
     def advance(self, out: HiddenStates) -> None:
         """Run the current block on all inputs and write its outputs to ``out``."""
@@ -195,11 +218,9 @@ class Reference:
         return x, output.float(), y
 
 
-def _product(x: Tensor, y: Tensor, so_far: Tensor | None) -> Tensor:
-    """Add ``x^T y`` over all tokens to the sum of earlier batches, [b, s, i] and [b, s, o] -> [i, o]."""
-    if so_far is None:
-        so_far = x.new_zeros(x.shape[-1], y.shape[-1])
-    return so_far.addmm_(x.flatten(0, 1).T, y.flatten(0, 1))
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add ``x^T y`` over all tokens to ``total`` [i, o], for [b, s, i] and [b, s, o]."""
+    total.addmm_(x.flatten(0, 1).T, y.flatten(0, 1))
 
 
 ACTIVATIONS = {

@@ -89,6 +89,14 @@ class HiddenStates:
         for batch in self.batches():
             self.states[batch] = embedded(tokens[batch], table)
 
+    def everyone(self) -> Tensor:
+        """States of the samples of all processes, [samples, seq, d_model]; all processes must call it together."""
+        if distributed.size() == 1:
+            return self.states
+        found, own = torch.zeros(self.states.shape), slice(self.mine.start, self.mine.stop)
+        found[own] = self.states[own]
+        return distributed.all_reduce(found)
+
     def flush(self) -> None:
         """Sync the states to disk; call it before the resume state is written."""
         with self.path.open("rb+") as file:
@@ -102,10 +110,10 @@ class HiddenStates:
     def batches(self) -> Iterator[slice]:
         """Slices of this process's samples, at most ``batch_tokens`` tokens each (at least one sample).
 
-        A process without samples gets one empty slice, so that its statistics have the same shapes as elsewhere.
+        There are none for a process without samples: no pass of a model ever sees an empty batch.
         """
         step = max(1, self.batch_tokens // self.states.shape[1])
-        for start in range(self.mine.start, max(self.mine.stop, self.mine.start + 1), step):
+        for start in range(self.mine.start, self.mine.stop, step):
             yield slice(start, min(start + step, self.mine.stop))
             self.forget()
 

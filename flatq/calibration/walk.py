@@ -13,7 +13,7 @@ measures its ``drift``: the product of its inner activation with the error of it
 model. With ``lag``, attention measures it too, and every block measures the same product for its inputs.
 
 With several processes (see ``machine.distributed``) each process runs its share of the samples. Only rank 0 executes
-the loop body; the other ranks take part in ``Block.observe`` and receive the changed block.
+the loop body; the other ranks take part in ``Block.observe`` and ``Block.inputs`` and receive the changed block.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def walk(
             save(block)
             block.together("advance")
         else:
-            while distributed.broadcast("") == "observe":
-                block.observe()
+            while (command := distributed.broadcast("")) != "advance":
+                block.answer(command)
         if not unchanged:
             distributed.broadcast_layer(block.layer, execution.device)
             block.advance(feeds[then])

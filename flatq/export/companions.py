@@ -17,7 +17,7 @@ README = "README.md"
 
 def add_companions(root: Path, artifact: Artifact, item: PlannedExport) -> list[str]:
     """Add what the exporter did not write; returns in words every change of a copied file, usually none."""
-    changes = []
+    changes: list[str] = []
     missing = [path for path in companions(artifact.root) if not (root / path.relative_to(artifact.root)).exists()]
     if missing:
         _, changes = artifact.copy_companions(root, missing)

@@ -12,7 +12,7 @@ linears with many inputs look better than they are: ``down`` would get the fewes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def bit_errors(
 ) -> dict[str, dict[str, float]]:
     """Cost of each of ``bit_choices`` for each unit, the input of ``bits.choose``.
 
-    With several processes rank 0 measures, on its own samples.
+    With several processes rank 0 measures, on the samples of all of them: they are few.
 
     Args:
         tokens: calibration tokens, int64 [n, s]; the first ``TOKENS`` are used.
@@ -80,9 +80,10 @@ def _block_errors(
         grids: of every linear of the model; their bits are not used.
     """
     fisher = None if fisher is None else fisher.to(block.device)
-    fitted, before = _fitted(block), _outputs(block)
+    inputs = block.inputs()
+    fitted, before = _fitted(block, inputs), _outputs(block, inputs)
     return {
-        unit.stems[0]: _errors(block, unit, fitted, before, grids, fisher, spec)
+        unit.stems[0]: _errors(block, unit, inputs, fitted, before, grids, fisher, spec)
         for unit in units
         if _inside(block, unit)
     }
@@ -96,6 +97,7 @@ def _inside(block: Block, unit: Unit) -> bool:
 def _errors(
     block: Block,
     unit: Unit,
+    inputs: Tensor,
     fitted: Mapping[str, Tensor],
     before: list[Tensor],
     grids: Mapping[str, Grid],
@@ -112,29 +114,35 @@ def _errors(
         coded = quantized_together(whole, fitted[gram], grid, spec).weight.dequantize()
         for linear, part in zip(linears, coded.split([len(weight) for weight in whole]), strict=True):
             linear.weight = nn.Parameter(part, requires_grad=False)
-        moved = [after - y for after, y in zip(_outputs(block), before, strict=True)]
+        moved = [after - y for after, y in zip(_outputs(block, inputs), before, strict=True)]
         for linear, weight in zip(linears, whole, strict=True):
             linear.weight = nn.Parameter(weight, requires_grad=False)
         costs[str(bits)] = sum(_squared_norm(e, fisher) for e in moved) / sum(len(e) for e in moved)
     return costs
 
 
-def _fitted(block: Block) -> dict[str, Tensor]:
+def _batches(block: Block, inputs: Tensor) -> Iterator[Tensor]:
+    """Inputs of a block, float32 [b, s, m] on its device, in batches."""
+    for batch in torch.split(inputs, max(1, block.feed.batch_tokens // inputs.shape[1])):
+        yield batch.to(block.device, torch.float32)
+        block.feed.forget()
+
+
+def _fitted(block: Block, inputs: Tensor) -> dict[str, Tensor]:
     """Second moments of the linears' inputs, [i, i], over the first half of every sample."""
     grams: dict[str, Gram] = {}
     with forward_precision(block.precision, block.device):
-        for batch in block.feed.batches():
-            for name, x in block.activations(block.feed.states[batch].to(block.device, torch.float32)).items():
+        for batch in _batches(block, inputs):
+            for name, x in block.activations(batch).items():
                 grams.setdefault(name, Gram(x.shape[-1], device=x.device)).update(x[:, : x.shape[1] // 2])
         return {name: gram.mean() for name, gram in grams.items()}
 
 
-def _outputs(block: Block) -> list[Tensor]:
+def _outputs(block: Block, inputs: Tensor) -> list[Tensor]:
     """The block's outputs for the second half, [tokens, m] per batch; float32, as bfloat16 is coarser than 8 bits."""
     made = []
     with forward_precision("float32"):
-        for batch in block.feed.batches():
-            x = block.feed.states[batch].to(block.device, torch.float32)
+        for x in _batches(block, inputs):
             y = block.layer.run(block.half, x, block.positions(x.shape[0]))
             made.append(y[:, y.shape[1] // 2 :].flatten(0, 1))
     return made

@@ -25,6 +25,7 @@ from flatq.artifact import RANGES, Artifact, save_shard
 from flatq.calibration.cache_ranges import cache_ranges
 from flatq.errors import ArtifactError, ExportError
 from flatq.export.protocols import Exported, exporter_named
+from flatq.model.config import Kind
 from flatq.model.decoder import DecoderConfig, GrowingCache, Rope
 from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.model.weights import load_decoder
@@ -65,13 +66,32 @@ GRIDS: dict[str, tuple[Grid | None, Grid | None]] = {  # of the layers' linears,
     "2-bit": (Grid(2, -1), Grid(2, 16, symmetric=False)),
 }
 HALF_SHARE = 0.02  # of the logits' spread, what float16 may move a logit by
-SWITCHES: dict[str, dict[str, Any]] = {
+DRAWN: dict[str, dict[str, Any]] = {
     "qkv_bias": {"qkv_bias": True},
     "all biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "qk_norm": {"qk_norm": True},
     "sliding window": {"sliding_window": 4},
     "linear rope": {"rope": Rope(scaling="linear", factor=4.0)},
     "llama3 rope": {"rope": Rope(theta=500.0, scaling="llama3", factor=8.0, original_max_positions=16)},
+    "gelu": {"activation": "gelu"},
+    "gelu tanh": {"activation": "gelu_tanh"},
+    "norms before and after": {"post_norms": True},
+    "norms after": {"pre_norms": False, "post_norms": True},
+    "wide qk_norm": {"qk_norm": True, "wide_qk_norm": True},
+    "caps": {"attention_cap": 1.5, "logit_cap": 20.0},
+    "a window in one layer": {"other_kinds": (Kind(Rope(), 4),), "kind_of": (1, 0)},
+    "no rope in one layer": {"other_kinds": (Kind(None),), "kind_of": (0, 1)},
+    "two kinds": {"sliding_window": 6, "other_kinds": (Kind(Rope(theta=50.0), 3),), "kind_of": (1, 0)},
+    "everything": {
+        "activation": "gelu_tanh",
+        "post_norms": True,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "attention_cap": 1.5,
+        "logit_cap": 20.0,
+        "other_kinds": (Kind(Rope(theta=50.0, scaling="linear", factor=2.0), 3), Kind(None)),
+        "kind_of": (1, 2),
+    },
 }
 
 
@@ -168,10 +188,10 @@ def test_logits_and_decoding_equal_the_artifact(
     assert_says_what_the_artifact_says(artifact, runner)
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("switch", DRAWN)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_switch_of_a_family_is_drawn(make_artifact: MakeArtifact, layout: str, switch: str) -> None:
-    config = tiny_config(d_v=(5, 16), d_ff=(33, 64), **SWITCHES[switch])
+    config = tiny_config(d_v=(5, 16), d_ff=(33, 64), **DRAWN[switch])
     artifact = make_artifact(config, grid=Grid(4, 32, symmetric=False), embed_grid=Grid(8, 32))
     runner = opened(artifact, **LAYOUTS[layout])
     onnx.checker.check_model(str(runner.root / "model.onnx"), full_check=True)
