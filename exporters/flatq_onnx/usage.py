@@ -14,7 +14,7 @@ about = json.load(open(f"{folder}/flatq_onnx.json"))
 session = ort.InferenceSession(f"{folder}/{about['model']}")
 ids = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json").encode(prompt).ids
 space, number = len(ids) + new, about["float_type"]
-shapes = [(1, layer["heads"], SPACE, layer[width]) for layer in about["cache"] for width in ("key_width", "value_width")]
+shapes = [(1, layer["heads"], FREE, layer[width]) for layer in about["cache"] for width in ("key_width", "value_width")]
 names = [name for name in about["inputs"] if name.startswith("past_key_values.")]
 feed = {name: np.zeros(shape, CACHE) for name, shape in zip(names, shapes)}
 feed |= {"num_logits_to_keep": np.array(1), "input_ids": np.array([ids])}
@@ -88,7 +88,7 @@ def usage(options: OnnxOptions) -> str:
         return JAVASCRIPT
     in_place = options.attention == "reduced"
     return (
-        PYTHON.replace("SPACE", "space" if in_place else "0")
+        PYTHON.replace("FREE", "space" if in_place else "0")
         .replace("CACHE", "np.int8" if options.cache_type == "int8" else "number")
         .replace("STEP", IN_PLACE if in_place else GROWING)
     )

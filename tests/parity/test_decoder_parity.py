@@ -59,6 +59,21 @@ LONG_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 50.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.5, 3.0, 5.0, 9.0],
+}
+LONG = {"max_position_embeddings": 128}
+MULTIPLIED = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa": ("Llama", {}),
     "llama-mha": ("Llama", {"num_key_value_heads": 4}),
@@ -117,6 +132,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", {}),
     "olmo2-mha-biases": ("Olmo2", {"num_key_value_heads": 4, "attention_bias": True}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 5}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN, **LONG}),
+    "llama-yarn-mscale": (
+        "Llama",
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 8.0, "beta_slow": 2.0}, **LONG},
+    ),
+    "llama-yarn-not-truncated": ("Llama", {"rope_parameters": {**YARN, "truncate": False}, "attention_bias": True}),
+    "llama-yarn-attention-factor": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    "mistral-yarn": ("Mistral", {"rope_parameters": YARN, "sliding_window": 9, **LONG}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN, **LONG}),
+    "qwen3-yarn": ("Qwen3", {"rope_parameters": YARN, "head_dim": 16, **LONG}),
+    "llama-longrope": ("Llama", {"rope_parameters": LONGROPE, **LONG}),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "phi3": ("Phi3", {}),
+    "phi3-window": ("Phi3", {"sliding_window": 7}),
+    "phi3-longrope": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, **LONG}),
+    "phi3-partial-longrope": (
+        "Phi3",
+        {
+            "hidden_size": 64,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.5},
+            "original_max_position_embeddings": 32,
+            **LONG,
+        },
+    ),
+    "granite": ("Granite", MULTIPLIED),
+    "granite-tied-biases": (
+        "Granite",
+        {**MULTIPLIED, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "glm": ("Glm", {"head_dim": 8}),
+    "glm-no-bias": ("Glm", {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 12, "use_bias": True}),
+    "helium": ("Helium", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "seed_oss": ("SeedOss", {"head_dim": 12}),
+    "seed_oss-biases": ("SeedOss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True}),
+    "ministral3": ("Ministral3", {"head_dim": 8, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}, **LONG}),
 }
 
 
