@@ -13,6 +13,7 @@ from flatq.calibration.corpora import python_docs
 from flatq.calibration.tokens import tokenise
 from flatq.errors import RecipeError
 from flatq.model.decoder import Decoder, GrowingCache
+from flatq.model.families import FAMILIES
 from flatq.model.weights import load_decoder
 from flatq.sources.source import Source, open_model
 
@@ -118,16 +119,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2-biases": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "attention_bias": True}),
     "gemma3": (
-        "Gemma3",
-        {"head_dim": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 24, "sliding_window": 5, "_type": "Text"},
+        "Gemma3Text",
+        {"head_dim": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 24, "sliding_window": 5},
     ),
     "gemma3-linear-rope": (
-        "Gemma3",
-        {"head_dim": 16, "sliding_window": 5, "_type": "Text", "rope_parameters": LONG_ROPE, **ALTERNATING},
+        "Gemma3Text",
+        {"head_dim": 16, "sliding_window": 5, "rope_parameters": LONG_ROPE, **ALTERNATING},
     ),
     "gemma3-logit-cap": (
-        "Gemma3",
-        {"head_dim": 16, "sliding_window": 5, "_type": "Text", "tie_word_embeddings": False, **SMALL_CAPS},
+        "Gemma3Text",
+        {"head_dim": 16, "sliding_window": 5, "tie_word_embeddings": False, **SMALL_CAPS},
     ),
     "olmo2": ("Olmo2", {}),
     "olmo2-mha-biases": ("Olmo2", {"num_key_value_heads": 4, "attention_bias": True}),
@@ -175,11 +176,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny(case: str, **more: Any) -> Any:
     """A tiny transformers model; every tensor random, biases and norms too, so that none can be forgotten."""
     name, settings = CASES[case]
-    chosen = {**BASE, **settings, **more}
-    config = getattr(transformers, f"{name}{chosen.pop('_type', '')}Config")(**chosen)
-    config._attn_implementation = "eager"
+    config = getattr(transformers, f"{name}Config")(**{**BASE, **settings, **more})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0)
     model.tie_weights()
@@ -193,6 +192,11 @@ def smollm2() -> Source:
         return open_model(SMOLLM2)
     except RecipeError as absent:
         pytest.skip(str(absent))
+
+
+def test_every_family_has_a_case() -> None:
+    tried = {getattr(transformers, f"{name}Config").model_type for name, _ in CASES.values()}
+    assert tried == set(FAMILIES)
 
 
 def tokens(batch: int, length: int) -> Tensor:
