@@ -246,6 +246,15 @@ FAMILIES: dict[str, Family] = {
             defaults={"attention_bias": True, "head_dim": 128},
             required=("num_key_value_heads",),
         ),
+        Family(
+            "internlm3",
+            "InternLM3ForCausalLM",
+            BIASES,
+            plain=True,
+            defaults={"head_dim": 128},
+            required=("num_key_value_heads",),
+            knows=("auto_map",),
+        ),
         # Its queries grow with the position from the original context on, which is therefore the longest.
         Family(
             "ministral3",

@@ -169,6 +169,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("Helium", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
     "seed_oss": ("SeedOss", {"head_dim": 12}),
     "seed_oss-biases": ("SeedOss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True}),
+    "internlm3": ("InternLM3", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
     "ministral3": ("Ministral3", {"head_dim": 8, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}, **LONG}),
 }
 
