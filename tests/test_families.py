@@ -192,8 +192,10 @@ def test_a_kind_of_layer_has_its_own_rope() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"model_type": "lama"}, ["'lama'", "nearest: llama", "qwen3"]),
-        ({"model_type": "gpt_neox"}, ["'gpt_neox'", "supported: llama, mistral"]),
+        ({"model_type": "lama"}, ["'lama' is not supported; supported: llama", "qwen3"]),
+        ({"model_type": "qwen3_moe"}, ["'qwen3_moe'", "it needs a mixture of experts, which flatq does not have"]),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mixtral"}}, ["'mixtral'", "mixture of experts"]),
+        ({"model_type": "gpt_neox"}, ["'gpt_neox'", "side by side", "supported: llama, mistral"]),
         ({"model_type": None}, ["None"]),
         ({"hidden_act": "relu2"}, ["hidden_act", "'relu2'", "silu, gelu"]),
         ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, ["'ntk'", "linear, llama3, yarn, longrope, dynamic"]),

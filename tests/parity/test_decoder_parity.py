@@ -259,6 +259,29 @@ def test_a_left_padded_row_decodes_through_a_cache_as_it_does_alone(pair: tuple[
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("wrapper", "text", "tied"),
+    [("Mistral3", "ministral3", False), ("Mistral3", "ministral3", True), ("Gemma3", "gemma3", True)],
+)
+def test_the_text_part_of_a_model_that_sees_is_read(wrapper: str, text: str, tied: bool, tmp_path: Path) -> None:
+    inner = tiny(text).config.to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{wrapper}Config")(
+        text_config=inner, vision_config=vision, tie_word_embeddings=tied
+    )
+    config._attn_implementation = config.text_config._attn_implementation = "eager"
+    model = getattr(transformers, f"{wrapper}ForConditionalGeneration")(config).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0)
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    source = open_model(str(tmp_path))
+    source.validate()
+    ids = tokens(2, 20)
+    assert (load_decoder(source)(ids) - model(ids).logits).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("case", ["llama-gqa", "qwen2"])
 def test_a_sharded_checkpoint_is_the_same_model(case: str, tmp_path: Path) -> None:
     model = tiny(case)
