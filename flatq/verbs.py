@@ -16,7 +16,7 @@ from flatq.evaluate.subjects import subjects_of
 from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
-from flatq.export.folder import DESCRIPTION, description_of, required_tokenizer_of
+from flatq.export.folder import DESCRIPTION, description_of, tokenizer_of
 from flatq.export.generate import DecoderRunner, stream
 from flatq.export.planned import PlannedExport, needs_cache_ranges
 from flatq.export.protocols import Exporter, Runner, exporter_named
@@ -152,7 +152,7 @@ def generate(
     runner: Runner
     if (path / DESCRIPTION).exists():
         described = description_of(path, check=check)
-        tokenizer, ends = required_tokenizer_of(path, described, check=check), end_tokens(described.token_ids)
+        tokenizer, ends = tokenizer_of(path), end_tokens(described.token_ids)
         vocab = described.vocab
         runner = opened(path, provider, check=False)
     else:

@@ -325,6 +325,7 @@ def test_the_exports_run_their_tasks_where_they_are_measured(
     bench: dict[str, Any] | None, provider: str, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flatq.artifact import Artifact
+    from flatq.export.folder import description_of
     from flatq.export.planned import planned_exports
     from flatq.pipeline.tasks import task_results
     from flatq.run_folder import RunFolder
@@ -339,7 +340,8 @@ def test_the_exports_run_their_tasks_where_they_are_measured(
         tasks__run_tasks=lambda *_, **__: [],
     ):
         assert task_results(job, artifact, planned_exports(recipe), complete=False) == []
-    assert asked == [(finished.root / "exports" / "onnx", artifact, provider)]
+    root = finished.root / "exports" / "onnx"
+    assert asked == [(root, description_of(root), provider)]
     with patched(tasks__run_tasks=reached):
         assert task_results(replace(job, recipe=finished.recipe), artifact, [], complete=False) == [], "it names none"
 

@@ -9,7 +9,6 @@ Left out: mixture of experts, and attention that is not a softmax over keys.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from flatq.errors import UnsupportedModel
@@ -22,6 +21,7 @@ from flatq.model.folds import (
     QUERY_SCALE,
     with_unit_stream,
 )
+from flatq.model.lacking import NEEDS
 
 BIASES: Mapping[str, str | bool] = {
     "qkv_bias": "attention_bias",
@@ -246,6 +246,15 @@ FAMILIES: dict[str, Family] = {
             defaults={"attention_bias": True, "head_dim": 128},
             required=("num_key_value_heads",),
         ),
+        Family(
+            "internlm3",
+            "InternLM3ForCausalLM",
+            BIASES,
+            plain=True,
+            defaults={"head_dim": 128},
+            required=("num_key_value_heads",),
+            knows=("auto_map",),
+        ),
         # Its queries grow with the position from the original context on, which is therefore the longest.
         Family(
             "ministral3",
@@ -264,13 +273,13 @@ def family_named(model_type: object, where: str = "config.json") -> Family:
     """The row of a ``model_type``.
 
     Raises:
-        UnsupportedModel: lists the supported families and the closest name.
+        UnsupportedModel: says what flatq has not got for it, if that is known, and lists the supported families.
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
-    hint = f" (nearest: {near[0]})" if near else ""
+    lacking = NEEDS.get(str(model_type))
+    reason = f": it needs {lacking}, which flatq does not have" if lacking else ""
     raise UnsupportedModel(
-        f"{where}: model_type {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}. "
+        f"{where}: model_type {model_type!r} is not supported{reason}; supported: {', '.join(FAMILIES)}. "
         "A new family is a row of flatq/model/families.py"
     )
