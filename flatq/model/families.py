@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 from flatq.errors import UnsupportedModel
 from flatq.model.family import ACTIVATIONS, POST_NORMED, Family, Names, fused
@@ -220,6 +221,16 @@ FAMILIES: dict[str, Family] = {
             knows=("auto_map",),
         ),
         Family(
+            "glm4",
+            "Glm4ForCausalLM",
+            {"qkv_bias": "attention_bias", "post_norms": True},
+            names=Names(inside=fused("gate", "up")),
+            interleaved=True,
+            partial=True,
+            defaults={"partial_rotary_factor": 0.5, "attention_bias": True},
+            required=("num_key_value_heads", "head_dim"),
+        ),
+        Family(
             "ernie4_5",
             "Ernie4_5ForCausalLM",
             {"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
@@ -258,6 +269,20 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
+
+
+# Models of several parts whose text part is read: model_type, and that of a text_config that states none.
+WRAPPERS: Mapping[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def text_part(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the text part of a model of several parts; any other model's is returned as it is."""
+    kind, inner = keys.get("model_type"), keys.get("text_config")
+    if not isinstance(kind, str) or kind not in WRAPPERS or not isinstance(inner, Mapping):
+        return dict(keys)
+    shared = {key: keys[key] for key in ("tie_word_embeddings", "quantization_config") if key in keys}
+    return {"model_type": WRAPPERS[kind], **shared, **inner}
 
 
 def family_named(model_type: object, where: str = "config.json") -> Family:

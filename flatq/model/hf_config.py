@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, ValidationError
 from flatq.errors import UnsupportedModel
 from flatq.model.config import DecoderConfig, Kind
 from flatq.model.dims import LayerDims
-from flatq.model.families import family_named
+from flatq.model.families import family_named, text_part
 from flatq.model.family import Family
 from flatq.model.folds import Fold, rope_folds
 from flatq.model.hf_rope import Read, Stated, read_rope, written_rope
@@ -88,6 +88,7 @@ def read_hf(data: Mapping[str, Any], where: str = "config.json", context: int | 
     Raises:
         UnsupportedModel: a value that flatq's decoder cannot express, or a missing key; all of them at once.
     """
+    data = text_part(data)
     family = family_named(data.get("model_type"), where)
     data = {**family.defaults, **data}
     problems = [
@@ -272,13 +273,13 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
         "vocab_size": config.vocab,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": next(name for name, ours in family.activations.items() if ours == config.activation),
+        "hidden_act": next((name for name, ours in family.activations.items() if ours == config.activation), ""),
         "tie_word_embeddings": config.tied_head,
         **written_rope(config.rope),
         **_written_kinds(family, config),
     }
     settings |= {key: getattr(config, name) for name, key in family.switches.items() if isinstance(key, str)}
-    if family.folds or config_from_hf(settings) != same:
+    if family.folds or family.interleaved or not settings["hidden_act"] or config_from_hf(settings) != same:
         raise UnsupportedModel(f"{config.family}: its config.json cannot describe this model")
     return settings
 

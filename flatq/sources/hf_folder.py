@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.files import lfs_pointer, read_json
+from flatq.model.families import OTHER_PARTS, WRAPPERS
 from flatq.model.folds import folded, is_folded
 from flatq.model.hf_config import read_hf
 from flatq.model.weights import tensor_shapes
@@ -199,6 +200,8 @@ class HfFolder:
         for name, entry in self._headers[0].items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # a table in old checkpoints; it is computed from the configuration
+            if self._hf.get("model_type") in WRAPPERS and name.startswith(OTHER_PARTS):
+                continue  # only the text part is read
             if self._names.from_hf(usual[name]) is None:
                 found.append(f"{entry.file}: tensor {name} is not part of a {self.model_type} decoder")
             elif entry.dtype not in STORED_DTYPES:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatq.calibration.corpora import python_docs
@@ -163,6 +164,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**MULTIPLIED, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
     "glm": ("Glm", {"head_dim": 8}),
+    "glm4": ("Glm4", {"head_dim": 8}),
+    "glm4-no-bias": ("Glm4", {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0}),
     "glm-no-bias": ("Glm", {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0}),
     "ernie4_5": ("Ernie4_5", {"head_dim": 12, "use_bias": True}),
     "helium": ("Helium", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
@@ -308,3 +311,41 @@ def test_real_smollm2_brings_its_tokenizer_and_chat_template(smollm2: Source) ->
     assert source.settings() == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert source.license == "apache-2.0"
     assert len(tokenise(python_docs(), tokenizer)) > 80_000
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("saved", ["as transformers 4 does", "as transformers 5 does"])
+def test_the_text_part_of_a_model_of_several_parts_is_read(saved: str, tmp_path: Path) -> None:
+    _, settings = CASES["gemma3"]
+    text = {key: value for key, value in {**BASE, **settings}.items() if key != "_type"}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        mm_tokens_per_image=1,
+        image_token_index=63,
+    )
+    config._attn_implementation = config.text_config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    if saved == "as transformers 4 does":
+        file = tmp_path / "model.safetensors"
+        tensors = {
+            name.replace("model.language_model.", "language_model.model.").replace("model.vision", "vision"): tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(tensors, file)
+    source = open_model(str(tmp_path))
+    source.validate()
+    ids = tokens(1, 12)
+    assert (load_decoder(source)(ids) - model(input_ids=ids).logits).abs().max() < TOLERANCE
