@@ -173,6 +173,9 @@ class GgufFile:
             found = self._value(f"{prefix}.{key}")
             if found not in (None, allowed):
                 problems.append(f"{self.path}: {prefix}.{key} is {found}; only the head size {allowed} is supported")
+        local, theta = self._value(f"{prefix}.rope.freq_base_swa"), values.get("rope_theta")
+        if local not in (None, theta) and self.family.local_theta != "rope_local_base_freq":
+            problems.append(f"{self.path}: {prefix}.rope.freq_base_swa is {local}; only rope.freq_base is supported")
         if self._value(f"{prefix}.expert_count"):
             problems.append(f"{self.path}: {prefix}.expert_count: mixtures of experts are not supported")
         if window and window < context and self.family.window != "alternating":
