@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import shutil
 import time
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from flatq.errors import ArtifactError, FlatqError, RecipeError
+from flatq.errors import ArtifactError, FlatqError, NumericsError, RecipeError
 from flatq.files import as_json, file_digest, first_fault, read_json, write_atomically, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
@@ -233,6 +234,7 @@ class RunFolder:
         forget_peak()
         started = time.monotonic()
         written = distributed.broadcast(adapter.dump_python(compute(), mode="json"))
+        _must_be_finite(written, name)
         result = adapter.validate_python(written)
         if not distributed.first():
             return result
@@ -285,6 +287,22 @@ class RunFolder:
     def peak_rss_bytes(self) -> int:
         """Peak resident memory over all phases, including those of earlier processes of a resumed run."""
         return max([peak_rss_bytes(), self._highest, *self.memory().values()])
+
+
+def _must_be_finite(value: Any, where: str) -> None:
+    """Refuse a JSON value with a number that JSON cannot hold, naming its place.
+
+    Raises:
+        NumericsError: there is one.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NumericsError(
+            f"{where}: the result is {value}, so the weights are damaged or overflow float32: check the source "
+            "checkpoint"
+        )
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inside:
+        _must_be_finite(part, f"{where}.{key}")
 
 
 def require_space(root: Path, wanted: int, what: str) -> None:

@@ -30,6 +30,7 @@ from flatq.recipe.blocks import ModelSpec
 from flatq.sources.gguf_file import GgufFile
 from flatq.sources.hf_folder import HfFolder
 
+LARGEST = 1e15  # magnitude of a weight; no trained model has one near it, a flipped bit of an exponent does
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "README.md"]
@@ -168,7 +169,7 @@ class Source:
 
         Raises:
             ArtifactError: it is missing, has another shape, or cannot be read.
-            NumericsError: it contains NaN or infinity.
+            NumericsError: it contains NaN or infinity, or numbers whose squares leave float32.
         """
         wrong = self._wrong(name)
         if wrong is not None:
@@ -182,6 +183,12 @@ class Source:
             raise NumericsError(
                 f"{self.storage.tensors[name].file}: tensor {name} holds {count} values that are NaN or infinite"
                 f"{as_what}; results would be meaningless. Download the file again, or use another dtype"
+            )
+        low, high = torch.aminmax(tensor)
+        if max(-float(low), float(high)) > LARGEST:
+            raise NumericsError(
+                f"{self.storage.tensors[name].file}: tensor {name} holds {max(-float(low), float(high)):.3g}; sums of "
+                f"squares of numbers beyond {LARGEST:.0e} overflow float32. The file is damaged: download it again"
             )
         return tensor
 
