@@ -7,15 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flatq.artifact import MANIFEST, tokenizer_in
 from flatq.calibration.perplexity import perplexity
 from flatq.errors import ArtifactError, ExportError, RecipeError
 from flatq.export.quality import TOKENS
 from flatq.files import write_checksummed
-from flatq.pipeline.evaluate import evaluate
+from flatq.pipeline.evaluate import ALL_TOKENS, SEQ_LEN, evaluate
 from flatq.pipeline.texts import tokens_of
 from flatq.recipe.grammar import Recipe
+from flatq.sources.source import open_model
 from tests.structured import Made, Runs
 
 GPTQ = {"gptq": {"bits": 3, "group_size": 16}}
@@ -106,6 +108,59 @@ def test_a_text_that_the_model_wrote_is_written_again_for_eval(runs: Runs) -> No
     calibration = {"dataset": "self", "path": None, "samples": 4, "seq_len": 32}
     made = runs(calibration=calibration, evaluation={"dataset": None, "tokens": 128, "seq_len": 32}, stages=[GPTQ])
     assert [text["calibrated"] for text in made.report["quality"]] == [True, False]
+    assert "self-text" in made.report["timing"]
     for line, text in zip(evaluate(str(made.root)), made.report["quality"], strict=True):
         assert line.startswith(text["text"])
         assert f"perplexity {text['baseline_perplexity']:.4g} -> {text['perplexity']:.4g}, " in line
+
+
+def test_the_files_are_checked_unless_that_is_left_out(made: Made, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(made.root, tmp_path / "run"))
+    places, usual = (root, root / "exports" / "onnx"), [evaluate(str(made.root), tokens=130)]
+    usual.append(evaluate(str(made.root / "exports" / "onnx"), tokens=130))
+    settings = root / "artifact" / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    for place, lines in zip(places, usual, strict=True):
+        with pytest.raises(ArtifactError, match=r"tokenizer_config\.json"):
+            evaluate(str(place))
+        assert evaluate(str(place), tokens=130, check=False) == lines
+    graph = root / "exports" / "onnx" / "model.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\x80\x7d\x00")  # a field that no reader of protobuf knows
+    with pytest.raises(ArtifactError, match=r"model\.onnx"):
+        evaluate(str(places[1]), tokens=130)
+    assert evaluate(str(places[1]), tokens=130, check=False) == usual[1]
+
+
+def test_an_export_without_any_tokenizer_is_judged_with_that_of_its_dense_model(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = evaluate(str(made.root / "exports" / "onnx"))
+    monkeypatch.setattr("flatq.pipeline.evaluate.tokenizer_of", lambda *_, **__: None)
+    assert evaluate(str(made.root / "exports" / "onnx")) == usual
+
+
+def test_a_pretrained_model_is_scored_on_a_text_of_the_usual_length(tiny_model: Path) -> None:
+    written = {"dataset": "python-docs", "tokens": ALL_TOKENS, "seq_len": SEQ_LEN}
+    assert evaluate(str(tiny_model)) == evaluate(str(tiny_model), **written)
+    assert evaluate(str(tiny_model), tokens=100) == evaluate(str(tiny_model), tokens=100, seq_len=100)
+
+
+def test_a_pretrained_model_without_all_its_weights_is_refused(model_copy: Path) -> None:
+    tensors = load_file(model_copy / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, model_copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"layers\.2\.up\.weight is missing"):
+        evaluate(str(model_copy))
+
+
+def test_all_of_a_short_text_is_scored_but_the_sixteen_tokens_of_an_example(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    tokenizer, text = open_model(str(tiny_model)).tokenizer(), text_file.read_text()
+    short = tokenizer.decode(tokenizer(text)["input_ids"][:48])
+    assert len(tokenizer(short)["input_ids"]) == 48
+    (tmp_path / "short.txt").write_text(short)
+    (line,) = evaluate(str(tiny_model), path=tmp_path / "short.txt", tokens=32, seq_len=32)
+    assert line.startswith("short: perplexity")
+    with pytest.raises(RecipeError, match="leaves 15 tokens for calibration"):
+        evaluate(str(tiny_model), path=tmp_path / "short.txt", tokens=33, seq_len=33)

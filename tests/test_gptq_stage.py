@@ -95,10 +95,11 @@ def test_a_correction_needs_a_walk_that_measures_what_to_correct(tmp_path: Path)
 def test_two_problems_at_a_time_give_the_codes_of_one(
     tmp_path: Path, threads: int, overrides: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, seen = RandomWeights(tiny_config()), set[tuple[bool, int]]()
+    weights, seen, workers = RandomWeights(tiny_config()), set[tuple[bool, int]](), set[str]()
 
     def noted(*problem: Any) -> Any:
         seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        workers.add(threading.current_thread().name.rpartition("_")[2])
         return quantized_together(*problem)
 
     monkeypatch.setattr("flatq.quantize.stage.quantized_together", noted)
@@ -108,6 +109,7 @@ def test_two_problems_at_a_time_give_the_codes_of_one(
     together = quantized(tmp_path / "together", weights, overrides=overrides)
     assert torch.get_num_threads() == threads
     assert seen == {(True, 1), (False, 1)}, "each has half of the threads, rounded down"
+    assert workers <= {"MainThread", "0", "1"}, "two at a time, of however many there are"
     assert alone.keys() == together.keys()
     for name, weight in alone.items():
         assert torch.equal(weight.codes, together[name].codes), name

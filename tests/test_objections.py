@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from flatq.errors import RecipeError
+from flatq.export.planned import planned_exports
+from flatq.export.protocols import exporter_named
+from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
+from flatq.plan.decide import draft
+from flatq.plan.objections import exporter_objections, raise_early_objections
 from flatq.recipe.grammar import Recipe
+from flatq.sources.source import open_model
 from tests.conftest import FLAT, MakeRecipe, flatq
 from tests.models import tiny_artifact, tiny_config
 
@@ -147,3 +157,85 @@ def test_check_names_a_family_that_is_not_supported(only_config: Path, make_reci
     shown = flatq("check", make_recipe(model=str(only_config), exports=ONNX, stages=[FLAT]))
     assert shown.exit_code == 2
     assert "mamba" in shown.stderr
+
+
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "nothing quantized": [],
+    "4 bits": [{"gptq": {"bits": 4, "group_size": 32}}],
+    "asymmetric": [{"gptq": {"bits": 3, "group_size": 32, "symmetric": False}}],
+    "with its embedding": [{"gptq": {"bits": 4, "group_size": 32, "embedding": {"bits": 8, "group_size": 32}}}],
+    "small groups": [{"gptq": {"bits": 4, "group_size": 16}}],
+}
+BUDGETS = (0.85, 0.7, 0.55)  # plans in which no width is that of another
+
+
+def one_option_at_a_time(options: type[BaseModel]) -> Iterator[dict[str, Any]]:
+    """No option, and every value of every option that has named values."""
+    yield {}
+    for name, field in options.model_fields.items():
+        values = [value for kind in (field.annotation, *get_args(field.annotation)) for value in get_args(kind)]
+        kinds = (field.annotation, *get_args(field.annotation))
+        values = [value for value in values if isinstance(value, str | int)] + [True, False] * (bool in kinds)
+        for value in values:
+            with contextlib.suppress(ValidationError):
+                options(**{name: value})
+                yield {name: value}
+
+
+@pytest.mark.parametrize("form", sorted(WORDS))
+@pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
+def test_what_an_exporter_says_whatever_the_widths_stops_a_run_before_work(
+    form: str, stages: list[dict[str, Any]], tiny_model: Path
+) -> None:
+    source, told = open_model(str(tiny_model), need_weights=False), set[str]()
+    for options in one_option_at_a_time(exporter_named(form).Options):
+        recipes = [planned_recipe(tiny_model, keep, stages, {form: options}) for keep in BUDGETS]
+        exports, words = planned_exports(recipes[0]), []
+        for recipe in recipes:
+            widths = draft(recipe, source).layers
+            words.append(set(exporter_objections(recipe, source.config.with_layers(widths), exports)))
+        always = set.intersection(*words)
+        if always:
+            with pytest.raises(RecipeError) as raised:
+                raise_early_objections(recipes[0], source, exports)
+            assert always <= set(raised.value.problems)
+        told |= always
+    assert told, "otherwise this test would see nothing"
+
+
+def planned_recipe(model: Path, keep: float, stages: list[dict[str, Any]], export: dict[str, Any]) -> Recipe:
+    flat = {"flat": {"keep_ratio": keep, "rank_multiple": 2, "width_multiple": 8, "uniform": True}}
+    texts = {"calibration": {"dataset": "python-docs", "samples": 64, "seq_len": 64}, "evaluation": {"seq_len": 64}}
+    stated = {"version": 1, "model": str(model), **texts, "stages": [flat, *stages], "exports": [export]}
+    return Recipe.model_validate(stated)
+
+
+@pytest.mark.parametrize("form", sorted(WORDS))
+def test_only_what_every_plan_would_hear_is_said_before_the_widths_are_known(
+    form: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model(str(tiny_model), need_weights=False)
+    exporter, usual = exporter_named(form), [{"gptq": {"bits": 4, "group_size": 32}}]
+
+    def check(_: object, config: DecoderConfig, *__: object) -> list[str]:
+        return ["always", f"d_ff is {config.layers[-1].d_ff}", f"d_v is {config.layers[-1].d_v}"]
+
+    monkeypatch.setattr(type(exporter), "check", check)
+    recipe = planned_recipe(tiny_model, 0.7, usual, {form: {}})
+    with pytest.raises(RecipeError) as raised:
+        raise_early_objections(recipe, source, planned_exports(recipe))
+    assert raised.value.problems == [f"exports.{form}: always"]
+    unmeasured = recipe.model_dump()
+    unmeasured["stages"][0]["flat"]["allocation"] = "uniform"
+    with pytest.raises(RecipeError) as raised:
+        raise_early_objections(Recipe.model_validate(unmeasured), source, planned_exports(recipe))
+    assert len(raised.value.problems) == 3, "nothing is measured, so this plan is the one"
+
+
+def test_a_run_says_before_work_what_check_and_plan_say(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(stages=[FLAT], exports=[{"safetensors": {"format": "compressed-tensors"}}])
+    shown = [flatq("check", recipe), flatq("plan", recipe), flatq("run", recipe, "--out", tmp_path / "out")]
+    assert [each.exit_code for each in shown] == [2, 2, 2]
+    assert "no linear is quantized" in shown[0].stderr
+    assert shown[0].stderr == shown[1].stderr == shown[2].stderr
+    assert not (tmp_path / "out").exists()

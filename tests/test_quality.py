@@ -149,8 +149,32 @@ def test_eval_refuses_a_misspelt_dataset_with_the_nearest() -> None:
         checked_dataset("text", None)
     with pytest.raises(RecipeError, match="is not used with --dataset c4"):
         checked_dataset("c4", Path("a.txt"))
-    assert checked_dataset(None, Path("a.txt")) == "text"
-    assert checked_dataset(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "field", "found"),
+    [
+        (None, None, None, None),
+        (None, "a.txt", None, "text"),
+        (None, "a.jsonl", "content", "text"),
+        ("text", "a.jsonl", "content", "text"),
+        ("c4", None, None, "c4"),
+        (None, None, "content", "--field content: is the key"),
+        (None, "a.txt", "content", "--field content: is the key"),
+        ("text", "a.txt", "content", "--field content: is the key"),
+        ("c4", "a.jsonl", "content", "is not used with --dataset c4"),
+        ("text", None, None, "give the file with --path"),
+    ],
+)
+def test_a_data_set_a_path_and_a_field_belong_together(
+    dataset: str | None, path: str | None, field: str | None, found: str | None
+) -> None:
+    place = Path(path) if path else None
+    if found is not None and " " in found:
+        with pytest.raises(RecipeError, match=found):
+            checked_dataset(dataset, place, field)
+    else:
+        assert checked_dataset(dataset, place, field) == found
 
 
 def test_a_ruined_model_stops_before_the_exports(
@@ -181,7 +205,7 @@ def test_a_ruined_model_stops_before_the_exports(
     ],
 )
 def test_a_baseline_is_described_by_bits_and_groups(settings: dict[str, float], words: str) -> None:
-    assert QuantizedBaseline("quantized", GptqSpec.model_validate(settings)).words == words
+    assert QuantizedBaseline("quantized", GptqSpec.model_validate(settings), context=1).words == words
 
 
 def lost(text: str, damage: float) -> dict[str, object]:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from flatq.artifact import Artifact, tokenizer_in
 from flatq.errors import ArtifactError, RecipeError
+from flatq.report.render import read_report
 from flatq.sources.source import open_model
 from flatq.tokenizer import (
     beyond,
@@ -317,6 +318,7 @@ def test_a_token_without_an_embedding_is_told_and_refused_where_it_is_used(
     for verb in ("check", "plan"):
         assert "too few for '<|tool|>' (id 320)" in flatq(verb, recipe).stdout
     assert flatq("run", recipe, "--out", tmp_path / "fine").exit_code == 0
+    assert "too few for '<|tool|>' (id 320)" in " ".join(read_report(tmp_path / "fine" / "report.json").notes)
     shown = flatq("generate", tmp_path / "fine", "--prompt", "a <|tool|> b", "--new-tokens", "2")
     assert shown.exit_code == 2
     assert "the prompt holds the token '<|tool|>' (id 320)" in shown.stderr

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from flatq.export import FAMILIES, LINEARS, DecoderConfig, Grid
 from flatq_gguf import k_quants
 from flatq_gguf.blocks import carrier
-from flatq_gguf.layouts import RANK_MULTIPLE, architecture
+from flatq_gguf.layouts import GEMMA2_27B, RANK_MULTIPLE, Architecture, Graph, architecture
 from flatq_gguf.options import GgufOptions
 
 
@@ -15,9 +15,9 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOp
     """Reasons why this model cannot be written with these options, each with a remedy."""
     if config.family not in FAMILIES:
         return [f"gguf: family {config.family!r} is not supported; supported: {', '.join(FAMILIES)}"]
-    chosen = architecture(config, options).name
+    chosen = architecture(config, options)
     found = [*_shapes(config), *_grids(grids, options), *k_quants.objections(options.precision, options.quantize_with)]
-    found += _compact(config) if chosen == "mimo2" else _switches(config, chosen)
+    found += _compact(config) if chosen.name == "mimo2" else _switches(config, chosen)
     return [f"gguf: {problem}" for problem in found]
 
 
@@ -63,24 +63,69 @@ def _grids(grids: Mapping[str, Grid], options: GgufOptions) -> list[str]:
     return found
 
 
-def _switches(config: DecoderConfig, chosen: str) -> list[str]:
-    found = []
+def _switches(config: DecoderConfig, chosen: Architecture) -> list[str]:
+    """Differences between the model and the graph of its architecture."""
+    graph, found = chosen.graph, []
+    qk_norm = ("width" if config.wide_qk_norm else "heads") if config.qk_norm else "none"
+    wrong = {
+        f"the activation {graph.activation}, not {config.activation}": graph.activation != config.activation,
+        _having(graph.pre_norms, "norms before attention and MLP"): graph.pre_norms != config.pre_norms,
+        _having(graph.post_norms, "norms after attention and MLP"): graph.post_norms != config.post_norms,
+        f"norms on q and k: {graph.qk_norm}, not {qk_norm}": graph.qk_norm != qk_norm,
+        "a head that is tied to the embedding": graph.tied is True and not config.tied_head,
+        "a head of its own": graph.tied is False and config.tied_head,
+        "no rope factors per frequency": not graph.factors and config.rope.scaling == "llama3",
+        **{
+            _having(cap in graph.caps, f"a cap of {what}"): (
+                graph.caps_required if getattr(config, cap) is None else cap not in graph.caps
+            )
+            for cap, what in (("attention_cap", "scores"), ("logit_cap", "logits"))
+        },
+        **_kinds(config, graph),
+    }
+    if differences := [what for what, differs in wrong.items() if differs]:
+        found.append(
+            f"architecture {chosen.name} of llama.cpp has {'; '.join(differences)}; "
+            f"{'leave layout out, or ' if chosen.name == 'deci' else ''}export to onnx"
+        )
+    if unknown := [name for name in LINEARS if config.has_bias(name) and name not in graph.biases]:
+        found.append(f"architecture {chosen.name} of llama.cpp has no bias on {', '.join(unknown)}; export to onnx")
     dims = config.layers[0]
-    if config.qk_norm and chosen != "qwen3":
+    if graph.square and dims.heads * dims.d_qk != config.d_model:
+        way = "use layout: deci" if graph.like_llama else "export to onnx"
         found.append(
-            f"{config.family} models have norms on q and k, which the architecture for narrowed models (deci) does not "
-            "support; remove the flat stage and quantize only, or export to onnx"
+            f"architecture {chosen.name} needs heads * d_qk = d_model, not {dims.heads} * {dims.d_qk} and "
+            f"{config.d_model}; {way}"
         )
-    biased = [name for name in LINEARS if config.has_bias(name)]
-    known = {"qwen2": ("q", "k", "v"), "qwen3": ("q", "k", "v")}.get(chosen, LINEARS)
-    if unknown := [name for name in biased if name not in known]:
-        found.append(f"architecture {chosen} of llama.cpp has no bias on {', '.join(unknown)}; export to onnx")
-    if chosen == "qwen2" and dims.heads * dims.d_qk != config.d_model:
-        found.append(
-            f"architecture qwen2 needs heads * d_qk = d_model, not {dims.heads} * {dims.d_qk} and {config.d_model}; "
-            "use layout: deci"
-        )
+    if chosen.name == "gemma2" and len(config.layers) == GEMMA2_27B:
+        found.append("llama.cpp scales the scores of Gemma 2 27B in another way; export to onnx")
     return found
+
+
+def _having(there: bool, what: str) -> str:
+    return what if there else f"no {what.removeprefix('a ')}"
+
+
+def _kinds(config: DecoderConfig, graph: Graph) -> dict[str, bool]:
+    """Differences in window and rotary embedding per kind of layer, and whether each is one."""
+    layers = range(len(config.layers))
+    still = [config.kind(index).rope is None for index in layers]
+    rotating = [(kind.window, kind.rope) for kind in config.kinds if kind.rope is not None]
+    windowed = [(window, rope) for window, rope in rotating if window is not None]
+    expected = [graph.still and (index + 1) % 4 == 0 for index in layers]
+    plain = all(
+        rope.scaling is None and (rope.theta == config.rope.theta or not graph.one_theta) for _, rope in windowed
+    )
+    return {
+        "no rotary embedding in every 4th layer, and only there"
+        if graph.still
+        else "a rotary embedding in every layer": (still != expected),
+        "one window": graph.windows and len(windowed) > 1,
+        "one rotary embedding for all layers": not graph.windows and len({rope for _, rope in rotating}) > 1,
+        "no rope scaling in layers with a window" + (", and one rope base" if graph.one_theta else ""): (
+            graph.windows and not plain
+        ),
+    }
 
 
 def _compact(config: DecoderConfig) -> list[str]:
@@ -103,7 +148,9 @@ def _compact(config: DecoderConfig) -> list[str]:
         )
     if config.rope.scaling == "llama3":
         found.append("layout: compact does not support the rope factors of Llama 3; use layout: deci")
-    switches = [name for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm") if getattr(config, name)]
+    names = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "post_norms", "attention_cap", "logit_cap", "other_kinds")
+    switches = [name for name in names if getattr(config, name)]
+    switches += [config.activation] if config.activation != "silu" else []
     if switches:
         found.append(f"layout: compact does not support {', '.join(switches)}; use layout: deci")
     return found

@@ -80,17 +80,18 @@ def describe(writer: Any, artifact: Artifact, contents: Contents, kind: str) -> 
 
 
 def context_length(contents: Contents) -> int:
-    """Context length in the file; limited to the sliding window, which llama.cpp ignores for these families."""
+    """Context length in the file; limited to the shortest sliding window, unless llama.cpp applies windows."""
     limit = contents.options.context_length or contents.config.max_positions
-    window = contents.config.sliding_window
-    return limit if window is None else min(limit, window)
+    if contents.architecture.graph.windows:
+        return limit
+    return min([limit, *(window for window in contents.config.windows() if window is not None)])
 
 
 def dimension(writer: Any, contents: Contents) -> None:
     """Write the widths and switches of the architecture."""
     config, chosen = contents.config, contents.architecture
     layers, first = chosen.written.layers, chosen.written.layers[0]
-    by_layer = chosen.name == "deci"
+    by_layer = chosen.graph.by_layer
     writer.add_vocab_size(config.vocab)
     writer.add_context_length(context_length(contents))
     writer.add_embedding_length(config.d_model)
@@ -110,6 +111,26 @@ def dimension(writer: Any, contents: Contents) -> None:
         writer.add_rope_scaling_factor(config.rope.factor)
     if chosen.name == "mimo2":
         _add_mimo2_keys(writer, config)
+    if chosen.graph.windows:
+        _add_windows(writer, config, always=chosen.graph.always_windows)
+    if config.attention_cap is not None:
+        writer.add_attn_logit_softcapping(config.attention_cap)
+    if config.logit_cap is not None:
+        writer.add_final_logit_softcapping(config.logit_cap)
+
+
+def _add_windows(writer: Any, config: DecoderConfig, *, always: bool) -> None:
+    """Write the window, the layers that have it, and their rotary base."""
+    windowed = next((kind for kind in config.kinds if kind.window is not None), None)
+    if windowed is None and not always:
+        return
+    rope = config.rope if windowed is None or windowed.rope is None else windowed.rope
+    pattern = [window is not None for window in config.windows()]
+    if windowed is None:
+        pattern[0] = True  # one layer must have a window
+    writer.add_sliding_window(FULL_WINDOW if windowed is None else windowed.window)
+    writer.add_sliding_window_pattern(pattern)
+    writer.add_float32(f"{writer.arch}.rope.freq_base_swa", rope.theta)
 
 
 def _add_mimo2_keys(writer: Any, config: DecoderConfig) -> None:

@@ -103,6 +103,8 @@ class Contents:
             assert kind is not None
             return carried(stored, place or Placement.whole(*planned.shape), kind)
         values = dense(stored).numpy()
+        if (factor := self.architecture.factor(planned.source)) != 1:
+            values = values * np.float32(factor)
         if place is not None:
             values = place.vector(values) if part == "bias" else place.matrix(values)
         return encoded(values, planned)
@@ -130,7 +132,8 @@ class Contents:
         if wanted in K_QUANTS:
             return "F16", False
         if wanted == "codes":
-            if grid is not None and (kind := carrier(grid)) is not None:
+            scaled = self.architecture.factor(f"{stem}.weight") != 1
+            if grid is not None and not scaled and (kind := carrier(grid)) is not None:
                 place = self.placement(stem) or Placement.whole(*shape)
                 if fits(grid, self._inputs(stem, shape), place.columns):
                     return kind.name, True

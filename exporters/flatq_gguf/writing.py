@@ -144,8 +144,11 @@ def _uncarried(contents: Contents, planned: list[Planned]) -> list[str]:
     for tensor in planned:
         if tensor.source and len(tensor.shape) == 2 and not tensor.carries_codes:
             stem = tensor.source.removesuffix(".weight")
+            scaled = contents.architecture.factor(tensor.source) != 1
             why = (
-                "because a block of 32 would span groups with two scales (in the flat stage, values: whole or "
+                "because llama.cpp multiplies the embedding of this architecture"
+                if scaled
+                else "because a block of 32 would span groups with two scales (in the flat stage, values: whole or "
                 "rank_multiple: 32 avoids it)"
                 if stem in contents.grids
                 else "because they are not quantized"

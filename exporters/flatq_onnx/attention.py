@@ -28,10 +28,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flatq.export import DecoderConfig, LayerDims
+from flatq.export import DecoderConfig, LayerDims, Rope
 from flatq_onnx.builder import INT8, INT32, INT64, MICROSOFT, Builder, Dims, ints
 from flatq_onnx.linears import TOKENS, Linears, Part
-from flatq_onnx.positions import Placement, length, place, span
+from flatq_onnx.positions import Placement, length, numbered, place, span
 
 
 class Attention(Protocol):
@@ -75,13 +75,17 @@ class _Drawing:
         return self.reshaped(x, f"{heads * width}", (0, 0, heads * width), [*TOKENS, heads * width])
 
     def norm_heads(self, x: Any, name: str, heads: int, width: int) -> Any:
-        """RMSNorm of each head, [b, s, heads * width] -> the same (Qwen3)."""
-        build, epsilon = self.builder, self.config.norm_eps
-        split = self.split_heads(x, heads, width)
-        weight = self.linears.vector(f"{name}.weight", width)
-        shape: Dims = [*TOKENS, heads, width]
-        normed = build.op("RMSNormalization", [split, weight], shape, axis=-1, epsilon=epsilon, stash_type=1)
-        return self.joined_heads(normed, heads, width)
+        """RMSNorm of each head, or of all together, [b, s, heads * width] -> the same."""
+        whole: Dims = [*TOKENS, heads * width]
+        if self.config.wide_qk_norm:
+            return self.normed(x, name, heads * width, whole)
+        split = self.normed(self.split_heads(x, heads, width), name, width, [*TOKENS, heads, width])
+        return self.joined_heads(split, heads, width)
+
+    def normed(self, x: Any, name: str, width: int, shape: Dims) -> Any:
+        """RMSNorm over the last axis."""
+        weight, epsilon = self.linears.vector(f"{name}.weight", width), self.config.norm_eps
+        return self.builder.op("RMSNormalization", [x, weight], shape, axis=-1, epsilon=epsilon, stash_type=1)
 
     def normed_pair(self, query: Any, key: Any, index: int) -> tuple[Any, Any]:
         """Query and key after the head norms, if the family has them."""
@@ -98,6 +102,11 @@ class _Drawing:
         return self.builder.op(
             "RotaryEmbedding", [x, at.cos, at.sin], [*TOKENS, heads * width], interleaved=0, num_heads=heads
         )
+
+    @property
+    def cap(self) -> dict[str, Any]:
+        """The attribute of both attention nodes that caps scores, before the mask is added."""
+        return {} if self.config.attention_cap is None else {"softcap": self.config.attention_cap}
 
 
 class Reduced(_Drawing):
@@ -116,7 +125,8 @@ class Reduced(_Drawing):
         first = builder.op("Unsqueeze", [self._first, one], ["batch", 1], dtype=INT64)
         slots = builder.op("Add", [first, offsets], TOKENS, dtype=INT64)
         # Cosines and sines are scaled by d ** -0.25, so the product of queries and keys is scaled by d ** -0.5.
-        self._at = place(builder, config, valid, slots, self.past, scale=config.layers[0].d_qk ** -0.25)
+        self._scale = config.layers[0].d_qk ** -0.25
+        self._places = place(builder, config, valid, slots, self.past, scale=self._scale)
 
     def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
         """See ``Attention.cache``."""
@@ -133,7 +143,8 @@ class Reduced(_Drawing):
         query, key = build.ops("Split", [self._turned(pair, sum(counts), dims.d_qk), sizes], rows, axis=1)
         keys, values = self._written(past, (key, self._turned(value, dims.kv_heads, dims.d_v)), dims, axis=2)
         heads: Dims = ["batch", dims.heads, "sequence", dims.d_v]
-        mixed = build.op("Attention", [query, keys, values, self._at.mask], heads, scale=1.0)
+        mask = self._places[self.config.number_of_kind(index)].mask
+        mixed = build.op("Attention", [query, keys, values, mask], heads, scale=1.0, **self.cap)
         mixed = build.op("Transpose", [mixed], [*TOKENS, dims.heads, dims.d_v], perm=[0, 2, 1, 3])
         return self.joined_heads(mixed, dims.heads, dims.d_v), keys, values
 
@@ -148,7 +159,11 @@ class Reduced(_Drawing):
             query, key, value = self.linears.project(x, parts)
             normed = self.normed_pair(query, key, index)
             pair = self.builder.op("Concat", [*normed], [*TOKENS, both * dims.d_qk], axis=-1)
-        return self.rotate(pair, both, dims.d_qk, self._at), value
+        at = self._places[self.config.number_of_kind(index)]
+        if at.cos is not None:
+            return self.rotate(pair, both, dims.d_qk, at), value
+        scale = self.builder.constant("rope.none", np.array(self._scale, self.builder.float_type.numpy()))
+        return self.builder.op("Mul", [pair, scale], [*TOKENS, both * dims.d_qk]), value
 
     def _written(self, past: Sequence[Any], new: Sequence[Any], dims: LayerDims, axis: int) -> list[Any]:
         """Caches with the new keys and values written to their positions."""
@@ -187,7 +202,7 @@ class Grouped(_Drawing):
         zero, one = (builder.constant(f"const.{value}", ints(value)) for value in (0, 1))
         end = builder.op("Squeeze", [total, zero], [], dtype=INT64)
         self._end, self._total = end, builder.op("Cast", [end], [], dtype=INT32, to=INT32)
-        self._at = None
+        self._places: list[Placement] = []
         if positions is None:  # the mask hides padding, so every row ends at the last position
             rows = length(builder, valid, 0)
             count = builder.op("Expand", [total, rows], ["batch"], dtype=INT64)
@@ -195,21 +210,25 @@ class Grouped(_Drawing):
             start = builder.op("Squeeze", [start, zero], [], dtype=INT64)
             shape = builder.op("Shape", [tokens], [2], dtype=INT64)
             slots = builder.op("Expand", [span(builder, end, "sequence", start), shape], TOKENS, dtype=INT64)
-            self._at = place(builder, config, valid, slots, "total")
+            self._places = place(builder, config, valid, slots, "total")
         else:
             count = builder.op("ReduceSum", [valid, one], ["batch"], dtype=INT64, keepdims=0)
         last = builder.op("Sub", [count, one], ["batch"], dtype=INT64)
         self._last = builder.op("Cast", [last], ["batch"], dtype=INT32, to=INT32)
-        self._tables = [] if positions is None else self._rotary_tables(positions)
+        self._positions = positions
 
-    def _rotary_tables(self, positions: int) -> list[Any]:
-        d_qk = self.config.layers[0].d_qk
-        inverse = self.config.rope.inverse_frequencies(d_qk).numpy()
-        shape = (positions, d_qk // 2)
+    def _tables(self, rope: Rope | None) -> list[Any]:
+        """Cosines and sines for a node with fused rotary embedding, [positions, d / 2]."""
+        positions, d_qk = self._positions, self.config.layers[0].d_qk
+        if rope is None or positions is None:
+            return [None, None]
+        inverse = rope.inverse_frequencies(d_qk).numpy()
 
         def table(name: str, wave: Any) -> Any:
             return self.builder.weight(
-                name, shape, lambda: wave(np.arange(positions, dtype=np.float32)[:, None] * inverse)
+                numbered(name, self.config, "rope", rope),
+                (positions, d_qk // 2),
+                lambda: wave(np.arange(positions, dtype=np.float32)[:, None] * inverse),
             )
 
         return [table("rope.cos", np.cos), table("rope.sin", np.sin)]
@@ -233,16 +252,10 @@ class Grouped(_Drawing):
         """One GroupQueryAttention; with ``scales`` of keys and values the cache is int8."""
         dims = self.config.layers[index]
         cache: Dims = ["batch", dims.kv_heads, "present", dims.d_qk]
-        fused = self._at is None
-        window = self.config.sliding_window if fused and self.config.sliding_window is not None else -1
-        mask = None if self._at is None else self._at.mask
-        optional = [
-            *(self._tables or [None, None]),
-            None,
-            mask,
-            None,
-            *scales,
-        ]  # no position_ids, no head_sink
+        kind, at = self.config.kind(index), self._place(index)
+        tables = self._tables(kind.rope)
+        # No position_ids, no head_sink.
+        optional = [*tables, None, None if at is None else at.mask, None, *scales]
         kept, quantized = self.builder.float_type, dict[str, Any]()
         if scales:
             kept = INT8
@@ -256,27 +269,33 @@ class Grouped(_Drawing):
             num_heads=dims.heads,
             kv_num_heads=dims.kv_heads,
             scale=dims.d_qk**-0.5,
-            do_rotary=int(fused),
+            do_rotary=int(tables[0] is not None),
             rotary_interleaved=0,
-            local_window_size=window,
+            local_window_size=-1 if kind.window is None or at is not None else kind.window,
+            **self.cap,
             **quantized,
         )
         return outputs
 
+    def _place(self, index: int) -> Placement | None:
+        """Angles and mask of a layer; None if the node computes them."""
+        return self._places[self.config.number_of_kind(index)] if self._places else None
+
     def _projections(self, x: Any, index: int) -> tuple[Any, Any, Any]:
         """Query, key, value; packed in the first one if they come from one node unchanged."""
-        dims = self.config.layers[index]
+        dims, at = self.config.layers[index], self._place(index)
         query_part, key_part, value_part = (Part.of(self.config, index, linear) for linear in "qkv")
         if dims.d_v < dims.d_qk:
             value_part = replace(value_part, rows=dims.kv_heads * dims.d_qk, heads=dims.kv_heads)
         parts = [query_part, key_part, value_part]
-        if self._at is None and not self.config.qk_norm and self.linears.can_stack(parts):
+        turned = at is not None and at.cos is not None
+        if not turned and not self.config.qk_norm and self.linears.can_stack(parts):
             return self.linears.stacked(x, parts), None, None
         query, key, value = self.linears.project(x, parts)
         query, key = self.normed_pair(query, key, index)
-        if self._at is not None:
-            query = self.rotate(query, dims.heads, dims.d_qk, self._at)
-            key = self.rotate(key, dims.kv_heads, dims.d_qk, self._at)
+        if at is not None and at.cos is not None:
+            query = self.rotate(query, dims.heads, dims.d_qk, at)
+            key = self.rotate(key, dims.kv_heads, dims.d_qk, at)
         return query, key, value
 
     def _narrow(self, wide: Any, dims: LayerDims) -> Any:

@@ -43,6 +43,7 @@ class Contract(BaseModel):
             ``returned``: present is a new tensor, longer than past.
         float_type: of logits, and of the cache unless ``cache_type`` is int8.
         context_length: maximum number of positions; None is no limit.
+        sliding_window: of every layer; None if some layer sees all positions.
         token_ids: bos, eos and pad ids of the model's configuration.
         layers: widths of each layer.
     """

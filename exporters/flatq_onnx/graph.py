@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from flatq.export import DecoderConfig, Grid
@@ -87,7 +88,16 @@ class _Sheet:
         lead: Dims = ("batch", "kept")
         end = build.constant("const.end", ints(2**62))
         kept = build.op("Slice", [stream, first, end, build.constant("const.1", ints(1))], [*lead, config.d_model])
-        return [self.linears.head(self._norm(kept, "norm", lead), config, lead), *presents]
+        logits = self.linears.head(self._norm(kept, "norm", lead), config, lead)
+        return [self._capped(logits, [*lead, config.vocab]), *presents]
+
+    def _capped(self, logits: Any, shape: Dims) -> Any:
+        """``cap * tanh(logits / cap)``, or ``logits`` without a cap."""
+        build, cap = self.builder, self.config.logit_cap
+        if cap is None:
+            return logits
+        limit = build.constant("logit_cap", np.array(cap, build.float_type.numpy()))
+        return build.op("Mul", [build.op("Tanh", [build.op("Div", [logits, limit], shape)], shape), limit], shape)
 
     def _attention(self, tokens: Any, valid: Any) -> Attention:
         parts = self.builder, self.linears, self.config, tokens, valid
@@ -116,20 +126,34 @@ class _Sheet:
         name = f"layers.{index}"
         normed, x = self._added(x, update, f"{name}.attention_norm")
         mixed, keys, values = attention.mix(normed, index, past)
-        out = self.linears.stacked(mixed, [Part.of(self.config, index, "o")])
+        out = self._left(self.linears.stacked(mixed, [Part.of(self.config, index, "o")]), f"{name}.attention_post_norm")
         normed, x = self._added(x, out, f"{name}.mlp_norm")
         gate, up = self.linears.project(normed, [Part.of(self.config, index, part) for part in ("gate", "up")])
         wide = [*TOKENS, self.config.layers[index].d_ff]
-        active = self.builder.op("Mul", [gate, self.builder.op("Sigmoid", [gate], wide)], wide)
-        product = self.builder.op("Mul", [active, up], wide)
-        return x, self.linears.stacked(product, [Part.of(self.config, index, "down")]), keys, values
+        product = self.builder.op("Mul", [self._active(gate, wide), up], wide)
+        out = self.linears.stacked(product, [Part.of(self.config, index, "down")])
+        return x, self._left(out, f"{name}.mlp_post_norm"), keys, values
+
+    def _active(self, gate: Any, shape: Dims) -> Any:
+        """The activation function of the MLP."""
+        if self.config.activation == "silu":
+            return self.builder.op("Mul", [gate, self.builder.op("Sigmoid", [gate], shape)], shape)
+        approximate = {"gelu": "none", "gelu_tanh": "tanh"}[self.config.activation]
+        return self.builder.op("Gelu", [gate], shape, approximate=approximate)
+
+    def _left(self, out: Any, name: str) -> Any:
+        """The output of attention or MLP after its norm, if the family has one."""
+        return self._norm(out, name) if self.config.post_norms else out
 
     def _added(self, x: Any, update: Any, name: str) -> tuple[Any, Any]:
-        """Norm of ``x + update``, and ``x + update``, from one node."""
+        """Norm of ``x + update``, and ``x + update``, from one node; without norms of inputs the sum for both."""
+        shape = [*TOKENS, self.config.d_model]
+        if not self.config.pre_norms:
+            total = x if update is None else self.builder.op("Add", [x, update], shape)
+            return total, total
         if update is None:
             return self._norm(x, name), x
         weight = self.linears.vector(f"{name}.weight", self.config.d_model)
-        shape = [*TOKENS, self.config.d_model]
         normed, _, _, total = self.builder.ops(
             "SkipSimplifiedLayerNormalization",
             [x, update, weight],

@@ -1,4 +1,4 @@
-"""Rotary angles and attention mask from token positions, computed once and shared by all layers.
+"""Rotary angles and attention mask from token positions, computed once per kind of layer.
 
 The angles are computed in the graph: there are no tables and no limit of positions. Both count the valid tokens of a
 row, so padding may be on either side.
@@ -13,24 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from flatq.export import DecoderConfig
+from flatq.export import DecoderConfig, Rope
 from flatq_onnx.builder import BOOL, FLOAT, INT64, Builder, Dims, ints
 from flatq_onnx.linears import TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Values of the graph."""
+    """Values of the graph for one kind of layer."""
 
-    cos: Any  # float [b, s, d / 2]
+    cos: Any  # float [b, s, d / 2]; None = no rotation
     sin: Any
     mask: Any  # float [b, 1, s, t], 0 or the lowest finite number, so that a fully masked row does not become NaN
 
 
 def place(
     builder: Builder, config: DecoderConfig, valid: Any, slots: Any, axis_name: str, *, scale: float = 1.0
-) -> Placement:
-    """Compute angles and mask.
+) -> list[Placement]:
+    """Compute angles and mask for each of the kinds of layers.
 
     Args:
         valid: int64 [b, t], 1 for a token, 0 for padding.
@@ -38,27 +38,51 @@ def place(
         axis_name: name of the axis t.
         scale: factor of the angles' cosines and sines.
     """
+    index = _index(builder, valid, slots, axis_name)
+    waves = {rope: _waves(builder, config, rope, index, scale) for rope in _distinct(config, "rope")}
+    masks = {window: _mask(builder, window, valid, slots, axis_name) for window in _distinct(config, "window")}
+    return [Placement(*waves[kind.rope], masks[kind.window]) for kind in config.kinds]
+
+
+def _distinct(config: DecoderConfig, what: str) -> list[Any]:
+    return list(dict.fromkeys(getattr(kind, what) for kind in config.kinds))
+
+
+def numbered(name: str, config: DecoderConfig, what: str, value: Any) -> str:
+    """Name of a tensor that the kinds of layers with one ``rope`` or ``window`` share."""
+    number = _distinct(config, what).index(value)
+    return f"{name}.{number}" if number else name
+
+
+def _index(builder: Builder, valid: Any, slots: Any, axis_name: str) -> Any:
+    """Number of valid tokens before each new token, float [b, s, 1]."""
     axis = builder.constant("const.1", ints(1))
     count = builder.op("CumSum", [valid, axis], ["batch", axis_name], dtype=INT64)
     index = builder.op("GatherElements", [count, slots], TOKENS, dtype=INT64, axis=1)
     index = builder.op("Sub", [index, axis], TOKENS, dtype=INT64)
     index = builder.op("Max", [index, builder.constant("const.0", ints(0))], TOKENS, dtype=INT64)
     index = builder.op("Cast", [index], TOKENS, dtype=FLOAT, to=FLOAT)
-    index = builder.op("Unsqueeze", [index, builder.constant("const.2", ints(2))], [*TOKENS, 1], dtype=FLOAT)
+    return builder.op("Unsqueeze", [index, builder.constant("const.2", ints(2))], [*TOKENS, 1], dtype=FLOAT)
+
+
+def _waves(builder: Builder, config: DecoderConfig, rope: Rope | None, index: Any, scale: float) -> tuple[Any, Any]:
+    """Cosines and sines of the angles, float [b, s, d / 2]."""
+    if rope is None:
+        return None, None
     half: Dims = [*TOKENS, config.layers[0].d_qk // 2]
-    inverse = config.rope.inverse_frequencies(config.layers[0].d_qk).numpy()
-    angles = builder.op("Mul", [index, builder.constant("rope.inverse_frequencies", inverse)], half, dtype=FLOAT)
+    inverse = rope.inverse_frequencies(config.layers[0].d_qk).numpy()
+    name = numbered("rope.inverse_frequencies", config, "rope", rope)
+    angles = builder.op("Mul", [index, builder.constant(name, inverse)], half, dtype=FLOAT)
     waves = [builder.op(kind, [angles], half, dtype=FLOAT) for kind in ("Cos", "Sin")]
     if scale != 1:
         factor = builder.constant("rope.scale", np.array(scale, np.float32))
         waves = [builder.op("Mul", [wave, factor], half, dtype=FLOAT) for wave in waves]
     if builder.float_type != FLOAT:
         waves = [builder.op("Cast", [wave], half, to=builder.float_type) for wave in waves]
-    cos, sin = waves
-    return Placement(cos, sin, _mask(builder, config, valid, slots, axis_name))
+    return waves[0], waves[1]
 
 
-def _mask(builder: Builder, config: DecoderConfig, valid: Any, slots: Any, axis_name: str) -> Any:
+def _mask(builder: Builder, window: int | None, valid: Any, slots: Any, axis_name: str) -> Any:
     """A token attends to valid positions up to its own, and always to itself, so that padded rows stay finite."""
     one, two = builder.constant("const.1", ints(1)), builder.constant("const.2", ints(2))
     query = builder.op("Unsqueeze", [slots, two], [*TOKENS, 1], dtype=INT64)
@@ -66,9 +90,9 @@ def _mask(builder: Builder, config: DecoderConfig, valid: Any, slots: Any, axis_
     key = span(builder, end, axis_name)
     full: Dims = [*TOKENS, axis_name]
     seen = builder.op("LessOrEqual", [key, query], full, dtype=BOOL)
-    if config.sliding_window is not None:
-        window = builder.constant("sliding_window", ints(config.sliding_window))
-        oldest = builder.op("Sub", [query, window], [*TOKENS, 1], dtype=INT64)
+    if window is not None:
+        width = builder.constant(f"const.{window}", ints(window))
+        oldest = builder.op("Sub", [query, width], [*TOKENS, 1], dtype=INT64)
         near = builder.op("Greater", [key, oldest], full, dtype=BOOL)
         seen = builder.op("And", [seen, near], full, dtype=BOOL)
     real = builder.op("Cast", [valid], ["batch", axis_name], dtype=BOOL, to=BOOL)

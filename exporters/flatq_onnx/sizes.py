@@ -23,8 +23,8 @@ def estimated_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: O
 
 def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
     dims, number, scale = config.layers[index], _number_bytes(options), _scale_bytes(options)
-    total = LAYER_GRAPH_BYTES[options.target == "mobile"] + 2 * config.d_model * number
-    total += 2 * dims.d_qk * number if config.qk_norm else 0
+    norms = 2 * config.d_model * (config.pre_norms + config.post_norms) + sum(config.qk_norm_widths(dims))
+    total = LAYER_GRAPH_BYTES[options.target == "mobile"] + norms * number
     if options.cache_type == "int8":
         total += BRANCH_GRAPH_BYTES + 2 * dims.kv_heads * dims.d_qk * 4
     for linear in LINEARS:
@@ -43,7 +43,8 @@ def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxO
     if not config.tied_head:
         total += matrix_bytes(*table, grids.get("head"), number, scale)
     if options.fused_rope:
-        total += (options.context_length or config.max_positions) * config.layers[0].d_qk * number
+        tables = len({kind.rope for kind in config.kinds} - {None})
+        total += tables * (options.context_length or config.max_positions) * config.layers[0].d_qk * number
     return total
 
 

@@ -67,6 +67,27 @@ def plan_ranks(
     return RankPlan(layers, requested, achieved, wanted.key, tuple(importance))
 
 
+def shifted(config: DecoderConfig, spec: FlatSpec, planned: Sequence[LayerDims]) -> DecoderConfig:
+    """Another model that the same recipe could lead to: every narrowed width of a plan by one multiple smaller.
+
+    What is too narrow for that gets one multiple wider instead, up to the dense width. Widths that the plan leaves as
+    they are stay.
+    """
+
+    def other(dense: int, width: int, multiple: int) -> int:
+        return width if width == dense else width - multiple if width > multiple else min(width + multiple, dense)
+
+    layers = [
+        replace(
+            narrow,
+            d_v=other(dense.d_v, narrow.d_v, spec.rank_multiple),
+            d_ff=other(dense.d_ff, narrow.d_ff, spec.width_multiple),
+        )
+        for dense, narrow in zip(config.layers, planned, strict=True)
+    ]
+    return config.with_layers(layers)
+
+
 def uneven(config: DecoderConfig, spec: FlatSpec) -> DecoderConfig:
     """A configuration whose value ranks differ between layers, if the allocation may produce such; else ``config``.
 

@@ -29,8 +29,7 @@ class FlatStage:
         self.corrects = spec.corrects
 
     def apply(self, block: Block) -> None:
-        """Measure the block's Grams (and the drift from the dense model, if the walk tracks it), then narrow it."""
-        block.observe()
+        """Narrow the block on its Grams, then correct its drift from the dense model, if the walk tracks it."""
         wanted = self.plan.layers[block.index]
         if block.half == "attention":
             if wanted.d_v < block.dims.d_v:
@@ -54,7 +53,7 @@ class FlatStage:
 
     def _narrow_values(self, block: Block, rank: int) -> None:
         grams, layer, dims = block.observe(), block.layer, block.dims
-        values = grams["values"].total / grams["values"].count  # [kv, d, d], also for a single head
+        values = grams["values"].total  # [kv, d, d], also for a single head; its scale does not matter
         inner = shrunk(grams["inner"].mean(), self.parts.shrinkage)
         if self.parts.values == "pca":
             basis = head_basis(values, rank)

@@ -193,7 +193,6 @@ def run_tasks(
         limit: number of first documents of each task; None is all.
         folder: with local task files.
     """
-    manager = task_manager(list(tasks), folder)
     local = _digest_of(folder)
     results = []
     for subject in subjects:
@@ -210,7 +209,8 @@ def run_tasks(
         }
         found = {name: known(*place) for name, place in planned.items()}
         missing = {name: planned[name] for name, result in found.items() if result is None}
-        found |= _computed(subject, missing, manager)
+        if missing:
+            found |= _computed(subject, missing, task_manager(list(tasks), folder))
         results += [result for result in found.values() if result is not None]
     return results
 
@@ -219,8 +219,6 @@ def _computed(
     subject: Subject, missing: Mapping[str, tuple[Path, dict[str, str | int | None]]], manager: Any
 ) -> dict[str, TaskResult]:
     """Run the missing tasks; each result is written when the task is finished."""
-    if not missing:
-        return {}
     from flatq.evaluate.harness import HarnessModel
 
     context = min(LONGEST, subject.config.max_positions)

@@ -12,7 +12,7 @@ d d_qk, r d_v, m d_model, f d_ff.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -202,7 +202,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ca
 
 PRE_NORM = {"attention": "attention_norm", "mlp": "mlp_norm"}
 POST_NORM = {"attention": "attention_post_norm", "mlp": "mlp_post_norm"}
-ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),

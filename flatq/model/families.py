@@ -75,6 +75,7 @@ FAMILIES: dict[str, Family] = {
             window="by_layer",
             skips_rope=True,
             gguf="smollm3",
+            gguf_permuted=True,
             defaults={"rope_theta": 2e6, "tie_word_embeddings": True},
             required=("num_key_value_heads",),
         ),

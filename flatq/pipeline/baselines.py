@@ -10,7 +10,7 @@ Each baseline needs another walk over the model, which takes about as long as th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from flatq.pipeline.build import build
 from flatq.pipeline.quality import log_quality, model_quality
 from flatq.plan.decide import bit_plan, draft
 from flatq.quantize.grids import objections, planned_grids
-from flatq.recipe.blocks import CONTEXT, GptqSpec
+from flatq.recipe.blocks import GptqSpec
 from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder
 
@@ -35,10 +35,11 @@ BITS, GROUPS = (2, 3, 4, 8), (16, 32, 64, 128, 256, -1)
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBaseline:
-    """A quantized baseline: ``quantized`` or ``same_bytes``, and its stage."""
+    """A quantized baseline: ``quantized`` or ``same_bytes``, its stage, and the context of its decode bytes."""
 
     name: str
     spec: GptqSpec
+    context: int
 
     @property
     def words(self) -> str:
@@ -59,13 +60,14 @@ def baselines_of(recipe: Recipe, dense: DecoderConfig, target: int, itemsize: in
         target: bytes of the result's weights, for ``same_bytes``.
         itemsize: bytes of an unquantized number.
     """
-    spec = recipe.gptq
-    if spec is None or recipe.flat is None:
+    spec, flat = recipe.gptq, recipe.flat
+    if spec is None or flat is None:
         return []
     found = {"quantized": spec}
     if "same_bytes" in recipe.baselines:
         found["same_bytes"] = nearest_in_bytes(spec, dense, target, itemsize)
-    return [QuantizedBaseline(name, stage) for name, stage in found.items() if name in recipe.baselines]
+    wanted = [(name, stage) for name, stage in found.items() if name in recipe.baselines]
+    return [QuantizedBaseline(name, stage, flat.cache_context) for name, stage in wanted]
 
 
 def nearest_in_bytes(spec: GptqSpec, dense: DecoderConfig, target: int, itemsize: int) -> GptqSpec:
@@ -112,18 +114,16 @@ def baseline_artifacts(job: Job, target: int) -> dict[str, Artifact]:
     return {baseline.name: Artifact.open(_folder(job, baseline).artifact) for baseline in found}
 
 
-def measure(
-    baseline: QuantizedBaseline, artifact: Artifact, job: Job, quality: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def measure(baseline: QuantizedBaseline, artifact: Artifact, job: Job, quality: list[dict[str, Any]]) -> dict[str, Any]:
     """JSON-ready ``BaselineReport``."""
-    config, context = artifact.config, job.recipe.flat.cache_context if job.recipe.flat else CONTEXT
+    config = artifact.config
     return {
         "name": baseline.name,
         "description": baseline.words,
         "parameters": config.parameters(),
         "bytes": artifact.bytes(),
-        "decode_bytes": decode_bytes(config, artifact.grids, job.itemsize, context),
-        "quality": list(quality),
+        "decode_bytes": decode_bytes(config, artifact.grids, job.itemsize, baseline.context),
+        "quality": quality,
     }
 
 

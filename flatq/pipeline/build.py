@@ -12,7 +12,7 @@ import safetensors.torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from flatq.artifact import ENERGIES, Artifact, finish, save_shard, shard_name
+from flatq.artifact import ENERGIES, finish, save_shard, shard_name
 from flatq.calibration.block import Block
 from flatq.calibration.walk import blocks_done, last_states, walk
 from flatq.compress.plan import RankPlan
@@ -41,7 +41,7 @@ class Finished(BaseModel):
     energies: str
 
 
-def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mapping[str, Any]) -> Artifact:
+def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mapping[str, Any]) -> None:
     """Compress and quantize block by block; resumes an interrupted run of the same folder.
 
     Args:
@@ -67,7 +67,6 @@ def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mappi
         manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work), "head": head}
         _finish(source, config, grids, manifest, partial, job.folder.artifact)
     distributed.barrier()
-    return Artifact.open(job.folder.artifact, check=False)
 
 
 def _walk(job: Job, plan: RankPlan, grids: Mapping[str, Grid]) -> None:
@@ -117,7 +116,12 @@ def _finish(
 
 def block_reports(work: Path) -> list[dict[str, Any]]:
     """Reports of the finished blocks, in order: layer and half, shapes, errors, notes."""
-    return [_finished(path).report for path in sorted((work / "blocks").glob("*.json"))]
+    return [_finished(path).report for path in _notes(work)]
+
+
+def _notes(work: Path) -> list[Path]:
+    """The JSON files of the finished blocks, in order."""
+    return [_note_of(work, *divmod(number, len(HALVES))) for number in range(blocks_done(work))]
 
 
 def _note_of(work: Path, layer: int, half: int) -> Path:
@@ -131,8 +135,7 @@ def _finished(path: Path) -> Finished:
 
 def _start_over_if_damaged(partial: Path, work: Path) -> None:
     """Restart the walk, with a warning, if a file of a finished block was changed since it was written."""
-    for number in range(blocks_done(work)):
-        path = _note_of(work, *divmod(number, len(HALVES)))
+    for path in _notes(work):
         try:
             noted = _finished(path)
             shard = partial / shard_name(noted.report["layer"], noted.report["half"])
@@ -141,7 +144,7 @@ def _start_over_if_damaged(partial: Path, work: Path) -> None:
                     raise ArtifactError(f"{file}: is missing or damaged; the walk starts over at the first block")
         except ArtifactError as damaged:
             log.warning("%s", damaged)
-            (work / "state.json").unlink(missing_ok=True)
+            (work / "state.json").unlink()
             return
 
 
@@ -151,7 +154,7 @@ def _save_block(block: Block, source: Source, partial: Path, work: Path) -> None
     for name, parameter in block.layer.named_parameters():
         linear = name.removesuffix(".weight")
         full = f"layers.{block.index}.{name}"
-        if name.endswith(".weight") and linear in block.quantized:
+        if linear in block.quantized:
             tensors[full] = block.quantized[linear]
             continue
         stored = parameter.detach().to(source.dtype_of(full))
@@ -165,7 +168,7 @@ def _save_block(block: Block, source: Source, partial: Path, work: Path) -> None
     report = {
         "layer": block.index,
         "half": block.half,
-        "shapes": {name: list(module.weight.shape) for name, module in _linears(block)},
+        "shapes": {name: module.weight.shape for name, module in _linears(block)},
         "errors": block.errors,
         "notes": block.notes,
     }
@@ -176,8 +179,8 @@ def _save_block(block: Block, source: Source, partial: Path, work: Path) -> None
 def energies(work: Path) -> dict[str, Tensor]:
     """Mean square of every input of every linear, float32, by stem (``layers.3.down``), from the blocks' files."""
     found: dict[str, Tensor] = {}
-    for path in sorted((work / "blocks").glob("*.safetensors")):
-        found |= safetensors.torch.load_file(path)
+    for path in _notes(work):
+        found |= safetensors.torch.load_file(path.with_suffix(".safetensors"))
     return found
 
 

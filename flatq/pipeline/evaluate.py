@@ -93,7 +93,7 @@ def checked_dataset(dataset: str | None, path: Path | None, field: str | None = 
     if dataset is None:
         return "text" if path is not None else None
     if dataset not in DATASETS:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(dataset, DATASETS, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError(f"--dataset {dataset}: not known; allowed: {', '.join(DATASETS)}{hint}")
     if (dataset == "text") != (path is not None):
@@ -133,7 +133,7 @@ def _of_export(
 
 
 def _recipe(text: str, where: Path) -> Recipe | None:
-    return Recipe.parse(text, str(where)) if text else None
+    return Recipe.parse(text, f"{where}") if text else None
 
 
 def _alone(weights: Weights, texts: Sequence[EvaluationText]) -> list[str]:

@@ -82,7 +82,7 @@ def stop_if_ruined(recipe: Recipe, quality: Sequence[Mapping[str, Any]]) -> None
     Raises:
         NumericsError: with the text, the perplexities and what to change.
     """
-    worst = max(quality, key=lambda text: float(text["damage"]))
+    worst = max(quality, key=lambda text: text["damage"])
     limit = recipe.stop_above
     if worst["damage"] <= (1.0 if limit is None else limit):
         return

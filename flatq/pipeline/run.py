@@ -93,12 +93,11 @@ def _run(
     predict: bool,
 ) -> Path | None:
     raise_absent_packages(exports, recipe)
-    require_tasks(recipe)
+    require_tasks(recipe, folder)
     source = open_source(recipe)
     working_set_bytes = working_set(source.config, recipe, memory, needs_cache_ranges(exports))
     raise_objections(recipe, source.config, [])  # groups wider than the dense weights are also too wide after narrowing
     raise_early_objections(recipe, source, exports)
-    draft(recipe, source)  # raises for a budget that cannot be reached, before anything is measured
     cautions = [*sizes.cautions(recipe, source.config), *tokenizer_cautions(source)]
     for caution in cautions:
         log.warning(caution)
@@ -128,7 +127,7 @@ def _run(
         artifact.note_quality(card_quality(quality))
         if needs_cache_ranges(exports):
             measure_cache_ranges(job, artifact)
-        finish(job, exports, artifact, dense, quality, baselines, expected)
+        finish(job, exports, artifact, dense, quality, baselines, expected, cautions)
     return folder.root
 
 
@@ -140,6 +139,7 @@ def finish(
     quality: Sequence[Mapping[str, Any]],
     baselines: Sequence[Mapping[str, Any]],
     expected: Mapping[str, Any],
+    cautions: Sequence[str],
 ) -> None:
     """Exports, bench, report.
 
@@ -147,6 +147,7 @@ def finish(
         quality: JSON-ready ``TextQuality`` of each text.
         baselines: JSON-ready ``BaselineReport`` of each quantized baseline.
         expected: forecast of each phase, JSON-ready.
+        cautions: warnings about the recipe and the tokenizer, for the report.
 
     Raises:
         ExportError: one or more exports failed; raised after the report, which includes the errors, is written.
@@ -172,7 +173,7 @@ def finish(
         memory=folder.memory(),
         device_memory=folder.device_memory(),
         forecast=expected,
-        notes=sizes.cautions(job.recipe, job.source.config),
+        notes=cautions,
     )
     write_report(report, folder.root)
     folder.seal()

@@ -10,15 +10,19 @@ from flatq.evaluate.subjects import compressed, exported, pretrained
 from flatq.evaluate.tasks import run_tasks, task_manager, tasks_of
 from flatq.export.planned import PlannedExport
 from flatq.job import Job
+from flatq.machine import distributed
 from flatq.recipe.grammar import Recipe
+from flatq.run_folder import RunFolder
 
 
-def require_tasks(recipe: Recipe) -> None:
-    """Refuse a task that lm-eval does not have, before hours of work.
+def require_tasks(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse a task that lm-eval does not have, before hours of work; nothing is read if all tasks are finished.
 
     Raises:
         RecipeError: the unknown names, each with the nearest known ones, or a folder that is not there.
     """
+    if distributed.on_first(lambda: folder.known("tasks", list[Any])) is not None:
+        return
     for some in tasks_of(recipe):
         task_manager(list(some.tasks), some.folder)
 

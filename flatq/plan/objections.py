@@ -1,14 +1,15 @@
 """Pre-flight checks: every reason why an exporter or GPTQ cannot handle the planned model, before hours of work.
 
 Widths may depend on measurements, so some objections are known only after these. Objections that are independent of the
-widths are raised first: an unsupported tokenizer, and different widths per layer in a format that needs equal widths.
+widths are raised first: an unsupported tokenizer, options that contradict each other or the stages, different widths
+per layer in a format that needs equal widths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flatq.compress.plan import uneven
+from flatq.compress.plan import shifted, uneven
 from flatq.errors import RecipeError
 from flatq.evaluate.tasks import absent_for_tasks
 from flatq.export.planned import PlannedExport, absent_packages_of
@@ -16,6 +17,7 @@ from flatq.export.protocols import Exporter
 from flatq.files import from_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
+from flatq.plan.decide import draft
 from flatq.plan.positions import rows_that_do_not_fit
 from flatq.plan.sizes import too_few_tokens
 from flatq.quantize.grids import objections, possible_grids
@@ -106,21 +108,35 @@ def tokenizer_cautions(source: Source) -> list[str]:
 
 
 def raise_early_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> None:
-    """Raise the objections that are independent of the ranks: tokenizer, sequence lengths, different widths per layer.
-
-    Without a flat stage the ranks are known, so all objections are raised.
+    """Raise the objections that no measurement can remove: tokenizer, sequence lengths, and ``certain_objections``.
 
     Raises:
-        RecipeError: lists all objections.
+        RecipeError: lists all objections, or the budget cannot be reached.
     """
     problems = too_few_tokens(recipe, source.config) + rows_that_do_not_fit(recipe, source.config, exports)
     if source.has_tokenizer or source.has_weights:
         problems += tokenizer_objections(source, exports)
-    if recipe.flat is None:
-        problems += exporter_objections(recipe, source.config, exports)
-    else:
-        even = exporter_objections(recipe, source.config, exports)
-        differing = exporter_objections(recipe, uneven(source.config, recipe.flat), exports)
-        problems += [words for words in differing if words not in even]
+    problems += certain_objections(recipe, source, exports)
     if problems:
         raise RecipeError(problems)
+
+
+def certain_objections(recipe: Recipe, source: Source, exports: list[PlannedExport]) -> list[str]:
+    """The exporters' objections that are independent of the widths that a measurement finds.
+
+    These are the objections to a plan with equal shares that another plan gets in the same words (each exporter names
+    the widths that it objects to), and those to layers of different widths. If nothing is measured, the plan is final,
+    so all objections are certain.
+
+    Raises:
+        RecipeError: the budget cannot be reached.
+    """
+    flat, dense, planned = recipe.flat, source.config, draft(recipe, source).layers
+    found = exporter_objections(recipe, dense.with_layers(planned), exports)
+    if flat is None or flat.parts.allocation == "uniform" or planned == dense.layers:
+        return found
+    others = exporter_objections(recipe, shifted(dense, flat, planned), exports)
+    even = exporter_objections(recipe, dense, exports)
+    differing = exporter_objections(recipe, uneven(dense, flat), exports)
+    certain = [words for words in found if words in others] + [words for words in differing if words not in even]
+    return list(dict.fromkeys(certain))

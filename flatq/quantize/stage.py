@@ -54,7 +54,7 @@ class GptqStage:
         grams = block.observe()
         groups, problems = [], []
         for gram, names in READERS[block.half]:
-            for grid, some in self._by_grid(block.index, names):
+            for grid, some in self._by_grid(block.index, names).items():
                 weights: list[Tensor] = [getattr(block.layer, name).weight for name in some]
                 for name, weight in zip(some, weights, strict=True):
                     if not finite(weight):
@@ -78,18 +78,18 @@ class GptqStage:
             return [solve(problem) for problem in problems]
         try:
             with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
-                return list(pool.map(solve, problems))
+                return [*pool.map(solve, problems)]
         finally:
             torch.set_num_threads(threads)  # MKL's number of threads is global
 
-    def _by_grid(self, index: int, names: tuple[str, ...]) -> list[tuple[Grid, list[str]]]:
+    def _by_grid(self, index: int, names: tuple[str, ...]) -> dict[Grid, list[str]]:
         """Linears grouped by grid, each group for one call; those without a grid are left out."""
         found: dict[Grid, list[str]] = {}
         for name in names:
             grid = self.grids.get(str(Stem(index, name)))
             if grid is not None:
                 found.setdefault(grid, []).append(name)
-        return list(found.items())
+        return found
 
 
 @torch.inference_mode()
@@ -107,7 +107,7 @@ def corrected(block: Block, gram: str, weights: Sequence[Tensor], share: float) 
     """
     seen, drift = block.observe()[gram], block.drift
     if gram == "input" and block.lag is not None:
-        drift = block.lag @ torch.cat(list(weights)).T
+        drift = block.lag @ torch.cat([*weights]).T
     elif gram == "input" or drift is None:
         raise ValueError("the walk has not measured the drift to correct")
     found = drift_correction(seen.mean(), drift / seen.count).to(weights[0].dtype)

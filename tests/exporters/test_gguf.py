@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from flatq.artifact import ENERGIES, Artifact, save_shard
 from flatq.errors import ArtifactError, ExportError
 from flatq.export.protocols import Exported, exporter_named
+from flatq.model.config import Kind
 from flatq.model.decoder import LINEARS, DecoderConfig, Rope
 from flatq.model.grid import Grid
 from flatq.model.weights import dense
@@ -234,7 +235,22 @@ COMPACT = {"precision": "f16", "layout": "compact"}
         (tiny_config(), {"embed": Grid(4, 48)}, {}, ["group_size 48", "multiple of 32"]),
         (tiny_config(), {"embed": Grid(4, 32)}, {"precision": "q4_0"}, ["a second time", "precision: codes"]),
         (tiny_config(d_v=(16, 24)), {}, {"precision": "f16"}, ["larger than d_qk in layers [1]"]),
-        (tiny_config(d_v=(8, 8), qk_norm=True), {}, {"precision": "f16"}, ["norms on q and k", "flat stage"]),
+        (tiny_config(d_v=(8, 8), qk_norm=True), {}, {"precision": "f16"}, ["q and k: none, not heads", "to onnx"]),
+        (tiny_config(activation="gelu"), {}, {"precision": "f16"}, ["the activation silu, not gelu"]),
+        (tiny_config(post_norms=True), {}, {"precision": "f16"}, ["no norms after attention", "export to onnx"]),
+        (tiny_config(logit_cap=3.0), {}, {"precision": "f16"}, ["no cap of logits"]),
+        (
+            replace(tiny_config(other_kinds=(Kind(None),), kind_of=(0, 1)), family="smollm3"),
+            {},
+            {"precision": "f16"},
+            ["smollm3", "no rotary embedding in every 4th layer"],
+        ),
+        (
+            replace(tiny_config(post_norms=True, activation="gelu_tanh", tied_head=False), family="gemma2"),
+            {},
+            {"precision": "f16"},
+            ["a head that is tied", "a cap of scores; a cap of logits"],
+        ),
         (tiny_config(), {}, COMPACT, ["twice", "layout: deci"]),
         (tiny_config(tied_head=False, d_v=(8, 16)), {}, COMPACT, ["[8, 16]", "uniform"]),
         (tiny_config(tied_head=False), {}, COMPACT, ["[16]", "rank_multiple: 32"]),

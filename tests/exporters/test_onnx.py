@@ -25,6 +25,7 @@ from flatq.artifact import RANGES, Artifact, save_shard
 from flatq.calibration.cache_ranges import cache_ranges
 from flatq.errors import ArtifactError, ExportError
 from flatq.export.protocols import Exported, exporter_named
+from flatq.model.config import Kind
 from flatq.model.decoder import DecoderConfig, GrowingCache, Rope
 from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.model.weights import load_decoder
@@ -70,6 +71,25 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "sliding window": {"sliding_window": 4},
     "linear rope": {"rope": Rope(scaling="linear", factor=4.0)},
     "llama3 rope": {"rope": Rope(theta=500.0, scaling="llama3", factor=8.0, original_max_positions=16)},
+    "gelu": {"activation": "gelu"},
+    "gelu tanh": {"activation": "gelu_tanh"},
+    "norms before and after": {"post_norms": True},
+    "norms after": {"pre_norms": False, "post_norms": True},
+    "wide qk_norm": {"qk_norm": True, "wide_qk_norm": True},
+    "caps": {"attention_cap": 1.5, "logit_cap": 20.0},
+    "a window in one layer": {"other_kinds": (Kind(Rope(), 4),), "kind_of": (1, 0)},
+    "no rope in one layer": {"other_kinds": (Kind(None),), "kind_of": (0, 1)},
+    "two kinds": {"sliding_window": 6, "other_kinds": (Kind(Rope(theta=50.0), 3),), "kind_of": (1, 0)},
+    "everything": {
+        "activation": "gelu_tanh",
+        "post_norms": True,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "attention_cap": 1.5,
+        "logit_cap": 20.0,
+        "other_kinds": (Kind(Rope(theta=50.0, scaling="linear", factor=2.0), 3), Kind(None)),
+        "kind_of": (1, 2),
+    },
 }
 
 
