@@ -12,7 +12,6 @@ repeats no finished phase.
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from flatq.errors import ArtifactError, FlatqError, NumericsError, RecipeError
-from flatq.files import as_json, file_digest, first_fault, read_json, write_atomically, write_checksummed
+from flatq.files import as_json, disk_full, file_digest, first_fault, read_json, write_atomically, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
 from flatq.recipe.grammar import Recipe
@@ -138,8 +137,15 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier run wrote its report and every export succeeded."""
-        return (self.root / REPORT).is_file() and not any(export.error for export in self.outcomes())
+        """Whether an earlier run ended: it wrote its report, every export succeeded, and its files are sealed."""
+        if not (self.root / REPORT).is_file() or any(export.error for export in self.outcomes()):
+            return False
+        return not self.work.exists() or bool(self.begun().files)
+
+    def tidy(self) -> None:
+        """Remove what a run leaves that was killed after its end, while it removed its work folder."""
+        if distributed.first():
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def outcomes(self) -> list[Outcome]:
         """The exports listed in the report.
@@ -172,9 +178,9 @@ class RunFolder:
         except BaseException as error:
             if isinstance(error, Exception) and blank and not (self.work / "state.json").exists():
                 self._vanish(new)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if isinstance(error, OSError) and disk_full(error):
                 raise ArtifactError(
-                    f"{self.root}: the disk is full ({error.strerror}); free some space and run again, "
+                    f"{self.root}: the disk is full ({error.strerror or error}); free some space and run again, "
                     "finished blocks are kept"
                 ) from error
             raise
