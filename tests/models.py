@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatq.artifact import Artifact, finish, save_shard
 from flatq.calibration.states import Execution
+from flatq.model.config import Kind
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
 from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.model.weights import HALVES, half_names, tensor_shapes
@@ -17,8 +19,26 @@ from flatq.model.weights import HALVES, half_names, tensor_shapes
 EXACT = Execution(precision="float32")  # no bfloat16 operands
 
 
+LOCAL = Kind(Rope(theta=50.0), 6)  # a window, and another base of the rotary embedding
+WINDOWS: dict[str, Any] = {"other_kinds": (LOCAL,), "kind_of": (1, 0, 1, 0)}
+GEMMA: dict[str, Any] = {"activation": "gelu_tanh", "post_norms": True, **WINDOWS}
+OLMO: dict[str, Any] = {"qk_norm": True, "wide_qk_norm": True, "pre_norms": False, "post_norms": True}
+# Switches of the families that are more than a Llama, for models of four layers.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "gemma": {"activation": "gelu_tanh"},
+    "gemma2": {**GEMMA, "attention_cap": 5.0, "logit_cap": 20.0},
+    "gemma3_text": {**GEMMA, "qk_norm": True},
+    "olmo2": {**OLMO, "tied_head": False},
+    "olmo3": {**OLMO, "tied_head": False, "other_kinds": (Kind(Rope(), 6),), "kind_of": (1, 0, 1, 0)},
+    "smollm3": {"qkv_bias": True, "other_kinds": (Kind(None),), "kind_of": (0, 0, 0, 1)},
+    "qwen2": {"qkv_bias": True, "other_kinds": (Kind(Rope(), 16),), "kind_of": (0, 0, 1, 1)},
+    "qwen3": {"qk_norm": True},
+}
+
+
 def tiny_config(
     *,
+    family: str = "llama",
     heads: int = 4,
     kv_heads: int = 2,
     d_qk: int = 16,
@@ -33,7 +53,7 @@ def tiny_config(
     """A decoder of ``len(d_v)`` layers whose value and MLP widths are given layer by layer."""
     layers = tuple(LayerDims(heads, kv_heads, d_qk, r, f) for r, f in zip(d_v, d_ff, strict=True))
     return DecoderConfig(
-        family="llama",
+        family=family,
         d_model=d_model,
         vocab=vocab,
         layers=layers,

@@ -18,7 +18,7 @@ from flatq.hf.autoload import register_with_transformers
 from flatq.model.decoder import DecoderConfig, GrowingCache, Rope
 from flatq.model.grid import Grid
 from flatq.model.weights import load_decoder
-from tests.models import tiny_artifact, tiny_config
+from tests.models import SWITCHES, tiny_artifact, tiny_config
 
 FOUR_BITS = Grid(4, 32)
 KINDS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def narrowed(**switches: object) -> DecoderConfig:
-    return tiny_config(d_v=(8, 16), d_ff=(96, 64), **switches)  # type: ignore[arg-type]
+    return tiny_config(**{"d_v": (8, 16), "d_ff": (96, 64), **switches})  # type: ignore[arg-type]
 
 
 def some_tokens(batch: int = 2, length: int = 9) -> torch.Tensor:
@@ -68,8 +68,9 @@ def test_auto_class_loads_an_artifact_with_the_decoders_logits(tmp_path: Path, k
         {"qk_norm": True},
         {"sliding_window": 4},
         {"rope": Rope(scaling="llama3", factor=8.0, original_max_positions=16)},
+        *({"d_v": (8, 16, 4, 8), "d_ff": (96, 64, 32, 64), **switches} for switches in SWITCHES.values()),
     ],
-    ids=lambda switches: next(iter(switches)),
+    ids=lambda switches: list(switches)[-1],
 )
 def test_every_switch_of_the_decoder_survives_the_wrapping(tmp_path: Path, switches: dict[str, Any]) -> None:
     artifact = tiny_artifact(tmp_path / "artifact", narrowed(**switches), grid=FOUR_BITS)

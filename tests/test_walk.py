@@ -20,6 +20,7 @@ from flatq.calibration.states import Execution, HiddenStates
 from flatq.calibration.walk import blocks_done, last_states, walk
 from flatq.errors import NumericsError
 from flatq.machine.precision import forward_precision, resolved
+from flatq.model.decoder import locate
 from flatq.model.grid import Grid, round_to_nearest
 from flatq.model.weights import load_decoder
 from tests.models import EXACT, RandomWeights, tiny_config
@@ -331,6 +332,21 @@ def test_drift_is_what_the_stream_lacks_seen_through_the_inner_activation(tmp_pa
     assert len(drifts) == (len(ORDER) if lag else len(ORDER) // 2)
     assert not lag or drifts[0].abs().max() < 1e-3, "nothing was changed before the first block"
     assert drifts[1].abs().max() > 1e-2
+
+
+def test_drift_is_measured_in_front_of_a_norm_of_the_output(tmp_path: Path) -> None:
+    weights = RandomWeights(tiny_config(post_norms=True, o_bias=True))
+    dense = load_decoder(weights)
+    positions, x = locate(weights.config, *TOKENS.shape), dense.embed(TOKENS)
+    for block in walk(weights, TOKENS, tmp_path, lambda _: None, execution=EXACT, lag=True):
+        inner = block.activations(block.feed.states.clone())["inner"].flatten(0, 1)
+        linear, layer = block.layer.o if block.half == "attention" else block.layer.down, dense.layers[block.index]
+        block.observe()
+        wanted = layer.output(block.half, x, positions).flatten(0, 1)  # type: ignore[operator]
+        assert block.drift is not None
+        torch.testing.assert_close(block.drift, inner.T @ (wanted - linear(inner)), rtol=1e-3, atol=1e-3)
+        x = layer.run(block.half, x, positions)  # type: ignore[operator]
+        halve(block)
 
 
 def test_a_block_that_lets_the_dense_model_stand_still_is_an_error(tmp_path: Path) -> None:

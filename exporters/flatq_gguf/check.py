@@ -73,7 +73,7 @@ def _switches(config: DecoderConfig, chosen: Architecture) -> list[str]:
         _having(graph.post_norms, "norms after attention and MLP"): graph.post_norms != config.post_norms,
         f"norms on q and k: {graph.qk_norm}, not {qk_norm}": graph.qk_norm != qk_norm,
         "a head that is tied to the embedding": graph.tied is True and not config.tied_head,
-        "a head of its own": graph.tied is False and config.tied_head,
+        "an untied head": graph.tied is False and config.tied_head,
         "no rope factors per frequency": not graph.factors and config.rope.scaling == "llama3",
         **{
             _having(cap in graph.caps, f"a cap of {what}"): (
@@ -148,9 +148,7 @@ def _compact(config: DecoderConfig) -> list[str]:
         )
     if config.rope.scaling == "llama3":
         found.append("layout: compact does not support the rope factors of Llama 3; use layout: deci")
-    names = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "post_norms", "attention_cap", "logit_cap", "other_kinds")
-    switches = [name for name in names if getattr(config, name)]
-    switches += [config.activation] if config.activation != "silu" else []
+    switches = [name for name in config.switches() if name != "sliding_window"]
     if switches:
         found.append(f"layout: compact does not support {', '.join(switches)}; use layout: deci")
     return found

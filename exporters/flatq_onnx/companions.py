@@ -10,13 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flatq.export import Artifact, config_to_hf, write_json
+from flatq.export import Artifact, DecoderConfig, Rope, UnsupportedModel, config_to_hf, write_json
 from flatq_onnx.contract import MODEL
 from flatq_onnx.options import OnnxOptions
 
 TOKENIZER = "tokenizer.json"
 # Keys of generation_config.json that onnxruntime-genai has under the same name.
 SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "min_length")
+
+GENAI_TYPES = (  # as of onnxruntime-genai 0.18; all of them are run in the same way
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text",
+)  # fmt: skip
 
 
 def write_companions(artifact: Artifact, out: Path, options: OnnxOptions) -> tuple[list[Path], list[str]]:
@@ -46,7 +50,7 @@ def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
         ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
     return {
         "model": {
-            "type": config.family,
+            "type": config.family if config.family in GENAI_TYPES else "llama",  # the graph has the rest
             **{name: value for name, value in ids.items() if value is not None},
             "context_length": context,
             "vocab_size": config.vocab,
@@ -72,14 +76,26 @@ def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
 
 
 def transformers_config(artifact: Artifact) -> dict[str, Any]:
-    """``config.json`` for transformers 4; it can state only the largest width of the MLPs.
-
-    Raises:
-        UnsupportedModel: the family's configuration cannot describe the model.
-    """
+    """``config.json`` for transformers 4; it can state only the largest width of the MLPs."""
     config = artifact.config
     first, widest = config.layers[0], max(layer.d_ff for layer in config.layers)
-    settings = config_to_hf(config, replace(first, d_v=first.d_qk, d_ff=widest))
+    dims = replace(first, d_v=first.d_qk, d_ff=widest)
+    try:
+        settings = config_to_hf(config, dims)
+    except UnsupportedModel:  # optimum only takes widths from the file, which a llama has, too
+        settings = config_to_hf(
+            DecoderConfig(
+                "llama",
+                config.d_model,
+                config.vocab,
+                config.layers,
+                Rope(),
+                config.norm_eps,
+                config.tied_head,
+                config.max_positions,
+            ),
+            dims,
+        )
     return {**settings, "torch_dtype": "float32", **_token_ids(artifact)}
 
 

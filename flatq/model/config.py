@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from flatq.model.dims import LINEARS, LayerDims
@@ -69,6 +69,13 @@ class DecoderConfig:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if self.kind_of and len(self.kind_of) != len(self.layers):
             raise ValueError(f"kind_of names the kinds of {len(self.kind_of)} layers, there are {len(self.layers)}")
+
+    def switches(self) -> list[str]:
+        """Names of the switches that are not at their defaults; with none the model computes what a Llama does.
+
+        An exporter that refuses every name it does not know also refuses the switches of later versions.
+        """
+        return [field.name for field in fields(self) if field.default not in (MISSING, getattr(self, field.name))]
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

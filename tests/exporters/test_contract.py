@@ -32,7 +32,7 @@ from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from tests.conftest import digests
 from tests.exporters.conftest import reference_logits, some_tokens
-from tests.models import tiny_artifact, tiny_config
+from tests.models import SWITCHES, tiny_artifact, tiny_config
 from tests.plug_ins import installed
 
 OURS = {"gguf", "onnx", "safetensors"}
@@ -45,24 +45,30 @@ PROMPT, TOKENS = 5, 9
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of model: query heads per key-value head, head tied to the embedding, codes in the layers."""
+    """A kind of model: query heads per key-value head, head tied to the embedding, codes in the layers, family."""
 
     group: int
     tied: bool
     quantized: bool
+    family: str = "llama"
 
     @property
     def config(self) -> DecoderConfig:
         """Different widths in every layer; multiples of 32, because some formats have blocks of 32."""
         kv_heads = 4 // self.group
+        if self.family != "llama":
+            switches = {"tied_head": self.tied, **SWITCHES[self.family]}
+            widths = {"d_v": (32, 16, 16, 32), "d_ff": (96, 64, 32, 64), "d_model": 128, "d_qk": 32}
+            return tiny_config(kv_heads=kv_heads, family=self.family, **widths, **switches)
         return tiny_config(kv_heads=kv_heads, d_qk=32, d_v=(32, 16), d_ff=(96, 64), tied_head=self.tied)
 
     def __str__(self) -> str:
         attention = "mha" if self.group == 1 else "gqa"
-        return f"{attention}-{'tied' if self.tied else 'untied'}-{'codes' if self.quantized else 'plain'}"
+        return f"{self.family}-{attention}-{'tied' if self.tied else 'untied'}-{'codes' if self.quantized else 'plain'}"
 
 
 CASES = [Case(group, tied, quantized) for group in (1, 2) for tied in (True, False) for quantized in (True, False)]
+CASES += [Case(2, True, quantized, family) for family in SWITCHES for quantized in (True, False)]
 USUAL = Case(2, True, True)
 each_exporter = pytest.mark.parametrize("name", NAMES)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -64,7 +64,7 @@ GRIDS: dict[str, tuple[Grid | None, Grid | None]] = {  # of the layers' linears,
     "2-bit": (Grid(2, -1), Grid(2, 16, symmetric=False)),
 }
 HALF_SHARE = 0.02  # of the logits' spread, what float16 may move a logit by
-SWITCHES: dict[str, dict[str, Any]] = {
+DRAWN: dict[str, dict[str, Any]] = {
     "qkv_bias": {"qkv_bias": True},
     "all biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "qk_norm": {"qk_norm": True},
@@ -186,10 +186,10 @@ def test_logits_and_decoding_equal_the_artifact(
     assert_says_what_the_artifact_says(artifact, runner)
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("switch", DRAWN)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_switch_of_a_family_is_drawn(make_artifact: MakeArtifact, layout: str, switch: str) -> None:
-    config = tiny_config(d_v=(5, 16), d_ff=(33, 64), **SWITCHES[switch])
+    config = tiny_config(d_v=(5, 16), d_ff=(33, 64), **DRAWN[switch])
     artifact = make_artifact(config, grid=Grid(4, 32, symmetric=False), embed_grid=Grid(8, 32))
     runner = opened(artifact, **LAYOUTS[layout])
     onnx.checker.check_model(str(runner.root / "model.onnx"), full_check=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,10 +21,14 @@ from flatq.compress.stage import FlatStage
 from flatq.model.decoder import Decoder, DecoderConfig, LayerDims
 from flatq.model.weights import load_decoder
 from flatq.recipe.grammar import FlatSpec
-from tests.models import EXACT, RandomWeights, tiny_config
+from tests.models import EXACT, SWITCHES, RandomWeights, tiny_config
 
 SHAPES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 12))
-BIASES = [{}, {"qkv_bias": True, "o_bias": True}, {"qk_norm": True}]
+BIASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"qkv_bias": True, "o_bias": True},
+    **{family: {"d_v": (16,) * 4, "d_ff": (96,) * 4, **switches} for family, switches in SWITCHES.items()},
+}
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -118,9 +122,9 @@ def plan(config: DecoderConfig, d_v: int, d_ff: int) -> tuple[LayerDims, ...]:
     return tuple(replace(dims, d_v=d_v, d_ff=d_ff) for dims in config.layers)
 
 
-@pytest.mark.parametrize("switches", BIASES, ids=["plain", "biases", "qk_norm"])
-def test_full_rank_leaves_logits_unchanged(switches: dict[str, bool], tmp_path: Path) -> None:
-    weights = RandomWeights(tiny_config(**switches))  # type: ignore[arg-type]
+@pytest.mark.parametrize("switches", BIASES.values(), ids=BIASES)
+def test_full_rank_leaves_logits_unchanged(switches: dict[str, Any], tmp_path: Path) -> None:
+    weights = RandomWeights(tiny_config(**switches))
     tokens = torch.arange(60).view(3, 20)
     expected = load_decoder(weights)(tokens)
     kept, blocks = narrowed_by_walk(weights, weights.config.layers, tmp_path)
@@ -162,7 +166,7 @@ def with_repeated_heads(grouped: RandomWeights) -> RandomWeights:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("switches", BIASES[:2], ids=["plain", "biases"])
+@pytest.mark.parametrize("switches", [BIASES["plain"], BIASES["biases"]], ids=["plain", "biases"])
 def test_grouped_queries_equal_multi_head_with_repeated_heads(
     kv_heads: int, switches: dict[str, bool], tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from flatq.linalg import drift_correction, shrunk
 from flatq.model.decoder import locate
 from flatq.model.dims import LayerDims
 from flatq.model.weights import load_decoder
-from tests.models import EXACT, RandomWeights, tiny_config
+from tests.models import EXACT, SWITCHES, RandomWeights, tiny_config
 
 
 def activations(features: int, seed: int, tokens: int = 400) -> Tensor:
@@ -117,8 +117,12 @@ def test_the_noise_at_the_logits_has_the_fisher_information_as_its_covariance(si
     assert torch.allclose(drawn.sum(-1), torch.zeros(size, dtype=torch.float64), atol=1e-12)
 
 
-def test_sensitivity_is_the_second_moment_of_noise_sent_back_through_the_whole_model(tmp_path: Path) -> None:
-    weights = RandomWeights(tiny_config())
+@pytest.mark.parametrize("family", [None, "gemma2", "olmo3"])
+def test_sensitivity_is_the_second_moment_of_noise_sent_back_through_the_whole_model(
+    family: str | None, tmp_path: Path
+) -> None:
+    widths = {"d_v": (16,) * 4, "d_ff": (96,) * 4, **SWITCHES[family]} if family else {}
+    weights = RandomWeights(tiny_config(**widths))
     tokens = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(1))
     found = output_sensitivity(weights, tokens, tmp_path, execution=EXACT)
     decoder = load_decoder(weights)
@@ -126,8 +130,8 @@ def test_sensitivity_is_the_second_moment_of_noise_sent_back_through_the_whole_m
     positions, points = locate(weights.config, *tokens.shape), []
     for layer in decoder.layers:
         for half in ("attention", "mlp"):
-            x = layer.run(half, x, positions)
-            points.append(x)
+            points.append(layer.output(half, x, positions))  # in front of a norm, if there is one
+            x = layer.leave(half, x, points[-1])
     logits = decoder.logits(decoder.norm(x))
     noise = torch.stack([torch.randn(20, 128, generator=torch.Generator().manual_seed(row)) for row in range(3)])
     pull = unsure(logits.detach().softmax(-1), noise)
