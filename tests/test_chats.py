@@ -24,7 +24,7 @@ USUAL = (
 )
 HOSTILE = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "computes": "{{ 9 ** 9 ** 9 }}",
+    "computes": "{{ 9 ** (9 ** 9) }}",
     "allocates": "{{ 'a' * 10 ** 11 }}",
     "pads": "{{ '%099999999999d' % 3 }}",
     "doubles": "{% set n = namespace(t='aa') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
