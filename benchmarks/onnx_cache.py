@@ -40,8 +40,9 @@ def predictions(artifact: Artifact, options: OnnxOptions, rows: NDArray[np.int64
 def _behind_the_first(runner: OnnxRunner, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     session, contract = runner.session.ort, runner.contract
     past, mask = empty_cache(contract, 1, 0), np.ones_like(tokens)
+    past["num_logits_to_keep"] = np.array(0)  # logits of all positions
     held = session.run(contract.outputs[1:], {"input_ids": tokens[:, :1], "attention_mask": mask[:, :1], **past})
-    past = dict(zip(past, held, strict=True))
+    past |= dict(zip([name for name in past if name.startswith("past")], held, strict=True))
     logits = session.run(["logits"], {"input_ids": tokens[:, 1:], "attention_mask": mask, **past})[0][0]
     found: NDArray[np.float64] = torch.from_numpy(logits).double().log_softmax(-1).numpy()
     return found

@@ -246,6 +246,7 @@ class Laboratory:
         ):
             for stage in stages:
                 stage.apply(block)
+            block.observe()  # no-op after a stage that observed; the dense model's hidden states are needed
         return overlay
 
 

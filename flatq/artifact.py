@@ -187,13 +187,17 @@ class Artifact:
         """Chat templates by name; a single one is called ``default``."""
         return chat_templates(self.root)
 
-    def copy_companions(self, out: Path) -> tuple[list[Path], list[str]]:
+    def copy_companions(self, out: Path, files: Sequence[Path] | None = None) -> tuple[list[Path], list[str]]:
         """Tokenizer, chat templates and generation settings, copied byte for byte into an export.
+
+        Args:
+            out: folder of the export.
+            files: only these; None is all of them.
 
         Returns:
             The files, and in words every change that was made so that readers can open them; usually none.
         """
-        return deliver_companions(self.root, out)
+        return deliver_companions(self.root, out, files)
 
     def bytes(self) -> int:
         """Size of all tensors if codes are packed to ``bits`` each, as in a deployment."""

@@ -128,9 +128,9 @@ def check(recipe: RecipeFile) -> None:
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
-    from flatq import verbs
+    from flatq.plan.preview import check as described
 
-    print("\n".join(verbs.check(checked)))
+    print("\n".join(described(checked)))
 
 
 @app.command()
@@ -139,9 +139,9 @@ def plan(recipe: RecipeFile, device: Device = "auto") -> None:
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
-    from flatq import verbs
+    from flatq.plan.preview import plan as planned
 
-    print(verbs.plan(checked, device=device))
+    print(planned(checked, device=device))
 
 
 @app.command()

@@ -9,6 +9,7 @@ directory, because the folder itself may be read-only. Corruption of the disk do
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import time
@@ -83,6 +84,11 @@ def compared(
         missing=tuple(missing),
         unexpected=tuple(sorted(_unlisted(root, listed))),
     )
+
+
+def combined_digest(files: Mapping[str, str]) -> str:
+    """One SHA-256 for a list of digests by name; it identifies a model."""
+    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
 
 
 def digests_of(root: Path, *, but: Collection[str] = ()) -> dict[str, str]:

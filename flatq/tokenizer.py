@@ -11,7 +11,7 @@ folder, which flatq does not run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,14 +130,14 @@ def carry(root: Path, out: Path, tokenizer: Any = None) -> None:
         save(tokenizer, out)
 
 
-def deliver_companions(root: Path, out: Path) -> tuple[list[Path], list[str]]:
+def deliver_companions(root: Path, out: Path, files: Sequence[Path] | None = None) -> tuple[list[Path], list[str]]:
     """Copy tokenizer, templates and generation settings into an export; returns the files and every change.
 
     A file is changed only if a reader could not open it: settings that only transformers 5 supports, and settings that
     need code which is not in the folder.
     """
     written, changes = list[Path](), list[str]()
-    for path in companions(root):
+    for path in companions(root) if files is None else files:
         settings, changed = _readable(_read(path)) if path.name == SETTINGS else ({}, [])
         if changed:
             write_json(out / SETTINGS, settings)

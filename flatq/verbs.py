@@ -1,4 +1,4 @@
-"""The commands besides ``run``: check, plan, export, bench, eval, compare, generate."""
+"""The commands besides ``run``, ``check`` and ``plan``: export, bench, eval, compare, generate."""
 
 from __future__ import annotations
 
@@ -10,84 +10,21 @@ from pydantic import BaseModel, ValidationError
 
 from flatq.artifact import MANIFEST, RANGES, Artifact, tokenizer_in
 from flatq.calibration.cache_ranges import note_cache_ranges
-from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.evaluate.compare import comparison, entries_of
 from flatq.evaluate.subjects import subjects_of
 from flatq.evaluate.tasks import require_lm_eval, run_tasks, task_table, tasks_wanted
 from flatq.export.bench import bench_table
 from flatq.export.deliver import deliver, foreign, opened, reopened, side_by_side
-from flatq.export.folder import DESCRIPTION, description_of, required_tokenizer_of
+from flatq.export.folder import DESCRIPTION, description_of, tokenizer_of
 from flatq.export.generate import DecoderRunner, stream
-from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
+from flatq.export.planned import PlannedExport, needs_cache_ranges
 from flatq.export.protocols import Exporter, Runner, exporter_named
-from flatq.machine.device import resolve_device
-from flatq.pipeline.run import open_source
 from flatq.pipeline.texts import tokens_of
-from flatq.plan.decide import draft
-from flatq.plan.describe import described, explanation, forecast
-from flatq.plan.forecast import forecasts
-from flatq.plan.objections import (
-    absent_packages,
-    raise_absent_packages,
-    raise_early_objections,
-    raise_objections,
-    tokenizer_cautions,
-)
+from flatq.plan.objections import raise_absent_packages
 from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe
-from flatq.sources.source import Source
 from flatq.tokenizer import end_tokens
-
-
-def check(recipe: Recipe) -> list[str]:
-    """A description of the recipe, and warnings about packages that its exports need.
-
-    For a model in a local folder, config.json and the tokenizer are read as well, to describe and check the model.
-
-    Raises:
-        RecipeError: an exporter is missing, its options are invalid, or it does not support the model.
-    """
-    exports, lines = planned_exports(recipe), explanation(recipe)
-    if (Path(recipe.model.path) / "config.json").is_file():
-        source, _ = _from_shapes(recipe, exports)
-        lines.insert(1, f"             {described(source.config)}")
-        lines += [f"! {caution}" for caution in tokenizer_cautions(source)]
-    return lines + _warnings(recipe, exports)
-
-
-def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, RankPlan]:
-    """The model without its weights, and the plan with equal fractions for all layers.
-
-    Raises:
-        RecipeError: the budget cannot be reached, or GPTQ or an exporter does not support the planned model.
-    """
-    source = open_source(recipe, need_weights=False)
-    raise_early_objections(recipe, source, exports)
-    planned = draft(recipe, source)
-    raise_objections(recipe, source.config.with_layers(planned.layers), exports)
-    return source, planned
-
-
-def _warnings(recipe: Recipe, exports: list[PlannedExport]) -> list[str]:
-    """Missing packages, as warnings: the recipe may be meant for another machine."""
-    return [f"! {problem}" for problem in absent_packages(exports, recipe)]
-
-
-def plan(recipe: Recipe, *, device: str = "auto") -> str:
-    """Predicted parameters, sizes, memory and time, from the model's shapes alone.
-
-    Raises:
-        RecipeError: an exporter does not support the planned model.
-    """
-    exports = planned_exports(recipe)
-    source, planned = _from_shapes(recipe, exports)
-    config = source.config
-    ranges = needs_cache_ranges(exports)
-    phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
-    text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
-    said = [*tokenizer_cautions(source), *_warnings(recipe, exports)]
-    return text + "".join(f"{warning}\n" for warning in said)
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
@@ -215,7 +152,7 @@ def generate(
     runner: Runner
     if (path / DESCRIPTION).exists():
         described = description_of(path, check=check)
-        tokenizer, ends = required_tokenizer_of(path, described, check=check), end_tokens(described.token_ids)
+        tokenizer, ends = tokenizer_of(path), end_tokens(described.token_ids)
         vocab = described.vocab
         runner = opened(path, provider, check=False)
     else:

@@ -120,17 +120,17 @@ class Backend(backend_registration._DummyBackendModule):  # type: ignore[misc]
 
 def main(*pairs: str) -> None:
     """Runs, in a process of its own: a device's name is for the whole process."""
-    from flatq import verbs
     from flatq.pipeline import run as pipeline
+    from flatq.plan import preview
     from flatq.recipe.grammar import Recipe
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, Backend())
     functional.scaled_dot_product_attention = attention
-    for caller in (pipeline, verbs):
+    for caller in (pipeline, preview):
         caller.resolve_device = lambda wanted: NAME if wanted == NAME else "cpu"  # type: ignore[assignment]
     for recipe, out in zip(pairs[::2], pairs[1::2], strict=True):
         with Away():
-            verbs.plan(Recipe.load(Path(recipe)), device=NAME)
+            preview.plan(Recipe.load(Path(recipe)), device=NAME)
             pipeline.run(Recipe.load(Path(recipe)), Path(out), device=NAME)
 
 

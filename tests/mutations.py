@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from tests.trials import Reached, Trial, import_once, must_pass, verdicts
 ROOT = Path(__file__).parents[1]
 LEAST = 0.85
 SECONDS = 20.0  # of tests for one mutant
+MOST_NAMED = 3  # cases of a key for one mutant, beyond these seconds
 MOST_LATE = 3  # tests for one mutant that need a finished run with exports
 PARTS, WIRING = "tests/test_wiring_parts.py", "tests/test_wiring.py"
 KEYS = f"{WIRING}::test_a_key_changes_what_it_is_about"
@@ -172,6 +174,7 @@ TARGETS = (
 # The tests that may notice; each list is a run of its own, the longest first. Left out are tests that kill processes
 # or measure speed, and keys that reach nothing which the others do not.
 CANDIDATES: tuple[list[str], ...] = (
+    [WIRING, "-k", "flat or gptq or perplexities or default or stop_above or baselines"],
     [
         "tests/test_evaluate.py",
         "tests/test_quality.py",
@@ -180,7 +183,14 @@ CANDIDATES: tuple[list[str], ...] = (
         "-k",
         "not at_its_block and not before_the_head and not bench_measures and not quantized_baselines",
     ],
-    [WIRING, "-k", "flat or gptq or eval or perplexities or default or stop_above or baselines"],
+    [
+        "tests/test_run_steps.py",
+        "tests/test_cache_ranges.py",
+        "tests/faults/test_run_faults.py",
+        "tests/test_tokenizer.py::test_a_token_without_an_embedding_is_told_and_refused_where_it_is_used",
+        "tests/test_tokenizer.py::test_a_token_without_an_embedding_that_stands_in_every_text_is_refused_early",
+        "tests/test_integrity.py::test_verify_names_a_damaged_file_and_so_does_a_finished_run",
+    ],
     [
         PARTS,
         "tests/test_gptq_stage.py",
@@ -190,19 +200,11 @@ CANDIDATES: tuple[list[str], ...] = (
         "tests/test_bits.py",
         "tests/test_plan.py",
     ],
-    [
-        "tests/faults/test_run_faults.py",
-        "tests/test_objections.py",
-        "tests/test_tokenizer.py::test_a_token_without_an_embedding_is_told_and_refused_where_it_is_used",
-        "tests/test_tokenizer.py::test_a_token_without_an_embedding_that_stands_in_every_text_is_refused_early",
-        "tests/test_integrity.py::test_verify_names_a_damaged_file_and_so_does_a_finished_run",
-    ],
 )
 
 # Mutants that change nothing that a test of one process could see, with the reason. Key: file, function, mutation.
 EQUIVALENT = {
     ("flatq/quantize/stage.py", "quantized_together", "len(weights) > 1 -> len(weights) >= 1"): "a copy of one weight",
-    ("flatq/quantize/stage.py", "GptqStage._by_grid", "list(found.items()) -> found.items()"): "iterated over once",
     (
         "flatq/pipeline/run.py",
         "expectations",
@@ -244,21 +246,32 @@ def by_hand(jobs: int) -> int:
 
 
 def chosen_tests(mutant: Mutant, reached: Mapping[str, Reached]) -> list[str]:
-    """The tests that run the changed lines (or, if none does, the function), the quickest first.
+    """The tests that run the changed lines (or, if none does, the function), those that are about least else first.
 
-    Those that need a finished run with exports come last, for it has to be made first: ``MOST_LATE`` of them. Of the
-    others as many as take ``SECONDS``, at least one.
+    First come the cases of ``test_wiring.py`` whose key stands in the changed lines, ``MOST_NAMED`` of them, then the
+    others by how many lines of ``TARGETS`` they run, as many as take ``SECONDS``, at least one. Those that need a
+    finished run with exports come last, for it has to be made first: ``MOST_LATE`` of them.
     """
-    some: list[tuple[bool, float, str]] = []
+    some: list[str] = []
     for span in (mutant.lines, mutant.body):
         wanted = {(mutant.file, line) for line in span}
-        some = sorted((each.late, each.seconds, test) for test, each in reached.items() if wanted & each.lines)
+        some = [test for test, each in reached.items() if wanted & each.lines]
         if some:
             break
-    early = [(seconds, test) for late, seconds, test in some if not late]
-    spent = accumulate(seconds for seconds, _ in early)
-    quick = [test for (_, test), total in zip(early, spent, strict=True) if total <= SECONDS]
-    return (quick or [test for _, test in early[:1]]) + [test for late, _, test in some if late][:MOST_LATE]
+    some.sort(key=lambda test: (len(reached[test].lines), reached[test].seconds, test))
+    changed = mutant.original.splitlines()[mutant.lines.start - 1 : mutant.lines.stop - 1]
+    words = set(re.findall(r"\w+", "\n".join(changed)))
+    named = [test for test in some if test.startswith(KEYS) and key_of(test) in words][:MOST_NAMED]
+    early = [test for test in some if test not in named and not reached[test].late]
+    spent = accumulate(reached[test].seconds for test in early)
+    quick = [test for test, total in zip(early, spent, strict=True) if total <= SECONDS]
+    late = [test for test in some if reached[test].late][:MOST_LATE]
+    return named + (quick if named else quick or early[:1]) + late
+
+
+def key_of(test: str) -> str:
+    """``refit`` of ``...::test_a_key_changes_what_it_is_about[flat.refit]``."""
+    return test.rpartition("[")[2].rstrip("]").rpartition(".")[2]
 
 
 def by_chance(count: int, seeds: Sequence[int], jobs: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import flatq
 from flatq.cli import app, parse_options, summary
 from flatq.errors import RecipeError
 from flatq.recipe.grammar import Recipe, json_schema
+from tests.conftest import MakeRecipe
 
 VERBS = ["run", "check", "plan", "export", "verify", "bench", "eval", "compare", "generate", "ls", "doctor", "schema"]
 GOOD = "version: 1\nmodel: a/b\nstages: [{flat: {keep_ratio: 0.7}}, {gptq: {}}]\nexports: [{onnx: {name: mine}}]\n"
@@ -152,3 +154,20 @@ def test_a_bad_option_is_a_recipe_error(given: list[str]) -> None:
 def test_verbosity_sets_the_level_of_the_log(flags: list[str], level: str) -> None:
     assert cli.invoke(app, [*flags, "schema"]).exit_code == 0
     assert logging.getLevelName(logging.getLogger("flatq").level) == level
+
+
+def test_a_plan_of_a_configuration_imports_nothing_that_only_a_run_needs(
+    tiny_model: Path, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    run_only = "{'transformers', 'datasets', 'onnxruntime', 'onnx_ir', 'matplotlib', 'jinja2', 'lm_eval'}"
+    code = (
+        "import sys\nfrom flatq.cli import app\n"
+        "try: app()\n"
+        f"finally: assert not (found := {run_only} & set(sys.modules)), found"
+    )
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    exports = [{"onnx": {}}, {"gguf": {"precision": "f16"}}, {"safetensors": {"format": "bf16"}}]
+    recipe = make_recipe(model=str(tmp_path), exports=exports)
+    done = subprocess.run([sys.executable, "-c", code, "plan", str(recipe)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "export gguf" in done.stdout

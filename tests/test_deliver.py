@@ -55,7 +55,9 @@ def test_an_export_describes_itself_and_can_be_opened_again(artifact: Artifact, 
     out = tmp_path / "run" / "exports" / "mine"
     report = deliver(onnx(precision="int4"), artifact, out, torch.arange(64).view(2, 32))
     assert json.loads((out / DESCRIPTION).read_text())["artifact"] == "../../artifact"
-    assert report["bytes"] == sum((out / file).stat().st_size for file in report["files"])
+    model = {"model.onnx", "flatq_onnx.json"}
+    assert set(report["files"]) == {*model, "README.md"}
+    assert report["bytes"] == sum((out / file).stat().st_size for file in model)
     assert report["verify"] is not None
     item, root = reopened(out)
     assert root == artifact.root

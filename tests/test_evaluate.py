@@ -131,14 +131,6 @@ def test_the_files_are_checked_unless_that_is_left_out(made: Made, tmp_path: Pat
     assert evaluate(str(places[1]), tokens=130, check=False) == usual[1]
 
 
-def test_an_export_without_any_tokenizer_is_judged_with_that_of_its_dense_model(
-    made: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = evaluate(str(made.root / "exports" / "onnx"))
-    monkeypatch.setattr("flatq.pipeline.evaluate.tokenizer_of", lambda *_, **__: None)
-    assert evaluate(str(made.root / "exports" / "onnx")) == usual
-
-
 def test_a_pretrained_model_is_scored_on_a_text_of_the_usual_length(tiny_model: Path) -> None:
     written = {"dataset": "python-docs", "tokens": ALL_TOKENS, "seq_len": SEQ_LEN}
     assert evaluate(str(tiny_model)) == evaluate(str(tiny_model), **written)

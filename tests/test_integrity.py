@@ -20,7 +20,9 @@ from flatq.export.deliver import deliver, reopened
 from flatq.export.folder import DESCRIPTION
 from flatq.export.planned import PlannedExport
 from flatq.export.protocols import exporter_named
+from flatq.model.grid import Grid
 from tests.conftest import flatq
+from tests.models import tiny_artifact, tiny_config
 
 FEW = ("--prompt", "2", "--new-tokens", "2", "--repeats", "1", "--threads", "1")
 SHARD = "layer-00001-mlp.safetensors"
@@ -252,14 +254,20 @@ def test_an_export_that_was_copied_elsewhere_answers_as_before_and_is_checked(
 
 
 @pytest.mark.parametrize("case", ["onnx", "gguf"])
-def test_an_export_without_a_tokenizer_says_so_when_its_run_is_gone(case: str, run: Path, tmp_path: Path) -> None:
+def test_an_export_needs_no_run(case: str, run: Path, tmp_path: Path) -> None:
     deliver(planned(case), Artifact.open(run), run / "exports" / "mine", None)
     whole = flatq("eval", run / "exports" / "mine", "--tokens", "32").stdout
     moved = Path(shutil.copytree(run / "exports" / "mine", tmp_path / "elsewhere" / "mine"))
     shutil.rmtree(run)
     assert whole
     assert flatq("bench", moved, *FEW).exit_code == 0
-    assert flatq("eval", moved, "--tokens", "32").stdout == whole, "the dense model has the tokenizer"
-    shown = flatq("generate", moved, "-p", "The")
+    assert flatq("eval", moved, "--tokens", "32").stdout == whole
+    assert flatq("generate", moved, "-p", "The", "--new-tokens", "3").exit_code == 0
+
+
+def test_a_prompt_needs_a_tokenizer(tmp_path: Path) -> None:
+    artifact = tiny_artifact(tmp_path / "artifact", tiny_config(), grid=Grid(4, 32))
+    deliver(planned("onnx"), artifact, tmp_path / "mine", None)
+    shown = flatq("generate", tmp_path / "mine", "-p", "The")
     assert shown.exit_code == 3
-    assert f"{moved}: holds no tokenizer" in shown.stderr
+    assert f"{tmp_path / 'mine'}: holds no tokenizer" in shown.stderr

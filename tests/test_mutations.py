@@ -13,8 +13,8 @@ import pytest
 
 from tests.demo_band import main, newest, outside
 from tests.mutants import Mutant, changes
-from tests.mutations import CANDIDATES, FAULTS, ROOT, TARGETS, all_mutants, chosen_tests, place_of
-from tests.trials import Reached
+from tests.mutations import CANDIDATES, FAULTS, KEYS, ROOT, TARGETS, all_mutants, chosen_tests, place_of
+from tests.trials import NOTE, Reached, traced
 
 GOOD: dict[str, Any] = {
     "baseline": {"perplexity": 9.31, "decoder_parameters": 1000},
@@ -48,21 +48,42 @@ def test_the_tests_that_may_notice_are_there() -> None:
         assert f"def {function.partition('[')[0]}" in (ROOT / file).read_text()
 
 
-def test_a_mutant_is_judged_by_the_tests_that_run_its_line_the_quickest_first() -> None:
-    mutant = Mutant("a.py", "f", range(5, 6), range(3, 9), "x -> y", 0, "")
+def reached(*lines: int, seconds: float = 1.0, late: bool = False, file: str = "a.py") -> Reached:
+    return Reached(seconds, late, {(file, line) for line in lines})
 
-    def reached(line: int, seconds: float, late: bool = False, file: str = "a.py") -> Reached:
-        return Reached(seconds, late, {(file, line)})
 
-    some = {"slow": reached(5, 9.0), "quick": reached(5, 1.0), "late": reached(5, 0.0, late=True)}
-    others = {"beside": reached(4, 1.0), "elsewhere": reached(5, 1.0, file="b.py")}
-    assert chosen_tests(mutant, {**some, **others}) == ["quick", "slow", "late"]
+def test_a_mutant_is_judged_by_the_tests_that_run_its_line_those_about_little_else_first() -> None:
+    mutant = Mutant("a.py", "f", range(5, 6), range(3, 9), "x -> y", 0, "\n" * 4 + "x = spec.refit")
+    some = {"broad": reached(*range(9)), "slow": reached(5, seconds=9.0), "quick": reached(5)}
+    some |= {"late": reached(5, late=True)}
+    others = {"beside": reached(4), "elsewhere": reached(5, file="b.py")}
+    assert chosen_tests(mutant, {**some, **others}) == ["quick", "slow", "broad", "late"]
     assert chosen_tests(mutant, others) == ["beside"]
-    assert chosen_tests(mutant, {"beside": reached(20, 1.0)}) == []
-    assert chosen_tests(mutant, {"a": reached(5, 19.0), "b": reached(5, 19.5)}) == ["a"]
-    assert chosen_tests(mutant, {"a": reached(5, 99.0)}) == ["a"]
-    late = {f"{number}": reached(5, float(number), late=True) for number in range(5)}
-    assert chosen_tests(mutant, {"a": reached(5, 99.0), **late}) == ["a", "0", "1", "2"]
+    assert chosen_tests(mutant, {"beside": reached(20)}) == []
+    assert chosen_tests(mutant, {"a": reached(5, seconds=19.0), "b": reached(5, seconds=19.5)}) == ["a"]
+    assert chosen_tests(mutant, {"a": reached(5, seconds=99.0)}) == ["a"]
+    late = {f"{number}": reached(5, seconds=number, late=True) for number in range(5)}
+    assert chosen_tests(mutant, {"a": reached(5, seconds=99.0), **late}) == ["a", "0", "1", "2"]
+
+
+def test_the_case_of_a_key_in_the_changed_lines_comes_first_and_takes_no_time_from_others() -> None:
+    mutant = Mutant("a.py", "f", range(5, 6), range(3, 9), "x -> y", 0, "\n" * 4 + "x = spec.refit")
+    refit, ridge = (f"{KEYS}[flat.{key}]" for key in ("refit", "ridge"))
+    some = {ridge: reached(5), "a": reached(5, seconds=18.0), refit: reached(*range(9), seconds=30.0)}
+    assert chosen_tests(mutant, some) == [refit, ridge, "a"]
+
+
+def test_a_traced_file_tells_which_lines_it_runs() -> None:
+    text = "def f(x=1):\n    if x:\n        return (\n            1\n        )\n    for _ in ():\n        x = 2\n"
+    ran: set[int] = set()
+    inside: dict[str, Any] = {NOTE: lambda file, first, last: ran.update(range(first, last + 1))}
+    exec(traced("a.py", text), inside)
+    assert ran == set(), "what stands outside of functions is not traced"
+    assert inside["f"]() == 1
+    assert ran == {1, 2, 3, 4, 5}
+    ran.clear()
+    assert inside["f"](0) is None
+    assert ran == {1, 2, 6}
 
 
 @pytest.mark.parametrize(

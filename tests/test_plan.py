@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flatq import verbs
 from flatq.artifact import Artifact, tokenizer_in
 from flatq.compress.plan import RankPlan
 from flatq.errors import ArtifactError, RecipeError
@@ -19,7 +18,7 @@ from flatq.export.protocols import exporter_named
 from flatq.machine.speed import Speed, measured_speed
 from flatq.model.decoder import DecoderConfig
 from flatq.plan import describe as planning
-from flatq.plan import forecast
+from flatq.plan import forecast, preview
 from flatq.plan.describe import explanation
 from flatq.plan.forecast import forecasts, working_bytes
 from flatq.plan.operations import operations
@@ -276,4 +275,4 @@ def test_a_bench_table_says_what_a_device_holds() -> None:
 
 def test_check_opens_no_model(make_recipe: MakeRecipe) -> None:
     recipe = Recipe.load(make_recipe(model="/nowhere/at/all", exports=ONNX))
-    assert any("/nowhere/at/all" in line for line in verbs.check(recipe))
+    assert any("/nowhere/at/all" in line for line in preview.check(recipe))

@@ -72,7 +72,8 @@ def test_a_stage_or_an_export_alone_is_a_recipe() -> None:
 
 def test_a_model_can_be_spelt_out() -> None:
     recipe = Recipe.parse("version: 1\nmodel: {path: a/b, revision: abc, dtype: float16}\nexports: [{gguf: {}}]")
-    assert recipe.model.model_dump() == {"path": "a/b", "revision": "abc", "dtype": "float16"}
+    expected = {"path": "a/b", "revision": "abc", "dtype": "float16", "context_length": None}
+    assert recipe.model.model_dump() == expected
 
 
 @pytest.mark.parametrize("ratio", ["1", "1.0", "1e-3", ".5", "0.001"])

@@ -101,7 +101,6 @@ def test_a_model_without_all_its_weights_is_refused_before_anything_is_done(
     with patched(run__run_tokens=reached), pytest.raises(ArtifactError, match=r"layers\.1\.down\.weight is missing"):
         run(recipe, tmp_path / "out")
     (model_copy / "model.safetensors").unlink()
-    assert not open_source(recipe, need_weights=False).has_weights
     with pytest.raises(FlatqError):
         open_source(recipe)
 

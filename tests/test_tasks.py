@@ -74,7 +74,7 @@ def model_of(lm_eval: None) -> Any:
     def make(subject: Subject, context: int = 64) -> Any:
         runners.append(subject.open())
         wishes: dict[str, Any] = {"prefix": subject.prefix, "ends": subject.ends, "context": context}
-        return HarnessModel(runners[-1], subject.tokenizer(), vocab=subject.config.vocab, **wishes)
+        return HarnessModel(runners[-1], subject.tokenizer(), vocab=subject.vocab, **wishes)
 
     yield make
     for runner in runners:

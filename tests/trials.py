@@ -5,7 +5,9 @@ torch is imported once. Every run of tests is a fork of this process, so it need
 
 from __future__ import annotations
 
+import ast
 import atexit
+import builtins
 import compileall
 import contextlib
 import json
@@ -16,14 +18,12 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ LONGEST_CPU = 120  # seconds of one run of tests, after which a fault counts as 
 LONGEST = 1200  # seconds on the clock, also of unchanged code
 QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # pytest itself is imported before it starts
 LATE = "exported_run"  # the fixture that takes longest
+NOTE = "__reached__"  # the name of ``Tracer.note`` in the traced files
 
 
 @dataclass(frozen=True)
@@ -55,34 +56,65 @@ class Reached:
 
 
 class Tracer:
-    """A plug-in of pytest: notes which lines of some files each test runs, in its process and in all threads."""
+    """A plug-in of pytest: notes which lines of the ``traced`` files each test runs, in its process and in all threads.
 
-    def __init__(self, files: Sequence[str]) -> None:
-        self.files = {str(Path(file).resolve()): file for file in files}
-        self.lines: set[tuple[str, int]] = set()
+    Attributes:
+        tests: seconds, whether it needs the slowest fixture, and (file, first line, last line) of what it ran, by name.
+    """
+
+    def __init__(self) -> None:
+        self.spans: set[tuple[str, int, int]] = set()
         self.tests: dict[str, Any] = {}
 
-    def _call(self, frame: FrameType, event: str, argument: object) -> Any:
-        return self._line if frame.f_code.co_filename in self.files else None
-
-    def _line(self, frame: FrameType, event: str, argument: object) -> Any:
-        if event == "line":
-            self.lines.add((self.files[frame.f_code.co_filename], frame.f_lineno))
-        return self._line
+    def note(self, *span: Any) -> None:
+        self.spans.add(span)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Function) -> Iterator[None]:
-        self.lines.clear()
+        self.spans.clear()
         began = time.monotonic()
-        threading.settrace(self._call)
-        sys.settrace(self._call)
         try:
             return (yield)
         finally:
-            sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
             seconds = round(time.monotonic() - began, 2)
-            self.tests[item.nodeid] = [seconds, LATE in item.fixturenames, sorted(self.lines)]
+            self.tests[item.nodeid] = [seconds, LATE in item.fixturenames, sorted(self.spans)]
+
+
+class Traced(ast.NodeTransformer):
+    """Puts a call of ``Tracer.note`` before every statement of every function."""
+
+    def __init__(self, file: str) -> None:
+        self.file, self.inside = file, False
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        outside, self.inside = self.inside, True
+        head = self._of(node)  # with the defaults of its parameters
+        self.generic_visit(node)
+        self.inside = outside
+        node.body.insert(0, head)
+        return node
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for name in ("body", "orelse", "finalbody") if self.inside and not isinstance(node, ast.Lambda) else ():
+            statements = getattr(node, name, None)
+            if isinstance(statements, list):
+                noted = [(self._of(each), each) for each in statements]
+                setattr(node, name, [each for pair in noted for each in pair])
+        return super().generic_visit(node)
+
+    def _of(self, statement: ast.stmt) -> ast.stmt:
+        """Of a statement that holds others only its head."""
+        body = getattr(statement, "body", None)
+        last = body[0].lineno - 1 if body else statement.end_lineno or statement.lineno
+        return self._note(statement.lineno, max(statement.lineno, last))
+
+    def _note(self, first: int, last: int) -> ast.stmt:
+        return ast.parse(f"{NOTE}({self.file!r}, {first}, {last})").body[0]
+
+
+def traced(file: str, text: str) -> str:
+    """The text of a file with the calls of ``Tracer.note``."""
+    return ast.unparse(ast.fix_missing_locations(Traced(file).visit(ast.parse(text))))
 
 
 @cache
@@ -123,6 +155,8 @@ class Running:
         shutil.copytree(template(), self.place, dirs_exist_ok=True)
         if trial.file is not None:
             (self.place / trial.file).write_text(trial.text)
+        for file in trial.trace:
+            (self.place / file).write_text(traced(file, (self.place / file).read_text()))
         self.reached: dict[str, Reached] = {}
         self.child = os.fork()
         if self.child == 0:
@@ -140,8 +174,9 @@ class Running:
         shown = (self.place / "shown").read_text() if (self.place / "shown").exists() else ""
         if (self.place / "reached.json").exists():
             noted = json.loads((self.place / "reached.json").read_text())
-            for test, (seconds, slow, lines) in noted.items():
-                self.reached[test] = Reached(seconds, slow, {(file, line) for file, line in lines})
+            for test, (seconds, slow, spans) in noted.items():
+                lines = {(file, line) for file, first, last in spans for line in range(first, last + 1)}
+                self.reached[test] = Reached(seconds, slow, lines)
         shutil.rmtree(self.place, ignore_errors=True)
         code = os.waitstatus_to_exitcode(status)
         failed = re.search(r"^(?:FAILED|ERROR) (\S+::\S*)", shown, re.MULTILINE)
@@ -203,7 +238,8 @@ def run_tests(place: Path, trial: Trial) -> None:
         os.environ["PYTHONPATH"] = f"{place}{os.pathsep}{place / 'exporters'}"
         for module in [name for name in sys.modules if name.split(".")[0] in ("tests", "flatq")]:
             del sys.modules[module]
-        tracer = Tracer(trial.trace)
+        tracer = Tracer()
+        setattr(builtins, NOTE, tracer.note)
         options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=short", *QUIET, f"--basetemp={place / 'pytest'}"]
         code = int(pytest.main([*options, *trial.tests], plugins=[tracer] if trial.trace else []))
         (place / "reached.json").write_text(json.dumps(tracer.tests))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from flatq.export import FAMILIES, LINEARS, DecoderConfig, Grid
 from flatq_gguf import k_quants
 from flatq_gguf.blocks import carrier
-from flatq_gguf.layouts import GEMMA2_27B, RANK_MULTIPLE, Architecture, Graph, architecture
+from flatq_gguf.layouts import GEMMA2_27B, RANK_MULTIPLE, Architecture, Graph, architecture, native_rope
 from flatq_gguf.options import GgufOptions
 
 
@@ -74,7 +74,7 @@ def _switches(config: DecoderConfig, chosen: Architecture) -> list[str]:
         f"norms on q and k: {graph.qk_norm}, not {qk_norm}": graph.qk_norm != qk_norm,
         "a head that is tied to the embedding": graph.tied is True and not config.tied_head,
         "an untied head": graph.tied is False and config.tied_head,
-        "no rope factors per frequency": not graph.factors and config.rope.scaling == "llama3",
+        "no rope factors per frequency": not graph.factors and not native_rope(config.rope),
         **{
             _having(cap in graph.caps, f"a cap of {what}"): (
                 graph.caps_required if getattr(config, cap) is None else cap not in graph.caps
@@ -146,8 +146,8 @@ def _compact(config: DecoderConfig) -> list[str]:
             "layout: compact needs an untied head, and this model's head is tied to its embedding: the file would "
             f"store it twice ({config.vocab * config.d_model:,} weights more); use layout: deci"
         )
-    if config.rope.scaling == "llama3":
-        found.append("layout: compact does not support the rope factors of Llama 3; use layout: deci")
+    if config.rope.scaling is not None or config.rope.rotated != 1:
+        found.append("layout: compact does not support the rope factors of this model; use layout: deci")
     switches = [name for name in config.switches() if name != "sliding_window"]
     if switches:
         found.append(f"layout: compact does not support {', '.join(switches)}; use layout: deci")

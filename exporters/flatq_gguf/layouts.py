@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flatq.export import FAMILIES, LINEARS, DecoderConfig
+from flatq.export import FAMILIES, LINEARS, DecoderConfig, Rope
 from flatq_gguf.options import GgufOptions
 
 RANK_MULTIPLE = 32  # V cache types are quantized in blocks of 32
@@ -157,7 +157,9 @@ def architecture(config: DecoderConfig, options: GgufOptions) -> Architecture:
     if options.layout == "compact":
         return Architecture("mimo2", False, equal)
     own = family.gguf if family.gguf in GRAPHS else "llama"
-    if options.layout == "deci" or (narrowed(config) and GRAPHS[own].like_llama):
+    graph = GRAPHS[own]
+    unlike = narrowed(config) or not (native_rope(config.rope) or graph.factors)
+    if options.layout == "deci" or (unlike and graph.like_llama):
         return Architecture("deci", True, _padded(config.with_layers(layers)))
     return Architecture(own, family.gguf_permuted, _padded(equal))
 
@@ -165,3 +167,9 @@ def architecture(config: DecoderConfig, options: GgufOptions) -> Architecture:
 def _padded(config: DecoderConfig) -> DecoderConfig:
     """Values as wide as keys."""
     return config.with_layers([replace(dims, d_v=dims.d_qk) for dims in config.layers])
+
+
+def native_rope(rope: Rope) -> bool:
+    """Whether llama.cpp computes these frequencies from keys of the file; else the file holds factors of them."""
+    rule = rope.scaling in (None, "linear") or (rope.scaling == "yarn" and rope.truncate)
+    return rule and rope.rotated == 1

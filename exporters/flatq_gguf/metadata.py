@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from flatq.export import Artifact, DecoderConfig
-from flatq_gguf.layouts import FULL_WINDOW
+from flatq.export import Artifact, DecoderConfig, Rope
+from flatq_gguf.layouts import FULL_WINDOW, native_rope
 from flatq_gguf.tensors import Contents, Planned
 from flatq_gguf.tokenizer import Vocabulary
 
@@ -104,11 +105,8 @@ def dimension(writer: Any, contents: Contents) -> None:
     writer.add_rope_dimension_count(first.d_qk)
     writer.add_rope_freq_base(config.rope.theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    if config.rope.scaling == "linear":
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope.factor)
+    if config.rope.scaling is not None and native_rope(config.rope):
+        _add_scaling(writer, config.rope)
     if chosen.name == "mimo2":
         _add_mimo2_keys(writer, config)
     if chosen.graph.windows:
@@ -131,6 +129,21 @@ def _add_windows(writer: Any, config: DecoderConfig, *, always: bool) -> None:
     writer.add_sliding_window(FULL_WINDOW if windowed is None else windowed.window)
     writer.add_sliding_window_pattern(pattern)
     writer.add_float32(f"{writer.arch}.rope.freq_base_swa", rope.theta)
+
+
+def _add_scaling(writer: Any, rope: Rope) -> None:
+    """Write the rule of the frequencies; llama.cpp's own factor of YaRN is cancelled, because the weights have it."""
+    import gguf
+
+    writer.add_rope_scaling_factor(rope.factor)
+    if rope.scaling == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_orig_ctx_len(rope.original_max_positions)
+    writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+    writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+    writer.add_rope_scaling_attn_factors(1 / (1 + 0.1 * math.log(max(rope.factor, 1.0))))
 
 
 def _add_mimo2_keys(writer: Any, config: DecoderConfig) -> None:

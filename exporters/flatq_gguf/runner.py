@@ -24,7 +24,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from flatq.export import ExportError, FloatArray, IntArray
+from flatq.export import ExportError, FloatArray, IntArray, require_positions
 from flatq_gguf.exact import is_float32, write_float32
 from flatq_gguf.files import model_files
 
@@ -122,6 +122,7 @@ class LlamaCppRunner:
 
     def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
         """Logits of every position without a past, [b, s] -> [b, s, vocab]; 0 at padding (left or right)."""
+        self._allow(tokens.shape[1])
         mask = np.ones_like(tokens, bool) if valid is None else np.asarray(valid) > 0
         self._begin(*tokens.shape)
         found = np.zeros((*tokens.shape, self.vocab), np.float32)
@@ -138,6 +139,7 @@ class LlamaCppRunner:
         batch, length = tokens.shape
         if capacity < length:
             raise ExportError(f"gguf: capacity {capacity} is less than the prompt's {length} tokens")
+        self._allow(capacity)
         self._begin(batch, capacity)
         self._length = length
         last = np.empty((batch, self.vocab), np.float32)
@@ -173,6 +175,9 @@ class LlamaCppRunner:
         if count < 0:
             raise ExportError(f"gguf: llama.cpp could not tokenize {text[:40]!r}: {last_lines()}")
         return list(buffer[:count])
+
+    def _allow(self, positions: int) -> None:
+        require_positions(f"{self.root}", positions, llama_cpp.llama_model_n_ctx_train(self._model))
 
     def _begin(self, rows: int, capacity: int) -> None:
         self._drop_context()

@@ -7,10 +7,11 @@ Sizes are computed from ``planned``, and the file's tensor table is written from
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from flatq.export import (
@@ -21,13 +22,14 @@ from flatq.export import (
     ExportError,
     Grid,
     QuantizedWeight,
+    Rope,
     Weights,
     dense,
     tensor_shapes,
 )
 from flatq_gguf.blocks import BLOCK, carried, carrier, fits, stored_bytes
 from flatq_gguf.k_quants import K_QUANTS
-from flatq_gguf.layouts import Architecture, architecture
+from flatq_gguf.layouts import Architecture, architecture, native_rope
 from flatq_gguf.options import GgufOptions
 from flatq_gguf.placement import Placement
 
@@ -36,6 +38,7 @@ ALIGNMENT = 32
 # Types whose numbers or scales are float16, and how many scales the largest number of a block is.
 HALF_SCALED = {"F16": 1.0, "Q4_0": 8.0, "Q4_1": 7.5, "Q5_0": 16.0, "Q8_0": 127.0}
 FEWEST_STEPS = 16  # of float16's smallest number in the largest scale of a tensor; with fewer it has no precision
+STILL = 1e30  # divisor of a pair that stands still
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Contents:
     def planned(self) -> Iterator[Planned]:
         """All tensors in the order in which they are written."""
         names = FAMILIES[self.config.family].names
-        if self.config.rope.scaling == "llama3":
+        if not native_rope(self.config.rope):
             yield Planned(ROPE_DIVISORS, "", (self.config.layers[0].d_qk // 2,), "F32")
         for name, shape in shapes_of(self.architecture.written).items():
             kind, carries = ("F32", False) if len(shape) == 1 else self._type(name.removesuffix(".weight"), shape)
@@ -159,8 +162,9 @@ def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def rope_divisors(config: DecoderConfig) -> NDArray[np.float32]:
     """Divisors of the unscaled rope frequencies, as llama.cpp stores them, float32 [d_qk / 2]."""
     d_qk = config.layers[0].d_qk
-    plain = replace(config.rope, scaling=None).inverse_frequencies(d_qk)
-    divisors: NDArray[np.float32] = (plain / config.rope.inverse_frequencies(d_qk)).numpy()
+    found = config.rope.inverse_frequencies(d_qk)
+    plain = Rope(config.rope.theta).inverse_frequencies(d_qk)
+    divisors: NDArray[np.float32] = torch.where(found > 0, plain / found, STILL).numpy()
     return divisors
 
 

@@ -27,6 +27,7 @@ from flatq_onnx.companions import TOKENIZER, write_companions
 from flatq_onnx.contract import CONTRACT, Contract
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.sizes import estimated_bytes
+from flatq_onnx.usage import usage
 
 __all__ = ["OnnxExporter", "OnnxOptions"]
 
@@ -57,12 +58,16 @@ class OnnxExporter(Exporter):
         plain = {"precision": options.activations, "cache_type": "float", "external_data_above": 0}
         return options.model_copy(update=plain)
 
+    def usage(self, options: OnnxOptions) -> str:
+        """See ``flatq.export.Exporter.usage``."""
+        return usage(options)
+
     def needs_cache_ranges(self, options: OnnxOptions) -> bool:
         """See ``flatq.export.Exporter.needs_cache_ranges``."""
         return options.cache_type == "int8"
 
     def write(self, artifact: Artifact, out: Path, options: OnnxOptions) -> Exported:
-        """Write the files into ``out``; the graph is written last.
+        """Write the files into ``out``; the contract is written last.
 
         Raises:
             ExportError: ``check`` has objections, or the onnx packages are not installed.
@@ -73,9 +78,9 @@ class OnnxExporter(Exporter):
         _need(self.missing(options, opening=False))
         from flatq_onnx.writing import save_model
 
-        companions, changes = write_companions(artifact, out, options)
-        files = [Contract.of(artifact, options).save(out), *companions]
-        files += save_model(artifact, out, options, metadata_of(artifact))
+        graph = save_model(artifact, out, options, metadata_of(artifact))
+        companions, changes = write_companions(artifact, out, options, graph)
+        files = [*graph, *companions, Contract.of(artifact, options).save(out)]
         rounding = HALF_KL * (options.activations == "fp16") + INT8_CACHE_KL * (options.cache_type == "int8")
         return Exported(out, tuple(files), notes=(*_notes(artifact, options), *changes), rounding_kl=rounding)
 
@@ -107,8 +112,8 @@ class OnnxExporter(Exporter):
         return OnnxRunner(exported, provider=provider, exact=exact, level=level)
 
     def missing(self, options: OnnxOptions, *, opening: bool = True) -> list[str]:
-        """The onnx packages to write, onnxruntime to run (and to write an ``.ort`` file)."""
-        needed = WRITER | RUNTIME if opening or options.target == "mobile" else WRITER
+        """The onnx packages to write, onnxruntime to run."""
+        needed = WRITER | RUNTIME if opening else WRITER
         return absent_packages(needed)
 
     def providers(self) -> tuple[str, ...]:
@@ -148,7 +153,7 @@ def _notes(artifact: Artifact, options: OnnxOptions) -> list[str]:
             notes.append(f"stored as {floats} because they are not quantized: {', '.join([*plain, *ends])}")
         if any(grid.bits == 3 for grid in artifact.grids.values()):
             notes.append("3-bit codes are stored in 4 bits because onnxruntime has no 3-bit kernel")
-    if options.target in ("genai", "optimum") and not (artifact.root / TOKENIZER).exists():
+    if options.target in ("genai", "optimum", "web") and not (artifact.root / TOKENIZER).exists():
         notes.append(f"the artifact has no {TOKENIZER}, so {options.target} accepts only token ids")
     if options.cache_type == "int8":
         notes.append(f"the KV cache is int8, which needs onnxruntime {INT8_SINCE} or later")

@@ -1,8 +1,9 @@
 """Two implementations of attention in ONNX.
 
-``Reduced`` uses standard operators (opset 24): TensorScatter writes new keys and values in place into a preallocated
-cache, and Attention gets the whole cache as its keys and values, because Attention's own past would be copied for every
-token. Value heads, also in the cache, have the model's reduced width. When a token is decoded, each head is a
+``Reduced`` uses standard operators: ScatterND writes new keys and values in place into a preallocated cache, and
+Attention gets the whole cache as its keys and values, because Attention's own past would be copied for every token.
+TensorScatter of opset 24 does the same, but warns for every token if the cache is not bound in place, and needs a newer
+onnxruntime. Value heads, also in the cache, have the model's reduced width. When a token is decoded, each head is a
 vector-matrix product; onnxruntime reads the cache without copies for a single row and a scale of 1 (so the scale is
 applied in the rotary embedding), and otherwise copies it into panels. This makes it faster than GroupQueryAttention,
 which copies once per query head. The caller allocates the caches and gives the positions of new tokens.
@@ -116,21 +117,22 @@ class Reduced(_Drawing):
 
     def __init__(self, builder: Builder, linears: Linears, config: DecoderConfig, tokens: Any, valid: Any) -> None:
         super().__init__(builder, linears, config)
-        self._first = builder.input("cache_position", ["batch"], INT64)
+        self._first = builder.input("cache_position", ["batch_size"], INT64)
         sequence = builder.op(
             "Squeeze", [length(builder, tokens, 1), builder.constant("const.0", ints(0))], [], dtype=INT64
         )
         offsets = span(builder, sequence, "sequence")
         one = builder.constant("const.1", ints(1))
-        first = builder.op("Unsqueeze", [self._first, one], ["batch", 1], dtype=INT64)
-        slots = builder.op("Add", [first, offsets], TOKENS, dtype=INT64)
+        first = builder.op("Unsqueeze", [self._first, one], ["batch_size", 1], dtype=INT64)
+        self._slots = slots = builder.op("Add", [first, offsets], TOKENS, dtype=INT64)
+        self._rows: dict[int, Any] = {}
         # Cosines and sines are scaled by d ** -0.25, so the product of queries and keys is scaled by d ** -0.5.
         self._scale = config.layers[0].d_qk ** -0.25
         self._places = place(builder, config, valid, slots, self.past, scale=self._scale)
 
     def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
         """See ``Attention.cache``."""
-        heads: Dims = ["batch", dims.kv_heads, self.past]
+        heads: Dims = ["batch_size", dims.kv_heads, self.past]
         return [*heads, dims.d_qk], [*heads, dims.d_v]
 
     def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -138,11 +140,11 @@ class Reduced(_Drawing):
         build, dims = self.builder, self.config.layers[index]
         pair, value = self._projected(x, index)
         counts = (dims.heads, dims.kv_heads)
-        rows: list[Dims] = [["batch", count, "sequence", dims.d_qk] for count in counts]
+        rows: list[Dims] = [["batch_size", count, "sequence", dims.d_qk] for count in counts]
         sizes = build.constant("split.{}_{}".format(*counts), ints(*counts))
         query, key = build.ops("Split", [self._turned(pair, sum(counts), dims.d_qk), sizes], rows, axis=1)
-        keys, values = self._written(past, (key, self._turned(value, dims.kv_heads, dims.d_v)), dims, axis=2)
-        heads: Dims = ["batch", dims.heads, "sequence", dims.d_v]
+        keys, values = self._written(past, (key, self._turned(value, dims.kv_heads, dims.d_v)), dims)
+        heads: Dims = ["batch_size", dims.heads, "sequence", dims.d_v]
         mask = self._places[self.config.number_of_kind(index)].mask
         mixed = build.op("Attention", [query, keys, values, mask], heads, scale=1.0, **self.cap)
         mixed = build.op("Transpose", [mixed], [*TOKENS, dims.heads, dims.d_v], perm=[0, 2, 1, 3])
@@ -165,17 +167,38 @@ class Reduced(_Drawing):
         scale = self.builder.constant("rope.none", np.array(self._scale, self.builder.float_type.numpy()))
         return self.builder.op("Mul", [pair, scale], [*TOKENS, both * dims.d_qk]), value
 
-    def _written(self, past: Sequence[Any], new: Sequence[Any], dims: LayerDims, axis: int) -> list[Any]:
+    def _written(self, past: Sequence[Any], new: Sequence[Any], dims: LayerDims) -> list[Any]:
         """Caches with the new keys and values written to their positions."""
+        rows = self._rows_of(dims.kv_heads)
         return [
-            self.builder.op("TensorScatter", [old, part, self._first], shape, axis=axis)
+            self.builder.op("ScatterND", [old, rows, part], shape)
             for old, part, shape in zip(past, new, self.cache(dims), strict=True)
         ]
+
+    def _rows_of(self, heads: int) -> Any:
+        """Row, head and position of each new key or value in the cache, int64 [b, heads, s, 3]; for all layers."""
+        if heads in self._rows:
+            return self._rows[heads]
+        build, full = self.builder, ("batch_size", heads, "sequence")
+        rows, new = (length(build, self._slots, axis) for axis in (0, 1))
+        shape = build.op("Concat", [rows, build.constant(f"const.{heads}", ints(heads)), new], [3], dtype=INT64, axis=0)
+        end = build.op("Squeeze", [rows, build.constant("const.0", ints(0))], [], dtype=INT64)
+        column = build.constant("shape.column", ints(-1, 1, 1))
+        row = build.op("Reshape", [span(build, end, "batch_size"), column], ["batch_size", 1, 1], dtype=INT64)
+        head = build.constant(f"heads.{heads}", np.arange(heads, dtype=np.int64)[:, None])
+        one, last = build.constant("const.1", ints(1)), build.constant("const.-1", ints(-1))
+        slot = build.op("Unsqueeze", [self._slots, one], ["batch_size", 1, "sequence"], dtype=INT64)
+        parts = []
+        for part in (row, head, slot):
+            wide = build.op("Expand", [part, shape], full, dtype=INT64)
+            parts.append(build.op("Unsqueeze", [wide, last], [*full, 1], dtype=INT64))
+        self._rows[heads] = build.op("Concat", parts, [*full, 3], dtype=INT64, axis=-1)
+        return self._rows[heads]
 
     def _turned(self, x: Any, heads: int, width: int) -> Any:
         """[b, s, heads * width] -> [b, heads, s, width]."""
         split = self.split_heads(x, heads, width)
-        return self.builder.op("Transpose", [split], ["batch", heads, "sequence", width], perm=[0, 2, 1, 3])
+        return self.builder.op("Transpose", [split], ["batch_size", heads, "sequence", width], perm=[0, 2, 1, 3])
 
 
 class Grouped(_Drawing):
@@ -205,16 +228,16 @@ class Grouped(_Drawing):
         self._places: list[Placement] = []
         if positions is None:  # the mask hides padding, so every row ends at the last position
             rows = length(builder, valid, 0)
-            count = builder.op("Expand", [total, rows], ["batch"], dtype=INT64)
+            count = builder.op("Expand", [total, rows], ["batch_size"], dtype=INT64)
             start = builder.op("Sub", [total, length(builder, tokens, 1)], [1], dtype=INT64)
             start = builder.op("Squeeze", [start, zero], [], dtype=INT64)
             shape = builder.op("Shape", [tokens], [2], dtype=INT64)
             slots = builder.op("Expand", [span(builder, end, "sequence", start), shape], TOKENS, dtype=INT64)
             self._places = place(builder, config, valid, slots, "total")
         else:
-            count = builder.op("ReduceSum", [valid, one], ["batch"], dtype=INT64, keepdims=0)
-        last = builder.op("Sub", [count, one], ["batch"], dtype=INT64)
-        self._last = builder.op("Cast", [last], ["batch"], dtype=INT32, to=INT32)
+            count = builder.op("ReduceSum", [valid, one], ["batch_size"], dtype=INT64, keepdims=0)
+        last = builder.op("Sub", [count, one], ["batch_size"], dtype=INT64)
+        self._last = builder.op("Cast", [last], ["batch_size"], dtype=INT32, to=INT32)
         self._positions = positions
 
     def _tables(self, rope: Rope | None) -> list[Any]:
@@ -235,7 +258,7 @@ class Grouped(_Drawing):
 
     def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
         """See ``Attention.cache``."""
-        shape: Dims = ["batch", dims.kv_heads, self.past, dims.d_qk]
+        shape: Dims = ["batch_size", dims.kv_heads, self.past, dims.d_qk]
         return shape, shape
 
     def mix(self, x: Any, index: int, past: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -251,7 +274,7 @@ class Grouped(_Drawing):
     def _node(self, new: Sequence[Any], index: int, past: Sequence[Any], scales: Sequence[Any] = ()) -> Sequence[Any]:
         """One GroupQueryAttention; with ``scales`` of keys and values the cache is int8."""
         dims = self.config.layers[index]
-        cache: Dims = ["batch", dims.kv_heads, "present", dims.d_qk]
+        cache: Dims = ["batch_size", dims.kv_heads, "present", dims.d_qk]
         kind, at = self.config.kind(index), self._place(index)
         tables = self._tables(kind.rope)
         # No position_ids, no head_sink.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from flatq.export import ExportError
 
-OPSET = 23  # the first with RMSNormalization; TensorScatter needs one more
+OPSET = 23  # the first with RMSNormalization and Attention
 IR_VERSION = 11  # the one that came with opset 23
 MICROSOFT = "com.microsoft"
 
@@ -37,27 +37,20 @@ class Builder:
 
     Args:
         float_type: default type of tensors.
-        opset: of the standard operators.
     """
 
-    def __init__(self, float_type: Any = FLOAT, opset: int = OPSET) -> None:
+    def __init__(self, float_type: Any = FLOAT) -> None:
         self.float_type = float_type
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._nodes: list[Any] = []
         self._initializers: dict[str, Any] = {}
         self._taken: dict[str, int] = {}
-        self._domains = {"": opset}
+        self._domains = {"": OPSET}
 
     def input(self, name: str, shape: Dims, dtype: Any = None) -> Any:
         """A graph input."""
         value = self._value(name, shape, dtype)
-        self._inputs.append(value)
-        return value
-
-    def optional_input(self, name: str, default: NDArray[Any]) -> Any:
-        """An optional graph input: an initializer that the caller can override."""
-        value = self.constant(name, default)
         self._inputs.append(value)
         return value
 

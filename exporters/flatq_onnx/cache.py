@@ -56,8 +56,8 @@ class Cache:
         self._logits: Any = None
         self._made: dict[tuple[str, bool], tuple[tuple[int, ...], Any]] = {}
         self._bound: dict[str, Any] = {}
-        if "logits_from" in contract.optional_inputs:
-            self._bind("logits_from", np.full(1, -1, np.int64))
+        if "num_logits_to_keep" in contract.inputs:
+            self._bind("num_logits_to_keep", np.ones((), np.int64))
         self._binding.bind_output("logits", "cpu")  # outputs are returned in the order of their first binding
         if contract.growth == "returned":
             self._keep([_value(np.zeros(shape, contract.cache_number), device) for _, shape in self._shapes(0)])
@@ -134,9 +134,9 @@ class Cache:
 
     def _bind(self, name: str, array: IntArray, *, single: bool = False) -> None:
         """Bind an input of prompts or of single steps; a buffer of the same shape is updated in place."""
-        array = np.ascontiguousarray(array, np.int64)
-        shape, value = self._made.get((name, single), ((), None))
-        if shape == array.shape:
+        array = np.asarray(array, np.int64, order="C")
+        shape, value = self._made.get((name, single), (None, None))
+        if value is not None and shape == array.shape:
             value.update_inplace(array)
         else:
             value = _value(array.copy(), self._device)

@@ -17,7 +17,7 @@ from flatq_onnx.tensors import LEAST_BLOCK, block_of
 
 CUDA_ROWS = 64
 # The oldest onnxruntime that opens a graph and gives its numbers; `make interop-versions` measures them.
-GROUPED_SINCE, REDUCED_SINCE, INT8_SINCE, MOBILE_SINCE = map(Version, ("1.23", "1.25", "1.28", "1.28"))
+SINCE, INT8_SINCE = Version("1.23"), Version("1.28")
 TWO_BITS_SINCE = {"fp32": Version("1.24"), "fp16": Version("1.28")}
 
 
@@ -78,8 +78,11 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
     found = []
     if options.left_padding and options.attention == "reduced":
         found.append("onnx: left_padding is an option of attention: gqa; reduced always supports it, so leave it out")
-    if options.context_length is not None and not options.fused_rope:
-        found.append("onnx: context_length has an effect only with rotary tables (attention: gqa); leave it out")
+    if options.context_length is not None and options.context_length > config.max_positions:
+        found.append(
+            f"onnx: context_length {options.context_length} is beyond the model's {config.max_positions} positions; "
+            "lower it, or leave it out"
+        )
     if options.cache_type == "int8":
         found += _int8_objections(options)
     head_sizes = sorted({dims.d_qk for dims in config.layers})
@@ -100,11 +103,10 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
 
 def oldest_onnxruntime(grids: Mapping[str, Grid], options: OnnxOptions) -> str:
     """Version that opens such a graph and gives its numbers, as older ones do not."""
-    needed = [REDUCED_SINCE if options.attention == "reduced" else GROUPED_SINCE]
+    needed = [SINCE]
     two_bits = any(grid.bits == 2 for stem, grid in grids.items() if stem != "embed")  # the lookup has them in 4
     needed += [TWO_BITS_SINCE[options.activations]] if two_bits and options.precision == "int4" else []
     needed += [INT8_SINCE] if options.cache_type == "int8" else []
-    needed += [MOBILE_SINCE] if options.target == "mobile" else []
     return str(max(needed))
 
 

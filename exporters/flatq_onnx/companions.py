@@ -10,9 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flatq.export import Artifact, DecoderConfig, Rope, UnsupportedModel, config_to_hf, write_json
-from flatq_onnx.contract import MODEL
-from flatq_onnx.options import OnnxOptions
+from flatq.export import (
+    Artifact,
+    DecoderConfig,
+    ExportError,
+    Rope,
+    UnsupportedModel,
+    chat_templates,
+    config_to_hf,
+    read_json,
+    write_json,
+)
+from flatq_onnx.options import WEB_SUFFIXES, OnnxOptions
 
 TOKENIZER = "tokenizer.json"
 # Keys of generation_config.json that onnxruntime-genai has under the same name.
@@ -23,16 +32,32 @@ GENAI_TYPES = (  # as of onnxruntime-genai 0.18; all of them are run in the same
 )  # fmt: skip
 
 
-def write_companions(artifact: Artifact, out: Path, options: OnnxOptions) -> tuple[list[Path], list[str]]:
-    """Write the files that ``options.target`` needs; returns their paths, and notes about changes of copied files."""
+def write_companions(
+    artifact: Artifact, out: Path, options: OnnxOptions, graph: list[Path]
+) -> tuple[list[Path], list[str]]:
+    """Write the files that ``options.target`` needs.
+
+    Args:
+        artifact: the model.
+        out: folder of the export.
+        options: of the export.
+        graph: the files that were written: the graph, and its external data if it has any.
+
+    Returns:
+        Their paths, and notes about changes of copied files.
+    """
     if options.target == "genai":
         path, content = out / "genai_config.json", genai_config(artifact, options)
     elif options.target == "optimum":
         path, content = out / "config.json", transformers_config(artifact)
+    elif options.target == "web":
+        path, content = out / "config.json", web_config(artifact, options, graph)
     else:
         return [], []
     write_json(path, content)
     copied, changes = artifact.copy_companions(out)
+    if options.target == "web":
+        changes += put_templates_inside(out)
     return [path, *copied], changes
 
 
@@ -55,7 +80,7 @@ def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
             "context_length": context,
             "vocab_size": config.vocab,
             "decoder": {
-                "filename": MODEL,
+                "filename": options.model_file,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "head_size": dims.d_qk,
                 "hidden_size": config.d_model,
@@ -97,6 +122,29 @@ def transformers_config(artifact: Artifact) -> dict[str, Any]:
             dims,
         )
     return {**settings, "torch_dtype": "float32", **_token_ids(artifact)}
+
+
+def web_config(artifact: Artifact, options: OnnxOptions, graph: list[Path]) -> dict[str, Any]:
+    """``config.json`` for transformers.js, which finds in it which file to load."""
+    dtype = WEB_SUFFIXES[options.precision == "int4", options.activations].removeprefix("_") or "fp32"
+    settings: dict[str, Any] = {"dtype": dtype}
+    if options.activations == "fp16":
+        settings["kv_cache_dtype"] = {dtype: "float16"}
+    if len(graph) > 1:
+        settings["use_external_data_format"] = {graph[0].name: 1}
+    return {**transformers_config(artifact), "transformers.js_config": settings}
+
+
+def put_templates_inside(out: Path) -> list[str]:
+    """Copy chat templates from their files into ``tokenizer_config.json``, where transformers.js looks for them."""
+    templates, path = chat_templates(out), out / "tokenizer_config.json"
+    settings = read_json(path, dict[str, Any], "export the model again", error=ExportError) if path.exists() else {}
+    if not templates or settings.get("chat_template"):
+        return []
+    named = [{"name": name, "template": template} for name, template in templates.items()]
+    settings["chat_template"] = templates["default"] if list(templates) == ["default"] else named
+    write_json(path, settings)
+    return ["tokenizer_config.json: the chat templates are also in this file, because transformers.js reads no other"]
 
 
 def _token_ids(artifact: Artifact) -> dict[str, Any]:

@@ -17,9 +17,6 @@ from flatq_onnx.check import oldest_onnxruntime
 from flatq_onnx.options import OnnxOptions
 
 CONTRACT = "flatq_onnx.json"
-MODEL = "model.onnx"
-DATA = "model.onnx.data"
-MOBILE = "model.ort"
 
 
 class CacheShape(BaseModel):
@@ -42,7 +39,7 @@ class Contract(BaseModel):
             buffer, so all shapes are constant; ``shared``: the same, but the mask ends at the last token;
             ``returned``: present is a new tensor, longer than past.
         float_type: of logits, and of the cache unless ``cache_type`` is int8.
-        context_length: maximum number of positions; None is no limit.
+        context_length: maximum number of positions; None if unknown (graphs of other programs).
         sliding_window: of every layer; None if some layer sees all positions.
         token_ids: bos, eos and pad ids of the model's configuration.
         layers: widths of each layer.
@@ -50,9 +47,9 @@ class Contract(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     onnxruntime: str = ""
-    model: str = MODEL
+    model: str
     attention: str
     precision: str
     left_padding: bool
@@ -64,7 +61,6 @@ class Contract(BaseModel):
     vocab: int
     token_ids: dict[str, Any]
     inputs: list[str]
-    optional_inputs: list[str]
     outputs: list[str]
     layers: list[dict[str, int]]
     cache: list[CacheShape]
@@ -76,7 +72,7 @@ class Contract(BaseModel):
         reduced = options.attention == "reduced"
         pairs = [f"{index}.{part}" for index in range(len(config.layers)) for part in ("key", "value")]
         return cls(
-            model=MOBILE if options.target == "mobile" else MODEL,
+            model=options.model_file,
             onnxruntime=oldest_onnxruntime(artifact.grids, options),
             attention=options.attention,
             precision=options.precision,
@@ -84,17 +80,17 @@ class Contract(BaseModel):
             growth="fixed" if reduced or options.fused_rope else "shared",
             float_type="float16" if options.activations == "fp16" else "float32",
             cache_type=options.cache_type,
-            context_length=(options.context_length or config.max_positions) if options.fused_rope else None,
+            context_length=options.context_length or config.max_positions,
             sliding_window=config.sliding_window,
             vocab=config.vocab,
             token_ids={name: value for name, value in artifact.settings.items() if name.endswith("_token_id")},
             inputs=[
                 "input_ids",
                 "attention_mask",
+                *(["num_logits_to_keep"] if options.chooses_logits else []),
                 *(["cache_position"] if reduced else []),
                 *(f"past_key_values.{pair}" for pair in pairs),
             ],
-            optional_inputs=["logits_from"],
             outputs=["logits", *(f"present.{pair}" for pair in pairs)],
             layers=[asdict(dims) for dims in config.layers],
             cache=[

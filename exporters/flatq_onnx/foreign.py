@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from flatq.export import ExportError, read_json
 from flatq_onnx.contract import CacheShape, Contract
 
-KNOWN = {"input_ids", "attention_mask", "position_ids"}
+KNOWN = {"input_ids", "attention_mask", "position_ids", "num_logits_to_keep"}
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 FLOATS = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
 
@@ -51,7 +51,6 @@ def contract_of(root: Path) -> Contract:
     graph = onnx.load(files[0], load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     inputs = {value.name: value.type.tensor_type for value in graph.input if value.name not in weights}
-    optional = ["logits_from"] if "logits_from" in weights else []
     outputs = {value.name: value.type.tensor_type for value in graph.output}
     unknown = [name for name in inputs if name not in KNOWN and not PAST.fullmatch(name)]
     cache = _cache(files[0], inputs)
@@ -76,7 +75,6 @@ def contract_of(root: Path) -> Contract:
         vocab=_sizes(outputs["logits"])[-1],
         token_ids={},
         inputs=list(inputs),
-        optional_inputs=optional,
         outputs=["logits", *presents],
         layers=[],
         cache=cache,

@@ -3,8 +3,8 @@
 The model is not traced: a traced graph has four times as many nodes, no named cache, and no MatMulNBits. Inputs are
 ``input_ids`` [b, s], ``attention_mask`` [b, t] (1 = valid), the cache and, with ``attention: reduced``,
 ``cache_position`` [b], the position of a row's first new token in the cache; outputs are ``logits`` and the new cache.
-With the optional input ``logits_from``, logits are computed only from that position on (-1: only the last position),
-which saves most of the head's time for long prompts.
+With the input ``num_logits_to_keep`` [], which genai and optimum graphs do not have, logits are computed only for so
+many last positions (0: for all), which saves most of the head's time for long prompts.
 
 The first and the last norm are RMSNormalization of opset 23, because onnx's checker rejects onnxruntime's older
 SimplifiedLayerNormalization, which is declared as a standard operator; all others are fused with the preceding addition
@@ -59,36 +59,39 @@ class _Sheet:
         ranges: Mapping[str, Tensor],
     ) -> None:
         self.config, self.options, self.ranges = config, options, ranges
-        self.builder = Builder(
-            FLOAT16 if options.activations == "fp16" else FLOAT, opset=24 if options.attention == "reduced" else 23
+        self.builder = Builder(FLOAT16 if options.activations == "fp16" else FLOAT)
+        self.linears = Linears(
+            self.builder, grids, read, options.accuracy_level, standard_lookup=options.target == "web"
         )
-        self.linears = Linears(self.builder, grids, read, options.accuracy_level)
 
     def model(self, metadata: dict[str, str]) -> Any:
         build, config = self.builder, self.config
         tokens = build.input("input_ids", TOKENS, INT64)
-        valid = build.input("attention_mask", ["batch", "total"], INT64)
+        valid = build.input("attention_mask", ["batch_size", "total"], INT64)
+        kept = build.input("num_logits_to_keep", [], INT64) if self.options.chooses_logits else None
         attention = self._attention(tokens, valid)
         pasts = [self._past(attention, index) for index in range(len(config.layers))]
-        first = build.optional_input("logits_from", ints(-1 if self.options.last_logits_only else 0))
-        outputs = self._decoder(attention, tokens, pasts, first)
+        outputs = self._decoder(attention, tokens, pasts, kept)
         parts = [f"{index}.{part}" for index in range(len(pasts)) for part in ("key", "value")]
         for value, name in zip(outputs, ["logits", *(f"present.{part}" for part in parts)], strict=True):
             build.output(value, name)
         return build.model("flatq", metadata)
 
-    def _decoder(self, attention: Attention, tokens: Any, pasts: Sequence[tuple[Any, Any]], first: Any) -> list[Any]:
-        """Logits from position ``first`` on, and each layer's present keys and values."""
+    def _decoder(self, attention: Attention, tokens: Any, pasts: Sequence[tuple[Any, Any]], kept: Any) -> list[Any]:
+        """Logits of the last ``kept`` positions (None: of all), and each layer's present keys and values."""
         build, config = self.builder, self.config
         stream, update, presents = self.linears.embed(tokens, config), None, list[Any]()
         for index, past in enumerate(pasts):
             stream, update, *present = self._layer(attention, stream, update, index, past)
             presents += present
         stream = build.op("Add", [stream, update], [*TOKENS, config.d_model])
-        lead: Dims = ("batch", "kept")
-        end = build.constant("const.end", ints(2**62))
-        kept = build.op("Slice", [stream, first, end, build.constant("const.1", ints(1))], [*lead, config.d_model])
-        logits = self.linears.head(self._norm(kept, "norm", lead), config, lead)
+        lead: Dims = TOKENS
+        if kept is not None:
+            lead = ("batch_size", "kept")
+            zero, one, end = (build.constant(f"const.{number}", ints(number)) for number in (0, 1, 2**62))
+            first = build.op("Unsqueeze", [build.op("Neg", [kept], [], dtype=INT64), zero], [1], dtype=INT64)
+            stream = build.op("Slice", [stream, first, end, one], [*lead, config.d_model])
+        logits = self.linears.head(self._norm(stream, "norm", lead), config, lead)
         return [self._capped(logits, [*lead, config.vocab]), *presents]
 
     def _capped(self, logits: Any, shape: Dims) -> Any:

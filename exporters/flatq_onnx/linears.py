@@ -24,7 +24,7 @@ from flatq_onnx.builder import FLOAT, FLOAT16, MICROSOFT, UINT8, Builder, Dims, 
 from flatq_onnx.tensors import Blocks, pack_codes, pack_scales, pack_zeros, stack_rows, widen_heads
 
 Read = Callable[[str], Tensor | QuantizedWeight]
-TOKENS: tuple[int | str, ...] = ("batch", "sequence")
+TOKENS: tuple[int | str, ...] = ("batch_size", "sequence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,21 @@ class Linears:
     Args:
         grids: grids of the linears that become MatMulNBits; the others are dequantized if necessary.
         read: reads a tensor by its name.
+        accuracy_level: of MatMulNBits.
+        standard_lookup: look up rows of a quantized embedding with standard operators only.
     """
 
-    def __init__(self, builder: Builder, grids: Mapping[str, Grid], read: Read, accuracy_level: int) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        grids: Mapping[str, Grid],
+        read: Read,
+        accuracy_level: int,
+        *,
+        standard_lookup: bool = False,
+    ) -> None:
         self.builder, self.grids, self.accuracy_level = builder, grids, accuracy_level
+        self.standard_lookup = standard_lookup
         self._read = read
         self._latest: tuple[tuple[Part, ...], Tensor | QuantizedWeight] | None = None
         self._made_on_loading: dict[str, Any] = {}
@@ -102,6 +113,8 @@ class Linears:
             table = self._plain_table(part)
             return self.builder.op("Gather", [table, tokens], [*TOKENS, part.columns], axis=0)
         blocks = Blocks.of(grid, part.rows, part.columns, lookup=True)
+        if self.standard_lookup:
+            return self._looked_up(tokens, part, blocks)
         codes, scales, *zeros = self._packed("embed", (part,), blocks)
         filled, axis = blocks.count * blocks.block, 2
         if zeros:  # zeros are supported only for a table with two axes
@@ -124,10 +137,54 @@ class Linears:
         if not zeros:
             joined = self.builder.constant(f"shape.{filled}", ints(0, 0, filled))
             rows = self.builder.op("Reshape", [rows, joined], [*TOKENS, filled])
-        if filled == part.columns:
-            return rows
-        limits = [self.builder.constant(f"const.{value}", ints(value)) for value in (0, part.columns, 2)]
-        return self.builder.op("Slice", [rows, *limits], [*TOKENS, part.columns])
+        return self._columns(rows, filled, part.columns)
+
+    def _columns(self, x: Any, stored: int, wanted: int) -> Any:
+        """The first columns, without those that pad the last block."""
+        if stored == wanted:
+            return x
+        limits = [self.builder.constant(f"const.{value}", ints(value)) for value in (0, wanted, 2)]
+        return self.builder.op("Slice", [x, *limits], [*TOKENS, wanted])
+
+    def _looked_up(self, tokens: Any, part: Part, blocks: Blocks) -> Any:
+        """Rows of a quantized table with standard operators, for builds of onnxruntime without GatherBlockQuantized."""
+        build, number = self.builder, self.builder.float_type
+        codes, scales, *zeros = self._packed("embed", (part,), blocks)
+        blocked: Dims = [*TOKENS, blocks.count, blocks.block]
+        bytes_ = build.op("Gather", [codes, tokens], [*TOKENS, *blocks.codes_shape[1:]], dtype=UINT8, axis=0)
+        values = self._unpacked(bytes_, blocks.bits, blocked)
+        if zeros:
+            row = build.op("Gather", [zeros[0], tokens], [*TOKENS, blocks.zeros_shape[1]], dtype=UINT8, axis=0)
+            held = blocks.zeros_shape[1] * 8 // blocks.bits
+            points = self._columns(self._unpacked(row, blocks.bits, [*TOKENS, held]), held, blocks.count)
+            last = build.constant("const.-1", ints(-1))
+            shift = build.op("Unsqueeze", [points, last], [*TOKENS, blocks.count, 1])
+        else:
+            shift = build.constant(f"scalar.{number.name}.zero", np.array(1 << (blocks.bits - 1), number.numpy()))
+        values = build.op("Sub", [values, shift], blocked)
+        rows = build.op("Gather", [scales, tokens], [*TOKENS, blocks.count], axis=0)
+        rows = build.op("Unsqueeze", [rows, build.constant("const.-1", ints(-1))], [*TOKENS, blocks.count, 1])
+        filled = blocks.count * blocks.block
+        joined = build.constant(f"shape.{filled}", ints(0, 0, filled))
+        values = build.op("Reshape", [build.op("Mul", [values, rows], blocked), joined], [*TOKENS, filled])
+        return self._columns(values, filled, part.columns)
+
+    def _unpacked(self, packed: Any, bits: int, shape: Dims) -> Any:
+        """Codes of 4 or 8 bits as numbers: uint8 [..., bytes] -> float [..., codes]."""
+        build = self.builder
+        if bits == 4:
+            inside: Dims = [*shape[:-1], int(shape[-1]) // 2]
+            low = build.op(
+                "BitwiseAnd", [packed, build.constant("const.15", np.array(15, np.uint8))], inside, dtype=UINT8
+            )
+            four = build.constant("const.shift", np.array(4, np.uint8))
+            high = build.op("BitShift", [packed, four], inside, dtype=UINT8, direction="RIGHT")
+            last = build.constant("const.-1", ints(-1))
+            pair = [build.op("Unsqueeze", [half, last], [*inside, 1], dtype=UINT8) for half in (low, high)]
+            both = build.op("Concat", pair, [*inside, 2], dtype=UINT8, axis=-1)
+            sizes = build.constant("shape.codes_" + "_".join(map(str, shape[2:])), ints(0, 0, *map(int, shape[2:])))
+            packed = build.op("Reshape", [both, sizes], shape, dtype=UINT8)
+        return build.op("Cast", [packed], shape, to=build.float_type)
 
     def head(self, x: Any, config: DecoderConfig, lead: Dims) -> Any:
         """Logits, [b, s, m] -> [b, s, vocab]; a tied head uses the embedding's tensors."""

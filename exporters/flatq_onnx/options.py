@@ -6,6 +6,7 @@ This module does not import onnx, so that recipes can be checked with only the c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,11 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # Defaults for each target; a recipe can override them, as far as `check.objections` allows.
 TARGETS: Mapping[str, Mapping[str, Any]] = {
     "ort": {},
-    "mobile": {},
     "genai": {"attention": "gqa"},
     "optimum": {"attention": "gqa", "left_padding": True},
+    "web": {"attention": "gqa", "left_padding": True},
     "cuda": {"attention": "gqa", "activations": "fp16"},
 }
+
+# By whether weights are codes, and the type of everything else; the key of transformers.js is without the underscore.
+WEB_SUFFIXES = {(True, "fp32"): "_q4", (True, "fp16"): "_q4f16", (False, "fp32"): "", (False, "fp16"): "_fp16"}
 
 
 class OnnxOptions(BaseModel):
@@ -25,10 +29,10 @@ class OnnxOptions(BaseModel):
 
     Attributes:
         target: the program that will run the graph; sets layout, data type and additional files.
-            ``ort`` is onnxruntime on a CPU; ``genai`` onnxruntime-genai (``genai_config.json`` and tokenizer);
-            ``optimum`` ORTModelForCausalLM, with left padding (configuration and tokenizer in the format of
-            transformers 4); ``cuda`` onnxruntime on CUDA; ``mobile`` one ``.ort`` file for onnxruntime's mobile
-            builds.
+            ``ort`` is onnxruntime on a CPU, phones included; ``genai`` onnxruntime-genai (``genai_config.json`` and
+            tokenizer); ``optimum`` ORTModelForCausalLM, with left padding (configuration and tokenizer in the format of
+            transformers 4); ``cuda`` onnxruntime on CUDA; ``web`` transformers.js in browsers and Node, with left
+            padding.
         attention: ``reduced`` has a value cache with the model's reduced width, written in place, and supports left
             and right padding. ``gqa`` is onnxruntime's GroupQueryAttention, whose value heads are as wide as keys
             (padded with zeros): the standard cache shape, which other programs expect.
@@ -42,23 +46,21 @@ class OnnxOptions(BaseModel):
             on a CPU. ``float`` is the type of ``activations``.
         left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, which supports
             left-padded batches. Without it a padded batch must be padded on the right.
-        last_logits_only: default of the graph's input ``logits_from``: true returns only the last position's logits.
-        context_length: positions in the rotary tables of ``gqa`` without ``left_padding``; None is the model's limit.
-            The other layouts compute the angles and have no limit.
+        context_length: maximum number of positions; None is the model's. It is stated in ``flatq_onnx.json``, and
+            ``gqa`` without ``left_padding`` has rotary tables of that length.
         external_data_above: weights with more bytes than this are written to a separate file (protobuf's limit is
             2 GB).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    target: Literal["ort", "genai", "optimum", "cuda", "mobile"] = "ort"
+    target: Literal["ort", "genai", "optimum", "cuda", "web"] = "ort"
     attention: Literal["reduced", "gqa"] = "reduced"
     precision: Literal["fp32", "fp16", "int4"] = "int4"
     activations: Literal["fp32", "fp16"] = "fp32"
     accuracy_level: Literal[0, 1, 4] = 4
     left_padding: bool = False
     cache_type: Literal["float", "int8"] = "float"
-    last_logits_only: bool = False
     context_length: int | None = Field(default=None, ge=1)
     external_data_above: int = Field(default=1_500_000_000, ge=0, le=1_500_000_000)
 
@@ -72,6 +74,23 @@ class OnnxOptions(BaseModel):
         grouped = {"attention": "gqa"} if data.get("cache_type") == "int8" else {}
         chosen = {**half, **grouped, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
         return {"accuracy_level": 0, **chosen} if chosen.get("activations") == "fp16" else chosen
+
+    @property
+    def model_file(self) -> str:
+        """Path of the graph in the folder; transformers.js finds the precision by the file's name."""
+        if self.target != "web":
+            return "model.onnx"
+        return f"onnx/model{WEB_SUFFIXES[self.precision == 'int4', self.activations]}.onnx"
+
+    @property
+    def data_file(self) -> str:
+        """Name of the external data, which lie beside the graph."""
+        return Path(self.model_file).name + ("_data" if self.target == "web" else ".data")
+
+    @property
+    def chooses_logits(self) -> bool:
+        """Whether the graph has the input ``num_logits_to_keep``, which genai and optimum do not know."""
+        return self.target not in ("genai", "optimum")
 
     @property
     def fused_rope(self) -> bool:

@@ -57,7 +57,7 @@ def numbered(name: str, config: DecoderConfig, what: str, value: Any) -> str:
 def _index(builder: Builder, valid: Any, slots: Any, axis_name: str) -> Any:
     """Number of valid tokens before each new token, float [b, s, 1]."""
     axis = builder.constant("const.1", ints(1))
-    count = builder.op("CumSum", [valid, axis], ["batch", axis_name], dtype=INT64)
+    count = builder.op("CumSum", [valid, axis], ["batch_size", axis_name], dtype=INT64)
     index = builder.op("GatherElements", [count, slots], TOKENS, dtype=INT64, axis=1)
     index = builder.op("Sub", [index, axis], TOKENS, dtype=INT64)
     index = builder.op("Max", [index, builder.constant("const.0", ints(0))], TOKENS, dtype=INT64)
@@ -95,8 +95,8 @@ def _mask(builder: Builder, window: int | None, valid: Any, slots: Any, axis_nam
         oldest = builder.op("Sub", [query, width], [*TOKENS, 1], dtype=INT64)
         near = builder.op("Greater", [key, oldest], full, dtype=BOOL)
         seen = builder.op("And", [seen, near], full, dtype=BOOL)
-    real = builder.op("Cast", [valid], ["batch", axis_name], dtype=BOOL, to=BOOL)
-    real = builder.op("Unsqueeze", [real, one], ["batch", 1, axis_name], dtype=BOOL)
+    real = builder.op("Cast", [valid], ["batch_size", axis_name], dtype=BOOL, to=BOOL)
+    real = builder.op("Unsqueeze", [real, one], ["batch_size", 1, axis_name], dtype=BOOL)
     seen = builder.op("And", [seen, real], full, dtype=BOOL)
     itself = builder.op("Equal", [key, query], full, dtype=BOOL)
     seen = builder.op("Or", [seen, itself], full, dtype=BOOL)
@@ -104,7 +104,7 @@ def _mask(builder: Builder, window: int | None, valid: Any, slots: Any, axis_nam
     look = builder.constant("mask.seen", np.array(0, number))
     blocked = builder.constant("mask.blocked", np.array(np.finfo(number).min, number))
     mask = builder.op("Where", [seen, look, blocked], full)
-    return builder.op("Unsqueeze", [mask, one], ["batch", 1, "sequence", axis_name])
+    return builder.op("Unsqueeze", [mask, one], ["batch_size", 1, "sequence", axis_name])
 
 
 def length(builder: Builder, value: Any, axis: int) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flatq.export import ExportError, FloatArray, IntArray
+from flatq.export import ExportError, FloatArray, IntArray, require_positions
 from flatq_onnx.cache import NO_GRAPH, Cache, empty_cache, run_options
 from flatq_onnx.check import too_old_for_int8
 from flatq_onnx.contract import Contract
@@ -88,9 +88,9 @@ class OnnxRunner:
             "attention_mask": mask,
             "cache_position": np.zeros(batch),
             "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
-            "logits_from": np.zeros(1),
+            "num_logits_to_keep": np.zeros(()),
         }
-        wanted = [*self.contract.inputs, *self.contract.optional_inputs]
+        wanted = self.contract.inputs
         feeds = {name: array.astype(np.int64) for name, array in known.items() if name in wanted}
         past = length if self.contract.growth == "fixed" and "cache_position" in wanted else 0
         feeds |= empty_cache(self.contract, batch, past)
@@ -121,6 +121,4 @@ class OnnxRunner:
         del self.session
 
     def _allow(self, positions: int) -> None:
-        limit = self.contract.context_length
-        if limit is not None and positions > limit:
-            raise ExportError(f"{self.root}: {positions} positions are more than the {limit} of its rotary tables")
+        require_positions(str(self.root), positions, self.contract.context_length)

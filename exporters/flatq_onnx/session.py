@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -48,7 +47,7 @@ WORK = frozenset(  # operators with significant cost; shape computations may run
         "SimplifiedLayerNormalization",
         "SkipSimplifiedLayerNormalization",
         "Softmax",
-        "TensorScatter",
+        "ScatterND",
     }
 )
 
@@ -188,13 +187,6 @@ def _no_cuda(why: str) -> str:
 
 def _with_float_activations(path: Path) -> bytes:
     """The graph with accuracy level 0 for every MatMulNBits; external weights stay in their file."""
-    if path.suffix == ".ort":
-        with tempfile.TemporaryDirectory() as folder:
-            from flatq_onnx.writing import convert  # imports onnx_ir, which is needed only here
-
-            plain = Path(folder) / "model.onnx"
-            convert(path, plain, "ONNX")
-            return _with_float_activations(plain)
     model = onnx.load(path, load_external_data=False)
     _set_float_activations(model.graph)
     serialized: bytes = model.SerializeToString()
@@ -207,7 +199,6 @@ def _set_float_activations(graph: Any) -> None:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
             if attribute.HasField("g"):
-                attribute.g.name = attribute.g.name or f"{node.name}.{attribute.name}"  # .ort: no names
                 _set_float_activations(attribute.g)
 
 

@@ -9,7 +9,7 @@ from flatq.export import LINEARS, DecoderConfig, Grid
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.tensors import Blocks
 
-LAYER_GRAPH_BYTES = {False: 5300, True: 25_000}  # nodes, names, shapes of a layer, measured; True: in an .ort file
+LAYER_GRAPH_BYTES = 5300  # nodes, names, shapes of a layer, measured
 BRANCH_GRAPH_BYTES = 2200  # additional bytes for the branches of a layer with an int8 cache
 ENDS_GRAPH_BYTES = 8000
 
@@ -22,43 +22,38 @@ def estimated_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: O
 
 
 def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
-    dims, number, scale = config.layers[index], _number_bytes(options), _scale_bytes(options)
+    dims, number = config.layers[index], _number_bytes(options)
     norms = 2 * config.d_model * (config.pre_norms + config.post_norms) + sum(config.qk_norm_widths(dims))
-    total = LAYER_GRAPH_BYTES[options.target == "mobile"] + norms * number
+    total = LAYER_GRAPH_BYTES + norms * number
     if options.cache_type == "int8":
         total += BRANCH_GRAPH_BYTES + 2 * dims.kv_heads * dims.d_qk * 4
     for linear in LINEARS:
         rows, columns = dims.shape(linear, config.d_model)
         if linear == "v" and options.attention == "gqa":
             rows = dims.kv_heads * dims.d_qk
-        total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"), number, scale)
+        total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"), number)
         total += rows * number if config.has_bias(linear) else 0
     return total
 
 
 def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
     """Embedding, head, final norm and rotary tables."""
-    table, number, scale = (config.vocab, config.d_model), _number_bytes(options), _scale_bytes(options)
-    total = config.d_model * number + matrix_bytes(*table, grids.get("embed"), number, scale, lookup=True)
+    table, number = (config.vocab, config.d_model), _number_bytes(options)
+    total = config.d_model * number + matrix_bytes(*table, grids.get("embed"), number, lookup=True)
     if not config.tied_head:
-        total += matrix_bytes(*table, grids.get("head"), number, scale)
+        total += matrix_bytes(*table, grids.get("head"), number)
     if options.fused_rope:
         tables = len({kind.rope for kind in config.kinds} - {None})
         total += tables * (options.context_length or config.max_positions) * config.layers[0].d_qk * number
     return total
 
 
-def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, scale: int, *, lookup: bool = False) -> int:
+def matrix_bytes(rows: int, columns: int, grid: Grid | None, number: int, *, lookup: bool = False) -> int:
     """Bytes of one matrix; ``number`` bytes per unquantized weight and per scale that is not stored as float16."""
     if grid is None:
         return prod((rows, columns, number))
     blocks = Blocks.of(grid, rows, columns, lookup=lookup)
-    return blocks.nbytes(scale if blocks.folds else number)
-
-
-def _scale_bytes(options: OnnxOptions) -> int:
-    """Bytes of a scale; an .ort file is written after loading, which casts scales to the graph's type."""
-    return _number_bytes(options) if options.target == "mobile" else 2
+    return blocks.nbytes(2 if blocks.folds else number)
 
 
 def _number_bytes(options: OnnxOptions) -> int:

@@ -1,4 +1,4 @@
-"""Write the graph: one file, or two if the weights are large, or an ``.ort`` file of onnxruntime."""
+"""Write the graph: one file, or two if the weights are large."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import onnx_ir as ir
 
 from flatq.export import Artifact, ExportError, FlatqError
-from flatq_onnx.contract import DATA, MOBILE, MODEL
 from flatq_onnx.graph import draw
 from flatq_onnx.options import OnnxOptions
 
@@ -16,9 +15,7 @@ SMALL = 1024  # smaller tensors stay in the graph's file, so that shape inferenc
 
 
 def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: dict[str, str]) -> list[Path]:
-    """Write ``model.onnx`` and, above the options' threshold, ``model.onnx.data``; each atomically.
-
-    For ``target: mobile`` the file is ``model.ort``.
+    """Write the graph and, above the options' threshold, its weights as external data; each atomically.
 
     Raises:
         ExportError: a tensor cannot be read or a file cannot be written; errors of flatq are passed on.
@@ -26,8 +23,10 @@ def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: di
     ranges = artifact.cache_ranges() if options.cache_type == "int8" else None
     model = draw(artifact.config, artifact.grids, artifact.tensor, options, metadata, ranges)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    external = DATA if weights > options.external_data_above else None
-    partial = out / f"{MODEL}.partial"
+    path = out / options.model_file
+    external = options.data_file if weights > options.external_data_above else None
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
     try:
         ir.save(model, partial, format="protobuf", external_data=external, size_threshold_bytes=SMALL)
     except (ir.serde.SerdeError, OSError) as problem:
@@ -36,44 +35,8 @@ def save_model(artifact: Artifact, out: Path, options: OnnxOptions, metadata: di
         if isinstance(cause, FlatqError):
             raise cause from None
         raise ExportError(f"{out}: the graph cannot be written: {cause}; fix that and export again") from problem
-    if options.target == "mobile":
-        return [_converted(partial, out, external)]
-    _appear(partial, out / MODEL)
-    return [out / MODEL] if external is None else [out / MODEL, out / DATA]
-
-
-def convert(source: Path, target: Path, form: str, *, optimize: bool = False) -> None:
-    """Load a graph and save it in another format, ``ORT`` or ``ONNX``.
-
-    ``optimize`` applies only optimizations that are independent of the processor; weights are not prepacked.
-    """
-    import onnxruntime as ort  # not needed to write a graph
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if optimize else levels.ORT_DISABLE_ALL
-    options.optimized_model_filepath = str(target)
-    options.add_session_config_entry("session.save_model_format", form)
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-
-
-def _converted(graph: Path, out: Path, external: str | None) -> Path:
-    import onnxruntime as ort
-
-    partial = out / f"{MOBILE}.partial"
-    try:
-        convert(graph, partial, "ORT", optimize=True)
-    except Exception as problem:  # onnxruntime's exceptions have no other common base class
-        partial.unlink(missing_ok=True)
-        raise ExportError(f"{out}: onnxruntime {ort.__version__} cannot write {MOBILE}: {problem}") from problem
-    finally:
-        graph.unlink()
-        if external is not None:
-            (out / external).unlink()
-    _appear(partial, out / MOBILE)
-    return out / MOBILE
+    _appear(partial, path)
+    return [path] if external is None else [path, path.with_name(external)]
 
 
 def _appear(partial: Path, path: Path) -> None:

@@ -29,6 +29,7 @@ from flatq.export import (
     loading_faults,
     read_json,
     register_with_transformers,
+    require_positions,
 )
 from flatq_safetensors.configs import Versions
 from flatq_safetensors.packing import GptqLinear, dequantize_gptq, unpack_compressed
@@ -58,7 +59,7 @@ class TransformersRunner:
     """Satisfies ``flatq.export.Runner``; computes in float32."""
 
     def __init__(self, folder: Path, *, provider: str = "auto", threads: int = 0) -> None:
-        self.device = _device(provider)
+        self.root, self.device = folder, _device(provider)
         if threads:
             torch.set_num_threads(threads)
         self.model, how = load_strictly(folder)
@@ -69,12 +70,14 @@ class TransformersRunner:
     @torch.inference_mode()
     def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
         """See ``flatq.export.Runner.logits``."""
+        self._allow(tokens.shape[1])
         mask = None if valid is None else self._tensor(valid)
         return _array(self.model(self._tensor(tokens), attention_mask=mask, use_cache=False).logits)
 
     @torch.inference_mode()
     def start(self, tokens: IntArray, capacity: int) -> FloatArray:
-        """See ``flatq.export.Runner.start``; the cache grows, so ``capacity`` is not needed."""
+        """See ``flatq.export.Runner.start``; the cache grows, ``capacity`` is only compared with the model's limit."""
+        self._allow(capacity)
         self._cache = DynamicCache()
         return self._advance(self._tensor(tokens))
 
@@ -88,6 +91,9 @@ class TransformersRunner:
     def close(self) -> None:
         """Free the model."""
         self.model = self._cache = None
+
+    def _allow(self, positions: int) -> None:
+        require_positions(str(self.root), positions, self.model.config.max_position_embeddings)
 
     def _advance(self, tokens: Tensor) -> FloatArray:
         return _array(self.model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -13,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from flatq.artifact import Artifact, artifact_in, tokenizer_in
+from flatq.digests import combined_digest
 from flatq.errors import FlatqError, RecipeError
 from flatq.export.deliver import opened
-from flatq.export.folder import DESCRIPTION, artifact_of, description_of
+from flatq.export.folder import DESCRIPTION, Description, description_of, tokenizer_of
 from flatq.export.generate import DecoderRunner
 from flatq.export.protocols import Runner
-from flatq.model.decoder import DecoderConfig
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source, open_model, open_named
 from flatq.tokenizer import end_tokens
@@ -34,7 +32,8 @@ class Subject:
     Attributes:
         name: ``dense``, ``artifact`` or the name of an export; also the name of its folder of results.
         digest: of its files; identifies the model.
-        config: widths and switches.
+        vocab: rows of the embedding.
+        positions: maximum number of positions.
         settings: ``bos_token_id`` and ``eos_token_id``, if the model defines them.
         tokenizer: loads a transformers tokenizer.
         open: loads the model.
@@ -42,7 +41,8 @@ class Subject:
 
     name: str
     digest: str
-    config: DecoderConfig
+    vocab: int
+    positions: int
     settings: Mapping[str, Any]
     tokenizer: Callable[[], Any]
     open: Callable[[], Runner]
@@ -81,57 +81,59 @@ def subjects_of(
     """
     path = Path(model)
     if (path / DESCRIPTION).is_file():
-        artifact = artifact_of(path, description_of(path, check=check), check=check)
+        described = description_of(path, check=check)
         beside = path.parent.parent if path.parent.name == "exports" else path.parent
-        one = exported(path, artifact, provider)
+        recipe, one = described.recipe, exported(path, described, provider)
     else:
         if artifact_in(path) is None:
             return [pretrained(open_model(model))], Path("tasks") / re.sub(r"[^\w.-]+", "-", model).strip("-.")
         artifact = Artifact.open(path, check=check)
-        beside, one = artifact.root.parent, compressed(artifact)
-    before = _dense_of(artifact) if dense else None
+        beside, recipe, one = artifact.root.parent, artifact.manifest["recipe"], compressed(artifact)
+    before = _dense_of(recipe, path) if dense else None
     return [*([before] if before else []), one], beside / "tasks"
 
 
 def pretrained(source: Source) -> Subject:
     """A pretrained model in flatq's decoder, float32."""
     source.validate()
-    return Subject(
-        DENSE, _digest(source.digests()), source.config, source.settings(), source.tokenizer, partial(_decoder, source)
-    )
+    config, tokenizer = source.config, source.tokenizer
+    digest, settings = combined_digest(source.digests()), source.settings()
+    return Subject(DENSE, digest, config.vocab, config.max_positions, settings, tokenizer, partial(_decoder, source))
 
 
 def compressed(artifact: Artifact) -> Subject:
     """An artifact in flatq's decoder, float32."""
-    tokenizer = partial(tokenizer_in, artifact.root)
-    digest = _digest(artifact.manifest["files"])
-    return Subject("artifact", digest, artifact.config, artifact.settings, tokenizer, partial(_decoder, artifact))
+    config, tokenizer = artifact.config, partial(tokenizer_in, artifact.root)
+    digest, settings = combined_digest(artifact.manifest["files"]), artifact.settings
+    return Subject(
+        "artifact", digest, config.vocab, config.max_positions, settings, tokenizer, partial(_decoder, artifact)
+    )
 
 
-def exported(root: Path, artifact: Artifact, provider: str) -> Subject:
-    """An export in its runtime with default settings, with the tokenizer of its artifact."""
-    digest = _digest(description_of(root, check=False).files)
-    tokenizer = partial(tokenizer_in, artifact.root)
-    open_export = partial(opened, root, provider, check=False)  # by now the files were compared, if they were to be
-    return Subject(root.name, digest, artifact.config, artifact.settings, tokenizer, open_export)
+def exported(root: Path, described: Description, provider: str) -> Subject:
+    """An export in its runtime with default settings."""
+    return Subject(
+        root.name,
+        combined_digest(described.files),
+        described.vocab,
+        described.context_length,
+        described.token_ids,
+        partial(tokenizer_of, root),
+        partial(opened, root, provider, check=False),  # by now the files were compared, if they were to be
+    )
 
 
 def _decoder(weights: Source | Artifact) -> Runner:
     return DecoderRunner(weights)
 
 
-def _dense_of(artifact: Artifact) -> Subject | None:
-    text = artifact.manifest["recipe"]
-    if not text:
-        log.warning("%s has no recipe, so its dense model is unknown; only the compressed model runs", artifact.root)
+def _dense_of(recipe: str, root: Path) -> Subject | None:
+    if not recipe:
+        log.warning("%s has no recipe, so its dense model is unknown; only the compressed model runs", root)
         return None
-    model = Recipe.parse(text, str(artifact.root)).model
+    model = Recipe.parse(recipe, str(root)).model
     try:
         return pretrained(open_named(model))
     except FlatqError as gone:
         log.warning("the dense model %s cannot be opened (%s); only the compressed model runs", model.path, gone)
         return None
-
-
-def _digest(files: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()[:16]

@@ -199,7 +199,7 @@ def run_tasks(
         settings: dict[str, str | int | None] = {
             "model": subject.digest,
             "limit": limit,
-            "context": min(LONGEST, subject.config.max_positions),
+            "context": min(LONGEST, subject.positions),
             "lm_eval": version_of("lm_eval"),
             "local_tasks": local,
         }
@@ -221,13 +221,13 @@ def _computed(
     """Run the missing tasks; each result is written when the task is finished."""
     from flatq.evaluate.harness import HarnessModel
 
-    context = min(LONGEST, subject.config.max_positions)
+    context = min(LONGEST, subject.positions)
     runner = subject.open()
     try:
         model = HarnessModel(
             runner,
             subject.tokenizer(),
-            vocab=subject.config.vocab,
+            vocab=subject.vocab,
             context=context,
             prefix=subject.prefix,
             ends=subject.ends,

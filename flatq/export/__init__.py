@@ -24,6 +24,7 @@ from flatq.export.protocols import (
     IntArray,
     Runner,
     absent_packages,
+    require_positions,
 )
 from flatq.files import file_digest, read_json, write_atomically, write_json
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
@@ -32,6 +33,7 @@ from flatq.model.grid import Grid, QuantizedWeight
 from flatq.model.hf_config import config_from_hf, config_to_hf
 from flatq.model.weights import Weights, dense, tensor_shapes
 from flatq.sources.gguf_file import ROPE_DIVISORS, pairs_from_halves
+from flatq.tokenizer import chat_templates
 
 __all__ = [
     "ENERGIES",
@@ -59,6 +61,7 @@ __all__ = [
     "Weights",
     "__version__",
     "absent_packages",
+    "chat_templates",
     "config_from_hf",
     "config_to_hf",
     "dense",
@@ -67,6 +70,7 @@ __all__ = [
     "pairs_from_halves",
     "read_json",
     "register_with_transformers",
+    "require_positions",
     "save_shard",
     "tensor_shapes",
     "write_atomically",

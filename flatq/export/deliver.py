@@ -20,6 +20,7 @@ from flatq.artifact import Artifact
 from flatq.errors import ArtifactError, ExportError
 from flatq.export.baseline import BASELINE, dense_artifact
 from flatq.export.bench import BenchResult, Load, bench_side_by_side
+from flatq.export.companions import add_companions
 from flatq.export.folder import AGAIN, DESCRIPTION, describe, description_of
 from flatq.export.planned import PlannedExport, absent_packages_of, has_runtime
 from flatq.export.protocols import Exported, Runner, exporter_named
@@ -55,25 +56,26 @@ def deliver(item: PlannedExport, artifact: Artifact, out: Path, heldout: Tensor 
     growing.mkdir(parents=True)
     try:
         exported = item.exporter.write(artifact, growing, item.options)
+        changes = add_companions(growing, artifact, item)
         origin = os.path.relpath(artifact.root, out)
+        size = exported.bytes  # without the tokenizer, if the format does not need one
         described = describe(growing, artifact, item.format, item.options, origin)
         verification, unverified = _verification(item, artifact, exported, heldout)
     except BaseException:
         shutil.rmtree(growing, ignore_errors=True)
         raise
-    files = sorted(path.relative_to(exported.root).as_posix() for path in exported.files)
     shutil.rmtree(out, ignore_errors=True)
     growing.rename(out)
     if unverified:
         log.warning("exports.%s: not verified: %s", item.name, unverified)
     return {
         "name": item.name,
-        "files": files,
-        "bytes": sum((out / file).stat().st_size for file in files),
-        "sha256": {file: described.files[file] for file in files},
+        "files": sorted(described.files),
+        "bytes": size,
+        "sha256": described.files,
         "verify": verification,
         "unverified": unverified,
-        "notes": list(exported.notes),
+        "notes": [*exported.notes, *changes],
     }
 
 

@@ -1,7 +1,8 @@
 """The export folder: ``export.json`` states which exporter wrote it, from which artifact, and the digest of every file.
 
-It has everything that ``flatq bench`` and ``flatq generate`` need in addition to the exporter's files, so an export
-folder can be moved and opened without its run. Only formats without a tokenizer need the artifact, for its tokenizer.
+Every export folder also contains the model's tokenizer, chat templates and generation settings, and a README, so it
+can be moved to another machine and opened there without its run: ``flatq generate``, ``bench``, ``eval`` and
+``verify`` need nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from flatq.artifact import Artifact, tokenizer_in
-from flatq.digests import Findings, compared, digests_of
+from flatq.digests import Findings, combined_digest, compared, digests_of
 from flatq.errors import ArtifactError
 from flatq.files import read_json, write_checksummed
 from flatq.tokenizer import has_tokenizer
@@ -29,9 +30,11 @@ class Description(BaseModel):
     Attributes:
         format: name of the exporter.
         options: its options, JSON-ready.
-        artifact: path of the artifact, relative to the folder.
+        artifact: path of the artifact, relative to the folder; it need not exist any more.
+        artifact_sha256: digest of the artifact's files, which identifies the artifact.
         recipe: text of the recipe that made the artifact; empty if it was made without one.
         vocab: rows of the embedding.
+        context_length: maximum number of positions.
         token_ids: ``bos_token_id`` and so on, if the artifact defines them.
         files: SHA-256 by path relative to the folder.
     """
@@ -41,8 +44,10 @@ class Description(BaseModel):
     format: str
     options: dict[str, Any]
     artifact: str
+    artifact_sha256: str
     recipe: str
     vocab: int
+    context_length: int
     token_ids: dict[str, int | list[int] | None]
     files: dict[str, str]
 
@@ -54,8 +59,10 @@ def describe(root: Path, artifact: Artifact, format: str, options: BaseModel, or
         format=format,
         options=options.model_dump(mode="json"),
         artifact=origin,
+        artifact_sha256=combined_digest(artifact.manifest["files"]),
         recipe=artifact.manifest["recipe"],
         vocab=artifact.config.vocab,
+        context_length=getattr(options, "context_length", None) or artifact.config.max_positions,
         token_ids=ids,
         files=digests_of(root, but=[DESCRIPTION]),
     )
@@ -108,24 +115,15 @@ def artifact_of(root: Path, described: Description, *, check: bool = True) -> Ar
     return Artifact.open(place, check=check)
 
 
-def tokenizer_of(root: Path, described: Description, *, check: bool = True) -> Any | None:
-    """The artifact's tokenizer; if the artifact is gone the export's own; None if there is neither."""
-    if (root / described.artifact).is_dir():
-        return tokenizer_in(artifact_of(root, described, check=check).root)
-    return tokenizer_in(root) if has_tokenizer(root) else None
-
-
-def required_tokenizer_of(root: Path, described: Description, *, check: bool = True) -> Any:
-    """See ``tokenizer_of``.
+def tokenizer_of(root: Path) -> Any:
+    """The tokenizer in an export folder.
 
     Raises:
         ArtifactError: there is none.
     """
-    found = tokenizer_of(root, described, check=check)
-    if found is None:
+    if not has_tokenizer(root):
         raise ArtifactError(
-            f"{root}: holds no tokenizer that flatq reads, and the artifact that it was made from is not at "
-            f"{(root / described.artifact).resolve()} any more; move the run folder back, or copy the model's "
-            "tokenizer.json and tokenizer_config.json into the folder"
+            f"{root}: holds no tokenizer, so it reads only token ids; copy the model's tokenizer.json and "
+            "tokenizer_config.json into its artifact and export it again"
         )
-    return found
+    return tokenizer_in(root)

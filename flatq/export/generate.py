@@ -24,7 +24,7 @@ from tokenizers.decoders import DecodeStream
 
 from flatq.chats import TemplateRefuses, written_out
 from flatq.errors import FlatqError, NumericsError, RecipeError
-from flatq.export.protocols import FloatArray, IntArray, Runner
+from flatq.export.protocols import FloatArray, IntArray, Runner, require_positions
 from flatq.model.decoder import Decoder, GrowingCache
 from flatq.model.weights import Weights, load_decoder
 
@@ -237,12 +237,14 @@ class DecoderRunner:
     @torch.inference_mode()
     def logits(self, tokens: IntArray, valid: IntArray | None = None) -> FloatArray:
         """See ``Runner.logits``."""
+        self._allow(tokens.shape[1])
         seen = None if valid is None else torch.from_numpy(valid).to(self._device)
         return self._host(self._decoder(torch.from_numpy(tokens).to(self._device), valid=seen))
 
     @torch.inference_mode()
     def start(self, tokens: IntArray, capacity: int) -> FloatArray:
-        """See ``Runner.start``; the cache grows, so ``capacity`` is not used."""
+        """See ``Runner.start``; the cache grows, ``capacity`` is only compared with the model's limit."""
+        self._allow(capacity)
         self._cache = GrowingCache()
         return self._extend(torch.from_numpy(tokens))
 
@@ -254,6 +256,9 @@ class DecoderRunner:
     def close(self) -> None:
         """Release the cache."""
         self._cache = GrowingCache()
+
+    def _allow(self, positions: int) -> None:
+        require_positions("the model", positions, self._decoder.config.max_positions)
 
     def _extend(self, tokens: torch.Tensor) -> FloatArray:
         hidden = self._decoder.hidden(tokens.to(self._device), cache=self._cache, past=self._cache.length())

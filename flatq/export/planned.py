@@ -77,9 +77,9 @@ def has_runtime(item: PlannedExport) -> bool:
 def absent_providers(recipe: Recipe, planned: Sequence[PlannedExport]) -> list[str]:
     """Messages about exports whose installed runtime does not support ``bench.provider``."""
     wanted = recipe.bench.provider if recipe.bench else "auto"
-    lacking = {
-        item.format for item in planned if (found := item.exporter.providers()) and wanted not in (*found, "auto")
-    }
+    if wanted == "auto":
+        return []  # no runtime is imported
+    lacking = {item.format for item in planned if (found := item.exporter.providers()) and wanted not in found}
     return [
         recipe.problem(
             ("bench", "provider"),

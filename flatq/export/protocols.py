@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from flatq.artifact import Artifact
-from flatq.errors import RecipeError
+from flatq.errors import ExportError, RecipeError
 from flatq.model.decoder import DecoderConfig
 from flatq.model.footprint import weight_bytes
 from flatq.model.grid import Grid
@@ -57,7 +57,10 @@ class Exported:
 
 
 class Runner(Protocol):
-    """An export opened in its runtime."""
+    """An export opened in its runtime.
+
+    ``logits`` and ``start`` raise an ExportError for more positions than the model has, see ``require_positions``.
+    """
 
     @property
     def provider(self) -> str:
@@ -134,6 +137,14 @@ class Exporter(ABC):
         """
         return []
 
+    def usage(self, options: Any) -> str:
+        """How to run the files in other programs, in Markdown with headings of level 2; part of the folder's README.
+
+        Args:
+            options: those of the ``write``.
+        """
+        return ""
+
     def needs_cache_ranges(self, options: Any) -> bool:
         """Whether ``write`` needs ``Artifact.cache_ranges``, as for a format with a quantized KV cache."""
         return False
@@ -181,6 +192,24 @@ class Exporter(ABC):
     ) -> Runner | None:
         """``open`` at one of ``levels``."""
         return None
+
+
+def require_positions(what: str, positions: int, limit: int | None) -> None:
+    """Refuse more positions than a model has: beyond them its text becomes nonsense.
+
+    Args:
+        what: the opened files, for the message.
+        positions: of a prompt and the new tokens.
+        limit: of the model; None if it is unknown.
+
+    Raises:
+        ExportError: with both numbers.
+    """
+    if limit is not None and positions > limit:
+        raise ExportError(
+            f"{what}: {positions} positions are more than its context length of {limit}; use a shorter prompt or fewer "
+            "new tokens"
+        )
 
 
 def absent_packages(needed: Mapping[str, tuple[str, str]]) -> list[str]:

@@ -60,3 +60,17 @@ def runner_divergence(dense: DenseStates, runner: Runner, tokens: Tensor, *, nam
             parts.append(position_measures(reference, logits[0, at].to(reference), text[1:][at].to(reference.device)))
         means[row] = row_means(torch.cat(parts)).cpu()
     return Divergence.of(means, tokens.shape[1] - 1)
+
+
+def runner_perplexity(runner: Runner, tokens: Tensor) -> float:
+    """Perplexity in a runtime, row by row.
+
+    Args:
+        runner: the open export.
+        tokens: int64 [n, s]; position 0 of each row is given, positions 1 .. s-1 are predicted.
+    """
+    rows = [
+        torch.nn.functional.cross_entropy(torch.from_numpy(runner.logits(text[None].numpy()))[0, :-1], text[1:])
+        for text in tokens.cpu()
+    ]
+    return float(torch.stack(rows).double().mean().exp())

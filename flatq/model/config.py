@@ -137,11 +137,11 @@ class DecoderConfig:
         """Inverse of ``to_dict``."""
         known = dict(data)
         known["layers"] = tuple(LayerDims(**dims) for dims in data["layers"])
-        known["rope"] = Rope(**data["rope"])
+        known["rope"] = Rope.from_dict(data["rope"])
         known["other_kinds"] = tuple(_kind(kind) for kind in data.get("other_kinds", ()))
         known["kind_of"] = tuple(data.get("kind_of", ()))
         return cls(**known)
 
 
 def _kind(data: dict[str, Any]) -> Kind:
-    return Kind(None if data["rope"] is None else Rope(**data["rope"]), data["window"])
+    return Kind(None if data["rope"] is None else Rope.from_dict(data["rope"]), data["window"])

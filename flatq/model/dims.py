@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 ATTENTION_LINEARS = ("q", "k", "v", "o")
@@ -39,4 +38,4 @@ class LayerDims:
 
     def parameters(self, d_model: int) -> int:
         """Number of weights in the seven linears (biases and norms are not counted, as in the paper)."""
-        return sum(math.prod(self.shape(name, d_model)) for name in LINEARS)
+        return d_model * ((self.heads + self.kv_heads) * (self.d_qk + self.d_v) + 3 * self.d_ff)

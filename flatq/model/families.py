@@ -4,18 +4,30 @@ To add a family, add a row here and a case to ``tests/parity``; no model code is
 from the model's ``config.json``. A setting that flatq's decoder does not support is an error that names it, because a
 wrong default would only show as slightly worse text.
 
-Left out: mixture of experts, partial rotary embeddings, and rope scalings beyond ``linear`` and ``llama3``.
+Left out: mixture of experts, and attention that is not a softmax over keys.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from flatq.errors import UnsupportedModel
-from flatq.model.family import ACTIVATIONS, POST_NORMED, Family, Names
-from flatq.model.folds import EMBEDDING_SCALE, ONE_PLUS, QUERY_NORM_SCALE, QUERY_SCALE
+from flatq.model.family import ACTIVATIONS, POST_NORMED, Family, Names, fused
+from flatq.model.folds import (
+    EMBEDDING_SCALE,
+    MULTIPLIERS,
+    ONE_PLUS,
+    QUERY_NORM_SCALE,
+    QUERY_SCALE,
+    with_unit_stream,
+)
+from flatq.model.lacking import NEEDS
 
+BIASES: Mapping[str, str | bool] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+}
 GEMMA: Mapping[str, str | bool] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 SANDWICHED: Mapping[str, str | bool] = {
     **GEMMA,
@@ -37,7 +49,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "llama",
             "LlamaForCausalLM",
-            {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+            BIASES,
             window="never",
             gguf="llama",
             gguf_permuted=True,
@@ -71,7 +83,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "smollm3",
             "SmolLM3ForCausalLM",
-            {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+            BIASES,
             window="by_layer",
             skips_rope=True,
             gguf="smollm3",
@@ -139,6 +151,7 @@ FAMILIES: dict[str, Family] = {
                 "sliding_window": 4096,
             },
             folds=(ONE_PLUS, *EMBEDDING_SCALE, QUERY_NORM_SCALE),
+            knows=("attn_logit_softcapping",),
             gguf_folds=(*EMBEDDING_SCALE, QUERY_NORM_SCALE),
         ),
         Family(
@@ -171,6 +184,87 @@ FAMILIES: dict[str, Family] = {
             gguf_permuted=True,
             required=("num_key_value_heads", "sliding_window"),
         ),
+        # Phi-3, 3.5, 4 and 4-mini.
+        Family(
+            "phi3",
+            "Phi3ForCausalLM",
+            {},
+            window="always",
+            names=Names(inside=fused("q", "k", "v", "gate", "up")),
+            partial=True,
+            plain=True,
+            knows=("auto_map",),
+        ),
+        # Granite 3 and the dense models of Granite 4.
+        Family(
+            "granite",
+            "GraniteForCausalLM",
+            BIASES,
+            folds=MULTIPLIERS,
+            adjust=with_unit_stream,
+            plain=True,
+            defaults={"attention_multiplier": 1.0},
+            knows=("embedding_multiplier", "residual_multiplier", "logits_scaling"),
+        ),
+        # GLM-4 9B of 2024; those of 2025 are glm4.
+        Family(
+            "glm",
+            "GlmForCausalLM",
+            {"qkv_bias": "attention_bias"},
+            names=Names(inside=fused("gate", "up")),
+            interleaved=True,
+            partial=True,
+            plain=True,
+            defaults={"partial_rotary_factor": 0.5, "attention_bias": True},
+            required=("num_key_value_heads", "head_dim"),
+            knows=("auto_map",),
+        ),
+        Family(
+            "ernie4_5",
+            "Ernie4_5ForCausalLM",
+            {"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},
+            interleaved=True,
+            plain=True,
+            defaults={"rope_theta": 5e5, "tie_word_embeddings": True, "head_dim": 128},
+            required=("num_key_value_heads",),
+            knows=("auto_map",),
+        ),
+        Family(
+            "helium",
+            "HeliumForCausalLM",
+            {"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+            interleaved=True,
+            plain=True,
+            defaults={"rope_theta": 1e5, "head_dim": 128},
+            required=("num_key_value_heads",),
+        ),
+        Family(
+            "seed_oss",
+            "SeedOssForCausalLM",
+            {"qkv_bias": "attention_bias", "o_bias": "attention_out_bias", "mlp_bias": "mlp_bias"},
+            plain=True,
+            defaults={"attention_bias": True, "head_dim": 128},
+            required=("num_key_value_heads",),
+        ),
+        Family(
+            "internlm3",
+            "InternLM3ForCausalLM",
+            BIASES,
+            plain=True,
+            defaults={"head_dim": 128},
+            required=("num_key_value_heads",),
+            knows=("auto_map",),
+        ),
+        # Its queries grow with the position from the original context on, which is therefore the longest.
+        Family(
+            "ministral3",
+            "Ministral3ForCausalLM",
+            {},
+            window="always",
+            plain=True,
+            defaults={"head_dim": 128},
+            required=("num_key_value_heads", "rope_parameters"),
+        ),
     )
 }
 
@@ -179,13 +273,13 @@ def family_named(model_type: object, where: str = "config.json") -> Family:
     """The row of a ``model_type``.
 
     Raises:
-        UnsupportedModel: lists the supported families and the closest name.
+        UnsupportedModel: says what flatq has not got for it, if that is known, and lists the supported families.
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
-    hint = f" (nearest: {near[0]})" if near else ""
+    lacking = NEEDS.get(str(model_type))
+    reason = f": it needs {lacking}, which flatq does not have" if lacking else ""
     raise UnsupportedModel(
-        f"{where}: model_type {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}. "
+        f"{where}: model_type {model_type!r} is not supported{reason}; supported: {', '.join(FAMILIES)}. "
         "A new family is a row of flatq/model/families.py"
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flatq.model.config import DecoderConfig
 from flatq.model.folds import Fold
 
 # (flatq, Hugging Face, GGUF)
@@ -39,6 +40,17 @@ POST_NORMED = (
     ("mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
     *(row for row in INSIDE if not row[0].startswith(("attention_", "mlp_"))),
 )
+FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+
+
+def fused(*linears: str) -> tuple[tuple[str, str, str], ...]:
+    """``INSIDE`` for families that store these linears as rows of one matrix, in the order of the table."""
+    return tuple(
+        (ours, hub.replace(f".{ours}_proj", f".{FUSED[ours]}_proj"), gguf) if ours in linears else (ours, hub, gguf)
+        for ours, hub, gguf in INSIDE
+    )
+
+
 # Names of activations in config.json.
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -55,8 +67,18 @@ class Names:
         return self._translate(name, 0, 1)
 
     def from_hf(self, name: str) -> str | None:
-        """Inverse of ``to_hf``; None for a tensor that flatq's decoder does not have."""
+        """Inverse of ``to_hf``; None for a tensor that flatq's decoder does not have, the first of fused ones."""
         return self._find(name, 1, 0)
+
+    def all_from_hf(self, name: str) -> tuple[str, ...]:
+        """Every tensor whose rows are in this one, in their order: one, or several fused ones, or none."""
+        first = self.from_hf(name)
+        if first is None or not first.startswith("layers."):
+            return () if first is None else (first,)
+        _, index, inside = first.split(".", 2)
+        stem, _, kind = inside.rpartition(".")
+        hub = next(row[1] for row in self.inside if row[0] == stem)
+        return tuple(f"layers.{index}.{row[0]}.{kind}" for row in self.inside if row[1] == hub)
 
     def to_gguf(self, name: str) -> str:
         """``layers.3.q.weight`` -> ``blk.3.attn_q.weight``."""
@@ -104,7 +126,12 @@ class Family:
         defaults: values of keys that published configurations leave out.
         required: keys that have no safe default in this family; null is allowed.
         folds: changes of weights while they are read from a Hugging Face folder.
-        gguf: the architecture's name in GGUF files.
+        interleaved: rotary pairs are neighbouring rows of q and k.
+        partial: ``partial_rotary_factor`` applies; elsewhere it must be 1.
+        plain: with its folds the model is one of another family, ``llama`` if possible, and is written as such.
+        adjust: change of the configuration that the folds need.
+        knows: keys that other families may not have, see ``unexpected``.
+        gguf: the architecture's name in GGUF files; empty if they are not read.
         gguf_permuted: GGUF stores rows of q and k with rotary pairs interleaved instead of in halves.
         gguf_folds: changes of weights while they are read from a GGUF file.
     """
@@ -112,8 +139,8 @@ class Family:
     model_type: str
     architecture: str
     switches: Mapping[str, str | bool]
-    window: Literal["never", "always", "by_layer", "alternating"]
-    gguf: str
+    window: Literal["never", "always", "by_layer", "alternating"] = "never"
+    gguf: str = ""
     gguf_permuted: bool = False
     required: tuple[str, ...] = ()
     names: Names = field(default_factory=Names)
@@ -123,4 +150,9 @@ class Family:
     activations: Mapping[str, str] = field(default_factory=lambda: ACTIVATIONS)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
+    interleaved: bool = False
+    partial: bool = False
+    plain: bool = False
+    adjust: Callable[[DecoderConfig, Mapping[str, Any]], DecoderConfig] | None = None
+    knows: tuple[str, ...] = ()
     gguf_folds: tuple[Fold, ...] = ()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import Field, PositiveFloat, ValidationError
 
 from flatq.errors import UnsupportedModel
 from flatq.model.config import DecoderConfig, Kind
 from flatq.model.dims import LayerDims
 from flatq.model.families import family_named
 from flatq.model.family import Family
+from flatq.model.folds import Fold, rope_folds
+from flatq.model.hf_rope import Read, Stated, read_rope, written_rope
+from flatq.model.lacking import WRAPPERS
 from flatq.model.layer_kinds import FULL, WINDOWED, KindKeys, PositiveInt, distinct, rotated_layers, windows_of
 from flatq.model.rope import Rope
+from flatq.model.unexpected import unexpected_keys
+
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # in the order in which they are tried
 
 
 class _HfKeys(KindKeys):
@@ -30,10 +38,13 @@ class _HfKeys(KindKeys):
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    original_max_position_embeddings: PositiveInt | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_out_bias: bool = False
     mlp_bias: bool = False
+    use_bias: bool = False
     hidden_act: str = "silu"
     hidden_activation: str | None = None
     attn_logit_softcapping: PositiveFloat | None = None
@@ -44,58 +55,93 @@ class _HfKeys(KindKeys):
     quantization_config: None = None
 
 
-class _LinearRope(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A model's configuration, and how its weights are read.
 
-    factor: PositiveFloat
+    Attributes:
+        config: of the decoder that the weights are, once read.
+        family: row of the checkpoint's own family, which ``config.family`` may differ from.
+        folds: changes of the weights.
+        keys: the ``config.json`` with the family's defaults.
+    """
 
-
-class _Llama3Rope(_LinearRope):
-    low_freq_factor: PositiveFloat
-    high_freq_factor: PositiveFloat
-    original_max_position_embeddings: PositiveInt
+    config: DecoderConfig
+    family: Family
+    folds: tuple[Fold, ...]
+    keys: Mapping[str, Any]
 
 
 def config_from_hf(data: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
+    """``read_hf(data, where).config``."""
+    return read_hf(data, where).config
+
+
+def read_hf(data: Mapping[str, Any], where: str = "config.json", context: int | None = None) -> Reading:
     """Read a Hugging Face configuration, of transformers 4 or 5.
 
     Args:
         data: the parsed ``config.json``.
         where: how to call it in messages.
+        context: number of positions that the model shall be made for; None is the most, or the most for which a rope
+            that changes with the length does not change.
 
     Raises:
         UnsupportedModel: a value that flatq's decoder cannot express, or a missing key; all of them at once.
     """
+    data = text_part(data)
     family = family_named(data.get("model_type"), where)
     data = {**family.defaults, **data}
     problems = [
         f"{where}: {key} is missing; {family.model_type} needs it" for key in family.required if key not in data
     ]
+    problems += unexpected_keys(family, data, where)
     try:
         keys = _HfKeys.model_validate(dict(data))
     except ValidationError as invalid:
         raise UnsupportedModel("\n".join(problems + _explain(invalid, where))) from invalid
-    kinds = _read_kinds(family, keys, where, problems)
     dims = _read_dims(keys, where, problems)
+    seen = None if dims is None else _read_kinds(family, keys, dims.d_qk, context, where, problems)
     activation = _read_activation(family, keys, where, problems)
-    if problems or dims is None:
+    if problems or dims is None or seen is None:
         raise UnsupportedModel("\n".join(problems))
     switches: dict[str, Any] = {
         name: getattr(keys, decides) if isinstance(decides, str) else decides
         for name, decides in family.switches.items()
     }
-    return DecoderConfig(
+    config = DecoderConfig(
         family=family.model_type,
         d_model=keys.hidden_size,
         vocab=keys.vocab_size,
         layers=(dims,) * keys.num_hidden_layers,
         norm_eps=keys.rms_norm_eps,
         tied_head=keys.tie_word_embeddings,
-        max_positions=keys.max_position_embeddings,
+        max_positions=seen.context,
         activation=activation,
-        **distinct(kinds),
+        **distinct(seen.kinds),
         **switches,
     )
+    config = config if family.adjust is None else family.adjust(config, data)
+    folds = (*rope_folds(config, seen.factors, interleaved=family.interleaved), *family.folds)
+    return Reading(replace(config, family=_plain(config)) if family.plain else config, family, folds, data)
+
+
+def text_part(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model in a model with other parts; of others, all."""
+    inside = data.get(WRAPPERS.get(str(data.get("model_type")), ""))
+    if not isinstance(inside, Mapping):
+        return data
+    outside = ("tie_word_embeddings", "quantization_config")
+    return {**inside, **{key: data[key] for key in outside if key in data}}
+
+
+def _plain(config: DecoderConfig) -> str:
+    """The first of the plain families whose config.json can state the folded model, but for its rope."""
+    for name in PLAIN:
+        with suppress(UnsupportedModel):
+            config_to_hf(replace(config, family=name, rope=Rope()))
+            return name
+    return PLAIN[0]
 
 
 def _explain(invalid: ValidationError, where: str, prefix: str = "") -> list[str]:
@@ -109,40 +155,6 @@ def _explain(invalid: ValidationError, where: str, prefix: str = "") -> list[str
         else:
             lines.append(f"{where}: {key}: {error['input']!r} is not supported; {error['msg'].lower()}")
     return lines
-
-
-def _read_rope(keys: _HfKeys, where: str, problems: list[str]) -> Rope | None:
-    # transformers 4 has rope_theta beside rope_scaling, transformers 5 puts both into rope_parameters.
-    section = "rope_scaling" if keys.rope_scaling else "rope_parameters"
-    values = keys.rope_scaling or keys.rope_parameters or {}
-    theta = values.get("rope_theta", keys.rope_theta)
-    scaling = values.get("rope_type", values.get("type", "default"))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        problems.append(f"{where}: {section}.rope_theta: {theta!r} is not supported; a positive number is")
-        return None
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"{where}: {section}.partial_rotary_factor: only 1.0 is supported (the whole head rotates)")
-    try:
-        if scaling == "default" and not any(isinstance(value, dict) for value in values.values()):
-            return Rope(theta=float(theta))
-        if scaling == "linear":
-            return Rope(theta=float(theta), scaling="linear", factor=_LinearRope.model_validate(values).factor)
-        if scaling == "llama3":
-            llama3 = _Llama3Rope.model_validate(values)
-            return Rope(
-                theta=float(theta),
-                scaling="llama3",
-                factor=llama3.factor,
-                low_freq_factor=llama3.low_freq_factor,
-                high_freq_factor=llama3.high_freq_factor,
-                original_max_positions=llama3.original_max_position_embeddings,
-            )
-    except ValidationError as invalid:
-        problems.extend(_explain(invalid, where, f"{section}."))
-        return None
-    shown = repr(scaling) if scaling != "default" else "one rope per kind of layer"
-    problems.append(f"{where}: {section}: {shown} is not supported; supported: default, linear, llama3")
-    return None
 
 
 def _read_dims(keys: _HfKeys, where: str, problems: list[str]) -> LayerDims | None:
@@ -170,34 +182,70 @@ def _read_activation(family: Family, keys: _HfKeys, where: str, problems: list[s
     return family.activations[stated]
 
 
-def _read_kinds(family: Family, keys: _HfKeys, where: str, problems: list[str]) -> list[Kind]:
-    """One kind per layer; empty if a rope is not supported."""
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Kind and factor of the scores of each layer, and the context for which they hold."""
+
+    kinds: list[Kind]
+    factors: list[float]
+    context: int
+
+
+def _read_kinds(
+    family: Family, keys: _HfKeys, d_qk: int, context: int | None, where: str, problems: list[str]
+) -> _Seen | None:
+    """None if a rope is not supported."""
     windows = windows_of(family, keys, where, problems)
     rotated = rotated_layers(family, keys, where, problems)
-    ropes: dict[bool, Rope | None] = {}
+    ropes: dict[bool, Read] = {}
     for windowed in dict.fromkeys(window is not None for window in windows):
-        ropes[windowed] = _read_rope(_rope_keys(family, keys, windowed=windowed), where, problems)
-    if None in ropes.values():
-        return []
-    return [
-        Kind(ropes[window is not None] if turns else None, window)
-        for window, turns in zip(windows, rotated, strict=True)
-    ]
+        stated = _stated_rope(family, keys, d_qk, context, where, problems, windowed=windowed)
+        if (read := read_rope(stated, problems, where)) is None:
+            return None
+        ropes[windowed] = read
+    layers = list(zip(windows, rotated, strict=True))
+    return _Seen(
+        [Kind(ropes[window is not None].rope if turns else None, window) for window, turns in layers],
+        [ropes[window is not None].factor if turns else 1.0 for window, turns in layers],
+        _context(keys, context, [read.limit for read in ropes.values()], where, problems),
+    )
 
 
-def _rope_keys(family: Family, keys: _HfKeys, *, windowed: bool) -> _HfKeys:
-    """The keys with the rope of one kind of layer as if it were that of all."""
-    given = keys.rope_parameters or {}
-    if any(isinstance(value, dict) for value in given.values()):  # as transformers 5 writes it
-        if family.local_theta is None:
-            return keys  # refused by the reader
-        return keys.model_copy(
-            update={"rope_scaling": None, "rope_parameters": given.get(WINDOWED if windowed else FULL)}
+def _context(keys: _HfKeys, context: int | None, limits: Sequence[int | None], where: str, problems: list[str]) -> int:
+    most = keys.max_position_embeddings
+    limit = min([most, *(limit for limit in limits if limit is not None)])
+    if context is not None and context > limit:
+        problems.append(
+            f"{where}: model.context_length: {context} is beyond the {limit} positions for which flatq can read this "
+            f"model (it has {most}); lower it"
         )
-    if windowed and family.local_theta is not None:
-        theta = getattr(keys, family.local_theta)
-        return keys.model_copy(update={"rope_scaling": None, "rope_parameters": None, "rope_theta": theta})
-    return keys
+    return context or limit
+
+
+def _stated_rope(
+    family: Family, keys: _HfKeys, d_qk: int, context: int | None, where: str, problems: list[str], *, windowed: bool
+) -> Stated:
+    """What the configuration states about the rope of one kind of layer."""
+    section = "rope_scaling" if keys.rope_scaling else "rope_parameters"
+    values, theta = keys.rope_scaling or keys.rope_parameters or {}, keys.rope_theta
+    if family.local_theta is not None:
+        if any(isinstance(value, dict) for value in values.values()):  # as transformers 5 writes it
+            values = values.get(WINDOWED if windowed else FULL) or {}
+        elif windowed:
+            values, theta = {}, getattr(keys, family.local_theta)
+    rotated = values.get("partial_rotary_factor", keys.partial_rotary_factor) or 1.0
+    if rotated != 1.0 and not family.partial:
+        problems.append(f"{where}: partial_rotary_factor {rotated}: {family.model_type} rotates the whole head")
+    return Stated(
+        section,
+        values,
+        theta,
+        float(rotated),
+        d_qk,
+        keys.max_position_embeddings,
+        keys.original_max_position_embeddings,
+        context,
+    )
 
 
 def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[str, Any]:
@@ -237,27 +285,13 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
         "rms_norm_eps": config.norm_eps,
         "hidden_act": next(name for name, ours in family.activations.items() if ours == config.activation),
         "tie_word_embeddings": config.tied_head,
-        **_written_rope(config.rope),
+        **written_rope(config.rope),
         **_written_kinds(family, config),
     }
     settings |= {key: getattr(config, name) for name, key in family.switches.items() if isinstance(key, str)}
     if family.folds or config_from_hf(settings) != same:
         raise UnsupportedModel(f"{config.family}: its config.json cannot describe this model")
     return settings
-
-
-def _written_rope(rope: Rope) -> dict[str, Any]:
-    # The spelling of transformers 4, which version 5 and every other reader understand.
-    if rope.scaling is None:
-        return {"rope_theta": rope.theta, "rope_scaling": None}
-    scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-        }
-    return {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 
 def _written_kinds(family: Family, config: DecoderConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``flatq eval``: evaluate an artifact, an export in its runtime, or a pretrained model, on one or several texts.
 
 An artifact or export is compared with the dense model of its recipe. If the dense model is not available, an export is
-compared with its artifact, and for an artifact only perplexity is measured; a warning states it.
+compared with its artifact. Without either, only perplexity is measured; a warning states it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from flatq.artifact import MANIFEST, Artifact, artifact_in, tokenizer_in
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.perplexity import perplexity
-from flatq.calibration.tokens import EvaluationText, token_batches
+from flatq.calibration.tokens import EvaluationText, self_tokens, token_batches
 from flatq.errors import ExportError, FlatqError, RecipeError
 from flatq.export.deliver import reopened
 from flatq.export.folder import DESCRIPTION, artifact_of, description_of, tokenizer_of
 from flatq.export.quality import TOKENS, first_rows
 from flatq.model.weights import Weights
-from flatq.pipeline.quality import export_quality, model_quality, sentence
+from flatq.pipeline.quality import export_perplexity, export_quality, model_quality, sentence
 from flatq.pipeline.run import open_source
 from flatq.pipeline.texts import tokens_of
 from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec
@@ -108,19 +108,23 @@ def checked_dataset(dataset: str | None, path: Path | None, field: str | None = 
 def _of_export(
     root: Path, texts_of: Callable[[Recipe | None, Any, int], list[EvaluationText]], check: bool
 ) -> list[str]:
-    """Compare an export with the dense model, or with its artifact if the dense model cannot be opened.
+    """Compare an export with the dense model, or with its artifact; without either, only perplexity.
 
     Raises:
-        ArtifactError: a file is damaged, or neither the dense model nor the artifact is available.
+        ArtifactError: a file is damaged.
     """
     item, _ = reopened(root, check=check)
     described = description_of(root, check=False)
     artifact = artifact_of(root, described, check=check) if (root / described.artifact).is_dir() else None
     recipe = _recipe(artifact.manifest["recipe"] if artifact else described.recipe, root / DESCRIPTION)
     source = _original(recipe)
-    reference: Weights = source or artifact or artifact_of(root, described)  # the last raises with the missing path
-    tokenizer = tokenizer_of(root, described, check=check) or (source and source.tokenizer())
-    texts = texts_of(recipe, tokenizer, described.vocab)
+    reference: Weights | None = source or artifact
+    if source is None and recipe is not None and self_tokens(recipe.calibration, recipe.evaluation):
+        log.warning("the dense model generated texts of the run and cannot be opened; python-docs is used instead")
+        recipe = None
+    texts = texts_of(recipe, tokenizer_of(root), described.vocab)
+    if reference is None:
+        return [perplexity_line(name, value) for name, value in export_perplexity(item, root, texts).items()]
     compared = "" if source is not None else " (compared with the artifact: the dense model cannot be opened)"
     with tempfile.TemporaryDirectory() as folder:
         found = export_quality(DenseStates(reference, Path(folder)), item, root, texts)
@@ -137,7 +141,12 @@ def _recipe(text: str, where: Path) -> Recipe | None:
 
 
 def _alone(weights: Weights, texts: Sequence[EvaluationText]) -> list[str]:
-    return [f"{text.name}: perplexity {perplexity(weights, text.tokens).value:.4f}" for text in texts]
+    return [perplexity_line(text.name, perplexity(weights, text.tokens).value) for text in texts]
+
+
+def perplexity_line(text: str, value: float) -> str:
+    """A line about a model that is compared with no other."""
+    return f"{text}: perplexity {value:.4f}"
 
 
 def _original(recipe: Recipe | None) -> Source | None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from flatq.calibration.divergence import DenseStates, dense_perplexity, divergence
 from flatq.calibration.tokens import EvaluationText
-from flatq.errors import NumericsError
+from flatq.errors import ExportError, NumericsError
 from flatq.export.planned import PlannedExport
-from flatq.export.quality import first_rows, runner_divergence
+from flatq.export.quality import first_rows, runner_divergence, runner_perplexity
 from flatq.machine.progress import progress
 from flatq.model.weights import HALVES, Weights
 from flatq.recipe.grammar import Recipe
@@ -58,6 +58,19 @@ def export_quality(
             measured = runner_divergence(dense, runner, first_rows(text.tokens), name=item.name)
             found.append({"text": text.name, "calibrated": text.calibrated, **asdict(measured)})
     return found
+
+
+def export_perplexity(item: PlannedExport, root: Path, texts: Sequence[EvaluationText]) -> dict[str, float]:
+    """Perplexity of an export in its runtime by text, without a model to compare it with.
+
+    Raises:
+        ExportError: the runtime is not available.
+    """
+    runner = item.exporter.open(root, item.options)
+    if runner is None:
+        raise ExportError(f"{root}: no runtime for the format {item.format!r} is available")
+    with closing(runner):
+        return {text.name: runner_perplexity(runner, first_rows(text.tokens)) for text in texts}
 
 
 def log_quality(quality: Sequence[Mapping[str, Any]], what: str) -> None:

@@ -191,11 +191,10 @@ def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
     return {phase: asdict(forecast) for phase, forecast in found.items()}
 
 
-def open_source(recipe: Recipe, *, need_weights: bool = True) -> Source:
+def open_source(recipe: Recipe) -> Source:
     """Open the model of a recipe and check that all tensors exist (weights are not read)."""
-    source = open_named(recipe.model, need_weights=need_weights)
-    if need_weights:
-        source.validate()
+    source = open_named(recipe.model)
+    source.validate()
     return source
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from flatq.artifact import Artifact
 from flatq.evaluate.subjects import compressed, exported, pretrained
 from flatq.evaluate.tasks import run_tasks, task_manager, tasks_of
+from flatq.export.folder import description_of
 from flatq.export.planned import PlannedExport
 from flatq.job import Job
 from flatq.machine import distributed
@@ -42,8 +43,9 @@ def task_results(job: Job, artifact: Artifact, exports: Sequence[PlannedExport],
     provider = job.recipe.bench.provider if job.recipe.bench is not None else "auto"
 
     def measure() -> list[Any]:
+        roots = [folder.exports / item.name for item in exports]
         subjects = [pretrained(job.source), compressed(artifact)]
-        subjects += [exported(folder.exports / item.name, artifact, provider) for item in exports]
+        subjects += [exported(root, description_of(root, check=False), provider) for root in roots]
         return [
             result.model_dump(mode="json")
             for some in sets

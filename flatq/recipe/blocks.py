@@ -38,6 +38,10 @@ class ModelSpec(Spec):
     """Branch, tag or commit of a hub id; null is the default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the tensors that stay unquantized; auto keeps the checkpoint's type."""
+    context_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    """Number of positions that the model is made for. null is all that the model has, or, where the rotary embedding
+    changes with the length of the text (longrope, dynamic), the original context; with more, longrope uses its long
+    factors for every text."""
 
 
 class TextSpec(Spec):

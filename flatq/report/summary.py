@@ -25,7 +25,8 @@ POINTS = 25  # of a curve in the report
 
 def provenance(recipe: Recipe, source: Source, tokens: Tokens) -> dict[str, Any]:
     """Provenance of an artifact; the same for two runs of one recipe on one machine."""
-    origin = {"origin": source.origin, **({"hub_id": source.hub_id} if source.hub_id else {})}
+    origin = {"origin": source.origin, "model_type": source.storage.model_type}
+    origin |= {"hub_id": source.hub_id} if source.hub_id else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.text,

@@ -92,7 +92,8 @@ class GgufFile:
         architecture = self._value("general.architecture")
         known: dict[str, Family] = {}
         for family in FAMILIES.values():
-            known.setdefault(family.gguf, family)
+            if family.gguf:
+                known.setdefault(family.gguf, family)
         if architecture not in known:
             raise UnsupportedModel(
                 f"{self.path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(known)}"
@@ -129,6 +130,11 @@ class GgufFile:
         factor = self._value(f"{prefix}.scaling.factor") or self._value(f"{prefix}.scale_linear")
         if kind is None:
             kind = "linear" if factor not in (None, 1.0) else "none"
+        if kind not in ("none", "linear") or self._value(f"{prefix}.scaling.attn_factor") not in (None, 1.0):
+            raise UnsupportedModel(
+                f"{self.path}: {prefix}.scaling is {kind!r}, in GGUF files only 'linear' without attn_factor is "
+                "supported; use the Hugging Face folder of this model"
+            )
         return None if kind == "none" else {"rope_type": kind, "factor": factor}
 
     def _refuse_extras(self, values: Mapping[str, Any]) -> None:
@@ -186,6 +192,11 @@ class GgufFile:
     def dtype_of(self, name: str) -> torch.dtype:
         """See ``flatq.sources.source.Storage``."""
         return PLAIN_DTYPES.get(self.tensors[name].tensor.tensor_type.name, torch.float32)
+
+    @property
+    def model_type(self) -> str:
+        """See ``flatq.sources.source.Storage``."""
+        return self.family.model_type
 
     def damage(self) -> list[str]:
         """Always empty: a truncated file raises an error when it is opened."""

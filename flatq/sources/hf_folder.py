@@ -6,9 +6,10 @@ header, so a truncated download is detected without reading any weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.files import lfs_pointer, read_json
-from flatq.model.families import FAMILIES
 from flatq.model.folds import folded, is_folded
-from flatq.model.hf_config import config_from_hf
+from flatq.model.hf_config import read_hf
+from flatq.model.lacking import WRAPPERS
+from flatq.model.weights import tensor_shapes
 from flatq.tokenizer import carry, companions, generation_settings, has_tokenizer, notes, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 FIRST_LINEAR, HEAD = "layers.0.self_attn.o_proj.weight", "lm_head.weight"  # one of each kind in every decoder
+OTHER_PARTS = tuple(f"{outer}{part}." for outer in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
 DOWNLOAD = "download it again"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,12 +45,13 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    rows: slice | None = None  # of a tensor that holds the rows of several linears
 
 
 class HfFolder:
     """A model folder, read lazily; satisfies ``flatq.sources.source.Storage``."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, context: int | None = None) -> None:
         self.root = root
         config_file = root / "config.json"
         if not config_file.is_file():
@@ -55,14 +59,14 @@ class HfFolder:
         self._hf = read_json(config_file, dict[str, Any], DOWNLOAD)
         if self._hf.get("model_type") == "flatq":
             raise UnsupportedModel(f"{root}: this is a model that flatq has already compressed; give the original one")
-        self.config = config_from_hf(self._hf, where=str(config_file))
+        self._reading = read_hf(self._hf, str(config_file), context)
+        self.config = self._reading.config
         if (root / ADAPTER).is_file():
             raise UnsupportedModel(
                 f"{root}: {ADAPTER} says that a LoRA adapter belongs to this model; merge it first (merge_and_unload "
                 "of peft), or remove it and its weights"
             )
-        self._family = FAMILIES[self.config.family]
-        self._names = self._family.names
+        self._names = self._reading.family.names
         self._weight_map, self._shards = self._list_shards()
         self.has_weights = bool(self._shards)
         pickled = sorted(path.name for pattern in PICKLED for path in root.glob(pattern))
@@ -133,11 +137,32 @@ class HfFolder:
     def tensors(self) -> dict[str, StoredTensor]:
         """See ``flatq.sources.source.Storage``."""
         stored = self._headers[0]
-        named = {self._names.from_hf(usual): stored[name] for name, usual in usual_names(stored).items()}
-        found = {name: entry for name, entry in named.items() if name is not None}
+        found: dict[str, StoredTensor] = {}
+        for name, usual in usual_names(stored).items():
+            found |= self._divided(self._names.all_from_hf(usual), stored[name])
         if self.config.tied_head and "embed.weight" not in found and "head.weight" in found:
             found["embed.weight"] = found.pop("head.weight")  # one matrix under the name of its other use
         return found
+
+    def _divided(self, names: tuple[str, ...], entry: StoredTensor) -> dict[str, StoredTensor]:
+        """The tensors whose rows are in this one; all of it if it does not have the expected number of rows."""
+        rows = [self._shapes.get(name, (0,))[0] for name in names]
+        if len(names) < 2 or sum(rows) != entry.shape[0]:
+            return dict.fromkeys(names, entry)
+        ends = list(accumulate(rows))
+        return {
+            name: replace(entry, shape=(count, *entry.shape[1:]), rows=slice(end - count, end))
+            for name, count, end in zip(names, rows, ends, strict=True)
+        }
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return tensor_shapes(self.config)
+
+    @property
+    def model_type(self) -> str:
+        """See ``flatq.sources.source.Storage``."""
+        return str(self._hf["model_type"])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,7 +175,7 @@ class HfFolder:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """See ``flatq.sources.source.Storage``."""
-        if is_folded(self._family.folds, name):
+        if is_folded(self._reading.folds, name):
             return torch.float32
         return STORED_DTYPES.get(self.tensors[name].dtype, torch.float32)
 
@@ -176,8 +201,10 @@ class HfFolder:
         for name, entry in self._headers[0].items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # a table in old checkpoints; it is computed from the configuration
+            if self.model_type in WRAPPERS and name.startswith(OTHER_PARTS):
+                continue  # only the text part is read
             if self._names.from_hf(usual[name]) is None:
-                found.append(f"{entry.file}: tensor {name} is not part of a {self.config.family} decoder")
+                found.append(f"{entry.file}: tensor {name} is not part of a {self.model_type} decoder")
             elif entry.dtype not in STORED_DTYPES:
                 found.append(f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}")
         if not found and self._head_is_loose():
@@ -198,8 +225,9 @@ class HfFolder:
             raise UnsupportedModel(
                 f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}"
             )
-        tensor: Tensor = self._handle(entry.file).get_tensor(entry.name)
-        return folded(self._family.folds, name, tensor, self.config, self._hf)
+        handle = self._handle(entry.file)
+        part: Tensor = handle.get_tensor(entry.name) if entry.rows is None else handle.get_slice(entry.name)[entry.rows]
+        return folded(self._reading.folds, name, part, self.config, self._reading.keys)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -221,7 +249,7 @@ class HfFolder:
     def settings(self) -> dict[str, Any]:
         """See ``flatq.sources.source.Source``."""
         # transformers generates by generation_config.json, and config.json only stands in for it.
-        known = {**_stated(self._hf), **_stated(generation_settings(self.root))}
+        known = {**_stated(self._reading.keys), **_stated(self._hf), **_stated(generation_settings(self.root))}
         return {key: known[key] for key in TOKEN_IDS if key in known}
 
     def license(self) -> str | None:
@@ -261,5 +289,5 @@ def usual_names(stored: Iterable[str]) -> dict[str, str]:
     return {name: usual(name) for name in names}
 
 
-def _stated(data: dict[str, Any]) -> dict[str, Any]:
+def _stated(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if value is not None}

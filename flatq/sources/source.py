@@ -10,11 +10,9 @@ Only safetensors and GGUF are supported. Pickled checkpoints (``.bin``, ``.pt``)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,11 +27,9 @@ from flatq.model.weights import tensor_shapes
 from flatq.recipe.blocks import ModelSpec
 from flatq.sources.gguf_file import GgufFile
 from flatq.sources.hf_folder import HfFolder
+from flatq.sources.places import locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "README.md"]
-OTHER_FOLDERS = ["[!a]*/*", "a[!d]*/*"]  # than additional_chat_templates
 
 
 class Stored(Protocol):
@@ -56,6 +52,11 @@ class Storage(Protocol):
     config: DecoderConfig
     files: list[Path]
     has_weights: bool
+
+    @property
+    def model_type(self) -> str:
+        """Family of the checkpoint, before its weights are folded."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype:
@@ -259,13 +260,21 @@ def _shortened(problems: list[str], most: int = 20) -> list[str]:
     return problems if rest <= 0 else [*problems[:most], f"... and {rest} more"]
 
 
-def open_model(path: str, *, revision: str | None = None, dtype: str = "auto", need_weights: bool = True) -> Source:
+def open_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    context_length: int | None = None,
+    need_weights: bool = True,
+) -> Source:
     """Open a pretrained model lazily.
 
     Args:
         path: Hugging Face folder, hub id ``owner/name``, ``.gguf`` file, or ``package:DIST/FILE``.
         revision: branch, tag or commit of a hub id.
         dtype: ``auto`` = as stored; or ``float32``, ``bfloat16``, ``float16``.
+        context_length: number of positions that the model shall be made for; None is the most that can be read.
         need_weights: False accepts a folder with only a ``config.json``.
 
     Raises:
@@ -275,8 +284,10 @@ def open_model(path: str, *, revision: str | None = None, dtype: str = "auto", n
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise RecipeError(f"dtype: {dtype!r} is not known; allowed: auto, {', '.join(DTYPES)}")
-    place, origin = _locate(path, revision, need_weights)
-    storage: Storage = GgufFile(place) if place.is_file() else HfFolder(place)
+    place, origin = locate(path, revision, need_weights=need_weights)
+    if place.is_file() and context_length is not None:
+        raise RecipeError(f"context_length: {context_length} is only for Hugging Face folders; {path} is a GGUF file")
+    storage: Storage = GgufFile(place) if place.is_file() else HfFolder(place, context_length)
     if need_weights and not storage.has_weights:
         raise RecipeError(f"model: {place} holds no weights (*.safetensors); download them, or give another folder")
     hub_id, _, commit = origin.partition("@")
@@ -285,63 +296,4 @@ def open_model(path: str, *, revision: str | None = None, dtype: str = "auto", n
 
 def open_named(model: ModelSpec, *, need_weights: bool = True) -> Source:
     """The model that a recipe names; see ``open_model``."""
-    return open_model(model.path, revision=model.revision, dtype=model.dtype, need_weights=need_weights)
-
-
-def _locate(path: str, revision: str | None, need_weights: bool) -> tuple[Path, str]:
-    place = Path(path).expanduser()
-    if path.startswith("package:"):
-        found = _packaged(path.removeprefix("package:"))
-    elif place.exists():
-        found = place
-    elif place.suffix != ".gguf" and HUB_ID.fullmatch(path):
-        return _downloaded(path, revision, need_weights)
-    else:
-        raise RecipeError(
-            f"model: {path} does not exist; allowed: a Hugging Face folder, a .gguf file, a hub id owner/name, "
-            "or package:DIST/FILE"
-        )
-    if revision is not None:
-        raise RecipeError(f"revision: {revision!r} is only for hub ids; {path} is a local file or folder")
-    if found.is_file() and found.suffix != ".gguf":
-        raise RecipeError(f"model: {path} is neither a folder nor a .gguf file")
-    return found, path
-
-
-def _packaged(spec: str) -> Path:
-    distribution, _, wanted = spec.partition("/")
-    try:
-        files = metadata.distribution(distribution).files or []
-    except (metadata.PackageNotFoundError, ValueError) as missing:
-        raise RecipeError(
-            f"model: package {distribution!r} is not installed; run: pip install {distribution}"
-        ) from missing
-    for file in files:
-        if wanted and (str(file) == wanted or file.name == wanted):
-            place = Path(str(file.locate()))
-            if place.is_file():
-                return place
-    shipped = [str(file) for file in files if file.suffix == ".gguf"]
-    raise RecipeError(
-        f"model: package {distribution!r} ships no file {wanted!r}; its .gguf files: {', '.join(shipped) or 'none'}"
-    )
-
-
-def _downloaded(hub_id: str, revision: str | None, need_weights: bool) -> tuple[Path, str]:
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # httpx or httpx2
-
-    patterns = HUB_FILES + (["*.safetensors"] if need_weights else [])
-    try:
-        folder = huggingface_hub.snapshot_download(
-            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", *OTHER_FOLDERS]
-        )
-    except (OSError, HTTPError, HFValidationError) as failed:
-        reason = str(failed).strip().splitlines()[0] if str(failed).strip() else type(failed).__name__
-        raise RecipeError(
-            f"model: {hub_id} is no local folder, and the download failed ({type(failed).__name__}: {reason}). "
-            "Check the name and your access (`hf auth login` for gated models); offline, give a local folder, "
-            "a .gguf file or package:DIST/FILE"
-        ) from failed
-    place = Path(folder)
-    return place, f"{hub_id}@{place.name}"
+    return open_model(**model.model_dump(), need_weights=need_weights)

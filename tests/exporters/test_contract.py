@@ -9,6 +9,8 @@ The two exporters of the page "Writing an exporter" stand for third-party ones. 
 from __future__ import annotations
 
 import pickle
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from flatq.artifact import Artifact
-from flatq.errors import ArtifactError, FlatqError
+from flatq.errors import ArtifactError, ExportError, FlatqError
 from flatq.export.deliver import deliver
 from flatq.export.folder import DESCRIPTION
 from flatq.export.planned import PlannedExport, has_runtime
@@ -30,7 +32,7 @@ from flatq.export.protocols import GROUP, Exported, Exporter, FloatArray, Runner
 from flatq.export.verify import EXACT_SHARE
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
-from tests.conftest import digests
+from tests.conftest import digests, flatq
 from tests.exporters.conftest import reference_logits, some_tokens
 from tests.models import SWITCHES, tiny_artifact, tiny_config
 from tests.plug_ins import installed
@@ -271,3 +273,55 @@ def test_an_unverified_export_is_written_whole(name: str, artifacts: Mapping[Cas
     assert report["verify"] is None
     assert report["unverified"] == "verification was disabled"
     assert {*report["files"], DESCRIPTION} == set(digests(tmp_path / "mine"))
+
+
+@each_exporter
+def test_a_moved_export_is_whole(name: str, exported_run: tuple[Path, Path], tmp_path: Path) -> None:
+    """Copied elsewhere, without its artifact and its dense model, it is verified, writes text, and is measured."""
+    exporter = exporter_named(name)
+    shutil.copytree(exported_run[1] / "artifact", tmp_path / "artifact")
+    artifact = Artifact.open(tmp_path / "artifact")
+    artifact.manifest["recipe"] = ""
+    options = exporter.Options()
+    if exporter.check(artifact.config, artifact.grids, options):  # groups that the format does not have
+        options = exporter.dense(options) or options
+    item = PlannedExport(name, name, exporter, options, verify=False)
+    deliver(item, artifact, tmp_path / "first", None)
+    shutil.copytree(tmp_path / "first", tmp_path / "elsewhere" / "mine")
+    shutil.rmtree(tmp_path / "artifact")
+    shutil.rmtree(tmp_path / "first")
+    moved = tmp_path / "elsewhere" / "mine"
+    assert (moved / "README.md").is_file()
+    assert flatq("verify", moved).exit_code == 0
+    if not has_runtime(item):
+        pytest.skip(f"no runtime for {name} is installed")
+    text = tmp_path / "text.txt"
+    text.write_text("the bright river " * 60)
+    for command in (
+        ("generate", moved, "--prompt", "the bright river", "--new-tokens", "3"),
+        ("bench", moved, "--prompt", "4", "--new-tokens", "2", "--repeats", "1"),
+        ("eval", moved, "--path", text, "--tokens", "64", "--seq-len", "16"),
+    ):
+        shown = flatq(*command)
+        assert shown.exit_code == 0, (command, shown.stderr)
+    assert re.search(r"text: perplexity \d", shown.stdout)
+
+
+@each_exporter
+def test_beyond_its_positions_a_runner_stops(name: str, artifacts: Mapping[Case, Artifact], tmp_path: Path) -> None:
+    exporter, artifact = exporter_named(name), artifacts[USUAL]
+    item = PlannedExport(name, name, exporter, options_for(exporter, artifact, name), verify=False)
+    if name not in OURS or not has_runtime(item):
+        pytest.skip("has no runtime, or one that is not ours")
+    deliver(item, artifact, tmp_path / "mine", None)
+    most = artifact.config.max_positions
+    runner = exporter.open(tmp_path / "mine", item.options, provider="cpu")
+    assert runner is not None
+    with closing(runner):
+        assert runner.start(some_tokens(artifact.config, 1, 4), most).shape == (1, artifact.config.vocab)
+        for ask in (
+            lambda: runner.start(some_tokens(artifact.config, 1, 4), most + 1),
+            lambda: runner.logits(some_tokens(artifact.config, 1, most + 1)),
+        ):
+            with pytest.raises(ExportError, match=f"{most + 1} positions are more than its context length of {most}"):
+                ask()

@@ -34,6 +34,9 @@ from flatq_gguf.runner import LlamaCppRunner
 
 pytestmark = pytest.mark.llamacpp
 
+YARN = Rope(theta=500.0, scaling="yarn", factor=4.0, original_max_positions=64, beta_fast=8.0, beta_slow=2.0)
+LONGROPE = Rope(theta=500.0, scaling="longrope", divisors=tuple(1 + 0.3 * index for index in range(8)))
+LINEAR = Rope(scaling="linear", factor=4.0)
 TABLE = 0.015  # on a CPU llama.cpp looks GELU up in a table of float16 numbers; the logits' spread is 8
 GEMMA: dict[str, Any] = {"activation": "gelu_tanh", "post_norms": True}
 WINDOWED: dict[str, Any] = {"other_kinds": (Kind(Rope(theta=50.0), 6),), "kind_of": (1, 0)}
@@ -71,7 +74,14 @@ MODELS: dict[str, tuple[DecoderConfig, dict[str, Any]]] = {
         tiny_config(d_v=(8, 16), rope=Rope(theta=500.0, scaling="llama3", factor=8.0, original_max_positions=16)),
         {},
     ),
-    "linear rope": (tiny_config(d_v=(8, 8), rope=Rope(scaling="linear", factor=4.0)), {}),
+    "linear rope": (tiny_config(d_v=(8, 8), rope=LINEAR), {}),
+    "yarn rope": (tiny_config(d_v=(8, 16), rope=YARN), {}),
+    "yarn rope, not truncated": (tiny_config(rope=replace(YARN, truncate=False)), {}),
+    "longrope": (tiny_config(rope=LONGROPE, qkv_bias=True), {}),
+    "half of the head rotates": (tiny_config(d_v=(8, 16), rope=Rope(theta=500.0, rotated=0.5)), {}),
+    "half of the head rotates, linear": (tiny_config(rope=replace(LINEAR, rotated=0.5)), {}),
+    "qwen3, yarn rope": (replace(tiny_config(qk_norm=True, rope=YARN), family="qwen3"), {}),
+    "qwen2, yarn rope": (replace(tiny_config(qkv_bias=True, rope=YARN), family="qwen2"), {}),
     "biases": (tiny_config(d_v=(8, 16), d_ff=(90, 64), qkv_bias=True, o_bias=True, mlp_bias=True), {}),
     "biases, not narrowed": (tiny_config(qkv_bias=True, o_bias=True, mlp_bias=True), {}),
     "qwen2": (replace(tiny_config(qkv_bias=True), family="qwen2"), {}),

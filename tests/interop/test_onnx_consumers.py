@@ -13,10 +13,9 @@ import torch
 
 from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import cache_ranges
-from flatq.export.generate import DecoderRunner
-from flatq.export.protocols import Runner
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.runner import OnnxRunner
+from tests.interop.greedy import greedy
 
 PYTHON = os.environ.get("FLATQ_OPTIMUM_PYTHON", "")
 RUN = os.environ.get("FLATQ_INTEROP_RUN", "")
@@ -64,19 +63,6 @@ print("FOUND", json.dumps(found))
 """
 
 
-def greedy(artifact: Artifact, text: str, runner: Runner | None = None) -> list[int]:
-    """What the artifact itself goes on with, or an export of it."""
-    from transformers import AutoTokenizer
-
-    tokens = np.array([AutoTokenizer.from_pretrained(artifact.root)(text)["input_ids"]])
-    runner, written = runner or DecoderRunner(artifact), list[int]()
-    logits = runner.start(tokens, tokens.shape[1] + NEW)
-    while len(written) < NEW:
-        written.append(int(logits[0].argmax()))
-        logits = runner.step(np.array(written[-1:]))
-    return written
-
-
 @pytest.fixture
 def artifact(request: pytest.FixtureRequest) -> Artifact:
     """A tiny model's, or that of the finished run whose folder FLATQ_INTEROP_RUN names."""
@@ -88,7 +74,7 @@ def artifact(request: pytest.FixtureRequest) -> Artifact:
 def test_it_writes_what_the_artifact_writes(
     artifact: Artifact, tmp_path: Path, target: str, script: str, precision: str
 ) -> None:
-    wanted = [greedy(artifact, text) for text in PROMPTS]
+    wanted = [greedy(artifact, text, NEW) for text in PROMPTS]
     unused = set(range(3, artifact.config.vocab)).difference(*wanted)
     artifact.settings["eos_token_id"] = unused.pop()  # no row ends early
     options = OnnxOptions.model_validate({"target": target, "precision": precision, "accuracy_level": 0})
@@ -111,7 +97,7 @@ def test_genai_keeps_a_cache_of_int8(
     settings["search"]["past_present_share_buffer"] = share
     (tmp_path / "genai_config.json").write_text(json.dumps(settings))
     runner = OnnxRunner(tmp_path, provider="cpu", exact=True)
-    wanted = [greedy(artifact, text, runner) for text in PROMPTS]
+    wanted = [greedy(artifact, text, NEW, runner) for text in PROMPTS]
     assert artifact.config.vocab - 1 not in wanted[0] + wanted[1], "a row ended early: choose another end"
     assert generated(GENAI, tmp_path) == [wanted[:1], wanted[1:], wanted]
 

@@ -17,7 +17,7 @@ from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, 
 from flatq.compress.budget import parameter_budget
 from flatq.compress.plan import plan_ranks, uneven
 from flatq.errors import RecipeError
-from flatq.model.dims import LayerDims
+from flatq.model.dims import LINEARS, LayerDims
 from flatq.recipe.grammar import FlatSpec
 from tests.models import tiny_config
 
@@ -246,3 +246,10 @@ def test_ranks_that_will_differ_are_known_before_anything_is_measured(multiple: 
 def test_ranks_that_will_be_alike_are_known_before_anything_is_measured(alike: dict[str, Any]) -> None:
     config = tiny_config()
     assert uneven(config, FlatSpec.model_validate({"keep_ratio": 0.8, "rank_multiple": 4, **alike})) == config
+
+
+@given(st.lists(st.integers(1, 60), min_size=6, max_size=6))
+def test_the_parameters_of_a_layer_are_those_of_its_linears(widths: list[int]) -> None:
+    *dims, d_model = widths
+    layer = LayerDims(*dims)
+    assert layer.parameters(d_model) == sum(math.prod(layer.shape(linear, d_model)) for linear in LINEARS)

@@ -13,6 +13,7 @@ from flatq.calibration.corpora import python_docs
 from flatq.calibration.tokens import tokenise
 from flatq.errors import RecipeError
 from flatq.model.decoder import Decoder, GrowingCache
+from flatq.model.families import FAMILIES
 from flatq.model.weights import load_decoder
 from flatq.sources.source import Source, open_model
 
@@ -59,6 +60,21 @@ LONG_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 50.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.5, 3.0, 5.0, 9.0],
+}
+LONG = {"max_position_embeddings": 128}
+MULTIPLIED = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa": ("Llama", {}),
     "llama-mha": ("Llama", {"num_key_value_heads": 4}),
@@ -103,31 +119,67 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2-biases": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "attention_bias": True}),
     "gemma3": (
-        "Gemma3",
-        {"head_dim": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 24, "sliding_window": 5, "_type": "Text"},
+        "Gemma3Text",
+        {"head_dim": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 24, "sliding_window": 5},
     ),
     "gemma3-linear-rope": (
-        "Gemma3",
-        {"head_dim": 16, "sliding_window": 5, "_type": "Text", "rope_parameters": LONG_ROPE, **ALTERNATING},
+        "Gemma3Text",
+        {"head_dim": 16, "sliding_window": 5, "rope_parameters": LONG_ROPE, **ALTERNATING},
     ),
     "gemma3-logit-cap": (
-        "Gemma3",
-        {"head_dim": 16, "sliding_window": 5, "_type": "Text", "tie_word_embeddings": False, **SMALL_CAPS},
+        "Gemma3Text",
+        {"head_dim": 16, "sliding_window": 5, "tie_word_embeddings": False, **SMALL_CAPS},
     ),
     "olmo2": ("Olmo2", {}),
     "olmo2-mha-biases": ("Olmo2", {"num_key_value_heads": 4, "attention_bias": True}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 5}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN, **LONG}),
+    "llama-yarn-mscale": (
+        "Llama",
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 8.0, "beta_slow": 2.0}, **LONG},
+    ),
+    "llama-yarn-not-truncated": ("Llama", {"rope_parameters": {**YARN, "truncate": False}, "attention_bias": True}),
+    "llama-yarn-attention-factor": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    "mistral-yarn": ("Mistral", {"rope_parameters": YARN, "sliding_window": 9, **LONG}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN, **LONG}),
+    "qwen3-yarn": ("Qwen3", {"rope_parameters": YARN, "head_dim": 16, **LONG}),
+    "llama-longrope": ("Llama", {"rope_parameters": LONGROPE, **LONG}),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "phi3": ("Phi3", {}),
+    "phi3-window": ("Phi3", {"sliding_window": 7}),
+    "phi3-longrope": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, **LONG}),
+    "phi3-partial-longrope": (
+        "Phi3",
+        {
+            "hidden_size": 64,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.5},
+            "original_max_position_embeddings": 32,
+            **LONG,
+        },
+    ),
+    "granite": ("Granite", MULTIPLIED),
+    "granite-tied-biases": (
+        "Granite",
+        {**MULTIPLIED, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "glm": ("Glm", {"head_dim": 8}),
+    "glm-no-bias": ("Glm", {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 12, "use_bias": True}),
+    "helium": ("Helium", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "seed_oss": ("SeedOss", {"head_dim": 12}),
+    "seed_oss-biases": ("SeedOss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True}),
+    "internlm3": ("InternLM3", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    "ministral3": ("Ministral3", {"head_dim": 8, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}, **LONG}),
 }
 
 
 def tiny(case: str, **more: Any) -> Any:
     """A tiny transformers model; every tensor random, biases and norms too, so that none can be forgotten."""
     name, settings = CASES[case]
-    chosen = {**BASE, **settings, **more}
-    config = getattr(transformers, f"{name}{chosen.pop('_type', '')}Config")(**chosen)
-    config._attn_implementation = "eager"
+    config = getattr(transformers, f"{name}Config")(**{**BASE, **settings, **more})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0)
     model.tie_weights()
@@ -141,6 +193,11 @@ def smollm2() -> Source:
         return open_model(SMOLLM2)
     except RecipeError as absent:
         pytest.skip(str(absent))
+
+
+def test_every_family_has_a_case() -> None:
+    tried = {getattr(transformers, f"{name}Config").model_type for name, _ in CASES.values()}
+    assert tried == set(FAMILIES)
 
 
 def tokens(batch: int, length: int) -> Tensor:
@@ -199,6 +256,29 @@ def test_a_left_padded_row_decodes_through_a_cache_as_it_does_alone(pair: tuple[
     together = torch.cat(steps, dim=1)
     assert (together[1, 4:] - ours(ids[1:, 4:])[0]).abs().max() < TOLERANCE
     assert (together[0] - ours(ids[:1])[0]).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("wrapper", "text", "tied"),
+    [("Mistral3", "ministral3", False), ("Mistral3", "ministral3", True), ("Gemma3", "gemma3", True)],
+)
+def test_the_text_part_of_a_model_that_sees_is_read(wrapper: str, text: str, tied: bool, tmp_path: Path) -> None:
+    inner = tiny(text).config.to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{wrapper}Config")(
+        text_config=inner, vision_config=vision, tie_word_embeddings=tied
+    )
+    config._attn_implementation = config.text_config._attn_implementation = "eager"
+    model = getattr(transformers, f"{wrapper}ForConditionalGeneration")(config).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0)
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    source = open_model(str(tmp_path))
+    source.validate()
+    ids = tokens(2, 20)
+    assert (load_decoder(source)(ids) - model(ids).logits).abs().max() < TOLERANCE
 
 
 @torch.no_grad()

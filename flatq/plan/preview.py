@@ -1,0 +1,69 @@
+"""The commands ``check`` and ``plan``: what can be said of a recipe before any weight is read.
+
+They are not among the other commands, so that nothing is imported that only a run needs: most of the time of a plan is
+the import of torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flatq.compress.plan import RankPlan
+from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
+from flatq.machine.device import resolve_device
+from flatq.plan.decide import draft
+from flatq.plan.describe import described, explanation, forecast
+from flatq.plan.forecast import forecasts
+from flatq.plan.objections import absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
+from flatq.recipe.grammar import Recipe
+from flatq.sources.source import Source, open_named
+
+
+def check(recipe: Recipe) -> list[str]:
+    """A description of the recipe, and warnings about packages that its exports need.
+
+    For a model in a local folder, config.json and the tokenizer are read as well, to describe and check the model.
+
+    Raises:
+        RecipeError: an exporter is missing, its options are invalid, or it does not support the model.
+    """
+    exports, lines = planned_exports(recipe), explanation(recipe)
+    if (Path(recipe.model.path) / "config.json").is_file():
+        source, _ = _from_shapes(recipe, exports)
+        lines.insert(1, f"             {described(source.config)}")
+        lines += [f"! {caution}" for caution in tokenizer_cautions(source)]
+    return lines + _warnings(recipe, exports)
+
+
+def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, RankPlan]:
+    """The model without its weights, and the plan with equal fractions for all layers.
+
+    Raises:
+        RecipeError: the budget cannot be reached, or GPTQ or an exporter does not support the planned model.
+    """
+    source = open_named(recipe.model, need_weights=False)
+    raise_early_objections(recipe, source, exports)
+    planned = draft(recipe, source)
+    raise_objections(recipe, source.config.with_layers(planned.layers), exports)
+    return source, planned
+
+
+def _warnings(recipe: Recipe, exports: list[PlannedExport]) -> list[str]:
+    """Missing packages, as warnings: the recipe may be meant for another machine."""
+    return [f"! {problem}" for problem in absent_packages(exports, recipe)]
+
+
+def plan(recipe: Recipe, *, device: str = "auto") -> str:
+    """Predicted parameters, sizes, memory and time, from the model's shapes alone.
+
+    Raises:
+        RecipeError: an exporter does not support the planned model.
+    """
+    exports = planned_exports(recipe)
+    source, planned = _from_shapes(recipe, exports)
+    config = source.config
+    ranges = needs_cache_ranges(exports)
+    phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
+    text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
+    said = [*tokenizer_cautions(source), *_warnings(recipe, exports)]
+    return text + "".join(f"{warning}\n" for warning in said)
