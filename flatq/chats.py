@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+from flatq.files import from_json
+
 SECONDS = 10.0  # for one chat; a usual template takes a millisecond
 MEMORY = 512 << 20  # bytes, beyond those of this process
 LONGEST = 10 << 20  # bytes of one written chat
@@ -52,7 +54,7 @@ def written_out(tokenizer: Any, chats: Sequence[Sequence[dict[str, Any]]], **set
         with os.fdopen(reading, "rb", buffering=0) as answers:
             read = bytearray()
             for _ in chats:
-                yield _words(json.loads(_line(answers, read)))
+                yield _words(from_json(_line(answers, read).decode()))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
