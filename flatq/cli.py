@@ -39,6 +39,14 @@ class Verbs(TyperGroup):
                 stderr.print_exception()
             stderr.print(Text(str(error), style="red"))
             raise typer.Exit(error.exit_code) from error
+        except OSError as failed:  # a full disk, no permission, a folder that vanished
+            if ctx.params.get("debug"):
+                stderr.print_exception()
+            what = f"{failed.filename}: " if failed.filename else ""
+            stderr.print(
+                Text(f"{what}{failed.strerror or failed}; nothing else was wrong: mend that and run again", "red")
+            )
+            raise typer.Exit(FlatqError.exit_code) from failed
         except KeyboardInterrupt as interrupt:
             stderr.print("interrupted; run the same command again to resume")
             raise typer.Exit(INTERRUPTED) from interrupt

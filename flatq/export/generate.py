@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from flatq.chats import TemplateRefuses, written_out
 from flatq.errors import FlatqError, NumericsError, RecipeError
 from flatq.export.protocols import FloatArray, IntArray, Runner, require_positions
 from flatq.model.decoder import Decoder, GrowingCache
@@ -184,10 +185,8 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
         if not getattr(tokenizer, "chat_template", None):
             raise RecipeError("--chat: this model's tokenizer has no chat template; leave --chat out to continue text")
         try:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as refused:  # a template may raise any exception
+            (prompt,) = written_out(tokenizer, [[{"role": "user", "content": prompt}]], add_generation_prompt=True)
+        except TemplateRefuses as refused:
             raise RecipeError(f"--chat: the model's chat template refuses the prompt ({refused})") from refused
     ids: list[int] = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not ids:
