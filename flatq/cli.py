@@ -8,8 +8,10 @@ Exit codes: 0 success, 2 the recipe or something that it refers to is wrong, 3 a
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +33,9 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run a command."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows ? for what it does not have
+                stream.reconfigure(errors="replace")
         stderr = Console(stderr=True, soft_wrap=True)
         try:
             return super().invoke(ctx)
@@ -44,7 +49,7 @@ class Verbs(TyperGroup):
                 stderr.print_exception()
             what = f"{failed.filename}: " if failed.filename else ""
             stderr.print(
-                Text(f"{what}{failed.strerror or failed}; nothing else was wrong: mend that and run again", "red")
+                Text(f"{what}{failed.strerror or failed}; nothing else was wrong: fix that and run again", "red")
             )
             raise typer.Exit(FlatqError.exit_code) from failed
         except KeyboardInterrupt as interrupt:
