@@ -78,6 +78,7 @@ def run(
         if folder.finished:
             if check and distributed.first():
                 refuse_damage(folder.root)
+            folder.tidy()
             log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
             return folder.root if distributed.part() else None
         return _run(recipe, exports, folder, device, memory, predict)
