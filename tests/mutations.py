@@ -29,7 +29,7 @@ from tests.trials import Reached, Trial, import_once, must_pass, verdicts
 
 ROOT = Path(__file__).parents[1]
 LEAST = 0.85
-SECONDS = 20.0  # of CPU, of tests for one mutant
+SECONDS = 30.0  # of CPU, of tests for one mutant
 MOST_NAMED = 3  # cases of a key for one mutant, beyond these seconds
 MOST_LATE = 3  # tests for one mutant that need a finished run with exports
 PARTS, WIRING = "tests/test_wiring_parts.py", "tests/test_wiring.py"
