@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(path)
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether a write failed for lack of space (or of a quota); numpy's ``tofile`` says so only in words."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (
+        error.errno is None and "requested and" in str(error)
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,8 +12,8 @@ repeats no finished phase.
 
 from __future__ import annotations
 
-import errno
 import logging
+import math
 import os
 import shutil
 import time
@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from flatq.errors import ArtifactError, FlatqError, RecipeError
-from flatq.files import as_json, file_digest, first_fault, read_json, write_atomically, write_checksummed
+from flatq.errors import ArtifactError, FlatqError, NumericsError, RecipeError
+from flatq.files import as_json, disk_full, file_digest, first_fault, read_json, write_atomically, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
 from flatq.recipe.grammar import Recipe
@@ -137,8 +137,15 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier run wrote its report and every export succeeded."""
-        return (self.root / REPORT).is_file() and not any(export.error for export in self.outcomes())
+        """Whether an earlier run ended: it wrote its report, every export succeeded, and its files are sealed."""
+        if not (self.root / REPORT).is_file() or any(export.error for export in self.outcomes()):
+            return False
+        return not self.work.exists() or bool(self.begun().files)
+
+    def tidy(self) -> None:
+        """Remove what a run leaves that was killed after its end, while it removed its work folder."""
+        if distributed.first():
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def outcomes(self) -> list[Outcome]:
         """The exports listed in the report.
@@ -171,9 +178,9 @@ class RunFolder:
         except BaseException as error:
             if isinstance(error, Exception) and blank and not (self.work / "state.json").exists():
                 self._vanish(new)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if isinstance(error, OSError) and disk_full(error):
                 raise ArtifactError(
-                    f"{self.root}: the disk is full ({error.strerror}); free some space and run again, "
+                    f"{self.root}: the disk is full ({error.strerror or error}); free some space and run again, "
                     "finished blocks are kept"
                 ) from error
             raise
@@ -233,6 +240,7 @@ class RunFolder:
         forget_peak()
         started = time.monotonic()
         written = distributed.broadcast(adapter.dump_python(compute(), mode="json"))
+        _must_be_finite(written, name)
         result = adapter.validate_python(written)
         if not distributed.first():
             return result
@@ -285,6 +293,22 @@ class RunFolder:
     def peak_rss_bytes(self) -> int:
         """Peak resident memory over all phases, including those of earlier processes of a resumed run."""
         return max([peak_rss_bytes(), self._highest, *self.memory().values()])
+
+
+def _must_be_finite(value: Any, where: str) -> None:
+    """Refuse a JSON value with a number that JSON cannot hold, naming its place.
+
+    Raises:
+        NumericsError: there is one.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NumericsError(
+            f"{where}: the result is {value}, so the weights are damaged or overflow float32: check the source "
+            "checkpoint"
+        )
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inside:
+        _must_be_finite(part, f"{where}.{key}")
 
 
 def require_space(root: Path, wanted: int, what: str) -> None:

@@ -71,10 +71,14 @@ def _logging_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made-up English, about 6,000 tokens."""
+    return write_text(tmp_path_factory.mktemp("text") / "corpus.txt")
+
+
+def write_text(file: Path) -> Path:
+    """The text of ``text_file``."""
     rng = random.Random(0)
     words = ["stone", "river", "walks", "over", "the", "a", "bright", "slow", "under", "bird", "sings", "of", "light"]
     sentences = (" ".join(rng.choices(words, k=rng.randint(4, 12))).capitalize() + "." for _ in range(700))
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
     file.write_text(" ".join(sentences))
     return file
 
@@ -82,13 +86,17 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A random Llama of transformers with grouped queries, saved with a tokenizer; never written to by tests."""
-    root = tmp_path_factory.mktemp("model") / "tiny"
+    return write_model(tmp_path_factory.mktemp("model") / "tiny", text_file)
+
+
+def write_model(root: Path, text_file: Path, layers: int = LAYERS) -> Path:
+    """The model of ``tiny_model``, with a tokenizer trained on a text."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.demo_band import main, newest, outside
-from tests.mutants import Mutant, changes
-from tests.mutations import CANDIDATES, FAULTS, KEYS, ROOT, TARGETS, all_mutants, chosen_tests, place_of
+from tests.mutants import Mutant, changes, mutants
+from tests.mutations import CANDIDATES, EQUIVALENT, FAULTS, KEYS, ROOT, TARGETS, all_mutants, chosen_tests, place_of
 from tests.trials import NOTE, Reached, traced
 
 GOOD: dict[str, Any] = {
@@ -39,6 +39,12 @@ def test_every_target_has_mutants_that_differ_from_the_file() -> None:
         assert len(found) >= 10, pattern
         for mutant in found[::10]:
             assert mutant.text != ast.unparse(ast.parse(mutant.original)), mutant.name
+
+
+def test_every_mutant_that_is_left_out_as_equivalent_could_be_made() -> None:
+    for file, function, change in EQUIVALENT:
+        made = [(each.function, each.change) for each in mutants(file, (ROOT / file).read_text())]
+        assert (function, change) in made
 
 
 def test_the_tests_that_may_notice_are_there() -> None:

@@ -21,7 +21,8 @@ WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.un
 # From top to bottom: a folder (or file) imports only what stands below it, or itself.
 FLOORS = [
     "cli", "verbs", "doctor", "pipeline", "plan", "stages", "report", "evaluate", "integrity", "job", "compress",
-    "export", "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "tokenizer", "model", "recipe",
+    "export", "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "chats", "tokenizer", "model",
+    "recipe",
     "machine", "units", "linalg", "digests", "files", "errors",
 ]  # fmt: skip
 ENTRIES = ("__init__", "__main__")  # the package itself, which names things of every floor

@@ -128,8 +128,9 @@ class Architecture:
         """Factor of a tensor in the file.
 
         Where llama.cpp multiplies the embedding, the residual stream is larger by the same factor, so the outputs of
-        attention and MLP must be, too: their norms take the factor. Without such norms the embedding is divided, and
-        the final norm multiplied because the head is the embedding.
+        attention and MLP must be, too: their norms take the factor. (Beside the larger stream the norms' epsilon weighs
+        less: a relative change of epsilon / 2, below float32 for Gemma's 1e-6.) Without such norms the embedding is
+        divided, and the final norm multiplied because the head is the embedding.
         """
         tensor, root = name.split(".")[-2], math.sqrt(self.written.d_model)
         dims = self.written.layers[0]

@@ -35,6 +35,9 @@ from flatq_gguf.placement import Placement
 
 TABLES = ("embed", "head")
 ALIGNMENT = 32
+# Types whose numbers or scales are float16, and how many scales the largest number of a block is.
+HALF_SCALED = {"F16": 1.0, "Q4_0": 8.0, "Q4_1": 7.5, "Q5_0": 16.0, "Q8_0": 127.0}
+FEWEST_STEPS = 16  # of float16's smallest number in the largest scale of a tensor; with fewer it has no precision
 STILL = 1e30  # divisor of a pair that stands still
 
 
@@ -200,10 +203,16 @@ def encoded(values: NDArray[np.generic], planned: Planned) -> NDArray[np.generic
     """Numbers converted to the planned type, rounded to nearest by the gguf package."""
     import gguf
 
-    if planned.kind == "F16" and not bool((np.abs(values) <= np.finfo(np.float16).max).all()):
+    largest, levels = float(np.abs(values).max(initial=0)), HALF_SCALED.get(planned.kind)
+    if levels is not None and not largest <= levels * float(np.finfo(np.float16).max):
         raise ExportError(
-            f"gguf: {planned.source}: its largest number {np.abs(values).max():g} is beyond float16; use precision "
+            f"gguf: {planned.source}: its largest number {largest:g} is beyond float16; use precision "
             "bf16 or f32 (with codes: otherwise: f32)"
+        )
+    if levels is not None and 0 < largest < FEWEST_STEPS * levels * float(np.finfo(np.float16).smallest_subnormal):
+        raise ExportError(
+            f"gguf: {planned.source}: its largest number {largest:g} is too small for float16; use precision bf16 or "
+            "f32 (with codes: otherwise: f32)"
         )
     values = np.ascontiguousarray(values, np.float32)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[planned.kind])

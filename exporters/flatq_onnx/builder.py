@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from flatq.export import ExportError
+
 OPSET = 23  # the first with RMSNormalization and Attention
 IR_VERSION = 11  # the one that came with opset 23
 MICROSOFT = "com.microsoft"
@@ -68,7 +70,7 @@ class Builder:
             wanted = value.dtype.numpy()
 
             def tensor() -> Any:
-                return ir.Tensor(make().astype(wanted, copy=False), name=name)
+                return ir.Tensor(_cast(make(), wanted, name), name=name)
 
             value.const_value = ir.LazyTensor(tensor, dtype=value.dtype, shape=ir.Shape(shape), name=name)
             self._initializers[name] = value
@@ -148,3 +150,13 @@ class Builder:
 def ints(*values: int) -> NDArray[np.int64]:
     """An int64 vector of constants."""
     return np.array(values, np.int64)
+
+
+def _cast(array: NDArray[Any], wanted: np.dtype[Any], name: str) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        found = array.astype(wanted, copy=False)
+    if wanted == np.float16 and bool((np.isinf(found) & ~np.isinf(array)).any()):
+        raise ExportError(
+            f"onnx: {name}: its largest number {np.abs(array).max():g} is beyond float16; use activations: fp32"
+        )
+    return found

@@ -46,6 +46,8 @@ def _target_objections(config: DecoderConfig, grids: Mapping[str, Grid], options
         found.append("onnx: target: optimum pads on the left; leave left_padding out")
     if target == "cuda" and options.left_padding:
         found.append("onnx: target: cuda with left_padding uses a slow kernel; leave it out, or use target: optimum")
+    if options.decode_on_load and (target != "web" or options.precision != "int4"):
+        found.append("onnx: decode_on_load is for target: web with precision: int4; leave it out")
     if target == "cuda" and options.activations != "fp16":
         found.append("onnx: target: cuda computes in fp16; leave activations out, or use precision: fp16")
     if target == "cuda" and options.precision == "int4":

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatq.chats import TemplateRefuses, written_out
 from flatq.errors import RecipeError
 from flatq.files import from_json
 
@@ -187,6 +188,7 @@ def _chats(text: str, field: str, file: Path, place: str, tokenizer: Any) -> Ite
         raise RecipeError(
             f"{place}.chat_template: this model's tokenizer has no chat template; give a file with plain text instead"
         )
+    numbers, chats = list[int](), list[list[dict[str, Any]]]()
     for number, record in _objects(text, file, place):
         messages = record.get(field) if isinstance(record, dict) else None
         if not isinstance(messages, list) or not all(_is_message(message) for message in messages) or not messages:
@@ -194,12 +196,18 @@ def _chats(text: str, field: str, file: Path, place: str, tokenizer: Any) -> Ite
                 f"{place}.chat_template: {file}, line {number}: no list of messages with role and content under "
                 f"{field!r}; found: {_keys_of(record)}. Name the key with field"
             )
-        try:
-            yield str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as refused:  # a template may raise any exception
-            raise RecipeError(
-                f"{place}.chat_template: {file}, line {number}: the model's chat template refuses this chat ({refused})"
-            ) from refused
+        numbers.append(number)
+        chats.append(messages)
+    written = 0
+    try:
+        for words in written_out(tokenizer, chats):
+            written += 1
+            yield words
+    except TemplateRefuses as refused:
+        raise RecipeError(
+            f"{place}.chat_template: {file}, line {numbers[written]}: the model's chat template refuses this chat "
+            f"({refused})"
+        ) from refused
 
 
 def _is_message(message: Any) -> bool:

@@ -16,12 +16,21 @@ from flatq.linalg import submatrix
 from flatq.machine import distributed
 from flatq.machine.device import exact
 
+LARGEST = 1e15  # magnitude of a weight; no trained model has one near it, a flipped bit of an exponent does
 PANEL = 512  # columns of a Gram that are computed together
 
 
 def finite(x: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; checking minimum and maximum is ten times as fast."""
     return x.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
+def unusable(weight: Tensor) -> str:
+    """What makes a stored weight unusable, in words; empty for numbers whose sums of squares stay within float32."""
+    if not finite(weight):
+        return f"{int((~torch.isfinite(weight)).sum())} values that are NaN or infinite"
+    largest = float(torch.stack(torch.aminmax(weight)).abs().max()) if weight.numel() else 0.0
+    return f"{largest:.3g}, and squares of numbers beyond {LARGEST:.0e} overflow float32" if largest > LARGEST else ""
 
 
 class Gram:

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatq.artifact import save_shard
+from flatq.chats import TemplateRefuses, written_out
 from flatq.errors import NumericsError, RecipeError
 from flatq.machine.precision import resolved
 from flatq.machine.progress import progress
@@ -105,10 +106,9 @@ def chat_script(tokenizer: Any, ends: frozenset[int]) -> Script | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE
-        )
-    except Exception as refused:  # a template may raise any exception
+        question = [{"role": "user", "content": MARK}]
+        (text,) = written_out(tokenizer, [question], add_generation_prompt=True, date_string=FIXED_DATE)
+    except TemplateRefuses as refused:
         log.warning("dataset self: only documents are written, for the chat template refuses a question: %s", refused)
         return None
     before, found, after = text.partition(MARK)

@@ -27,8 +27,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flatq.calibration.block import REMEDY
+from flatq.calibration.grams import finite
 from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, embedded, pieces, stored_as
+from flatq.errors import NumericsError
 from flatq.linalg import factor_
 from flatq.machine import distributed
 from flatq.machine.precision import blocks_in, forward_precision
@@ -85,9 +88,12 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, executio
             states.forward(done, layer, half)
             advance()
         gradient = states.drawn_gradient(weights)
-        for done, _, half, layer in half_layers(weights, device=execution.device, backwards=True):
+        for done, index, half, layer in half_layers(weights, device=execution.device, backwards=True):
             at_output = states.before_norm(done, layer, half, gradient)
-            found[done] = _second_moment(at_output, states.mine, len(tokens))
+            moment = _second_moment(at_output, states.mine, len(tokens))
+            if not finite(moment):
+                raise NumericsError(f"layer {index} {half}: the gradient after it is not finite; {REMEDY}")
+            found[done] = moment
             del at_output
             gradient = states.backward(done, layer, half, gradient)
             advance()

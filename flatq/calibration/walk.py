@@ -33,6 +33,7 @@ from flatq.errors import ArtifactError
 from flatq.files import read_json, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.progress import progress
+from flatq.model.balance import balance
 from flatq.model.decoder import DecoderConfig, locate
 from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import HALVES, Weights
@@ -76,6 +77,7 @@ def walk(
     del embed  # not held through the walk
     for done, index, half, layer in half_layers(weights, device=execution.device, start=start):
         now, then = done % 2, (done + 1) % 2
+        notes = balance(layer, half)
         block = Block(
             index,
             half,
@@ -87,6 +89,7 @@ def walk(
             Reference(dense[now], dense[then], lag) if reference else None,
             feeds[then] if unchanged else None,
             moments,
+            notes=notes,
         )
         if distributed.first():
             yield block

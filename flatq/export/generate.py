@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from flatq.chats import TemplateRefuses, written_out
 from flatq.errors import FlatqError, NumericsError, RecipeError
 from flatq.export.protocols import FloatArray, IntArray, Runner, require_positions
 from flatq.model.decoder import Decoder, GrowingCache
@@ -163,7 +164,7 @@ def stream(
         raise RecipeError(
             f"generate: new_tokens is {new_tokens} and temperature {temperature}; neither may be negative"
         )
-    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    ids = prompt_ids(tokenizer, _unicode(prompt), chat=chat)
     if vocab is not None and max(ids) >= vocab:
         raise RecipeError(
             f"the prompt holds the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), and "
@@ -172,6 +173,18 @@ def stream(
     choose = _chooser(temperature, np.random.default_rng(seed))
 
     return Stream(runner, tokenizer, ids, new_tokens, choose, eos)
+
+
+def _unicode(prompt: str) -> str:
+    """A prompt from the command line of a system whose locale is not UTF-8, where Python keeps bytes as surrogates.
+
+    Raises:
+        RecipeError: the bytes are no UTF-8.
+    """
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as wrong:
+        raise RecipeError(f"the prompt is no UTF-8 text ({wrong}); use a terminal with a UTF-8 locale") from wrong
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
@@ -184,10 +197,8 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
         if not getattr(tokenizer, "chat_template", None):
             raise RecipeError("--chat: this model's tokenizer has no chat template; leave --chat out to continue text")
         try:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as refused:  # a template may raise any exception
+            (prompt,) = written_out(tokenizer, [[{"role": "user", "content": prompt}]], add_generation_prompt=True)
+        except TemplateRefuses as refused:
             raise RecipeError(f"--chat: the model's chat template refuses the prompt ({refused})") from refused
     ids: list[int] = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not ids:

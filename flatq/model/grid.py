@@ -19,8 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatq.errors import NumericsError
+
 WEIGHTS_AT_ONCE = 1 << 18  # weights in the working set of a clip search: small enough to stay in the processor's cache
 CLIPS = (1.0, 1.2, 1.1, 0.9, 0.8, 0.7)  # fractions of a group's range; above 1, because GPTQ changes the weights
+LARGEST_SCALE = 65504.0
+LOST = 0.01  # share of a weight's energy that may vanish in groups of scales too small for float16
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16, so that an all-zero group has no scale of 0
 
 
@@ -137,9 +141,40 @@ class Grid:
         return torch.round(w / scale).clamp(-zero, self.levels - zero) + zero
 
 
+def unheld(grid: Grid, w: Tensor, scale: Tensor, importance: Tensor) -> str:
+    """What float16 scales cannot hold of a weight, in words; empty where they hold it.
+
+    Args:
+        grid: of the weight.
+        w: float32 [o, i].
+        scale: of its groups, [o, G].
+        importance: weight of each column's square, [i].
+    """
+    ends = (scale >= LARGEST_SCALE) | (scale <= SMALLEST_SCALE)
+    if not ends.any():
+        return ""
+    scale = grid.spread(scale, w.shape[1])
+    high, low = scale >= LARGEST_SCALE, scale <= SMALLEST_SCALE
+    largest = float(w[high].abs().max()) if bool(high.any()) else 0.0
+    most = LARGEST_SCALE * grid.levels / 2
+    if largest > most:
+        return (
+            f"a weight of magnitude {largest:.3g} is beyond {most:.3g}, the most that {grid.bits} bits with float16 "
+            "scales hold"
+        )
+    energy = w.double().square() * importance.double()
+    share = float(energy[low].sum() / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny))
+    if share > LOST:
+        return (
+            f"{share:.0%} of its energy is in groups whose largest weight is below "
+            f"{SMALLEST_SCALE * grid.levels / 2:.2g}, too small for float16 scales"
+        )
+    return ""
+
+
 def as_half(scale: Tensor) -> Tensor:
     """The scale rounded to a positive float16 value, kept in its own dtype."""
-    return scale.clamp(min=SMALLEST_SCALE, max=65504.0).half().to(scale.dtype)
+    return scale.clamp(min=SMALLEST_SCALE, max=LARGEST_SCALE).half().to(scale.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,9 +209,16 @@ class QuantizedWeight:
 
 
 def round_to_nearest(w: Tensor, grid: Grid, *, search: bool = False) -> QuantizedWeight:
-    """Round-to-nearest quantization of a weight [o, i]; used for embeddings and as the baseline of GPTQ."""
+    """Round-to-nearest quantization of a weight [o, i]; used for embeddings and as the baseline of GPTQ.
+
+    Raises:
+        NumericsError: the weight does not fit float16 scales.
+    """
     w = w.float()
     scale, zero = grid.fit(w, search=search)
+    lost = unheld(grid, w, scale, torch.ones(w.shape[1], device=w.device))
+    if lost:
+        raise NumericsError(lost)
     rows = max(1, WEIGHTS_AT_ONCE // w.shape[1])
     codes = [
         grid.encode(part, *(grid.spread(x, w.shape[1]) for x in (s, z))).to(torch.uint8)

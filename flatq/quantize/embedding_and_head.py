@@ -21,12 +21,13 @@ from torch import Tensor
 from flatq.artifact import PARTS, save_shard
 from flatq.calibration.grams import Gram
 from flatq.calibration.states import Execution, HiddenStates
+from flatq.errors import NumericsError
 from flatq.machine.device import solver_of
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
 from flatq.model.weights import Weights, head_stem, load_head, load_last_norm
 from flatq.quantize.gptq import GptqResult
-from flatq.quantize.stage import notes_on, quantize_table, quantized_together
+from flatq.quantize.stage import REMEDY, notes_on, quantize_table, quantized_together
 from flatq.recipe.blocks import GptqSpec
 
 EMBEDDING, ENDS = "embedding.safetensors", "ends.safetensors"
@@ -100,6 +101,8 @@ def save_last(
     ends: dict[str, Tensor | QuantizedWeight] = {"norm.weight": weights.tensor("norm.weight")}
     if moment is not None and spec is not None:
         result = quantized_head(weights, grids[stem], moment, spec)
+        if result.unheld:
+            raise NumericsError(f"{stem}.weight: {result.unheld}; {REMEDY}")
         ends[f"{stem}.weight"] = result.weight
         said = {"error": result.error_of(), "notes": notes_on("head", result, spec.damping)}
     elif stem == "head":

@@ -27,7 +27,7 @@ from torch import Tensor
 from flatq.calibration.grams import finite
 from flatq.errors import NumericsError
 from flatq.linalg import has_factor_, submatrix
-from flatq.model.grid import Grid, QuantizedWeight
+from flatq.model.grid import Grid, QuantizedWeight, unheld
 
 WEIGHTS_AT_ONCE = 1 << 24  # weights that are quantized at once: 64 MiB each for residuals, scales, zeros, codes
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the requested damping, tried in turn if the factorization fails
@@ -43,6 +43,7 @@ class GptqResult:
         dead: number of input columns that were always 0; they are rounded to nearest.
         damping: relative damping that was used; None if every step of the ladder failed and the weight was rounded to
             nearest instead, which the caller must report.
+        unheld: what float16 scales cannot hold of the weight, in words; such a result must not be used.
     """
 
     weight: QuantizedWeight
@@ -50,6 +51,7 @@ class GptqResult:
     total: Tensor
     dead: int
     damping: float | None
+    unheld: str = ""
 
     def error_of(self, rows: slice = slice(None)) -> float:
         """Relative output error (squared) of some of the rows."""
@@ -87,15 +89,17 @@ def gptq(
     energy = gram.diagonal().clamp(min=0).float()
     feedback = _feedback(gram, energy == 0, _order(energy, act_order), damping)
     # Rows are independent, so a large weight is quantized a few rows at a time.
-    parts = []
+    parts, outside = [], ""
     for some in w.split(max(1, at_once // w.shape[1])):
         rows = some.float().T.contiguous().T  # [o, i], column-major: everything below works column by column
         scale, zero = grid.fit(rows, importance=energy, search=clip_search)
+        outside = outside or unheld(grid, rows, scale, energy)
         weight, lost = _rounded(rows, gram, feedback, scale, zero, grid, block_size)
         parts.append((weight.codes, weight.scale, weight.zero, lost, _energy(rows, gram)))
     codes, scale, zero, lost, total = (torch.cat(part) for part in zip(*parts, strict=True))
     used = None if feedback is None else feedback.damping
-    return GptqResult(QuantizedWeight(codes, scale, zero, grid), lost, total, int((energy == 0).sum()), used)
+    weight, dead = QuantizedWeight(codes, scale, zero, grid), int((energy == 0).sum())
+    return GptqResult(weight, lost, total, dead, used, outside)
 
 
 def _rounded(

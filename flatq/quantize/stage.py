@@ -18,6 +18,7 @@ from flatq.model.weights import Weights, dense
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE, GptqResult, gptq
 from flatq.recipe.blocks import GptqSpec
 
+REMEDY = "check the source checkpoint for damage, or leave it as it is: `quantize: false` for its name in `overrides`"
 # Linears that read the same activation are quantized together, with one factorization of one Gram.
 READERS = {
     "attention": (("input", ("q", "k", "v")), ("inner", ("o",))),
@@ -27,7 +28,10 @@ READERS = {
 
 def quantize_table(weights: Weights, name: str, grid: Grid) -> QuantizedWeight:
     """An embedding, rounded to nearest with a search of the clip factor (each token reads a single row)."""
-    return round_to_nearest(dense(weights.tensor(name)), grid, search=True)
+    try:
+        return round_to_nearest(dense(weights.tensor(name)), grid, search=True)
+    except NumericsError as unheld:
+        raise NumericsError(f"{name}: {unheld}; {REMEDY}") from unheld
 
 
 class GptqStage:
@@ -130,6 +134,8 @@ def quantized_together(
 
 def _place(block: Block, names: list[str], result: GptqResult, damping: float) -> None:
     """Replace linears that read the same activation by their quantized weights, and record errors and notes."""
+    if result.unheld:
+        raise NumericsError(f"{block.place} {'+'.join(names)}: {result.unheld}; {REMEDY}")
     block.notes += notes_on("+".join(names), result, damping)
     row, part = 0, result.weight
     for name in names:
@@ -142,6 +148,8 @@ def _place(block: Block, names: list[str], result: GptqResult, damping: float) -
 def notes_on(names: str, result: GptqResult, damping: float) -> list[str]:
     """Warnings about a result of GPTQ: fallback to rounding, increased damping, dead columns."""
     notes = []
+    if result.dead == result.weight.shape[1]:
+        return [f"{names}: DEAD: all inputs were always 0 on the calibration text, rounded to nearest"]
     if result.damping is None:
         notes.append(f"{names}: GPTQ failed with every damping, rounded to nearest")
     elif result.damping > damping:

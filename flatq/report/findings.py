@@ -59,9 +59,17 @@ def findings(report: Report) -> Findings:
             )
         found.notes += [f"{export.name}: {note}" for note in export.notes]
     found.notes += report.notes
-    found.notes += [f"Layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]
+    _sort_layers(report, found)
     found.notes += report.head.notes if report.head else []
     return found
+
+
+def _sort_layers(report: Report, found: Findings) -> None:
+    """Notes on layers; a dead or ruined one is a cost."""
+    for layer in report.layers:
+        for note in layer.notes:
+            grave = ": DEAD:" in note or ": RUINED:" in note
+            (found.costs if grave else found.notes).append(f"Layer {layer.index}: {note}")
 
 
 def _compare_model(report: Report, found: Findings) -> None:

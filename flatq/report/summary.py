@@ -19,6 +19,7 @@ from flatq.sources.source import Source
 from flatq.units import with_error
 
 SCHEMA_VERSION = 1
+RUINED = 0.5  # share of an output's energy from which on a linear is named in the report
 POINTS = 25  # of a curve in the report
 
 
@@ -170,6 +171,11 @@ def _layers(dense: DecoderConfig, artifact: Artifact, curves: Sequence[Curves]) 
         blocks = [block for block in artifact.manifest["blocks"] if block["layer"] == index]
         errors = {name: error for block in blocks for name, error in block["errors"].items()}
         notes = [note for block in blocks for note in block["notes"]]
+        notes += [
+            f"{name}: RUINED: {error:.0%} of its output's energy on the calibration text is lost"
+            for name, error in errors.items()
+            if error > RUINED
+        ]
         costs = {}
         if curves:
             of = curves[index]

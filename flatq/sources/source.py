@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flatq.calibration.grams import finite
+from flatq.calibration.grams import unusable
 from flatq.errors import ArtifactError, NumericsError, RecipeError, UnsupportedModel
 from flatq.files import file_digest
 from flatq.model.decoder import DecoderConfig
@@ -169,7 +169,7 @@ class Source:
 
         Raises:
             ArtifactError: it is missing, has another shape, or cannot be read.
-            NumericsError: it contains NaN or infinity.
+            NumericsError: it contains NaN or infinity, or numbers whose squares leave float32.
         """
         wrong = self._wrong(name)
         if wrong is not None:
@@ -177,12 +177,11 @@ class Source:
         tensor = self.storage.read(name)
         if self.wanted is not None:
             tensor = tensor.to(self.wanted)
-        if not finite(tensor):
-            count = int((~torch.isfinite(tensor)).sum())
+        if words := unusable(tensor):
             as_what = f" as {self.wanted}" if self.wanted else ""
             raise NumericsError(
-                f"{self.storage.tensors[name].file}: tensor {name} holds {count} values that are NaN or infinite"
-                f"{as_what}; results would be meaningless. Download the file again, or use another dtype"
+                f"{self.storage.tensors[name].file}: tensor {name} holds {words}{as_what}; results would be "
+                "meaningless. Download the file again, or use another dtype"
             )
         return tensor
 

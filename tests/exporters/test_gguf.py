@@ -20,13 +20,14 @@ from flatq.export.protocols import Exported, exporter_named
 from flatq.model.config import Kind
 from flatq.model.decoder import LINEARS, DecoderConfig, Rope
 from flatq.model.grid import Grid
-from flatq.model.weights import dense
+from flatq.model.weights import dense, load_decoder
 from flatq.sources.gguf_file import GgufFile
+from flatq.sources.source import Source
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_gguf.sizes import PIECE_BYTES
 from tests.conftest import MakeRecipe, flatq
-from tests.exporters.conftest import MakeArtifact
-from tests.models import tiny_config
+from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
+from tests.models import SWITCHES, tiny_config
 
 CARRIED = {  # every grid that a block type can hold, and that type
     "4-bit": (4, True, "Q4_0"),
@@ -214,6 +215,23 @@ def test_a_model_that_was_not_narrowed_keeps_its_own_architecture(make_artifact:
     for name in artifact.names():
         if not name.endswith("bias"):  # flatq's own reader of GGUF puts the rows of weights back
             np.testing.assert_array_equal(file.read(name).numpy(), dense(artifact.tensor(name)).numpy())
+
+
+@pytest.mark.parametrize("family", [name for name in SWITCHES if name != "qwen2"])
+def test_flatqs_own_reader_opens_the_file_of_every_family(make_artifact: MakeArtifact, family: str) -> None:
+    widths: dict[str, Any] = {"d_v": (16,) * 4, "d_ff": (96,) * 4}
+    artifact = make_artifact(tiny_config(family=family, **widths, **SWITCHES[family]))
+    exported, _ = export(artifact)
+    source = Source(GgufFile(exported.files[0]), "file")
+    source.validate()
+    config = artifact.config
+    assert (source.config.kinds, source.config.kind_of) == (config.kinds, config.kind_of)
+    assert source.config.switches() == config.switches()
+    tokens = some_tokens(config, 2, 20)
+    with torch.no_grad():
+        found = load_decoder(source)(torch.from_numpy(tokens)).numpy()
+    # Where llama.cpp scales the embedding, the residual stream is larger, and the norms' epsilon weighs less.
+    np.testing.assert_allclose(found, reference_logits(artifact, tokens), atol=5e-4)
 
 
 def test_deci_describes_every_layer(make_artifact: MakeArtifact) -> None:

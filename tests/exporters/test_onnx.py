@@ -881,3 +881,18 @@ def test_the_readme_s_python_writes_what_flatq_writes(
     assert mine.exit_code == 0, mine.stderr
     assert ran.stdout.strip("\n") == "The sea is" + mine.stdout.strip("\n")
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["kernel", "decoded"])
+@pytest.mark.parametrize("precision", [name for name in GRIDS if name != "fp32"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_web_graphs_have_no_operator_that_browsers_lack(
+    make_artifact: MakeArtifact, precision: str, tied: bool, decode: bool
+) -> None:
+    linears, ends = GRIDS[precision]
+    artifact = make_artifact(tiny_config(d_v=(16, 11), tied_head=tied), grid=linears, embed_grid=ends)
+    exported, _ = export(artifact, target="web", decode_on_load=decode)
+    kinds = {node.op_type for node in onnx.load(exported.root / "onnx/model_q4.onnx").graph.node}
+    assert "GatherBlockQuantized" not in kinds
+    assert ("MatMulNBits" in kinds) != decode
+    assert_says_what_the_artifact_says(artifact, OnnxRunner(exported.root, provider="cpu", threads=1, exact=True))
