@@ -189,7 +189,7 @@ def _exported(
         exported = exporter.write(artifact, out, options)
         runner = exporter.open(exported.root, options, provider="cpu", threads=1, exact=True)
     except FlatqError as refused:
-        return str(refused)
+        return str(refused).replace(str(out), "FOLDER")
     assert runner is not None
     with closing(runner):
         return _largest(runner.logits(tokens), expected)
