@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+
+from flatq.files import read_json
 
 TABLE = Path(__file__).with_name("measured.json")
 Cell = float | str  # largest difference of a logit, "yes", or why not
@@ -12,7 +13,7 @@ Cell = float | str  # largest difference of a logit, "yes", or why not
 
 def lines() -> Iterator[str]:
     """One line per row of the table: parity with transformers, and the exports that work."""
-    table: Mapping[str, Mapping[str, Cell]] = json.loads(TABLE.read_text())
+    table = read_json(TABLE, dict[str, dict[str, Cell]], "install flatq again")
     width = max(map(len, table))
     for name, row in table.items():
         exports = [column for column in row if column.startswith(("onnx", "gguf", "safetensors"))]
