@@ -48,6 +48,7 @@ MODELS: Mapping[str, str] = {
     "phi3, longrope, partial": "phi3-partial-longrope",
     "granite": "granite-tied-biases",
     "glm": "glm",
+    "glm4": "glm4",
     "ernie4_5": "ernie4_5",
     "helium": "helium",
     "internlm3": "internlm3",

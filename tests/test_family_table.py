@@ -14,7 +14,7 @@ from tests.family_table import COLUMNS, MODELS, measured, save_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 WRITTEN: dict[str, dict[str, Cell]] = json.loads(TABLE.read_text())
-EXACT_GELU, EXACT = 0.03, 5e-4  # llama.cpp looks GELU up in a table of float16 numbers
+EXACT_GELU, EXACT = 0.05, 5e-4  # llama.cpp looks GELU up in a table of float16 numbers
 QUICK = ("phi3, longrope, partial",)
 
 
