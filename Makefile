@@ -27,7 +27,7 @@ LOWEST_VENV ?= .venv-lowest
 PACKAGE_VENV ?= .venv-package
 GPTQ_VENV ?= .venv-gptq
 TRANSFORMERS_SITES ?= .venv-transformers
-ORT_VERSIONS ?= 1.23.2 1.25.1 1.28.0 1.32.0
+ORT_VERSIONS ?= 1.23.2 1.24.4 1.25.1 1.28.0 1.32.0
 
 bin := $(VENV)/bin
 web := tests/interop/web
@@ -134,7 +134,8 @@ $(OPTIMUM_VENV)/.installed: tests/interop/optimum.txt
 	touch $@
 
 interop-versions: $(installed) $(ORT_VERSIONS:%=.venv-ort-%/.installed)
-	$(bin)/python -m tests.interop.onnx_versions $(ORT_VERSIONS:%=.venv-ort-%/bin/python)
+	$(bin)/python -m tests.interop.onnx_versions $(ORT_VERSIONS:%=.venv-ort-%/bin/python) \
+	  --table benchmarks/results/tables/60-onnx-versions.json
 
 .venv-ort-%/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,9 +160,9 @@ def export(
     no_digests: NoDigests = False,
 ) -> None:
     """Export a finished artifact to another format, and verify the export."""
-    options = parse_options(option or [])
     from flatq import verbs
 
+    options = verbs.parse_options(option or [])
     written = verbs.export(artifact, out, format, options, verify=not no_verify, check=not no_digests)
     print("\n".join(str(path) for path in written))
 
@@ -332,23 +331,3 @@ def summary(file: Path) -> str:
     gptq = [f"gptq {recipe.gptq.bits} bit, groups of {recipe.gptq.group_size}"] if recipe.gptq else []
     exports = [f"to {', '.join(export.name for export in recipe.exports)}"] if recipe.exports else []
     return f"{recipe.model.path}: {'; '.join(flat + gptq + exports)}"
-
-
-def parse_options(given: Sequence[str]) -> dict[str, Any]:
-    """Parse ``["precision=int4", "opset=23"]`` to exporter options; values have the syntax of a recipe.
-
-    Raises:
-        RecipeError: an entry is not ``KEY=VALUE``, or a key is given twice.
-    """
-    from flatq.recipe.reader import Unreadable, read
-
-    options: dict[str, Any] = {}
-    for entry in given:
-        key, equals, value = entry.partition("=")
-        if not key or not equals or key in options:
-            raise RecipeError(f"--option {entry}: {'given twice' if key in options else 'write it as KEY=VALUE'}")
-        try:
-            options[key] = read(value).value
-        except Unreadable as error:
-            raise RecipeError(f"--option {entry}: {error}") from error
-    return options
