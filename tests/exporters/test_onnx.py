@@ -759,6 +759,14 @@ def test_the_contract_states_the_oldest_onnxruntime(
     assert json.loads((exported.root / "flatq_onnx.json").read_text())["onnxruntime"] == version
 
 
+@pytest.mark.parametrize(("options", "version"), [({}, "1.27"), ({"attention": "gqa"}, "1.23")])
+def test_capped_scores_need_a_newer_onnxruntime(
+    make_artifact: MakeArtifact, options: dict[str, Any], version: str
+) -> None:
+    exported, _ = export(make_artifact(tiny_config(attention_cap=5.0)), **options)
+    assert json.loads((exported.root / "flatq_onnx.json").read_text())["onnxruntime"] == version
+
+
 TARGET_FILES = {
     "ort": {"model.onnx"},
     "genai": {"model.onnx", "genai_config.json"},
