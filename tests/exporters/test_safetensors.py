@@ -443,7 +443,8 @@ def test_the_card_says_what_was_changed_while_reading(
     model_type: str, rope: Rope, words: list[str], tmp_path: Path
 ) -> None:
     artifact = tiny_artifact(tmp_path / "a", own_widths(rope=rope), grid=FOUR)
-    manifest = {"source": {"origin": "model", "model_type": model_type}, "files": {}}
+    source = {"origin": "model", "model_type": model_type}
+    manifest = {"recipe": "version: 1", "source": source, "files": {}}
     write_checksummed(artifact.root / "manifest.json", manifest)
     card = (export(Artifact.open(artifact.root), tmp_path / "out") / "README.md").read_text()
     for word in ("checkpoint of type", "attention_factor"):
