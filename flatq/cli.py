@@ -278,9 +278,14 @@ def generate(
 
 @app.command(name="ls")
 def list_recipes(
-    folder: Annotated[Path, typer.Argument(help="Folder with .yaml files.")] = Path("recipes"),
+    folder: Annotated[Path, typer.Argument(help="Folder with .yaml files, or the word families.")] = Path("recipes"),
 ) -> None:
-    """List the recipes in a folder."""
+    """List the recipes in a folder, or the families of models and what was measured to work for them."""
+    if folder == Path("families") and not folder.exists():
+        from flatq.model.measured import lines
+
+        print("\n".join(lines()))
+        return
     files = sorted(folder.glob("*.yaml"))
     if not files:
         raise RecipeError(f"{folder}: has no .yaml file; give a folder with recipes")

@@ -82,6 +82,14 @@ MODELS: dict[str, tuple[DecoderConfig, dict[str, Any]]] = {
     "longrope": (tiny_config(rope=LONGROPE, qkv_bias=True), {}),
     "half of the head rotates": (tiny_config(d_v=(8, 16), rope=Rope(theta=500.0, rotated=0.5)), {}),
     "half of the head rotates, linear": (tiny_config(rope=replace(LINEAR, rotated=0.5)), {}),
+    "qwen3, narrowed, as openelm": (
+        replace(tiny_config(qk_norm=True, d_v=(8, 16), d_ff=(90, 64)), family="qwen3"),
+        {},
+    ),
+    "qwen3, narrowed, yarn rope": (
+        replace(tiny_config(qk_norm=True, d_v=(8, 16), d_ff=(90, 64), rope=YARN), family="qwen3"),
+        {},
+    ),
     "qwen3, yarn rope": (replace(tiny_config(qk_norm=True, rope=YARN), family="qwen3"), {}),
     "qwen2, yarn rope": (replace(tiny_config(qkv_bias=True, rope=YARN), family="qwen2"), {}),
     "biases": (tiny_config(d_v=(8, 16), d_ff=(90, 64), qkv_bias=True, o_bias=True, mlp_bias=True), {}),
