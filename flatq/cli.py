@@ -44,7 +44,7 @@ class Verbs(TyperGroup):
                 stderr.print_exception()
             what = f"{failed.filename}: " if failed.filename else ""
             stderr.print(
-                Text(f"{what}{failed.strerror or failed}; nothing else was wrong: mend that and run again", "red")
+                Text(f"{what}{failed.strerror or failed}; nothing else was wrong: fix that and run again", "red")
             )
             raise typer.Exit(FlatqError.exit_code) from failed
         except KeyboardInterrupt as interrupt:
