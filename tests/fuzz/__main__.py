@@ -227,9 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root.mkdir(parents=True, exist_ok=True)
         material(root)
         results = []
-        print(
-            f"{'target':24} {'inputs':>8} {'refused':>8} {'tracebacks':>10} {'hangs':>6} {'outside':>8} {'MB':>6} {'s':>7}"
-        )
+        columns = ("inputs", "refused", "tracebacks", "hangs", "outside", "MB", "s")
+        print(f"{'target':24}" + "".join(f"{column:>11}" for column in columns))
         for name in asked.target or TARGETS:
             _import_for(TARGETS[name], root)
             place = Path(tempfile.mkdtemp(prefix="fuzz-", dir=root))
@@ -237,10 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = fuzzed(TARGETS[name], place, first=asked.first, inputs=asked.inputs, until=until)
             shutil.rmtree(place, ignore_errors=True)
             results.append(found)
-            row = (
-                f"{name:24} {found.inputs:8} {found.refused:8} {found.tracebacks:10} {found.hangs:6} {found.outside:8}"
-            )
-            print(f"{row} {found.most_memory_mb:6} {found.seconds:7}", flush=True)
+            row = (found.inputs, found.refused, found.tracebacks, found.hangs, found.outside, found.most_memory_mb)
+            print(f"{name:24}" + "".join(f"{value:>11}" for value in (*row, found.seconds)), flush=True)
             if asked.keep:
                 keep(TARGETS[name], root, asked.keep, map(int, found.faults))
             for number, words in list(found.faults.items())[:10]:

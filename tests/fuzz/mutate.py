@@ -85,7 +85,7 @@ def _changed(value: Any, draw: random.Random) -> Any:
         if kind == 0:
             return value[:at] + value[at + 1 :]
         if kind == 1:
-            return value[:at] + [anything(draw)] + value[at:]
+            return [*value[:at], anything(draw), *value[at:]]
         return [*value[:at], _changed(value[at], draw), *value[at + 1 :]]
     return anything(draw)
 

@@ -133,7 +133,7 @@ def read_run(folder: Path) -> None:
 
     found = RunFolder.open(folder, Recipe.load(folder / "recipe.yaml"))
     _ = found.finished
-    read_report(folder)
+    read_report(folder / "report.json")
     verified(folder)
 
 
