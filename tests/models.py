@@ -26,11 +26,11 @@ OLMO: dict[str, Any] = {"qk_norm": True, "wide_qk_norm": True, "pre_norms": Fals
 # Switches of the families that are more than a Llama, for models of four layers.
 SWITCHES: dict[str, dict[str, Any]] = {
     "gemma": {"activation": "gelu_tanh"},
-    "gemma2": {**GEMMA, "attention_cap": 5.0, "logit_cap": 20.0},
+    "gemma2": {**GEMMA, "other_kinds": (Kind(Rope(), 6),), "attention_cap": 5.0, "logit_cap": 20.0},
     "gemma3_text": {**GEMMA, "qk_norm": True},
     "olmo2": {**OLMO, "tied_head": False},
     "olmo3": {**OLMO, "tied_head": False, "other_kinds": (Kind(Rope(), 6),), "kind_of": (1, 0, 1, 0)},
-    "smollm3": {"qkv_bias": True, "other_kinds": (Kind(None),), "kind_of": (0, 0, 0, 1)},
+    "smollm3": {"other_kinds": (Kind(None),), "kind_of": (0, 0, 0, 1)},
     "qwen2": {"qkv_bias": True, "other_kinds": (Kind(Rope(), 16),), "kind_of": (0, 0, 1, 1)},
     "qwen3": {"qk_norm": True},
 }

@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 import flatq
-from flatq.cli import app, parse_options, summary
+from flatq.cli import app, summary
 from flatq.errors import RecipeError
 from flatq.recipe.grammar import Recipe, json_schema
+from flatq.verbs import parse_options
 from tests.conftest import MakeRecipe
 
 VERBS = ["run", "check", "plan", "export", "verify", "bench", "eval", "compare", "generate", "ls", "doctor", "schema"]

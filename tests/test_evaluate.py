@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from flatq.artifact import MANIFEST, tokenizer_in
 from flatq.calibration.perplexity import perplexity
 from flatq.errors import ArtifactError, ExportError, RecipeError
+from flatq.export.folder import DESCRIPTION, description_of
 from flatq.export.quality import TOKENS
 from flatq.files import write_checksummed
 from flatq.pipeline.evaluate import ALL_TOKENS, SEQ_LEN, evaluate
@@ -129,6 +130,49 @@ def test_the_files_are_checked_unless_that_is_left_out(made: Made, tmp_path: Pat
     with pytest.raises(ArtifactError, match=r"model\.onnx"):
         evaluate(str(places[1]), tokens=130)
     assert evaluate(str(places[1]), tokens=130, check=False) == usual[1]
+
+
+def test_an_export_that_was_copied_elsewhere_is_judged_without_its_run(made: Made, tmp_path: Path) -> None:
+    alone = shutil.copytree(made.root / "exports" / "onnx", tmp_path / "onnx")
+    assert evaluate(str(alone)) == evaluate(str(made.root / "exports" / "onnx"))
+
+
+@pytest.fixture
+def orphan(made: Made, runs: Runs, tmp_path: Path) -> Path:
+    """An export elsewhere, whose run and dense model are gone."""
+    return orphaned(made, runs, tmp_path)
+
+
+def orphaned(made: Made, runs: Runs, place: Path) -> Path:
+    alone = Path(shutil.copytree(made.root / "exports" / "onnx", place / "onnx"))
+    described = description_of(alone)
+    recipe = described.recipe.replace(str(runs.model), str(place / "gone"))
+    write_checksummed(alone / DESCRIPTION, described.model_copy(update={"recipe": recipe}).model_dump())
+    return alone
+
+
+def test_an_export_without_its_run_and_its_dense_model_is_scored_alone(
+    made: Made, orphan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = evaluate(str(orphan))
+    name, _, value = line.partition(": perplexity ")
+    assert name == "corpus"
+    assert float(value) == pytest.approx(scored(made, TOKENS // 64), rel=1e-3)
+    monkeypatch.setattr("flatq_onnx.OnnxExporter.open", lambda *_, **__: None)
+    with pytest.raises(ExportError, match="'onnx'"):
+        evaluate(str(orphan))
+
+
+def test_a_text_of_a_dense_model_that_is_gone_is_replaced_and_that_is_said(
+    runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibration = {"dataset": "self", "path": None, "samples": 4, "seq_len": 32}
+    evaluation = {"dataset": None, "tokens": 128, "seq_len": 32}
+    exports = [{"onnx": {"precision": "fp32"}}]
+    made = runs(calibration=calibration, evaluation=evaluation, stages=[GPTQ], exports=exports)
+    (line,) = evaluate(str(orphaned(made, runs, tmp_path)), tokens=128)
+    assert line.startswith("python-docs: perplexity")
+    assert "python-docs is used instead" in caplog.text
 
 
 def test_a_pretrained_model_is_scored_on_a_text_of_the_usual_length(tiny_model: Path) -> None:

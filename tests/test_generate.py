@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from flatq.export.generate import DecoderRunner, Stream, stream
 from flatq.export.protocols import FloatArray, IntArray
 from flatq.model.decoder import GrowingCache
 from flatq.model.weights import load_decoder
+from tests.conftest import flatq
 from tests.models import RandomWeights, tiny_config
 
 END = 256
@@ -203,3 +208,20 @@ def test_the_decoder_as_a_runner_follows_the_protocol() -> None:
     alone = load_decoder(weights)(torch.from_numpy(tokens[1:, 2:]), cache=GrowingCache()).numpy()
     assert runner.logits(tokens, valid)[1, 2:] == pytest.approx(alone[0], abs=1e-4)
     runner.close()
+
+
+@pytest.mark.parametrize("prompt", ["the bright river", "h\u00f6r \u65e5\u672c"])
+def test_a_terminal_without_utf8_gets_text(exported_run: tuple[Path, Path], prompt: str) -> None:
+    plain = {"PYTHONIOENCODING": "", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["-m", "flatq", "generate", exported_run[1], "--new-tokens", "30", "--prompt", prompt.encode()]
+    ran = subprocess.run([sys.executable, *words], capture_output=True, env={**os.environ, **plain}, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.decode("ascii").strip(), "the model writes other characters, too"
+    assert b"?" in ran.stdout
+    assert b"Traceback" not in ran.stderr
+
+
+def test_a_prompt_of_other_bytes_is_refused(exported_run: tuple[Path, Path]) -> None:
+    shown = flatq("generate", exported_run[1], "--prompt", "h\udcf6r")
+    assert shown.exit_code == 2
+    assert "the prompt is no UTF-8 text" in shown.stderr

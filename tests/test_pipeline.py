@@ -62,7 +62,7 @@ def test_the_report_holds_what_others_build_on(exported_run: tuple[Path, Path]) 
             file: digest for file, digest in digests(out / "exports" / export["name"]).items() if file != "export.json"
         }
         assert export["verify"] is not None
-    assert {"baseline", "sensitivity", "curves", "compress", "evaluate", "export-gqa", "bench"} <= set(report["timing"])
+    assert {"baseline", "sensitivity", "curves", "compress", "evaluate", "export-gqa"} <= set(report["timing"])
     assert read_report(out / "report.json").model_dump(mode="json") == report
 
 

@@ -123,6 +123,18 @@ def test_an_objection_to_the_measured_widths_stops_a_run_before_the_walk(
 # ---- what a step is given
 
 
+@pytest.mark.parametrize("asked", [{}, {"verify": True}, {"verify": False}], ids=str)
+def test_exports_are_verified_unless_that_is_left_out(
+    asked: dict[str, bool], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    def planned(recipe: Recipe, *, verify: bool) -> None:
+        assert verify == asked.get("verify", True)
+        raise Reached
+
+    with patched(run__planned_exports=planned), pytest.raises(Reached):
+        run(loaded(make_recipe), tmp_path / "out", **asked)
+
+
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("predict", [False, True])
 def test_the_limit_of_memory_and_the_exports_decide_what_is_held_and_forecast(
@@ -191,8 +203,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_fi
 
 def test_a_run_does_what_its_recipe_asks_for_and_no_more(finished: Finished) -> None:
     report = read_report(finished.root / "report.json")
-    assert list(report.timing) == ["baseline", "compress", "evaluate", "export-onnx", "quality-onnx", "bench"]
-    assert report.bench == [], "no bench, so no time was taken"
+    assert list(report.timing) == ["baseline", "compress", "evaluate", "export-onnx", "quality-onnx"]
+    assert report.bench == []
     assert report.forecast == {}
     assert report.exports[0].verify is not None
     assert report.exports[0].quality
@@ -215,6 +227,7 @@ def test_the_manifest_lists_the_blocks_in_order_with_the_shapes_of_their_linears
     for block in blocks:
         assert sorted(block["shapes"]) == names[block["half"]] == sorted(block["errors"])
     assert blocks[1]["shapes"]["down"] == [64, 128]
+    assert "perplexity of the original" in manifest_of(finished.root)["quality"]
 
 
 def test_a_finished_run_is_left_alone_and_a_damaged_one_is_told(finished: Finished, tmp_path: Path) -> None:
@@ -324,6 +337,7 @@ def test_the_exports_run_their_tasks_where_they_are_measured(
     bench: dict[str, Any] | None, provider: str, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flatq.artifact import Artifact
+    from flatq.export.folder import description_of
     from flatq.export.planned import planned_exports
     from flatq.pipeline.tasks import task_results
     from flatq.run_folder import RunFolder
@@ -338,7 +352,8 @@ def test_the_exports_run_their_tasks_where_they_are_measured(
         tasks__run_tasks=lambda *_, **__: [],
     ):
         assert task_results(job, artifact, planned_exports(recipe), complete=False) == []
-    assert asked == [(finished.root / "exports" / "onnx", artifact, provider)]
+    root = finished.root / "exports" / "onnx"
+    assert asked == [(root, description_of(root), provider)]
     with patched(tasks__run_tasks=reached):
         assert task_results(replace(job, recipe=finished.recipe), artifact, [], complete=False) == [], "it names none"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackagePath
 from pathlib import Path
@@ -268,10 +268,10 @@ def test_the_tokenizer_comes_from_the_folder_and_is_made_once(tmp_path: Path) ->
 
 
 class FakeDistribution:
-    def __init__(self, root: Path) -> None:
-        file = PackagePath("pkg/m.gguf")
-        file.dist = SimpleNamespace(locate_file=lambda path: root / path.name)  # type: ignore[assignment]
-        self.files = [file]
+    def __init__(self, root: Path, *names: str, requires: Sequence[str] = ()) -> None:
+        self.files, self.requires = [PackagePath(f"pkg/{name}") for name in names or ("m.gguf",)], list(requires)
+        for file in self.files:
+            file.dist = SimpleNamespace(locate_file=lambda path: root / path.name)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("spelling", ["m.gguf", "pkg/m.gguf"])
@@ -290,6 +290,38 @@ def test_a_file_that_the_package_lacks_is_named_with_those_it_has(
     monkeypatch.setattr("importlib.metadata.distribution", lambda _: FakeDistribution(tmp_path))
     with pytest.raises(RecipeError, match=r"'other.gguf'.*pkg/m.gguf"):
         open_model("package:some-dist/other.gguf")
+
+
+def parts_of_a_model(root: Path, monkeypatch: pytest.MonkeyPatch, *, first: int, parts: int = 3) -> RandomWeights:
+    """A model's file in parts, one in each of the packages that a package without files requires."""
+    weights = RandomWeights(family_config("llama"))
+    whole = write_gguf(root / "whole.gguf", weights).read_bytes()
+    size = len(whole) // parts + 1
+    packages = {"some-dist": FakeDistribution(root, "readme", requires=["p2", "p0", 'extra; extra == "x"', "p1"])}
+    for number in range(parts):
+        name = f"m.gguf.part{first + number:02d}"
+        (root / name).write_bytes(whole[number * size : (number + 1) * size])
+        packages[f"p{number}"] = FakeDistribution(root, name)
+    monkeypatch.setattr("importlib.metadata.distribution", packages.__getitem__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+    return weights
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_model_in_parts_is_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    weights = parts_of_a_model(tmp_path, monkeypatch, first=first)
+    source = open_model("package:some-dist/m.gguf")
+    assert same(source, weights)
+    assert source.origin == "package:some-dist/m.gguf"
+    made = source.files[0].stat().st_mtime_ns
+    assert open_model("package:some-dist/m.gguf").files[0].stat().st_mtime_ns == made
+    assert len(list((tmp_path / "cache").rglob("*.*"))) == 1
+
+
+def test_a_model_that_lacks_a_part_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts_of_a_model(tmp_path, monkeypatch, first=2)
+    with pytest.raises(RecipeError, match=r"has parts \[2, 3, 4\] of 'm.gguf', some are missing"):
+        open_model("package:some-dist/m.gguf")
 
 
 def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,6 +386,7 @@ def _(runs: Runs) -> None:
     ]
     assert kept == pytest.approx([1, 0.75, 0.6], abs=0.01)
     assert made[0].perplexity < made[1].perplexity < made[2].perplexity
+    assert ["sensitivity" in each.report["timing"] for each in made] == [False, True, True], "nothing to choose"
     for name in (name for index in range(LAYERS) for name in of_layer(index)):
         assert torch.equal(made[0].weight(name), pretrained(runs, name)), "what keeps its width is left as it is"
 

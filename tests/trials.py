@@ -48,7 +48,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a test ran: its seconds, (file, line) of the traced files, and whether it needs the slowest fixture."""
+    """What a test ran: seconds of CPU, (file, line) of the traced files, and whether it needs the slowest fixture."""
 
     seconds: float
     late: bool
@@ -59,7 +59,7 @@ class Tracer:
     """A plug-in of pytest: notes which lines of the ``traced`` files each test runs, in its process and in all threads.
 
     Attributes:
-        tests: seconds, whether it needs the slowest fixture, and (file, first line, last line) of what it ran, by name.
+        tests: by name, seconds of CPU, whether it needs the slowest fixture, and what it ran: (file, first line, last).
     """
 
     def __init__(self) -> None:
@@ -72,11 +72,11 @@ class Tracer:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Function) -> Iterator[None]:
         self.spans.clear()
-        began = time.monotonic()
+        began = time.process_time()
         try:
             return (yield)
         finally:
-            seconds = round(time.monotonic() - began, 2)
+            seconds = round(time.process_time() - began, 2)
             self.tests[item.nodeid] = [seconds, LATE in item.fixturenames, sorted(self.spans)]
 
 

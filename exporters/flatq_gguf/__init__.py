@@ -18,6 +18,7 @@ from flatq_gguf.options import GgufOptions
 from flatq_gguf.sizes import estimated_bytes
 from flatq_gguf.tensors import Contents
 from flatq_gguf.tokenizer import objections as tokenizer_objections
+from flatq_gguf.usage import USAGE
 from flatq_gguf.writing import write_file
 
 __all__ = ["GgufExporter", "GgufOptions"]
@@ -43,6 +44,10 @@ class GgufExporter(Exporter):
     ) -> int:
         """Size of the files, from shapes."""
         return estimated_bytes(Contents.of(config, grids, options))
+
+    def usage(self, options: GgufOptions) -> str:
+        """See ``flatq.export.Exporter.usage``."""
+        return USAGE
 
     def dense(self, options: GgufOptions) -> GgufOptions:
         """Options for the dense model: the family's architecture, in the type of the option ``baseline``."""

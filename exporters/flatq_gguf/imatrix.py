@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flatq.export import FAMILIES, Artifact
+from flatq.export import Artifact
 from flatq_gguf.k_quants import Importance
 from flatq_gguf.tensors import Contents
 
@@ -28,12 +28,11 @@ def importance(artifact: Artifact, contents: Contents) -> Importance:
     Raises:
         ArtifactError: the artifact has no energies.
     """
-    names = FAMILIES[contents.config.family].names
     found = {}
     for stem, energy in artifact.energies().items():
         place = contents.placement(stem)
         assert place is not None  # only linears of layers have energies
-        found[names.to_gguf(f"{stem}.weight")] = place.inputs(energy.numpy())
+        found[contents.name(f"{stem}.weight")] = place.inputs(energy.numpy())
     return found
 
 

@@ -2,11 +2,12 @@
 
 llama.cpp has no rank-reduced Llama, so a narrowed model is written as an existing architecture with the same graph:
 
-- the family's own (``llama``, ``qwen3``, ``gemma3``), if no layer was narrowed, or if no other architecture has the
+- the family's own (``llama``, ``qwen3``, ``gemma3``), if all MLPs have one width, or if no other architecture has the
   switches of the model. Then value heads are padded with zeros to the width of keys, and all MLPs to the widest one, so
   ``uniform: true`` in the flat stage keeps what it removes;
 - ``deci``, made for models pruned by architecture search: MLP widths per layer, rope factors, biases, tied heads. Its
   values must be as wide as its keys, so value heads are padded with zeros (nothing is saved on v and o);
+- ``openelm``, with norms of queries and keys and MLP widths per layer, for Qwen3 with a tied head;
 - ``mimo2``, whose values may be narrower than its keys: the V cache shrinks by rank / head size. It needs one rank and
   one MLP width for all layers, no rope factors, no biases, and an untied head. It requires a sliding window in some
   layer; a window at least as long as the context is full attention.
@@ -46,6 +47,7 @@ class Graph:
         tied: whether the head must be tied to the embedding; None if it may.
         scaled: the embedding is multiplied by the root of d_model.
         square: heads * d_qk must be d_model.
+        fused: queries, keys and values are rows of one matrix.
     """
 
     by_layer: bool = False
@@ -64,6 +66,7 @@ class Graph:
     tied: bool | None = None
     scaled: bool = False
     square: bool = False
+    fused: bool = False
 
     @property
     def like_llama(self) -> bool:
@@ -81,6 +84,7 @@ GRAPHS: Mapping[str, Graph] = {
     "mimo2": Graph(biases=()),
     "qwen2": Graph(biases=QKV, square=True),
     "qwen3": Graph(biases=QKV, qk_norm="heads"),
+    "openelm": Graph(by_layer=True, biases=(), qk_norm="heads", tied=True, fused=True),
     "smollm3": Graph(biases=QKV, still=True),
     "gemma": replace(GEMMA, tied=True),
     "gemma2": replace(
@@ -124,8 +128,9 @@ class Architecture:
         """Factor of a tensor in the file.
 
         Where llama.cpp multiplies the embedding, the residual stream is larger by the same factor, so the outputs of
-        attention and MLP must be, too: their norms take the factor. Without such norms the embedding is divided, and
-        the final norm multiplied because the head is the embedding.
+        attention and MLP must be, too: their norms take the factor. (Beside the larger stream the norms' epsilon weighs
+        less: a relative change of epsilon / 2, below float32 for Gemma's 1e-6.) Without such norms the embedding is
+        divided, and the final norm multiplied because the head is the embedding.
         """
         tensor, root = name.split(".")[-2], math.sqrt(self.written.d_model)
         dims = self.written.layers[0]
@@ -143,11 +148,6 @@ class Architecture:
         return GRAPHS[self.name]
 
 
-def narrowed(config: DecoderConfig) -> bool:
-    """Whether layers differ, or values are narrower than keys."""
-    return len(set(config.layers)) > 1 or config.layers[0].d_v != config.layers[0].d_qk
-
-
 def architecture(config: DecoderConfig, options: GgufOptions) -> Architecture:
     """The architecture for a model with these options."""
     multiple, family = options.ffn_multiple, FAMILIES[config.family]
@@ -157,10 +157,12 @@ def architecture(config: DecoderConfig, options: GgufOptions) -> Architecture:
     if options.layout == "compact":
         return Architecture("mimo2", False, equal)
     own = family.gguf if family.gguf in GRAPHS else "llama"
-    graph = GRAPHS[own]
-    unlike = narrowed(config) or not (native_rope(config.rope) or graph.factors)
+    graph, padded = GRAPHS[own], _padded(config.with_layers(layers))
+    unlike = len(set(padded.layers)) > 1 or not (native_rope(config.rope) or graph.factors)
     if options.layout == "deci" or (unlike and graph.like_llama):
-        return Architecture("deci", True, _padded(config.with_layers(layers)))
+        return Architecture("deci", True, padded)
+    if own == "qwen3" and unlike and config.tied_head and not config.qkv_bias and not config.o_bias:
+        return Architecture("openelm", False, padded)
     return Architecture(own, family.gguf_permuted, _padded(equal))
 
 

@@ -29,7 +29,7 @@ from flatq.export import (
 )
 from flatq_gguf.blocks import BLOCK, carried, carrier, fits, stored_bytes
 from flatq_gguf.k_quants import K_QUANTS
-from flatq_gguf.layouts import Architecture, architecture, native_rope
+from flatq_gguf.layouts import QKV, Architecture, architecture, native_rope
 from flatq_gguf.options import GgufOptions
 from flatq_gguf.placement import Placement
 
@@ -51,6 +51,7 @@ class Planned:
         shape: [o, i] or [o].
         kind: ggml's name of the type.
         carries_codes: whether the artifact's codes are stored exactly.
+        more: names of further tensors of the artifact whose rows follow.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Planned:
     shape: tuple[int, ...]
     kind: str
     carries_codes: bool = False
+    more: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -81,12 +83,32 @@ class Contents:
 
     def planned(self) -> Iterator[Planned]:
         """All tensors in the order in which they are written."""
-        names = FAMILIES[self.config.family].names
         if not native_rope(self.config.rope):
             yield Planned(ROPE_DIVISORS, "", (self.config.layers[0].d_qk // 2,), "F32")
-        for name, shape in shapes_of(self.architecture.written).items():
+        shapes = shapes_of(self.architecture.written)
+        for name, shape in shapes.items():
             kind, carries = ("F32", False) if len(shape) == 1 else self._type(name.removesuffix(".weight"), shape)
-            yield Planned(names.to_gguf(name), name, shape, kind, carries)
+            plan = Planned(self.name(name), name, shape, kind, carries)
+            if not self.architecture.graph.fused or name.split(".")[-2] not in QKV:
+                yield plan
+            elif name.endswith("q.weight"):
+                yield self._fused(plan, [name.replace("q.weight", f"{linear}.weight") for linear in "kv"], shapes)
+
+    def name(self, source: str) -> str:
+        """Name in the file of a tensor of the artifact."""
+        if self.architecture.graph.fused and source.split(".")[-2] in QKV:
+            return f"blk.{source.split('.')[1]}.attn_qkv.weight"
+        return FAMILIES[self.config.family].names.to_gguf(source)
+
+    def _fused(self, first: Planned, others: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Planned:
+        """The matrix of queries, keys and values; codes are stored if all three have one type."""
+        rows = sum(shapes[name][0] for name in [first.source, *others])
+        shape = (rows, first.shape[1])
+        types = {(first.kind, first.carries_codes)} | {
+            self._type(name.removesuffix(".weight"), shapes[name]) for name in others
+        }
+        kind, carries = types.pop() if len(types) == 1 else (self._rounded(self.options.otherwise, shape), False)
+        return Planned(first.name, first.source, shape, kind, carries, tuple(others))
 
     def tensor(self, planned: Planned, weights: Weights) -> NDArray[np.generic]:
         """The data of a planned tensor: float32, float16, or uint8 [o, bytes of a row].
@@ -97,16 +119,21 @@ class Contents:
         """
         if not planned.source:
             return rope_divisors(self.config)
-        stored = weights.tensor(planned.source)
-        self._expect(planned.source, tuple(stored.shape))
-        stem, _, part = planned.source.rpartition(".")
+        parts = [self._rows(source, planned, weights) for source in (planned.source, *planned.more)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _rows(self, source: str, planned: Planned, weights: Weights) -> NDArray[np.generic]:
+        """The rows of one tensor of the artifact."""
+        stored = weights.tensor(source)
+        self._expect(source, tuple(stored.shape))
+        stem, _, part = source.rpartition(".")
         place = self.placement(stem)
         if planned.carries_codes and isinstance(stored, QuantizedWeight):
             kind = carrier(stored.grid)
             assert kind is not None
-            return carried(stored, place or Placement.whole(*planned.shape), kind)
+            return carried(stored, place or Placement.whole(*stored.shape), kind)
         values = dense(stored).numpy()
-        if (factor := self.architecture.factor(planned.source)) != 1:
+        if (factor := self.architecture.factor(source)) != 1:
             values = values * np.float32(factor)
         if place is not None:
             values = place.vector(values) if part == "bias" else place.matrix(values)
@@ -143,7 +170,11 @@ class Contents:
             wanted = self.options.otherwise
         elif stem in TABLES and wanted not in ("f32", "f16", "bf16"):
             wanted = "q8_0"
-        return ("F16" if wanted[0] == "q" and shape[-1] % BLOCK else wanted.upper()), False
+        return self._rounded(wanted, shape), False
+
+    def _rounded(self, wanted: str, shape: tuple[int, ...]) -> str:
+        """The wanted type, or F16 if the rows are no whole blocks."""
+        return "F16" if wanted[0] == "q" and shape[-1] % BLOCK else wanted.upper()
 
     def _inputs(self, stem: str, shape: tuple[int, ...]) -> int:
         """Columns of a matrix in the artifact."""

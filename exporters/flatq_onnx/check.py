@@ -18,6 +18,7 @@ from flatq_onnx.tensors import LEAST_BLOCK, block_of
 CUDA_ROWS = 64
 # The oldest onnxruntime that opens a graph and gives its numbers; `make interop-versions` measures them.
 SINCE, INT8_SINCE = Version("1.23"), Version("1.28")
+CAPPED_SINCE = Version("1.27")  # older versions cap scores after the mask, so that no position is hidden
 TWO_BITS_SINCE = {"fp32": Version("1.24"), "fp16": Version("1.28")}
 
 
@@ -46,6 +47,8 @@ def _target_objections(config: DecoderConfig, grids: Mapping[str, Grid], options
         found.append("onnx: target: optimum pads on the left; leave left_padding out")
     if target == "cuda" and options.left_padding:
         found.append("onnx: target: cuda with left_padding uses a slow kernel; leave it out, or use target: optimum")
+    if options.decode_on_load and (target != "web" or options.precision != "int4"):
+        found.append("onnx: decode_on_load is for target: web with precision: int4; leave it out")
     if target == "cuda" and options.activations != "fp16":
         found.append("onnx: target: cuda computes in fp16; leave activations out, or use precision: fp16")
     if target == "cuda" and options.precision == "int4":
@@ -101,11 +104,12 @@ def _shape_objections(config: DecoderConfig, options: OnnxOptions) -> list[str]:
     return found
 
 
-def oldest_onnxruntime(grids: Mapping[str, Grid], options: OnnxOptions) -> str:
+def oldest_onnxruntime(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> str:
     """Version that opens such a graph and gives its numbers, as older ones do not."""
     needed = [SINCE]
     two_bits = any(grid.bits == 2 for stem, grid in grids.items() if stem != "embed")  # the lookup has them in 4
     needed += [TWO_BITS_SINCE[options.activations]] if two_bits and options.precision == "int4" else []
+    needed += [CAPPED_SINCE] if config.attention_cap is not None and options.attention == "reduced" else []
     needed += [INT8_SINCE] if options.cache_type == "int8" else []
     return str(max(needed))
 

@@ -73,7 +73,7 @@ class Contract(BaseModel):
         pairs = [f"{index}.{part}" for index in range(len(config.layers)) for part in ("key", "value")]
         return cls(
             model=options.model_file,
-            onnxruntime=oldest_onnxruntime(artifact.grids, options),
+            onnxruntime=oldest_onnxruntime(config, artifact.grids, options),
             attention=options.attention,
             precision=options.precision,
             left_padding=not options.fused_rope,

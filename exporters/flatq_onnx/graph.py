@@ -61,7 +61,12 @@ class _Sheet:
         self.config, self.options, self.ranges = config, options, ranges
         self.builder = Builder(FLOAT16 if options.activations == "fp16" else FLOAT)
         self.linears = Linears(
-            self.builder, grids, read, options.accuracy_level, standard_lookup=options.target == "web"
+            self.builder,
+            grids,
+            read,
+            options.accuracy_level,
+            standard_lookup=options.target == "web",
+            decode_on_load=options.decode_on_load,
         )
 
     def model(self, metadata: dict[str, str]) -> Any:

@@ -56,6 +56,7 @@ class Linears:
         read: reads a tensor by its name.
         accuracy_level: of MatMulNBits.
         standard_lookup: look up rows of a quantized embedding with standard operators only.
+        decode_on_load: no MatMulNBits; constant folding decodes the codes when the graph is loaded.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Linears:
         accuracy_level: int,
         *,
         standard_lookup: bool = False,
+        decode_on_load: bool = False,
     ) -> None:
         self.builder, self.grids, self.accuracy_level = builder, grids, accuracy_level
-        self.standard_lookup = standard_lookup
+        self.standard_lookup, self.decode_on_load = standard_lookup, decode_on_load
         self._read = read
         self._latest: tuple[tuple[Part, ...], Tensor | QuantizedWeight] | None = None
         self._made_on_loading: dict[str, Any] = {}
@@ -137,54 +139,67 @@ class Linears:
         if not zeros:
             joined = self.builder.constant(f"shape.{filled}", ints(0, 0, filled))
             rows = self.builder.op("Reshape", [rows, joined], [*TOKENS, filled])
-        return self._columns(rows, filled, part.columns)
+        return self._first(rows, filled, part.columns, TOKENS)
 
-    def _columns(self, x: Any, stored: int, wanted: int) -> Any:
-        """The first columns, without those that pad the last block."""
+    def _first(self, x: Any, stored: int, wanted: int, lead: Dims) -> Any:
+        """The first of the last axis, without those that pad the last block, [..., stored] -> [..., wanted]."""
         if stored == wanted:
             return x
-        limits = [self.builder.constant(f"const.{value}", ints(value)) for value in (0, wanted, 2)]
-        return self.builder.op("Slice", [x, *limits], [*TOKENS, wanted])
+        limits = [self.builder.constant(f"const.{value}", ints(value)) for value in (0, wanted, len(lead))]
+        return self.builder.op("Slice", [x, *limits], [*lead, wanted])
 
     def _looked_up(self, tokens: Any, part: Part, blocks: Blocks) -> Any:
         """Rows of a quantized table with standard operators, for builds of onnxruntime without GatherBlockQuantized."""
-        build, number = self.builder, self.builder.float_type
-        codes, scales, *zeros = self._packed("embed", (part,), blocks)
-        blocked: Dims = [*TOKENS, blocks.count, blocks.block]
-        bytes_ = build.op("Gather", [codes, tokens], [*TOKENS, *blocks.codes_shape[1:]], dtype=UINT8, axis=0)
-        values = self._unpacked(bytes_, blocks.bits, blocked)
-        if zeros:
-            row = build.op("Gather", [zeros[0], tokens], [*TOKENS, blocks.zeros_shape[1]], dtype=UINT8, axis=0)
-            held = blocks.zeros_shape[1] * 8 // blocks.bits
-            points = self._columns(self._unpacked(row, blocks.bits, [*TOKENS, held]), held, blocks.count)
-            last = build.constant("const.-1", ints(-1))
-            shift = build.op("Unsqueeze", [points, last], [*TOKENS, blocks.count, 1])
-        else:
-            shift = build.constant(f"scalar.{number.name}.zero", np.array(1 << (blocks.bits - 1), number.numpy()))
-        values = build.op("Sub", [values, shift], blocked)
-        rows = build.op("Gather", [scales, tokens], [*TOKENS, blocks.count], axis=0)
-        rows = build.op("Unsqueeze", [rows, build.constant("const.-1", ints(-1))], [*TOKENS, blocks.count, 1])
-        filled = blocks.count * blocks.block
-        joined = build.constant(f"shape.{filled}", ints(0, 0, filled))
-        values = build.op("Reshape", [build.op("Mul", [values, rows], blocked), joined], [*TOKENS, filled])
-        return self._columns(values, filled, part.columns)
+        rows = []
+        for value in self._packed("embed", (part,), blocks):
+            shape: Dims = [*TOKENS, *value.shape[1:]]
+            rows.append(self.builder.op("Gather", [value, tokens], shape, dtype=value.dtype, axis=0))
+        return self._decoded(rows, blocks, TOKENS)
 
-    def _unpacked(self, packed: Any, bits: int, shape: Dims) -> Any:
-        """Codes of 4 or 8 bits as numbers: uint8 [..., bytes] -> float [..., codes]."""
-        build = self.builder
-        if bits == 4:
-            inside: Dims = [*shape[:-1], int(shape[-1]) // 2]
-            low = build.op(
-                "BitwiseAnd", [packed, build.constant("const.15", np.array(15, np.uint8))], inside, dtype=UINT8
-            )
-            four = build.constant("const.shift", np.array(4, np.uint8))
-            high = build.op("BitShift", [packed, four], inside, dtype=UINT8, direction="RIGHT")
-            last = build.constant("const.-1", ints(-1))
-            pair = [build.op("Unsqueeze", [half, last], [*inside, 1], dtype=UINT8) for half in (low, high)]
-            both = build.op("Concat", pair, [*inside, 2], dtype=UINT8, axis=-1)
-            sizes = build.constant("shape.codes_" + "_".join(map(str, shape[2:])), ints(0, 0, *map(int, shape[2:])))
-            packed = build.op("Reshape", [both, sizes], shape, dtype=UINT8)
+    def _decoded(self, packed: Sequence[Any], blocks: Blocks, lead: Dims) -> Any:
+        """Weights with standard operators, [..., k].
+
+        Args:
+            packed: codes [..., B, bytes], scales [..., B], and zeros [..., bytes] of an asymmetric grid.
+            blocks: the layout.
+            lead: the axes in front.
+        """
+        build, (codes, scales, *zeros) = self.builder, packed
+        blocked: Dims = [*lead, blocks.count, blocks.block]
+        values = self._unpacked(codes, blocks.bits, blocked, len(lead))
+        if zeros:
+            held = blocks.zeros_shape[1] * 8 // blocks.bits
+            points = self._unpacked(zeros[0], blocks.bits, [*lead, held], len(lead))
+            shift = self._column(self._first(points, held, blocks.count, lead), [*lead, blocks.count, 1])
+        else:
+            half = np.array(1 << (blocks.bits - 1), build.float_type.numpy())
+            shift = build.constant(f"scalar.{half.dtype}.{half}", half)
+        values = build.op("Sub", [values, shift], blocked)
+        values = build.op("Mul", [values, self._column(scales, [*lead, blocks.count, 1])], blocked)
+        filled = blocks.count * blocks.block
+        joined = build.constant(f"shape.{len(lead)}_{filled}", ints(*[0] * len(lead), filled))
+        return self._first(build.op("Reshape", [values, joined], [*lead, filled]), filled, blocks.columns, lead)
+
+    def _unpacked(self, packed: Any, bits: int, shape: Dims, kept: int) -> Any:
+        """Codes as numbers, uint8 [..., bytes] -> float ``shape``, whose first ``kept`` axes may be of any size."""
+        build, last = self.builder, self.builder.constant("const.-1", ints(-1))
+        if bits < 8:
+            inside: Dims = [*shape[:-1], int(shape[-1]) * bits // 8]
+            mask, parts = build.constant(f"mask.{bits}", np.array((1 << bits) - 1, np.uint8)), list[Any]()
+            for first in range(0, 8, bits):  # least significant bits first
+                by = build.constant(f"shift.{first}", np.array(first, np.uint8))
+                part = build.op("BitShift", [packed, by], inside, dtype=UINT8, direction="RIGHT") if first else packed
+                part = build.op("BitwiseAnd", [part, mask], inside, dtype=UINT8)
+                parts.append(build.op("Unsqueeze", [part, last], [*inside, 1], dtype=UINT8))
+            joined = build.op("Concat", parts, [*inside, len(parts)], dtype=UINT8, axis=-1)
+            sizes = [0] * kept + [int(size) for size in shape[kept:]]
+            wanted = build.constant("shape." + "_".join(map(str, sizes)), ints(*sizes))
+            packed = build.op("Reshape", [joined, wanted], shape, dtype=UINT8)
         return build.op("Cast", [packed], shape, to=build.float_type)
+
+    def _column(self, x: Any, shape: Dims) -> Any:
+        """With one more axis of size 1 at the end."""
+        return self.builder.op("Unsqueeze", [x, self.builder.constant("const.-1", ints(-1))], shape)
 
     def head(self, x: Any, config: DecoderConfig, lead: Dims) -> Any:
         """Logits, [b, s, m] -> [b, s, vocab]; a tied head uses the embedding's tensors."""
@@ -209,6 +224,11 @@ class Linears:
 
     def _n_bits(self, x: Any, name: str, parts: tuple[Part, ...], blocks: Blocks, bias: Any, lead: Dims) -> Any:
         codes, scales, *zeros = self._packed(name, parts, blocks)
+        if self.decode_on_load:
+            weight = self._decoded((codes, scales, *zeros), blocks, [blocks.rows])
+            weight = self.builder.op("Transpose", [weight], [blocks.columns, blocks.rows], perm=[1, 0])
+            product = self.builder.op("MatMul", [x, weight], [*lead, blocks.rows])
+            return product if bias is None else self.builder.op("Add", [product, bias], [*lead, blocks.rows])
         inputs = [x, codes, scales, zeros[0] if zeros else None, None, bias]
         while inputs[-1] is None:
             inputs.pop()

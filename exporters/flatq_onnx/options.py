@@ -44,6 +44,9 @@ class OnnxOptions(BaseModel):
         cache_type: ``int8`` stores keys and values in 8 bits, with a scale per channel from calibration text: a
             quarter of the memory, and faster decoding with long contexts. Only for ``gqa`` without ``left_padding``,
             on a CPU. ``float`` is the type of ``activations``.
+        decode_on_load: only for ``web`` with ``int4``: the file has the codes, and constant folding decodes them into
+            float weights when it is loaded. For WebAssembly, where MatMulNBits is about ten times slower than a
+            product of floats; memory is that of a float model.
         left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, which supports
             left-padded batches. Without it a padded batch must be padded on the right.
         context_length: maximum number of positions; None is the model's. It is stated in ``flatq_onnx.json``, and
@@ -59,6 +62,7 @@ class OnnxOptions(BaseModel):
     precision: Literal["fp32", "fp16", "int4"] = "int4"
     activations: Literal["fp32", "fp16"] = "fp32"
     accuracy_level: Literal[0, 1, 4] = 4
+    decode_on_load: bool = False
     left_padding: bool = False
     cache_type: Literal["float", "int8"] = "float"
     context_length: int | None = Field(default=None, ge=1)

@@ -33,7 +33,12 @@ def hub_module(stem: str) -> str:
 
 
 def family_settings(config: DecoderConfig) -> dict[str, Any] | None:
-    """``config.json`` of a standard checkpoint of the family; None if the family cannot express the configuration."""
+    """``config.json`` of a standard checkpoint of the family; None if the family cannot express the configuration.
+
+    Families with other names of tensors than Llama's are written as models with widths per layer, too.
+    """
+    if config.family in FAMILIES and FAMILIES[config.family].names != NAMES:
+        return None
     try:
         return config_to_hf(config)
     except UnsupportedModel:

@@ -55,9 +55,7 @@ def plan_ranks(
         layers, budget = together(layers, budget)
         curves = [summed(curves)] if curves else ()
     share = share_of_the_rest(layers, budget, multiples)
-    if share == 1:
-        planned = layers
-    elif allocation == "curves" and curves:
+    if allocation == "curves" and curves:
         planned = spend(layers, budget, curves, multiples)
     else:
         shares = iprs(importance, share) if allocation == "iprs" and importance else uniform(len(layers), share)

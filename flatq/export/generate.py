@@ -164,7 +164,7 @@ def stream(
         raise RecipeError(
             f"generate: new_tokens is {new_tokens} and temperature {temperature}; neither may be negative"
         )
-    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    ids = prompt_ids(tokenizer, _unicode(prompt), chat=chat)
     if vocab is not None and max(ids) >= vocab:
         raise RecipeError(
             f"the prompt holds the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), and "
@@ -173,6 +173,18 @@ def stream(
     choose = _chooser(temperature, np.random.default_rng(seed))
 
     return Stream(runner, tokenizer, ids, new_tokens, choose, eos)
+
+
+def _unicode(prompt: str) -> str:
+    """A prompt from the command line of a system whose locale is not UTF-8, where Python keeps bytes as surrogates.
+
+    Raises:
+        RecipeError: the bytes are no UTF-8.
+    """
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as wrong:
+        raise RecipeError(f"the prompt is no UTF-8 text ({wrong}); use a terminal with a UTF-8 locale") from wrong
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:

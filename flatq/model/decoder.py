@@ -182,8 +182,14 @@ def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cap: float | None) -> Tensor:
     """Outputs of the heads, [b, h, s, d], [b, kv, t, d], [b, kv, t, r] -> [b, h, s, r]."""
     (b, heads, s, d), (_, kv_heads, _, rank) = query.shape, value.shape
-    if cap is not None:
-        return _capped_attention(query, key, value, mask, cap)
+    if cap is not None:  # row by row, because all scores are in memory
+        rows = (query, key, value, query if mask is None else mask.expand(b, -1, -1, -1))
+        return torch.cat(
+            [
+                _capped_attention(q, k, v, None if mask is None else seen, cap)
+                for q, k, v, seen in zip(*(part.split(1) for part in rows), strict=True)
+            ]
+        )
     if s == 1 and mask is None:
         # The query heads of a group take the place of positions, so that keys and values need not be repeated.
         query = query.view(b, kv_heads, heads // kv_heads, d)

@@ -220,6 +220,16 @@ FAMILIES: dict[str, Family] = {
             knows=("auto_map",),
         ),
         Family(
+            "glm4",
+            "Glm4ForCausalLM",
+            {"qkv_bias": "attention_bias", "post_norms": True},
+            names=Names(inside=fused("gate", "up")),
+            interleaved=True,
+            partial=True,
+            defaults={"partial_rotary_factor": 0.5, "attention_bias": True},
+            required=("num_key_value_heads", "head_dim"),
+        ),
+        Family(
             "ernie4_5",
             "Ernie4_5ForCausalLM",
             {"qkv_bias": "use_bias", "o_bias": "use_bias", "mlp_bias": "use_bias"},

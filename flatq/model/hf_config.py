@@ -283,13 +283,13 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
         "vocab_size": config.vocab,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": next(name for name, ours in family.activations.items() if ours == config.activation),
+        "hidden_act": next((name for name, ours in family.activations.items() if ours == config.activation), ""),
         "tie_word_embeddings": config.tied_head,
         **written_rope(config.rope),
         **_written_kinds(family, config),
     }
     settings |= {key: getattr(config, name) for name, key in family.switches.items() if isinstance(key, str)}
-    if family.folds or config_from_hf(settings) != same:
+    if family.folds or family.interleaved or not settings["hidden_act"] or config_from_hf(settings) != same:
         raise UnsupportedModel(f"{config.family}: its config.json cannot describe this model")
     return settings
 

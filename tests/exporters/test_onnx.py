@@ -759,6 +759,14 @@ def test_the_contract_states_the_oldest_onnxruntime(
     assert json.loads((exported.root / "flatq_onnx.json").read_text())["onnxruntime"] == version
 
 
+@pytest.mark.parametrize(("options", "version"), [({}, "1.27"), ({"attention": "gqa"}, "1.23")])
+def test_capped_scores_need_a_newer_onnxruntime(
+    make_artifact: MakeArtifact, options: dict[str, Any], version: str
+) -> None:
+    exported, _ = export(make_artifact(tiny_config(attention_cap=5.0)), **options)
+    assert json.loads((exported.root / "flatq_onnx.json").read_text())["onnxruntime"] == version
+
+
 TARGET_FILES = {
     "ort": {"model.onnx"},
     "genai": {"model.onnx", "genai_config.json"},
@@ -881,3 +889,18 @@ def test_the_readme_s_python_writes_what_flatq_writes(
     assert mine.exit_code == 0, mine.stderr
     assert ran.stdout.strip("\n") == "The sea is" + mine.stdout.strip("\n")
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["kernel", "decoded"])
+@pytest.mark.parametrize("precision", [name for name in GRIDS if name != "fp32"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_web_graphs_have_no_operator_that_browsers_lack(
+    make_artifact: MakeArtifact, precision: str, tied: bool, decode: bool
+) -> None:
+    linears, ends = GRIDS[precision]
+    artifact = make_artifact(tiny_config(d_v=(16, 11), tied_head=tied), grid=linears, embed_grid=ends)
+    exported, _ = export(artifact, target="web", decode_on_load=decode)
+    kinds = {node.op_type for node in onnx.load(exported.root / "onnx/model_q4.onnx").graph.node}
+    assert "GatherBlockQuantized" not in kinds
+    assert ("MatMulNBits" in kinds) != decode
+    assert_says_what_the_artifact_says(artifact, OnnxRunner(exported.root, provider="cpu", threads=1, exact=True))

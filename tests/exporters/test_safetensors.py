@@ -17,11 +17,12 @@ from flatq.artifact import INDEX, Artifact
 from flatq.errors import ExportError
 from flatq.export.protocols import exporter_named
 from flatq.files import write_checksummed
+from flatq.model.config import Kind
 from flatq.model.decoder import LINEARS, DecoderConfig, Rope
 from flatq.model.grid import Grid
 from flatq.model.weights import load_decoder
 from flatq_safetensors import SafetensorsExporter, SafetensorsOptions
-from tests.models import tiny_artifact, tiny_config
+from tests.models import SWITCHES, tiny_artifact, tiny_config
 
 EXPORTER = SafetensorsExporter()
 TOLERANCE = 1e-4
@@ -222,6 +223,8 @@ def test_padded_values_and_one_mlp_width_make_a_plain_llama(
         ("mistral", {"sliding_window": 4}),
         ("qwen2", {"qkv_bias": True}),
         ("qwen3", {"qk_norm": True}),
+        ("smollm3", {"qkv_bias": True, "o_bias": True, "other_kinds": (Kind(None),), "kind_of": (0, 1)}),
+        ("llama", {"activation": "gelu_tanh"}),
         ("llama", {"rope": Rope(scaling="llama3", factor=8.0, original_max_positions=16)}),
         ("llama", {"rope": Rope(scaling="linear", factor=2.0)}),
     ],
@@ -229,9 +232,18 @@ def test_padded_values_and_one_mlp_width_make_a_plain_llama(
 def test_a_plain_checkpoint_keeps_its_family(tmp_path: Path, family: str, switches: dict[str, Any]) -> None:
     config = replace(one_mlp_width(**switches), family=family)
     artifact = tiny_artifact(tmp_path / "a", config)
+    artifact.settings["pad_token_id"] = 0  # that of some classes is beyond this vocabulary
     folder = export(artifact, tmp_path / "out", format="fp32", pad_values=True)
     assert json.loads((folder / "config.json").read_text())["model_type"] == family
     assert difference(artifact, folder, format="fp32", pad_values=True) < TOLERANCE
+
+
+def test_a_family_with_names_of_its_own_is_written_with_flatqs_code(tmp_path: Path) -> None:
+    config = tiny_config(family="olmo2", d_v=(16, 16), d_ff=(96, 96), **{**SWITCHES["olmo2"], "tied_head": True})
+    artifact = tiny_artifact(tmp_path / "a", config, grid=FOUR)
+    folder = export(artifact, tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "flatq_hub"
+    assert difference(artifact, folder) < TOLERANCE
 
 
 def test_a_model_that_was_never_narrowed_is_a_plain_checkpoint_without_padding(tmp_path: Path) -> None:
@@ -417,6 +429,28 @@ def test_unquantized_and_differing_linears_are_stated_as_each_loader_reads_them(
     ignored = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "lm_head"}
     assert set(described["ignore"]) == ignored
     assert "model.layers.1.mlp.gate_proj" in described["config_groups"]["group_1"]["targets"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "words"),
+    [
+        ("granite", Rope(), ["checkpoint of type granite and written as llama"]),
+        ("llama", Rope(scaling="yarn", factor=4.0, original_max_positions=64), ["attention_factor is 1"]),
+        ("llama", Rope(), []),
+    ],
+)
+def test_the_card_says_what_was_changed_while_reading(
+    model_type: str, rope: Rope, words: list[str], tmp_path: Path
+) -> None:
+    artifact = tiny_artifact(tmp_path / "a", own_widths(rope=rope), grid=FOUR)
+    source = {"origin": "model", "model_type": model_type}
+    manifest = {"recipe": "version: 1", "source": source, "files": {}}
+    write_checksummed(artifact.root / "manifest.json", manifest)
+    card = (export(Artifact.open(artifact.root), tmp_path / "out") / "README.md").read_text()
+    for word in ("checkpoint of type", "attention_factor"):
+        assert (word in card) == any(word in expected for expected in words)
+    for word in words:
+        assert word in card
 
 
 def test_the_files_beside_the_weights_come_along_and_the_card_says_how_it_was_made(tmp_path: Path) -> None:

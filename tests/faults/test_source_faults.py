@@ -85,7 +85,7 @@ def test_an_unknown_model_type(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistrall"}))
     message = fault(folder, UnsupportedModel, exit_code=2)
     assert "'mistrall'" in message
-    assert "nearest: mistral" in message
+    assert "supported: llama, mistral" in message
 
 
 def test_a_model_that_flatq_has_compressed_already(folder: Path) -> None:

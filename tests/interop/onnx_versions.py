@@ -9,10 +9,12 @@ highest without constant folding? Ends with 1 if a version that ``flatq_onnx.jso
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,9 @@ def cases() -> dict[str, tuple[dict[str, Any], Grid | None]]:
         "genai, 8 bits": ({"target": "genai"}, eight),
         "genai, 2 bits": ({"target": "genai"}, two),
         "optimum, 4 bits": ({"target": "optimum"}, four),
+        "web, float32": ({"target": "web", "precision": "fp32"}, None),
+        "web, 4 bits": ({"target": "web"}, four),
+        "web, 4 bits, decoded on loading": ({"target": "web", "decode_on_load": True}, four),
         "cuda, 4 bits": ({"target": "cuda"}, four),
         "cuda, 8 bits": ({"target": "cuda"}, eight),
         "cuda, 2 bits": ({"target": "cuda"}, two),
@@ -116,8 +121,14 @@ def version_of(python: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main(pythons: list[str]) -> int:
-    """Print the table; 1 if a version that is allowed does not give the artifact's answer."""
+def main(pythons: list[str], table: Path | None) -> int:
+    """Print the table; 1 if a version that is allowed does not give the artifact's answer.
+
+    Args:
+        pythons: of environments with onnxruntime and numpy.
+        table: also written there, for docs/results.md.
+    """
+    rows: list[list[str]] = []
     versions, reasons, wrong = {version_of(python): python for python in pythons}, dict[str, int](), list[str]()
     print("| export | needs | " + " | ".join(versions) + " |\n|---|---|" + "---|" * len(versions))
     with tempfile.TemporaryDirectory() as folder:
@@ -131,9 +142,26 @@ def main(pythons: list[str]) -> int:
                 if Version(version) >= Version(least):
                     wrong += [f"{name}, {version}, {level}: {said}" for level, said in found.items() if said != "equal"]
                 cells.append(_cell(found, reasons))
-            print(f"| {name} | {least} | " + " | ".join(cells) + " |", flush=True)
+            rows.append([name, least, *cells])
+            print(f"| {' | '.join(rows[-1])} |", flush=True)
     print("\n" + "\n".join(f"[{number}] {reason}" for reason, number in reasons.items()))
     print("\n".join(["", "Wrong though allowed:", *wrong]) if wrong else "\nAll versions that are allowed are equal.")
+    if table is not None:
+        note = "; ".join(f"[{number}] {reason}" for reason, number in reasons.items())
+        content = {
+            "section": "Programs and versions",
+            "title": "Tiny exports of every ONNX target in versions of onnxruntime",
+            "note": f"Equal: at three optimization levels. {note}",
+            "columns": ["export", "needs", *versions],
+            "machine": "any",
+            "date": f"{date.today():%Y-%m-%d}",
+            "commit": subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+            ).stdout.strip(),
+            "command": "make interop-versions",
+            "rows": rows,
+        }
+        table.write_text(json.dumps(content, indent=2) + "\n")
     return 1 if wrong else 0
 
 
@@ -157,4 +185,6 @@ def _reason(said: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="+", help="Python of an environment with onnxruntime and numpy")
-    sys.exit(main(parser.parse_args().pythons))
+    parser.add_argument("--table", type=Path, help="JSON file for the results page")
+    given = parser.parse_args()
+    sys.exit(main(given.pythons, given.table))

@@ -33,6 +33,7 @@ CASES = [
     ("node", {"external_data_above": 0}),
     pytest.param("wasm", {}, marks=in_chromium),
     pytest.param("wasm", {"precision": "fp32"}, marks=in_chromium),
+    pytest.param("wasm", {"decode_on_load": True}, marks=in_chromium),
     pytest.param("wasm", {"external_data_above": 0}, marks=in_chromium),
     pytest.param("webgpu", {}, marks=in_chromium),  # without a GPU it takes a minute or more
 ]

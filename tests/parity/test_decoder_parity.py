@@ -164,6 +164,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**MULTIPLIED, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
     "glm": ("Glm", {"head_dim": 8}),
+    "glm4": ("Glm4", {"head_dim": 8}),
+    "glm4-no-bias": ("Glm4", {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0}),
     "glm-no-bias": ("Glm", {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0}),
     "ernie4_5": ("Ernie4_5", {"head_dim": 12, "use_bias": True}),
     "helium": ("Helium", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
