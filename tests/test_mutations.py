@@ -79,6 +79,12 @@ def test_the_case_of_a_key_in_the_changed_lines_comes_first_and_takes_no_time_fr
     assert chosen_tests(mutant, some) == [refit, ridge, "a"]
 
 
+def test_a_test_is_chosen_for_what_its_fixture_ran_for_it_and_others() -> None:
+    mutant = Mutant("a.py", "f", range(5, 6), range(3, 9), "x -> y", 0, "")
+    given = Reached(2.0, False, set(), {("a.py", line) for line in range(20)})
+    assert chosen_tests(mutant, {"itself": reached(5), "given": given}) == ["given", "itself"]
+
+
 def test_a_traced_file_tells_which_lines_it_runs() -> None:
     text = "def f(x=1):\n    if x:\n        return (\n            1\n        )\n    for _ in ():\n        x = 2\n"
     ran: set[int] = set()
