@@ -29,7 +29,7 @@ from tests.trials import Reached, Trial, import_once, must_pass, verdicts
 
 ROOT = Path(__file__).parents[1]
 LEAST = 0.85
-SECONDS = 20.0  # of CPU, of tests for one mutant
+SECONDS = 30.0  # of CPU, of tests for one mutant
 MOST_NAMED = 3  # cases of a key for one mutant, beyond these seconds
 MOST_LATE = 3  # tests for one mutant that need a finished run with exports
 PARTS, WIRING = "tests/test_wiring_parts.py", "tests/test_wiring.py"
@@ -250,13 +250,14 @@ def chosen_tests(mutant: Mutant, reached: Mapping[str, Reached]) -> list[str]:
     """The tests that run the changed lines (or, if none does, the function), those that are about least else first.
 
     First come the cases of ``test_wiring.py`` whose key stands in the changed lines, ``MOST_NAMED`` of them, then the
-    others by how many lines of ``TARGETS`` they run, as many as take ``SECONDS``, at least one. Those that need a
-    finished run with exports come last, for it has to be made first: ``MOST_LATE`` of them.
+    others by how many lines of ``TARGETS`` they run beside those of shared fixtures, as many as take ``SECONDS``, at
+    least one. Those that need a finished run with exports come last, for it has to be made first: ``MOST_LATE`` of
+    them.
     """
     some: list[str] = []
     for span in (mutant.lines, mutant.body):
         wanted = {(mutant.file, line) for line in span}
-        some = [test for test, each in reached.items() if wanted & each.lines]
+        some = [test for test, each in reached.items() if wanted & (each.lines | each.shared)]
         if some:
             break
     some.sort(key=lambda test: (len(reached[test].lines), reached[test].seconds, test))

@@ -66,7 +66,7 @@ def test_a_mutant_is_judged_by_the_tests_that_run_its_line_those_about_little_el
     assert chosen_tests(mutant, {**some, **others}) == ["quick", "slow", "broad", "late"]
     assert chosen_tests(mutant, others) == ["beside"]
     assert chosen_tests(mutant, {"beside": reached(20)}) == []
-    assert chosen_tests(mutant, {"a": reached(5, seconds=19.0), "b": reached(5, seconds=19.5)}) == ["a"]
+    assert chosen_tests(mutant, {"a": reached(5, seconds=29.0), "b": reached(5, seconds=29.5)}) == ["a"]
     assert chosen_tests(mutant, {"a": reached(5, seconds=99.0)}) == ["a"]
     late = {f"{number}": reached(5, seconds=number, late=True) for number in range(5)}
     assert chosen_tests(mutant, {"a": reached(5, seconds=99.0), **late}) == ["a", "0", "1", "2"]
@@ -75,8 +75,14 @@ def test_a_mutant_is_judged_by_the_tests_that_run_its_line_those_about_little_el
 def test_the_case_of_a_key_in_the_changed_lines_comes_first_and_takes_no_time_from_others() -> None:
     mutant = Mutant("a.py", "f", range(5, 6), range(3, 9), "x -> y", 0, "\n" * 4 + "x = spec.refit")
     refit, ridge = (f"{KEYS}[flat.{key}]" for key in ("refit", "ridge"))
-    some = {ridge: reached(5), "a": reached(5, seconds=18.0), refit: reached(*range(9), seconds=30.0)}
+    some = {ridge: reached(5), "a": reached(5, seconds=28.0), refit: reached(*range(9), seconds=30.0)}
     assert chosen_tests(mutant, some) == [refit, ridge, "a"]
+
+
+def test_a_test_is_chosen_for_what_its_fixture_ran_for_it_and_others() -> None:
+    mutant = Mutant("a.py", "f", range(5, 6), range(3, 9), "x -> y", 0, "")
+    given = Reached(2.0, False, set(), {("a.py", line) for line in range(20)})
+    assert chosen_tests(mutant, {"itself": reached(5), "given": given}) == ["given", "itself"]
 
 
 def test_a_traced_file_tells_which_lines_it_runs() -> None:

@@ -123,6 +123,18 @@ def test_an_objection_to_the_measured_widths_stops_a_run_before_the_walk(
 # ---- what a step is given
 
 
+@pytest.mark.parametrize("asked", [{}, {"verify": True}, {"verify": False}], ids=str)
+def test_exports_are_verified_unless_that_is_left_out(
+    asked: dict[str, bool], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    def planned(recipe: Recipe, *, verify: bool) -> None:
+        assert verify == asked.get("verify", True)
+        raise Reached
+
+    with patched(run__planned_exports=planned), pytest.raises(Reached):
+        run(loaded(make_recipe), tmp_path / "out", **asked)
+
+
 @pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("predict", [False, True])
 def test_the_limit_of_memory_and_the_exports_decide_what_is_held_and_forecast(

@@ -300,8 +300,8 @@ def test_a_table_is_rounded_with_a_searched_scale() -> None:
         ([DEFAULT, PLAIN], ["dense", "same_bytes"], ["same_bytes"]),
         ([DEFAULT, PLAIN], ["dense", "quantized"], ["quantized"]),
         ([DEFAULT, PLAIN], ["dense"], []),
-        ([DEFAULT], ["dense"], []),
-        ([PLAIN], ["dense"], []),
+        ([DEFAULT], ["dense", "quantized", "same_bytes"], []),
+        ([PLAIN], ["dense", "quantized", "same_bytes"], []),
     ],
 )
 def test_the_baselines_of_a_recipe_and_their_stages(stages: list[Any], asked: list[str], found: list[str]) -> None:

@@ -48,22 +48,31 @@ class Trial:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a test ran: seconds of CPU, (file, line) of the traced files, and whether it needs the slowest fixture."""
+    """What a test ran.
+
+    Attributes:
+        seconds: of CPU.
+        late: whether it needs the slowest fixture.
+        lines: (file, line) of the traced files.
+        shared: those that were run for it and other tests, by a fixture of a module or of the session.
+    """
 
     seconds: float
     late: bool
     lines: set[tuple[str, int]] = field(default_factory=set)
+    shared: set[tuple[str, int]] = field(default_factory=set)
 
 
 class Tracer:
     """A plug-in of pytest: notes which lines of the ``traced`` files each test runs, in its process and in all threads.
 
     Attributes:
-        tests: by name, seconds of CPU, whether it needs the slowest fixture, and what it ran: (file, first line, last).
+        tests: by name, what ``Reached`` has of it, with (file, first line, last line) in place of single lines.
     """
 
     def __init__(self) -> None:
         self.spans: set[tuple[str, int, int]] = set()
+        self.fixtures: dict[str, set[tuple[str, int, int]]] = {}
         self.tests: dict[str, Any] = {}
 
     def note(self, *span: Any) -> None:
@@ -71,13 +80,26 @@ class Tracer:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Function) -> Iterator[None]:
-        self.spans.clear()
+        self.spans = set()
         began = time.process_time()
         try:
             return (yield)
         finally:
             seconds = round(time.process_time() - began, 2)
-            self.tests[item.nodeid] = [seconds, LATE in item.fixturenames, sorted(self.spans)]
+            shared = set[tuple[str, int, int]]().union(*(self.fixtures.get(name, ()) for name in item.fixturenames))
+            self.tests[item.nodeid] = [seconds, LATE in item.fixturenames, sorted(self.spans), sorted(shared)]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+        before, self.spans = self.spans, set()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope == "function":
+                self.spans |= before
+            else:
+                self.fixtures[fixturedef.argname] = self.spans
+                self.spans = before
 
 
 class Traced(ast.NodeTransformer):
@@ -174,9 +196,11 @@ class Running:
         shown = (self.place / "shown").read_text() if (self.place / "shown").exists() else ""
         if (self.place / "reached.json").exists():
             noted = json.loads((self.place / "reached.json").read_text())
-            for test, (seconds, slow, spans) in noted.items():
-                lines = {(file, line) for file, first, last in spans for line in range(first, last + 1)}
-                self.reached[test] = Reached(seconds, slow, lines)
+            for test, (seconds, slow, *spans) in noted.items():
+                lines, shared = (
+                    {(file, line) for file, first, last in some for line in range(first, last + 1)} for some in spans
+                )
+                self.reached[test] = Reached(seconds, slow, lines, shared)
         shutil.rmtree(self.place, ignore_errors=True)
         code = os.waitstatus_to_exitcode(status)
         failed = re.search(r"^(?:FAILED|ERROR) (\S+::\S*)", shown, re.MULTILINE)

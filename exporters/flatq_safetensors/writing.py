@@ -148,8 +148,25 @@ def _rounded(artifact: Artifact, layout: Layout, stored: torch.dtype) -> bool:
     return layout.dtype is not torch.float32 and (decoded or layout.dtype is not stored)
 
 
-def _notes(artifact: Artifact, layout: Layout) -> list[str]:
+def _origin(artifact: Artifact, layout: Layout) -> list[str]:
+    """What was changed while the weights were read."""
+    family, origin = layout.config.family, artifact.manifest.get("source", {}).get("model_type")
     notes = []
+    if origin not in (None, family):
+        notes.append(
+            f"read from a checkpoint of type {origin} and written as {family}: fused matrices are divided, the two "
+            "channels of a rotary pair are half a head apart, multipliers are part of the weights; the logits are "
+            "the same"
+        )
+    if layout.config.rope.scaling in ("yarn", "longrope"):
+        notes.append(
+            "the factor that its rotary embedding has for attention is part of the weights, so attention_factor is 1"
+        )
+    return notes
+
+
+def _notes(artifact: Artifact, layout: Layout) -> list[str]:
+    notes = _origin(artifact, layout)
     ends = sorted(stem for stem in artifact.grids if stem in ENDS and stem not in layout.grids)
     if ends and layout.options.keeps_codes:
         notes.append(f"{' and '.join(ends)} written dense: few readers of this format support quantized ones")

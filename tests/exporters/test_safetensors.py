@@ -431,6 +431,28 @@ def test_unquantized_and_differing_linears_are_stated_as_each_loader_reads_them(
     assert "model.layers.1.mlp.gate_proj" in described["config_groups"]["group_1"]["targets"]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "rope", "words"),
+    [
+        ("granite", Rope(), ["checkpoint of type granite and written as llama"]),
+        ("llama", Rope(scaling="yarn", factor=4.0, original_max_positions=64), ["attention_factor is 1"]),
+        ("llama", Rope(), []),
+    ],
+)
+def test_the_card_says_what_was_changed_while_reading(
+    model_type: str, rope: Rope, words: list[str], tmp_path: Path
+) -> None:
+    artifact = tiny_artifact(tmp_path / "a", own_widths(rope=rope), grid=FOUR)
+    source = {"origin": "model", "model_type": model_type}
+    manifest = {"recipe": "version: 1", "source": source, "files": {}}
+    write_checksummed(artifact.root / "manifest.json", manifest)
+    card = (export(Artifact.open(artifact.root), tmp_path / "out") / "README.md").read_text()
+    for word in ("checkpoint of type", "attention_factor"):
+        assert (word in card) == any(word in expected for expected in words)
+    for word in words:
+        assert word in card
+
+
 def test_the_files_beside_the_weights_come_along_and_the_card_says_how_it_was_made(tmp_path: Path) -> None:
     artifact = tiny_artifact(tmp_path / "a", own_widths(), grid=FOUR)
     (artifact.root / "tokenizer.json").write_text("{}")
