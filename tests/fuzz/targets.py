@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -41,7 +42,7 @@ class Target:
     @property
     def slug(self) -> str:
         """The name as the name of a folder."""
-        return self.name.replace("/", "-").replace(" ", "-")
+        return re.sub(r"\W", "-", self.name)
 
 
 def read_recipe(folder: Path) -> None:
