@@ -14,12 +14,14 @@
 # make package  build sdist and wheel, install the wheel into a bare environment and run it outside of this folder
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
 #              PyPI), in an environment of their own
+# make fuzz    100,000 damaged or hostile inputs for each reader of files, hours; FUZZ_SECONDS limits each reader
 # make mutants  do the tests notice faults? Those put in by hand, then a sample of small mutations
 # make clean   remove what make made, except runs/
 #
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.
 
 PYTHON ?= python3
+FUZZ_SECONDS ?= 100000
 VENV ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
 PIP_FLAGS ?=
@@ -46,7 +48,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo gemma test check mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web clean
+.PHONY: demo gemma test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -83,6 +85,9 @@ package:
 	$(PACKAGE_VENV)/bin/python -m build --outdir dist .
 	$(PACKAGE_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt dist/*.whl
 	cd $(PACKAGE_VENV) && bin/flatq --version && bin/flatq check $(CURDIR)/$(demo_recipe)
+
+fuzz: $(installed)
+	OMP_NUM_THREADS=1 $(bin)/python -m tests.fuzz --inputs 100000 --seconds $(FUZZ_SECONDS)
 
 mutants: $(installed)
 	OMP_NUM_THREADS=1 $(bin)/python -m tests.mutations --hand

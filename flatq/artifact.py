@@ -270,7 +270,7 @@ def _described(path: Path, settings: Mapping[str, Any]) -> tuple[DecoderConfig, 
         TypeAdapter(DecoderConfig).validate_python(config.to_dict())
     except ValidationError as wrong:
         raise ArtifactError(f"{path}: is damaged ({first_fault(wrong)}); {AGAIN}") from wrong
-    except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as wrong:
         raise ArtifactError(f"{path}: is damaged (decoder: {wrong}); {AGAIN}") from wrong
     return config, stated.grids
 

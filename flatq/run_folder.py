@@ -231,10 +231,7 @@ class RunFolder:
         known = distributed.broadcast(self._known(path) if distributed.first() else None)
         if known is not None:
             log.info("%s: already done", name)
-            try:
-                return adapter.validate_python(known.result)
-            except ValidationError as wrong:
-                raise ArtifactError(f"{path}: no valid result of {name!r} ({first_fault(wrong)}); {FRESH}") from wrong
+            return _as(kind, known, path)
         self._highest = max(self._highest, peak_rss_bytes())
         give_back()
         forget_peak()
@@ -267,7 +264,7 @@ class RunFolder:
     def known(self, name: str, kind: type[T]) -> T | None:
         """Result of a phase that an earlier call of ``phase`` finished; None if it was never run."""
         found = self._known(self.work / "phases" / f"{name}.json")
-        return None if found is None else TypeAdapter(kind).validate_python(found.result)
+        return None if found is None else _as(kind, found, self.work / "phases" / f"{name}.json")
 
     def forget(self, *names: str) -> None:
         """Delete the results of phases, so that they are computed again."""
@@ -293,6 +290,18 @@ class RunFolder:
     def peak_rss_bytes(self) -> int:
         """Peak resident memory over all phases, including those of earlier processes of a resumed run."""
         return max([peak_rss_bytes(), self._highest, *self.memory().values()])
+
+
+def _as(kind: type[T], phase: Phase, path: Path) -> T:
+    """A phase's result as a type.
+
+    Raises:
+        ArtifactError: it is of another one.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(phase.result)
+    except ValidationError as wrong:
+        raise ArtifactError(f"{path}: no valid result of {path.stem!r} ({first_fault(wrong)}); {FRESH}") from wrong
 
 
 def _must_be_finite(value: Any, where: str) -> None:

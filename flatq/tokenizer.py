@@ -111,9 +111,16 @@ def generation_settings(root: Path) -> dict[str, Any]:
 
 
 def end_tokens(settings: Mapping[str, Any]) -> frozenset[int]:
-    """Ids at which a model stops, of ``eos_token_id``: one id, a list of ids, or nothing."""
+    """Ids at which a model stops, of ``eos_token_id``: one id, a list of ids, or nothing.
+
+    Raises:
+        RecipeError: it is something else.
+    """
     stated = settings.get("eos_token_id")
-    return frozenset(int(token) for token in (stated if isinstance(stated, list) else [stated]) if token is not None)
+    ids = [token for token in (stated if isinstance(stated, list) else [stated]) if token is not None]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise RecipeError(f"model: eos_token_id is {stated!r:.80}; a token id or a list of token ids is expected")
+    return frozenset(ids)
 
 
 def carry(root: Path, out: Path, tokenizer: Any = None) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, NonNegativeInt
 from torch import Tensor
 
 from flatq.calibration.block import MOMENTS, Block, Reference
@@ -39,6 +40,12 @@ from flatq.model.grid import QuantizedWeight
 from flatq.model.weights import HALVES, Weights
 
 log = logging.getLogger(__name__)
+
+
+class Progress(BaseModel):
+    """``state.json``: the number of blocks whose weights and outputs are on disk."""
+
+    blocks_done: NonNegativeInt
 
 
 def walk(
@@ -165,7 +172,7 @@ def blocks_done(work: Path) -> int:
     if not state.exists():
         return 0
     try:
-        return read_json(state, dict[str, int], "the walk begins with the first block", checksummed=True)["blocks_done"]
+        return read_json(state, Progress, "the walk begins with the first block", checksummed=True).blocks_done
     except ArtifactError as damaged:
         log.warning("%s", damaged)
         state.unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def read_rope(stated: Stated, problems: list[str], where: str) -> Read | None:
     if any(isinstance(value, dict) for value in values.values()):
         problems.append(f"{where}: {section}: one rope per kind of layer is not supported for this family")
         return None
-    if scaling not in RULES:
+    if not isinstance(scaling, str) or scaling not in RULES:
         allowed = ", ".join(rule for rule in RULES if rule != "su")
         problems.append(f"{where}: {section}: {scaling!r} is not supported; supported: {allowed}")
         return None

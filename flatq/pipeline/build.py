@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,9 @@ def block_reports(work: Path) -> list[dict[str, Any]]:
     return [_finished(path).report for path in _notes(work)]
 
 
-def _notes(work: Path) -> list[Path]:
-    """The JSON files of the finished blocks, in order."""
-    return [_note_of(work, *divmod(number, len(HALVES))) for number in range(blocks_done(work))]
+def _notes(work: Path) -> Iterator[Path]:
+    """The JSON files of the finished blocks, in order; one by one, because a damaged count may be huge."""
+    return (_note_of(work, *divmod(number, len(HALVES))) for number in range(blocks_done(work)))
 
 
 def _note_of(work: Path, layer: int, half: int) -> Path:
