@@ -70,8 +70,8 @@ FAULTS = [
     ),
     Fault(
         "measured curves thrown away",
-        'elif allocation == "curves" and curves:',
-        'elif allocation == "curves" and not curves:',
+        'if allocation == "curves" and curves:',
+        'if allocation == "curves" and not curves:',
         (
             f"{PARTS}::test_a_plan_is_spent_on_curves_weighed_with_the_measured_fisher_information",
             f"{KEYS}[flat.allocation]",

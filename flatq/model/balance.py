@@ -73,6 +73,8 @@ def _usual(tensor: Tensor) -> bool:
 def _factor(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Power of two for ``one``, so that both have the same largest weight; 1 if there is nothing to be gained."""
     largest = [max(float(tensor.detach().abs().amax()) for tensor in part) for part in (one, other)]
-    if min(largest) == 0 or all(USUAL[0] <= size <= USUAL[1] for size in largest):
+    if min(largest) == 0 or not all(map(math.isfinite, largest)):  # the solver names what is not finite
+        return 1.0
+    if all(USUAL[0] <= size <= USUAL[1] for size in largest):
         return 1.0
     return float(2.0 ** round(math.log2(largest[1] / largest[0]) / 2))

@@ -50,7 +50,7 @@ def test_a_recipe_with_both_is_written_verified_and_measured(make_recipe: MakeRe
     assert mine["verify"]["exact"]["provider"] == "numpy on the CPU"
     assert mine["verify"]["exact"]["max_abs"] <= mine["verify"]["limit"]
     assert [entry["name"] for entry in report["bench"]] == ["baseline", "my"]
-    assert sorted(path.name for path in (out / "exports" / "plain").iterdir()) == ["export.json", "weights.npz"]
+    assert {"README.md", "export.json", "weights.npz"} < {path.name for path in (out / "exports" / "plain").iterdir()}
     page = (out / "report.html").read_text()
     assert '<small class="unverified">not verified</small>' in page
     assert "plain: not verified: the format has no runtime" in page
