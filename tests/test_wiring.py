@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,16 @@ def _(runs: Runs) -> None:
         stored = made.artifact.tensor("layers.0.q.weight")
         assert isinstance(stored, Tensor)
         assert stored.dtype == getattr(torch, dtype)
+
+
+@case("model.context_length")
+def _(runs: Runs) -> None:
+    whole = runs(stages=[{"flat": {"keep_ratio": 1.0}}]).artifact.config
+    made = runs(
+        model={"path": str(runs.model), "context_length": whole.max_positions // 2},
+        stages=[{"flat": {"keep_ratio": 1.0}}],
+    )
+    assert made.artifact.config == replace(whole, max_positions=whole.max_positions // 2)
 
 
 # ---- calibration and evaluation

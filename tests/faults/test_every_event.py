@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,8 @@ def test_a_signal_ends_a_run_with_one_line_and_it_is_resumed(
             stdout=log,
             stderr=log,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # A shell that starts the tests in the background makes all its children ignore the signal.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
     while started.poll() is None and not (out / "work" / "phases" / "baseline.json").exists():
         time.sleep(0.01)
