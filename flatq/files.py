@@ -104,6 +104,8 @@ def read_json(
         if text.startswith(LFS_POINTER.decode()):
             raise ValueError("it is a Git LFS pointer, not the file itself; `git lfs pull` fetches that")
         value = from_json(text)
+        if "\\ud" in text.lower():  # may be half of a character, which no file name and no other text can hold
+            json.dumps(value, ensure_ascii=False).encode()
         if checksummed:
             value = _checked(text, value)
         return TypeAdapter(kind).validate_python(value)

@@ -66,7 +66,12 @@ def open_tokenizer(root: Path) -> Any:
 
     named = {name: piece for name in NAMED if (piece := _content(settings, name, root)) is not None}
     known = {name: piece for name, piece in named.items() if bare.token_to_id(piece) is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, chat_template=templates.get("default"), **known)
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, chat_template=templates.get("default"), **known)
+    except Exception as damaged:  # it copies the tokenizer through its text
+        raise RecipeError(
+            f"model: {root / TOKENIZER}: its parts contradict each other ({_first_line(damaged)}); {FROM_THE_SOURCE}"
+        ) from damaged
     tokenizer._tokenizer = bare  # the constructor adds and patches; the file is right
     return tokenizer
 
@@ -236,7 +241,9 @@ def _bare(path: Path) -> Tokenizer:
         return Tokenizer.from_str(_text(path))
     except RecipeError:
         raise
-    except Exception as damaged:  # the library raises the base class itself
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as damaged:  # the library raises Exception itself, and a panic of Rust is none
         raise RecipeError(
             f"model: {path}: damaged, or not of the tokenizers library ({_first_line(damaged)}); {FROM_THE_SOURCE}"
         ) from damaged
@@ -273,7 +280,7 @@ def _refuse_pointer(path: Path) -> None:
         raise RecipeError(f"model: {path}: a Git LFS pointer, not the file itself; run git lfs pull in its folder")
 
 
-def _first_line(failed: Exception) -> str:
+def _first_line(failed: BaseException) -> str:
     return next(iter(str(failed).strip().splitlines()), type(failed).__name__)
 
 

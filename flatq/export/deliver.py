@@ -199,7 +199,11 @@ def reopened(root: Path, *, check: bool = True) -> tuple[PlannedExport, Path]:
         options = exporter.Options(**described.options)
     except ValueError as wrong:  # of another version of the exporter
         raise ArtifactError(f"{root / DESCRIPTION}: its options are not known here ({wrong}); {AGAIN}") from wrong
-    return PlannedExport(root.name, described.format, exporter, options), (root / described.artifact).resolve()
+    try:
+        artifact = (root / described.artifact).resolve()
+    except ValueError as wrong:  # such as a null byte
+        raise ArtifactError(f"{root / DESCRIPTION}: artifact is no path ({wrong}); {AGAIN}") from wrong
+    return PlannedExport(root.name, described.format, exporter, options), artifact
 
 
 def foreign(root: Path) -> PlannedExport:

@@ -107,8 +107,12 @@ def _finish(
     """Write tokenizer, index, configuration and manifest."""
     first = [EMBEDDING] if (partial / EMBEDDING).exists() else []
     files = [*first, *(shard_name(index, half) for index, half in halves(config)), ENDS]
-    for stray in partial.glob("*.partial"):
-        stray.unlink()
+    for pattern in (
+        "*.partial",
+        ".tmp*",
+    ):  # of a process that was killed here; the second are of the safetensors library
+        for stray in partial.glob(pattern):
+            stray.unlink()
     source.carry_tokenizer(partial)
     settings = {**source.settings(), "dtype": str(source.dtype).removeprefix("torch.")}
     finish(partial, root, config=config, grids=grids, settings=settings, manifest=manifest, weight_files=files)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flatq.errors import UnsupportedModel
+from flatq.errors import ArtifactError, UnsupportedModel
 
 # Split digits, then use the pre-tokenizer of GPT-2.
 DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
@@ -31,6 +31,7 @@ def read_tokenizer(path: Path, model: str | None, pre: str | None) -> Any:
 
     Raises:
         UnsupportedModel: the name of the pre-tokenizer is missing or not known.
+        ArtifactError: the tokenizer is damaged.
     """
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoTokenizer
@@ -42,7 +43,12 @@ def read_tokenizer(path: Path, model: str | None, pre: str | None) -> Any:
             f"{path}: tokenizer.ggml.pre {pre!r} is not a supported pre-tokenizer; supported: {known}. "
             "Use the Hugging Face folder of this model"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as damaged:  # the libraries raise various exceptions
+        raise ArtifactError(
+            f"{path}: its tokenizer cannot be read ({type(damaged).__name__}: {str(damaged)[:200]}); download it again"
+        ) from damaged
     bare = tokenizer.backend_tokenizer
     if pre in DIGITS_FIRST:
         bare.pre_tokenizer = Sequence([Digits(individual_digits=True), bare.pre_tokenizer])
