@@ -22,6 +22,7 @@
 
 PYTHON ?= python3
 FUZZ_SECONDS ?= 100000
+FUZZ_INPUTS ?= 100000
 VENV ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
 PIP_FLAGS ?=
@@ -87,7 +88,7 @@ package:
 	cd $(PACKAGE_VENV) && bin/flatq --version && bin/flatq check $(CURDIR)/$(demo_recipe)
 
 fuzz: $(installed)
-	OMP_NUM_THREADS=1 $(bin)/python -m tests.fuzz --inputs 100000 --seconds $(FUZZ_SECONDS)
+	OMP_NUM_THREADS=1 $(bin)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) --seconds $(FUZZ_SECONDS)
 
 mutants: $(installed)
 	OMP_NUM_THREADS=1 $(bin)/python -m tests.mutations --hand

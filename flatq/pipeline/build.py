@@ -107,10 +107,7 @@ def _finish(
     """Write tokenizer, index, configuration and manifest."""
     first = [EMBEDDING] if (partial / EMBEDDING).exists() else []
     files = [*first, *(shard_name(index, half) for index, half in halves(config)), ENDS]
-    for pattern in (
-        "*.partial",
-        ".tmp*",
-    ):  # of a process that was killed here; the second are of the safetensors library
+    for pattern in ("*.partial", ".tmp*"):  # of a process that was killed; the second are of the safetensors library
         for stray in partial.glob(pattern):
             stray.unlink()
     source.carry_tokenizer(partial)
