@@ -210,10 +210,18 @@ def test_the_decoder_as_a_runner_follows_the_protocol() -> None:
     runner.close()
 
 
-@pytest.mark.parametrize("prompt", ["the bright river", "h\u00f6r \u65e5\u672c"])
-def test_a_terminal_without_utf8_gets_text(exported_run: tuple[Path, Path], prompt: str) -> None:
+def test_a_terminal_without_utf8_gets_text(exported_run: tuple[Path, Path]) -> None:
     plain = {"PYTHONIOENCODING": "", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    words = ["-m", "flatq", "generate", exported_run[1], "--new-tokens", "30", "--prompt", prompt.encode()]
+    words = [
+        "-m",
+        "flatq",
+        "generate",
+        exported_run[1],
+        "--new-tokens",
+        "30",
+        "--prompt",
+        "h\u00f6r \u65e5\u672c".encode(),
+    ]
     ran = subprocess.run([sys.executable, *words], capture_output=True, env={**os.environ, **plain}, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.decode("ascii").strip(), "the model writes other characters, too"

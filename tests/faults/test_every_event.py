@@ -32,7 +32,6 @@ needs_gcc = pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is
     ("mode", "sample"),
     [
         ("kill", 5),
-        ("full", 5),
         pytest.param("kill", None, marks=pytest.mark.slow),
         pytest.param("full", 50, marks=pytest.mark.slow),
     ],
@@ -117,7 +116,8 @@ def test_a_finished_folder_loses_what_a_killed_end_left_in_it(
     assert digests(out) == before
 
 
-@pytest.mark.parametrize("runs", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [20])
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_runs_in_one_process_leave_no_memory_open_files_or_temporary_files(
     runs: int, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
