@@ -14,7 +14,7 @@
 # make package  build sdist and wheel, install the wheel into a bare environment and run it outside of this folder
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
 #              PyPI), in an environment of their own
-# make fuzz    100,000 damaged or hostile inputs for each reader of files, hours; FUZZ_SECONDS limits each reader
+# make fuzz    100,000 damaged or hostile inputs for each reader of files, hours; FUZZ_INPUTS and FUZZ_SECONDS limit it
 # make mutants  do the tests notice faults? Those put in by hand, then a sample of small mutations
 # make clean   remove what make made, except runs/
 #

@@ -64,7 +64,7 @@ def write_companions(
 def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
     """``genai_config.json``; sampling as in the model's ``generation_config.json``, greedy without one."""
     config, dims = artifact.config, artifact.config.layers[0]
-    context = options.context_length or config.max_positions
+    context = options.positions(config)
     names = {
         part: {f"{when}_{kind}_names": f"{stem}.%d.{kind}" for kind in ("key", "value")}
         for part, when, stem in (("inputs", "past", "past_key_values"), ("outputs", "present", "present"))

@@ -80,7 +80,7 @@ class Contract(BaseModel):
             growth="fixed" if reduced or options.fused_rope else "shared",
             float_type="float16" if options.activations == "fp16" else "float32",
             cache_type=options.cache_type,
-            context_length=options.context_length or config.max_positions,
+            context_length=options.positions(config),
             sliding_window=config.sliding_window,
             vocab=config.vocab,
             token_ids={name: value for name, value in artifact.settings.items() if name.endswith("_token_id")},

@@ -111,7 +111,7 @@ class _Sheet:
         parts = self.builder, self.linears, self.config, tokens, valid
         if self.options.attention == "reduced":
             return Reduced(*parts)
-        limit = self.options.context_length or self.config.max_positions
+        limit = self.options.positions(self.config)
         if self.options.cache_type == "int8":
             return QuantizedGrouped(*parts, positions=limit, ranges=self.ranges)
         return Grouped(*parts, positions=limit if self.options.fused_rope else None)

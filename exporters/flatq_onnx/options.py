@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flatq.export import DecoderConfig
+
 # Defaults for each target; a recipe can override them, as far as `check.objections` allows.
 TARGETS: Mapping[str, Mapping[str, Any]] = {
     "ort": {},
@@ -78,6 +80,10 @@ class OnnxOptions(BaseModel):
         grouped = {"attention": "gqa"} if data.get("cache_type") == "int8" else {}
         chosen = {**half, **grouped, **TARGETS.get(wanted if isinstance(wanted, str) else "", {}), **data}
         return {"accuracy_level": 0, **chosen} if chosen.get("activations") == "fp16" else chosen
+
+    def positions(self, config: DecoderConfig) -> int:
+        """Maximum number of positions."""
+        return self.context_length or config.max_positions
 
     @property
     def model_file(self) -> str:

@@ -44,7 +44,7 @@ def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxO
         total += matrix_bytes(*table, grids.get("head"), number)
     if options.fused_rope:
         tables = len({kind.rope for kind in config.kinds} - {None})
-        total += tables * (options.context_length or config.max_positions) * config.layers[0].d_qk * number
+        total += tables * options.positions(config) * config.layers[0].d_qk * number
     return total
 
 

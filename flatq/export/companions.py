@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flatq.artifact import Artifact
-from flatq.export.planned import PlannedExport
+from flatq.export.planned import PlannedExport, context_length
 from flatq.files import write_atomically
 from flatq.tokenizer import companions
 
@@ -29,18 +29,17 @@ def add_companions(root: Path, artifact: Artifact, item: PlannedExport) -> list[
 def readme(artifact: Artifact, item: PlannedExport) -> str:
     """How to run the export, in Markdown."""
     config = artifact.config
-    limit = getattr(item.options, "context_length", None) or config.max_positions
     return f"""# {item.name}
 
 A {config.family} model with {len(config.layers)} layers, compressed and exported by flatq as {item.format}. Options:
-{_options(item)}. At most {limit:,} positions.
+{_options(item)}. At most {context_length(item.options, config):,} positions.
 
 The folder is complete: it can be moved to another machine. `export.json` has the digest of every file; `flatq verify`
 compares them.
 
 ```sh
 flatq verify FOLDER
-flatq generate FOLDER --prompt "The sea is" --max-new-tokens 20
+flatq generate FOLDER --prompt "The sea is" --new-tokens 20
 flatq bench FOLDER
 flatq eval FOLDER
 ```

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from flatq.artifact import Artifact, tokenizer_in
 from flatq.digests import Findings, combined_digest, compared, digests_of
 from flatq.errors import ArtifactError
+from flatq.export.planned import context_length
 from flatq.files import read_json, write_checksummed
 from flatq.tokenizer import has_tokenizer
 
@@ -62,7 +63,7 @@ def describe(root: Path, artifact: Artifact, format: str, options: BaseModel, or
         artifact_sha256=combined_digest(artifact.manifest["files"]),
         recipe=artifact.manifest["recipe"],
         vocab=artifact.config.vocab,
-        context_length=getattr(options, "context_length", None) or artifact.config.max_positions,
+        context_length=context_length(options, artifact.config),
         token_ids=ids,
         files=digests_of(root, but=[DESCRIPTION]),
     )
@@ -101,18 +102,14 @@ def compared_export(root: Path, *, remembered: bool) -> Findings:
     return compared(root, description_of(root, check=False).files, beside=[DESCRIPTION], remembered=remembered)
 
 
-def artifact_of(root: Path, described: Description, *, check: bool = True) -> Artifact:
-    """The artifact of an export.
+def artifact_of(root: Path, described: Description, *, check: bool = True) -> Artifact | None:
+    """The artifact of an export; None if it was moved or removed.
 
     Raises:
-        ArtifactError: it was moved or removed, or is damaged.
+        ArtifactError: it is damaged.
     """
     place = (root / described.artifact).resolve()
-    if not place.is_dir():
-        raise ArtifactError(
-            f"{root}: its artifact is no longer at {place}; move the run folder back, or export the artifact again"
-        )
-    return Artifact.open(place, check=check)
+    return Artifact.open(place, check=check) if place.is_dir() else None
 
 
 def tokenizer_of(root: Path) -> Any:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from flatq.errors import RecipeError
 from flatq.export.protocols import Exporter, exporter_named
+from flatq.model.config import DecoderConfig
 from flatq.recipe.blocks import ExportSpec
 from flatq.recipe.grammar import Recipe, explain_options
 
@@ -51,6 +52,11 @@ def planned_exports(recipe: Recipe, *, verify: bool = True) -> list[PlannedExpor
 
 def _planned(spec: ExportSpec, exporter: Exporter, verify: bool) -> PlannedExport:
     return PlannedExport(spec.name, spec.format, exporter, exporter.Options(**spec.options), spec.verify and verify)
+
+
+def context_length(options: BaseModel, config: DecoderConfig) -> int:
+    """Maximum number of positions of an export: its option of that name, else the model's."""
+    return getattr(options, "context_length", None) or config.max_positions
 
 
 def absent_packages_of(items: Sequence[PlannedExport]) -> list[str]:

@@ -106,12 +106,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gemma2",
             "Gemma2ForCausalLM",
-            {
-                **GEMMA,
-                "post_norms": True,
-                "attention_cap": "attn_logit_softcapping",
-                "logit_cap": "final_logit_softcapping",
-            },
+            SANDWICHED,
             window="alternating",
             full_every=2,
             gguf="gemma2",

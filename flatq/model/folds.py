@@ -143,9 +143,7 @@ def rope_folds(config: DecoderConfig, factors: Sequence[float], *, interleaved: 
     order = rows_in_halves(d_qk, config.rope.width(d_qk), interleaved=interleaved)
     if order.tolist() != list(range(d_qk)):
         moved = (*QUERIES, "k.weight", "k.bias", "q_norm.weight", "k_norm.weight")
-        found.append(
-            Fold(moved, lambda tensor, config, keys: _by_head(tensor, d_qk)[:, order].reshape(tensor.shape), True)
-        )
+        found.append(Fold(moved, _moved(order), exact=True))
     scaled = ("q_norm.weight",) if config.qk_norm else QUERIES
     for factor in sorted({*factors} - {1.0}):
         layers = frozenset(index for index, own in enumerate(factors) if own == factor)

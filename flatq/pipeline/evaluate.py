@@ -115,7 +115,7 @@ def _of_export(
     """
     item, _ = reopened(root, check=check)
     described = description_of(root, check=False)
-    artifact = artifact_of(root, described, check=check) if (root / described.artifact).is_dir() else None
+    artifact = artifact_of(root, described, check=check)
     recipe = _recipe(artifact.manifest["recipe"] if artifact else described.recipe, root / DESCRIPTION)
     source = _original(recipe)
     reference: Weights | None = source or artifact

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +31,15 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
         return made[-1]
 
     return make
+
+
+def printed_by_the_readme(folder: Path) -> str:
+    """What the only block of Python in an export's README prints, run run there without flatq; nothing on stderr."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert not ran.stderr
+    return ran.stdout.decode(errors="replace").strip("\n")
 
 
 def some_tokens(config: DecoderConfig, batch: int, length: int, seed: int = 7) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,18 @@ def read_recipe(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> None:
-    """Every tensor of a Hugging Face folder."""
+    """Every tensor of a Hugging Face folder, also after one was refused."""
     from flatq.errors import FlatqError
     from flatq.sources.source import open_model
 
-    source = open_model(str(folder))
-    with suppress(FlatqError):
-        source.validate()
-    for name in source.names():
-        with suppress(FlatqError):
-            source.tensor(name)
+    source, refusals = open_model(str(folder)), list[FlatqError]()
+    for read in (source.validate, *(partial(source.tensor, name) for name in source.names())):
+        try:
+            read()
+        except FlatqError as refusal:
+            refusals.append(refusal)
+    if refusals:
+        raise refusals[0]
 
 
 def read_config(folder: Path) -> None:
