@@ -8,6 +8,7 @@ Exit codes: 0 success, 2 the recipe or something that it refers to is wrong, 3 a
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ import flatq
 from flatq.errors import FlatqError, RecipeError
 
 INTERRUPTED = 130
+GARBAGE = 50_000  # new objects between two collections: importing torch makes many and frees none
 
 
 class Verbs(TyperGroup):
@@ -32,6 +34,7 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run a command."""
+        gc.set_threshold(GARBAGE)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows ? for what it does not have
                 stream.reconfigure(errors="replace")

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from flatq.errors import ArtifactError
-from flatq.files import file_digest, read_json, write_json
+from flatq.cache import recall, remember
+from flatq.files import file_digest
 
 log = logging.getLogger(__name__)
 SETTLED_NS = 2_000_000_000  # a file changed less than this ago could change again without a change of its times
@@ -63,7 +63,7 @@ def compared(
         beside: expected files without a digest in the list, and folders that are skipped.
         remembered: skip files that were verified before and are unchanged since.
     """
-    known = _recall(root) if remembered else {}
+    known = (recall(_name(root), Memory) or {}) if remembered else {}
     outside = [name for name in digests if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
     inside = [name for name in digests if name not in outside]
     missing = [name for name in inside if not (root / name).is_file()]
@@ -130,29 +130,13 @@ def _stamp(path: Path) -> Stamp:
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 
 
-def _place(root: Path) -> Path:
-    """Cache file of a folder: below ``FLATQ_CACHE``, else in the user's cache directory."""
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatq"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
-    return Path(os.environ.get("FLATQ_CACHE") or users) / "digests" / f"{name}.json"
-
-
-def _recall(root: Path) -> Memory:
-    try:
-        place = _place(root)
-        return read_json(place, Memory, "delete it") if place.exists() else {}
-    except (ArtifactError, RuntimeError, OSError) as unusable:  # RuntimeError: this user has no home folder
-        log.debug("the cache of digests cannot be used: %s", unusable)
-        return {}
+def _name(root: Path) -> str:
+    """Name of a folder in the cache."""
+    return f"digests/{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}"
 
 
 def _remember(root: Path, right: Memory) -> None:
     """Record verified files, except recently written ones, for which another write might not change the times."""
     settled = time.time_ns() - SETTLED_NS
     kept = {name: entry for name, entry in right.items() if max(entry[1][1:3]) < settled}
-    try:
-        place = _place(root)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, kept)
-    except (RuntimeError, OSError) as failed:
-        log.debug("the cache of digests cannot be written: %s", failed)
+    remember(_name(root), kept)

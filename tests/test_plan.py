@@ -198,13 +198,21 @@ def test_ranges_of_keys_and_values_are_counted_if_an_export_wants_them() -> None
     assert list(working_bytes(config, BOTH, ranges=True)) == [*without, "cache-ranges"]
 
 
-def test_a_rate_is_measured_once_and_in_a_moment() -> None:
+def test_a_rate_is_measured_once_and_in_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATQ_CACHE", str(tmp_path))
     measured_speed.cache_clear()
     began = time.perf_counter()
     first = measured_speed("cpu", "float32")
     assert time.perf_counter() - began < 5, "0.2 seconds, on a machine that others share more"
     assert first is measured_speed("cpu", "float32")
     assert min(first.forward, first.solve, first.moved) > 1e6
+    measured_speed.cache_clear()
+    assert first == measured_speed("cpu", "float32"), "another process reads it from the cache"
+    (kept,) = tmp_path.rglob("*.json")
+    kept.write_text(kept.read_text().replace('"at": ', '"at": -'))
+    measured_speed.cache_clear()
+    assert first != measured_speed("cpu", "float32"), "rates of another day are measured again"
+    measured_speed.cache_clear()
 
 
 def test_a_wide_model_is_planned_at_once(make_recipe: MakeRecipe, tmp_path: Path) -> None:

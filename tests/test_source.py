@@ -303,7 +303,7 @@ def parts_of_a_model(root: Path, monkeypatch: pytest.MonkeyPatch, *, first: int,
         (root / name).write_bytes(whole[number * size : (number + 1) * size])
         packages[f"p{number}"] = FakeDistribution(root, name)
     monkeypatch.setattr("importlib.metadata.distribution", packages.__getitem__)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+    monkeypatch.setenv("FLATQ_CACHE", str(root / "cache"))
     return weights
 
 

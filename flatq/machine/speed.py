@@ -1,21 +1,26 @@
-"""How fast this machine multiplies matrices and moves numbers, measured once per process in about 0.1 seconds.
+"""How fast this machine multiplies matrices and moves numbers, measured in less than 0.1 seconds.
 
-A machine that others share is as fast as it is at that moment: what follows from these rates is a rough estimate.
+The rates are kept in the user's cache for a day. A machine that others share is as fast as it is at that moment: what
+follows from these rates is a rough estimate.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from flatq.cache import recall, remember
+from flatq.machine.environment import cpu_name
 from flatq.machine.precision import blocks_in, forward_precision, resolved
 
-SECONDS = 0.03  # per rate
+SECONDS = 0.02  # per rate
 WIDTH = {"cpu": 768, "cuda": 4096}  # of the square matrices: large enough for the full rate
+KEPT = 24 * 3600  # seconds that rates in the cache are used
 NUMBERS = 1 << 22  # of a vector: 16 MiB, more than a cache holds
 
 
@@ -34,14 +39,33 @@ class Speed:
     moved: float
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Rates in the cache, and the time of their measurement in seconds since 1970."""
+
+    speed: Speed
+    at: float
+
+
 @functools.cache
 def measured_speed(device: str = "cpu", precision: str = "auto") -> Speed:
-    """The rates of a device.
+    """The rates of a device: those of the last day with as many threads, else measured.
 
     Args:
         device: as torch names it.
         precision: of forward passes, see ``precision.forward_precision``.
     """
+    what = (cpu_name(), torch.get_num_threads(), torch.__version__, device, resolved(precision, device))
+    name = f"speed/{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}"
+    kept, now = recall(name, Kept), time.time()
+    if kept is not None and 0 <= now - kept.at < KEPT:
+        return kept.speed
+    speed = _measured(device, precision)
+    remember(name, asdict(Kept(speed, now)))
+    return speed
+
+
+def _measured(device: str, precision: str) -> Speed:
     width = WIDTH.get(torch.device(device).type, WIDTH["cpu"])
     with torch.inference_mode():
         a, b = (torch.randn(width, width, device=device) for _ in range(2))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from flatq.cache import cache_folder
 from flatq.errors import RecipeError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -93,8 +94,7 @@ def _joined(parts: Sequence[Path], name: str) -> Path:
     """The parts as one file in the user's cache; made again if a part has changed."""
     stamps = [f"{part}:{part.stat().st_size}:{part.stat().st_mtime_ns}" for part in parts]
     key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatq"
-    target = users / "joined" / key / name
+    target = cache_folder() / "joined" / key / name
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         growing = target.with_suffix(f".{os.getpid()}")
