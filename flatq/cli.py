@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 import flatq
 from flatq.errors import FlatqError, RecipeError
+from flatq.sweep import commands
 
 INTERRUPTED = 130
 GARBAGE = 50_000  # new objects between two collections: importing torch makes many and frees none
@@ -60,6 +61,8 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
+
+app.command(name="init")(commands.initial)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]

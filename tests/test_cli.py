@@ -20,7 +20,10 @@ from flatq.recipe.grammar import Recipe, json_schema
 from flatq.verbs import parse_options
 from tests.conftest import MakeRecipe
 
-VERBS = ["run", "check", "plan", "export", "verify", "bench", "eval", "compare", "generate", "ls", "doctor", "schema"]
+VERBS = [
+    "init", "run", "check", "plan", "export", "verify", "bench", "eval", "compare", "generate", "ls", "doctor",
+    "schema",
+]  # fmt: skip
 GOOD = "version: 1\nmodel: a/b\nstages: [{flat: {keep_ratio: 0.7}}, {gptq: {}}]\nexports: [{onnx: {name: mine}}]\n"
 BAD = "version: 1\nmodel: a/b\nstages: [{flat: {keep_ratio: 70}}, {gptq: {'[b]its': 4}}]\n"
 

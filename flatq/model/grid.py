@@ -58,7 +58,7 @@ class Grid:
 
     def groups(self, columns: int) -> int:
         """Number of groups, the short last one included."""
-        return -(-columns // self.width(columns))
+        return -(-columns // self.width(columns)) if columns else 0
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Bytes of an [o, i] matrix as it is deployed: codes at their bits, float16 scales, packed zeros."""

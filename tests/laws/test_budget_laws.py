@@ -26,6 +26,7 @@ from tests.conftest import MakeRecipe, flatq
 from tests.models import tiny_artifact, tiny_config
 
 GPTQ = GptqSpec.model_validate({"group_size": 16, "embedding": {"bits": 8}})
+WHOLE_ROWS = GptqSpec.model_validate({"group_size": -1})
 BIG = tiny_config(d_v=(16,) * 6, d_ff=(96,) * 6)
 
 
@@ -50,7 +51,7 @@ def test_bytes_from_shapes_are_the_artifact_s_bytes(grid: Grid | None, switches:
     st.floats(0.3, 1.1),
     st.sampled_from(["size", "decode_bytes"]),
     st.sampled_from([{}, {"values": "whole"}, {"uniform": True}, {"method": "paper"}, {"allocation": "uniform"}]),
-    st.sampled_from([None, GPTQ]),
+    st.sampled_from([None, GPTQ, WHOLE_ROWS]),
 )
 @settings(max_examples=100, deadline=None)
 def test_a_plan_never_costs_more_than_its_bytes(
