@@ -1,7 +1,8 @@
 """What the documentation tells a reader to type is run: every command and every Python block of README and docs.
 
-Capital words stand for a reader's own things: RECIPE and RUN are the tiny model's, EXPORT is one of its exports, DIR a
-new folder. What cannot run here (``make``, ``pip``, benchmarks, ``torchrun``) is checked for what it names.
+Capital words stand for a reader's own things: MODEL is the tiny model, RECIPE and RUN are its recipe and run, EXPORT is
+one of its exports, DIR a new folder. What cannot run here (``make``, ``pip``, benchmarks, ``torchrun``) is checked for
+what it names.
 """
 
 from __future__ import annotations
@@ -51,12 +52,15 @@ NAMED_ONLY = {command: page for command, page in commands().items() if command n
 
 
 @pytest.fixture
-def things(exported_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def things(
+    exported_run: tuple[Path, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
     """What the capital words stand for; the working folder is a new one that has the recipes."""
     recipe, run = exported_run
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    return {"RECIPE": str(recipe), "EXPORT": str(run / "exports" / "reduced"), "RUN": str(run), "DIR": "new"}
+    export = str(run / "exports" / "reduced")
+    return {"RECIPE": str(recipe), "EXPORT": export, "RUN": str(run), "MODEL": str(tiny_model), "DIR": "new"}
 
 
 def test_there_is_something_to_run() -> None:
