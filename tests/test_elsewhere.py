@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,22 @@ with there.Away():
 """
     shown = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert "aten.add: some tensors are elsewhere, and [(2,)] on the CPU" in shown.stdout, shown.stderr
+
+
+@pytest.mark.slow  # half a minute; .ci/run runs it
+def test_the_script_for_a_lent_gpu_does_its_steps_at_toy_size_and_continues(tmp_path: Path) -> None:
+    script = [sys.executable, "benchmarks/gpu.py", "--work", str(tmp_path), "--shape", "toy", "--device", "cpu"]
+    little = ["--tokens", "1024", "--prompt", "8", "--new-tokens", "4"]
+    root = Path(__file__).parents[1]
+    steps = ["checkpoint", "compress", "dense", "less", "speed"]
+    for _ in range(2):
+        done = subprocess.run([*script, *little], cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        reported = [line.split(":")[0] for line in done.stdout.splitlines() if ': {"seconds"' in line]
+        assert reported == steps
+        steps = []  # the second call finds all results
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    runs = [found[name]["result"]["exports"]["int4"] for name in ("compress", "less", "dense")]
+    assert all(one["verify"] and not one["error"] for one in runs)
+    assert runs[0]["bytes"] < runs[1]["bytes"] < runs[2]["bytes"]
+    assert {one["name"] for one in found["speed"]["result"]} == {"compress", "dense", "less"}
