@@ -29,7 +29,7 @@ from torch import Tensor
 
 from flatq.digests import Findings, compared, digests_of
 from flatq.errors import ArtifactError, RecipeError
-from flatq.files import file_digest, first_fault, read_json, write_checksummed, write_json
+from flatq.files import as_json, file_digest, first_fault, read_json, write_checksummed, write_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid, QuantizedWeight
 from flatq.tokenizer import chat_templates, deliver_companions, generation_settings, open_tokenizer
@@ -210,6 +210,12 @@ class Artifact:
                 total += tensor.numel() * tensor.element_size()
         return total
 
+    def note_origin(self, provenance: Mapping[str, Any]) -> None:
+        """State the recipe of this run in the manifest, if the artifact was kept from a run of a former one."""
+        if self.manifest["recipe_digest"] != provenance["recipe_digest"]:
+            self.manifest |= as_json(provenance)
+            write_checksummed(self.root / MANIFEST, self.manifest)
+
     def note_quality(self, quality: Mapping[str, Any]) -> None:
         """Write measured quality into the manifest, from where model cards read it."""
         if self.manifest.get("quality") != quality:
@@ -221,6 +227,13 @@ class Artifact:
         save_shard(self.root / file, tensors)
         self.manifest["files"] = {**self.manifest["files"], file: file_digest(self.root / file)}
         write_checksummed(self.root / MANIFEST, self.manifest)
+
+    def remove(self, file: str) -> None:
+        """Remove a file that ``add`` wrote, if it is there."""
+        if file in self.manifest["files"]:
+            del self.manifest["files"][file]
+            write_checksummed(self.root / MANIFEST, self.manifest)
+            (self.root / file).unlink()
 
     def verify(self) -> None:
         """Read every file and compare it with its digest in the manifest.

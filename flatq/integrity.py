@@ -16,7 +16,8 @@ from flatq.digests import Findings, compared
 from flatq.errors import ArtifactError
 from flatq.export.folder import DESCRIPTION, compared_export
 from flatq.files import read_json
-from flatq.run_folder import ARTIFACT, EXPORTS, FRESH, OWN, REPORT, RUN, Begun, Outcomes
+from flatq.phases import ARTIFACT, EXPORTS, FRESH
+from flatq.run_folder import OWN, REPORT, RUN, Begun, Outcomes
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,37 +6,32 @@
     DIR/exports/NAME/        one folder per export
     DIR/report.{json,md,html}
 
-A phase is a named computation with a JSON result. The result is written when the phase ends, so an interrupted run
-repeats no finished phase.
+An unfinished run is continued: finished phases are not repeated, except those that depend on what was changed in the
+recipe (``flatq.phases``).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from flatq.errors import ArtifactError, FlatqError, NumericsError, RecipeError
-from flatq.files import as_json, disk_full, file_digest, first_fault, read_json, write_atomically, write_checksummed
+from flatq.errors import ArtifactError, FlatqError, RecipeError
+from flatq.files import disk_full, file_digest, read_json, write_atomically, write_checksummed
 from flatq.machine import distributed
-from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
+from flatq.needs import changes, facts
+from flatq.phases import ARTIFACT, EXPORTS, FRESH, Phases
 from flatq.recipe.grammar import Recipe
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 RUN, REPORT = "run.json", "report.json"
-ARTIFACT, EXPORTS = "artifact", "exports"
 SEALED = ("recipe.yaml", "report.md", "report.html", REPORT)  # their digests are in run.json once the run is finished
 OWN = {RUN, *SEALED, ARTIFACT, f"{ARTIFACT}.partial", EXPORTS, "work", "tasks"}
-FRESH = "start over with --fresh"
 
 
 class Begun(BaseModel):
@@ -46,17 +41,6 @@ class Begun(BaseModel):
 
     digest: str
     files: dict[str, str] = {}
-
-
-class Phase(BaseModel):
-    """A finished phase: its result, time and memory."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    result: Any
-    seconds: float
-    peak_rss_bytes: int
-    peak_device_bytes: int
 
 
 class Outcome(BaseModel):
@@ -72,23 +56,16 @@ class Outcomes(BaseModel):
     exports: list[Outcome] = []
 
 
-class RunFolder:
+class RunFolder(Phases):
     """One run of one recipe on disk."""
-
-    def __init__(self, root: Path, recipe: Recipe) -> None:
-        self.root, self.recipe = root, recipe
-        self.work = root / "work"
-        self.artifact = root / ARTIFACT
-        self.partial = root / f"{ARTIFACT}.partial"
-        self.exports = root / EXPORTS
-        self._highest = 0  # bytes, before the current phase
 
     @classmethod
     def open(cls, out: Path | None, recipe: Recipe, *, fresh: bool = False) -> RunFolder:
         """The folder of a recipe; it is checked here and created by ``working``.
 
         Raises:
-            RecipeError: the folder belongs to another recipe, was not created by flatq, or cannot be written.
+            RecipeError: the folder belongs to another model or holds the finished run of another recipe, was not
+                created by flatq, or cannot be written.
         """
         folder = cls(out or Path("runs") / f"{recipe.name}-{recipe.digest()[:8]}", recipe)
         root = folder.root
@@ -100,15 +77,44 @@ class RunFolder:
             if not folder.owned:
                 raise RecipeError(f"--out {root}: exists and is no run folder of flatq; choose another place")
             if folder.digest() != recipe.digest():
-                raise RecipeError(
-                    f"--out {root}: holds the run of another recipe; choose another place, or --fresh to replace it"
-                )
+                log.warning("%s: the recipe was changed since this run was started: %s", root, folder.changed())
+        elif out is None:
+            folder.name_unfinished()
         parent = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
         if not parent.is_dir():
             raise RecipeError(f"--out {root}: {parent} is a file, no folder can be made below it; choose another place")
         if not os.access(parent, os.W_OK):
             raise RecipeError(f"--out {root}: {parent} is not writable; choose another place")
         return folder
+
+    def changed(self) -> str:
+        """What was changed in the recipe since the run was started, in words.
+
+        Raises:
+            RecipeError: the run is finished, its recipe cannot be read, or the model is another one: no phase would be
+                kept.
+        """
+        other = f"--out {self.root}: holds the run of another recipe"
+        way_out = "choose another place, or --fresh to replace it"
+        if self.finished:
+            raise RecipeError(f"{other}, which is finished; {way_out}")
+        try:
+            former = Recipe.load(self.root / "recipe.yaml")
+        except RecipeError as unreadable:
+            raise RecipeError(f"{other}; {way_out}") from unreadable
+        found = changes(facts(former), facts(self.recipe))
+        if former.model != self.recipe.model:
+            raise RecipeError(f"{other} ({'; '.join(found)}); every phase depends on the model: {way_out}")
+        return "; ".join(found)
+
+    def name_unfinished(self) -> None:
+        """Name the folders in which a former version of this recipe could be continued."""
+        for root in sorted(self.root.parent.glob(f"{self.recipe.name}-????????")):
+            try:
+                found = RunFolder(root, self.recipe).changed()
+            except FlatqError:
+                continue  # finished, damaged or of another model: nothing there can be used
+            log.warning("--out %s continues an unfinished run of this recipe, before changes: %s", root, found)
 
     @property
     def owned(self) -> bool:
@@ -195,129 +201,6 @@ class RunFolder:
             if any(parent.iterdir()):
                 break
             parent.rmdir()
-
-    def depend_on(self, inputs: Mapping[str, Any]) -> None:
-        """Record the inputs of the run; a resumed run must have the same inputs.
-
-        Raises:
-            RecipeError: lists the inputs that changed since the run was started.
-            ArtifactError: ``inputs.json`` is damaged.
-        """
-        path, found = self.work / "inputs.json", as_json(inputs)
-        if not path.exists():
-            write_checksummed(path, found)
-        noted = read_json(path, dict[str, Any], FRESH, checksummed=True)
-        changed = [key for key in found if noted.get(key) != found[key]]
-        if changed:
-            raise RecipeError(
-                f"{self.root}: {', '.join(changed)} changed since this run was started, so it cannot be resumed; "
-                "restore the former inputs, or start over with --fresh"
-            )
-
-    def phase(self, name: str, compute: Callable[[], T], kind: type[T]) -> T:
-        """Result of a phase: computed, or read from the file of an earlier run.
-
-        Args:
-            name: name of the phase and of its file.
-            compute: computes the result.
-            kind: type of the result; anything that pydantic can convert to JSON and back: numbers, lists, dicts,
-                dataclasses, models. The result is always converted to JSON and back, also when it was just computed.
-
-        Raises:
-            ArtifactError: the file of a finished phase holds another type.
-        """
-        adapter = TypeAdapter(kind)
-        path = self.work / "phases" / f"{name}.json"
-        known = distributed.broadcast(self._known(path) if distributed.first() else None)
-        if known is not None:
-            log.info("%s: already done", name)
-            return _as(kind, known, path)
-        self._highest = max(self._highest, peak_rss_bytes())
-        give_back()
-        forget_peak()
-        started = time.monotonic()
-        written = distributed.broadcast(adapter.dump_python(compute(), mode="json"))
-        _must_be_finite(written, name)
-        result = adapter.validate_python(written)
-        if not distributed.first():
-            return result
-        path.parent.mkdir(exist_ok=True)
-        seconds = time.monotonic() - started
-        peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes()}
-        write_checksummed(path, {"result": written, "seconds": seconds, **peaks})
-        log.info("%s: %.1f s, peak memory %.2f GB", name, seconds, peaks["peak_rss_bytes"] / 1e9)
-        return result
-
-    def _known(self, path: Path) -> Phase | None:
-        """A finished phase's file; None if there is none, or it is damaged and was removed."""
-        if not path.exists():
-            return None
-        try:
-            return read_json(path, Phase, "this phase is computed again", checksummed=True)
-        except ArtifactError as damaged:
-            log.warning("%s", damaged)
-            path.unlink()
-            if not self.artifact.exists():  # finished blocks were built from the plan that was lost
-                (self.work / "state.json").unlink(missing_ok=True)
-            return None
-
-    def known(self, name: str, kind: type[T]) -> T | None:
-        """Result of a phase that an earlier call of ``phase`` finished; None if it was never run."""
-        found = self._known(self.work / "phases" / f"{name}.json")
-        return None if found is None else _as(kind, found, self.work / "phases" / f"{name}.json")
-
-    def forget(self, *names: str) -> None:
-        """Delete the results of phases, so that they are computed again."""
-        for name in names:
-            (self.work / "phases" / f"{name}.json").unlink(missing_ok=True)
-
-    def timing(self) -> dict[str, float]:
-        """Seconds per finished phase, in the order in which they finished."""
-        return {name: round(phase.seconds, 2) for name, phase in self._phases().items()}
-
-    def memory(self) -> dict[str, int]:
-        """Peak resident memory during each finished phase (on Linux; elsewhere: since the start of the process)."""
-        return {name: phase.peak_rss_bytes for name, phase in self._phases().items()}
-
-    def device_memory(self) -> dict[str, int]:
-        """Peak GPU memory of each finished phase that used a GPU."""
-        return {name: phase.peak_device_bytes for name, phase in self._phases().items() if phase.peak_device_bytes}
-
-    def _phases(self) -> dict[str, Phase]:
-        files = sorted((self.work / "phases").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return {path.stem: phase for path in files if (phase := self._known(path)) is not None}
-
-    def peak_rss_bytes(self) -> int:
-        """Peak resident memory over all phases, including those of earlier processes of a resumed run."""
-        return max([peak_rss_bytes(), self._highest, *self.memory().values()])
-
-
-def _as(kind: type[T], phase: Phase, path: Path) -> T:
-    """A phase's result as a type.
-
-    Raises:
-        ArtifactError: it is of another one.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(phase.result)
-    except ValidationError as wrong:
-        raise ArtifactError(f"{path}: no valid result of {path.stem!r} ({first_fault(wrong)}); {FRESH}") from wrong
-
-
-def _must_be_finite(value: Any, where: str) -> None:
-    """Refuse a JSON value with a number that JSON cannot hold, naming its place.
-
-    Raises:
-        NumericsError: there is one.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise NumericsError(
-            f"{where}: the result is {value}, so the weights are damaged or overflow float32: check the source "
-            "checkpoint"
-        )
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in inside:
-        _must_be_finite(part, f"{where}.{key}")
 
 
 def require_space(root: Path, wanted: int, what: str) -> None:

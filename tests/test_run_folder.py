@@ -207,8 +207,8 @@ def test_the_same_recipe_may_go_on_in_its_folder(tmp_path: Path) -> None:
     assert RunFolder.open(tmp_path / "run", RECIPE).owned
 
 
-def test_another_recipe_may_not(tmp_path: Path) -> None:
-    worked(tmp_path / "run")
+def test_another_recipe_may_not_if_the_run_is_finished(tmp_path: Path) -> None:
+    worked(tmp_path / "run", finished=True)
     with pytest.raises(RecipeError, match="another recipe"):
         RunFolder.open(tmp_path / "run", OTHER)
 

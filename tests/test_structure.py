@@ -22,8 +22,8 @@ WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.un
 FLOORS = [
     "cli", "verbs", "doctor", "sweep", "pipeline", "plan", "stages", "report", "evaluate", "integrity", "job",
     "compress",
-    "export", "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "chats", "tokenizer", "model",
-    "recipe",
+    "export", "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "phases", "needs",
+    "chats", "tokenizer", "model", "recipe",
     "machine", "units", "linalg", "digests", "cache", "files", "errors",
 ]  # fmt: skip
 ENTRIES = ("__init__", "__main__")  # the package itself, which names things of every floor

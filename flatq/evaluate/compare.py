@@ -25,7 +25,8 @@ from flatq.export.bench import rendered
 from flatq.export.folder import DESCRIPTION
 from flatq.files import read_json
 from flatq.integrity import refuse_damaged_report
-from flatq.run_folder import FRESH, REPORT
+from flatq.phases import FRESH
+from flatq.run_folder import REPORT
 from flatq.units import number, size
 
 ABSENT = "not measured"

@@ -128,16 +128,14 @@ def measure(baseline: QuantizedBaseline, artifact: Artifact, job: Job, quality: 
 
 
 def _folder(job: Job, baseline: QuantizedBaseline) -> RunFolder:
-    return RunFolder(job.folder.work / "baselines" / baseline.name, baseline.recipe(job.recipe))
+    recipe = baseline.recipe(job.recipe)
+    return RunFolder(job.folder.work / "baselines" / baseline.name, recipe, job.folder.inputs)
 
 
 def _built(job: Job, baseline: QuantizedBaseline, provenance: Mapping[str, Any]) -> Artifact:
     recipe = baseline.recipe(job.recipe)
     folder = _folder(job, baseline)
-    if not distributed.broadcast(folder.artifact.exists()):
-        if distributed.first():
-            folder.work.mkdir(parents=True, exist_ok=True)
-        distributed.barrier()
+    if not folder.has_artifact():
         alone = replace(job, recipe=recipe, folder=folder)
         plan: RankPlan = draft(recipe, job.source)
         build(alone, plan, bit_plan(alone, plan), provenance)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from flatq.artifact import Artifact
+from flatq.artifact import RANGES, Artifact
 from flatq.calibration.cache_ranges import note_cache_ranges
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.states import Execution
@@ -124,9 +124,13 @@ def _run(
         baselines = quantized_baselines(job, dense, artifact.bytes(), origins)
         if not distributed.part():
             return None
+        artifact.note_origin(origins)
         artifact.note_quality(card_quality(quality))
         if needs_cache_ranges(exports):
             measure_cache_ranges(job, artifact)
+        else:
+            folder.forget("cache-ranges")
+            artifact.remove(RANGES)
         finish(job, exports, artifact, dense, quality, baselines, expected, cautions)
     return folder.root
 
@@ -167,7 +171,7 @@ def finish(
         exports=written,
         bench=bench,
         tasks=tasks,
-        curves=folder.known("curves", list[Curves]) or (),
+        curves=(folder.known("curves", list[Curves]) or ()) if "curves" in folder.timing() else (),
         timing=folder.timing(),
         peak_rss_bytes=folder.peak_rss_bytes(),
         memory=folder.memory(),
@@ -201,7 +205,7 @@ def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Map
     folder = job.folder
 
     def make() -> None:
-        if distributed.broadcast(folder.artifact.exists()):
+        if folder.has_artifact():
             return
         needed = sizes.disk_bytes(job.source.config.with_layers(plan.layers), job.recipe, job.itemsize)
         if distributed.first():

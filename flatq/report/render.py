@@ -17,9 +17,9 @@ import yaml
 from flatq.evaluate.tasks import task_cells
 from flatq.export.baseline import BASELINE
 from flatq.files import read_json, write_atomically, write_json
+from flatq.phases import FRESH
 from flatq.report.findings import findings
 from flatq.report.schema import Report, TextQuality
-from flatq.run_folder import FRESH
 from flatq.units import number, seconds, size, speed, times, with_error
 
 
