@@ -314,7 +314,7 @@ def broken_off(
 @pytest.mark.parametrize(
     "file",
     ["artifact.partial/layer-00001-mlp.safetensors", "work/blocks/00001-0.json", "work/blocks/00001-1.safetensors",
-     "work/state.json", "work/phases/baseline.json"],
+     "work/state.json", "work/phases/baseline.json", "work/states-0"],
 )  # fmt: skip
 def test_what_a_killed_run_left_damaged_is_made_again_with_the_same_bytes(
     file: str, broken_off: tuple[Path, Path, dict[str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -17,7 +17,7 @@ import flatq.machine.precision as flatq_precision
 from flatq.calibration.block import Block
 from flatq.calibration.importance import layer_importance
 from flatq.calibration.states import Execution, HiddenStates
-from flatq.calibration.walk import blocks_done, last_states, walk
+from flatq.calibration.walk import blocks_done, damaged_states, last_states, walk
 from flatq.errors import NumericsError
 from flatq.machine.precision import forward_precision, resolved
 from flatq.model.decoder import locate
@@ -194,6 +194,23 @@ def test_a_feed_takes_its_place_on_disk_at_once(native: bool, tmp_path: Path, mo
             HiddenStates(tmp_path / "other", shape)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["states-1", "dense-1"])
+def test_states_that_changed_since_a_killed_walk_wrote_them_are_named(tmp_path: Path, name: str) -> None:
+    blocks = walk(WEIGHTS, TOKENS, tmp_path, lambda _: None, reference=True)
+    assert damaged_states(tmp_path) == []
+    for _ in range(4):  # the generator stops in the fourth block, so three are done
+        next(blocks).observe()
+    blocks.close()
+    assert blocks_done(tmp_path) == 3
+    assert damaged_states(tmp_path) == []
+    content = bytearray((tmp_path / name).read_bytes())
+    content[100] ^= 4
+    (tmp_path / name).write_bytes(content)
+    assert damaged_states(tmp_path) == [name]
+    (tmp_path / name).unlink()
+    assert damaged_states(tmp_path) == [name]
 
 
 def test_outputs_that_are_no_numbers_name_the_block_and_the_sample(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from flatq.calibration.block import MOMENTS, Block, Reference
 from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, stored_as
 from flatq.errors import ArtifactError
-from flatq.files import read_json, write_checksummed
+from flatq.files import file_digest, read_json, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.progress import progress
 from flatq.model.balance import balance
@@ -43,9 +43,13 @@ log = logging.getLogger(__name__)
 
 
 class Progress(BaseModel):
-    """``state.json``: the number of blocks whose weights and outputs are on disk."""
+    """``state.json``: the number of blocks whose weights and outputs are on disk.
+
+    ``states`` has the SHA-256 of the files with the inputs of the next block, by name.
+    """
 
     blocks_done: NonNegativeInt
+    states: dict[str, str] = {}
 
 
 def walk(
@@ -115,7 +119,9 @@ def walk(
             dense[then].flush()
         distributed.barrier()
         if distributed.first():
-            write_checksummed(work / "state.json", {"blocks_done": done + 1})
+            written = [] if unchanged else [feed.path for feed in (feeds[then], *dense[then : then + 1])]
+            digests = {path.name: file_digest(path) for path in written}
+            write_checksummed(work / "state.json", {"blocks_done": done + 1, "states": digests})
 
 
 def _feed(config: DecoderConfig, tokens: Tensor, path: Path, execution: Execution) -> HiddenStates:
@@ -164,6 +170,15 @@ def _remove(folder: Path) -> None:
     if distributed.first():
         shutil.rmtree(folder, ignore_errors=True)
     distributed.barrier()
+
+
+def damaged_states(work: Path) -> list[str]:
+    """Names of the files with hidden states that were changed or lost since a killed walk wrote them."""
+    if not blocks_done(work):
+        return []
+    stated = read_json(work / "state.json", Progress, "", checksummed=True).states
+    files = {name: work / Path(name).name for name in stated}
+    return [name for name, file in files.items() if not file.is_file() or file_digest(file) != stated[name]]
 
 
 def blocks_done(work: Path) -> int:

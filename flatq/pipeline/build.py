@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatq.artifact import ENERGIES, finish, save_shard, shard_name
 from flatq.calibration.block import Block
-from flatq.calibration.walk import blocks_done, last_states, walk
+from flatq.calibration.walk import blocks_done, damaged_states, last_states, walk
 from flatq.compress.plan import RankPlan
 from flatq.errors import ArtifactError
 from flatq.files import file_digest, read_json, write_checksummed
@@ -136,6 +136,9 @@ def _finished(path: Path) -> Finished:
 
 def _start_over_if_damaged(partial: Path, work: Path) -> None:
     """Restart the walk, with a warning, if a file of a finished block was changed since it was written."""
+    if states := damaged_states(work):
+        log.warning("%s: is missing or damaged; the walk starts over at the first block", work / states[0])
+        (work / "state.json").unlink()
     for path in _notes(work):
         try:
             noted = _finished(path)
