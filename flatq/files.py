@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flatq.errors import ArtifactError, FlatqError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 CHECKSUM = "sha256"  # key of the digest of the other keys
 BLANK = "0" * 64
@@ -25,6 +27,26 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def note_digest(path: Path) -> None:
+    """Write the SHA-256 of a finished file beside it, as ``NAME.sha256``."""
+    write_atomically(_note_of(path), file_digest(path).encode())
+
+
+def as_noted(path: Path) -> bool:
+    """Whether a file is there and has the digest that ``note_digest`` wrote; another digest is logged."""
+    note = _note_of(path)
+    if not path.exists() or not note.exists():
+        return False
+    same = note.read_bytes() == file_digest(path).encode()
+    if not same:
+        log.warning("%s: is damaged; it is made again", path)
+    return same
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -116,6 +116,19 @@ def test_dense_states_are_computed_once_and_rows_are_read_from_longer_ones(
         dense.hidden(tokens() + 1)
 
 
+@pytest.mark.parametrize("lost", ["a bit", "the note"])
+def test_damaged_dense_states_are_computed_again(dense: DenseStates, tmp_path: Path, lost: str) -> None:
+    expected = dense.hidden(tokens())
+    (file,) = (tmp_path / "states").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    if lost == "the note":
+        file.with_name(f"{file.name}.sha256").unlink()
+    later = DenseStates(dense.weights, tmp_path / "states")  # of another process
+    assert torch.equal(later.hidden(tokens()), expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 20), (3, 1), (20,)])
 def test_nothing_to_predict_is_an_error(dense: DenseStates, shape: tuple[int, ...]) -> None:
     with pytest.raises(RecipeError, match="at least one row of two positions"):

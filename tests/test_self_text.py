@@ -160,6 +160,16 @@ def test_a_finished_batch_is_not_written_again(source: Source, tmp_path: Path, m
     assert written == [2, 2, 1]
 
 
+def test_a_damaged_batch_is_written_again(source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = SelfText(source, tmp_path).rows(2, 12, 1)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-16] ^= 1
+    file.write_bytes(content)
+    assert torch.equal(SelfText(source, tmp_path).rows(2, 12, 1), rows)
+    assert f"{file}: is damaged; it is made again" in caplog.text
+
+
 def test_a_model_that_does_not_fit_is_refused_with_a_way_out(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from flatq.artifact import save_shard
 from flatq.calibration.perplexity import final_hidden
 from flatq.errors import NumericsError, RecipeError
+from flatq.files import as_noted, note_digest
 from flatq.machine import distributed
 from flatq.machine.device import exact
 from flatq.model.weights import Head, Weights, load_head
@@ -124,6 +125,7 @@ class DenseStates:
     def __init__(self, weights: Weights, folder: Path, *, device: str = "cpu") -> None:
         self.weights, self.device = weights, device
         self._folder = folder
+        self._whole = set[Path]()  # files whose digest this process has compared, or that it wrote
 
     def hidden(self, tokens: Tensor, *, on_half: Callable[[], object] | None = None) -> Tensor:
         """Inputs of the dense model's LM head, int64 [n, s] -> float32 [n, s, m].
@@ -131,6 +133,9 @@ class DenseStates:
         Cached states are used if their tokens start with these rows.
         """
         for path in sorted(self._folder.glob("*.safetensors")):
+            if path not in self._whole and not as_noted(path):
+                continue
+            self._whole.add(path)
             with safetensors.safe_open(path, framework="pt") as stored:
                 known: Tensor = stored.get_tensor("tokens")
                 if known.shape[1:] == tokens.shape[1:] and torch.equal(known[: len(tokens)], tokens.cpu()):
@@ -139,7 +144,10 @@ class DenseStates:
         hidden = final_hidden(self.weights, tokens, device=self.device, on_half=on_half)
         self._folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-        save_shard(self._folder / f"{name}.safetensors", {"tokens": tokens, "hidden": hidden})
+        path = self._folder / f"{name}.safetensors"
+        save_shard(path, {"tokens": tokens, "hidden": hidden})
+        note_digest(path)
+        self._whole.add(path)
         return hidden
 
     def head(self) -> Head:

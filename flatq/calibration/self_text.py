@@ -36,6 +36,7 @@ from torch import Tensor
 from flatq.artifact import save_shard
 from flatq.chats import TemplateRefuses, written_out
 from flatq.errors import NumericsError, RecipeError
+from flatq.files import as_noted, note_digest
 from flatq.machine.precision import resolved
 from flatq.machine.progress import progress
 from flatq.model.decoder import Decoder, DecoderConfig
@@ -301,7 +302,7 @@ class SelfText:
         key += [rows.start, rows.stop, seq_len, seed, self.device.split(":")[0], precision]
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.safetensors"
-        if not path.exists():
+        if not as_noted(path):
             if not self._decoder:
                 dtype: torch.dtype = getattr(torch, precision)
                 require_memory(self.source.config, len(scripts), seq_len, self.device, dtype)
@@ -310,6 +311,7 @@ class SelfText:
             written = write_rows(self._decoder[0], scripts, chances, lambda n: advance(n * len(rows)))
             self.folder.mkdir(parents=True, exist_ok=True)
             save_shard(path, {"rows": written})
+            note_digest(path)
         return load_file(path)["rows"]
 
 
