@@ -53,6 +53,7 @@ MODELS: Mapping[str, str] = {
     "helium": "helium",
     "internlm3": "internlm3",
     "seed_oss": "seed_oss",
+    "hunyuan_v1_dense": "hunyuan-alpha",
     "smollm3": "smollm3",
     "gemma": "gemma",
     "gemma2": "gemma2",

@@ -33,6 +33,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "smollm3": {"other_kinds": (Kind(None),), "kind_of": (0, 0, 0, 1)},
     "qwen2": {"qkv_bias": True, "other_kinds": (Kind(Rope(), 16),), "kind_of": (0, 0, 1, 1)},
     "qwen3": {"qk_norm": True},
+    "hunyuan_v1_dense": {"qk_norm": True, "norm_after_rope": True},
 }
 
 

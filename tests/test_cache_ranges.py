@@ -22,6 +22,7 @@ CONFIGS = {
     "plain": tiny_config(d_v=(16, 11)),
     "biases": tiny_config(d_v=(5, 16), qkv_bias=True),
     "qk_norm": tiny_config(kv_heads=4, qk_norm=True),
+    "qk_norm after the rope": tiny_config(kv_heads=4, qk_norm=True, norm_after_rope=True),
 }
 
 
@@ -34,7 +35,8 @@ def test_no_key_or_value_is_larger_at_any_position_and_some_are_as_large(config:
     weights, tokens = RandomWeights(config), drawn(config, 6, 20)
     ranges = cache_ranges(weights, tokens, precision="float32")
     cache = GrowingCache()
-    load_decoder(weights)(tokens, cache=cache)
+    decoder = load_decoder(weights)
+    decoder(tokens, cache=cache)
     for index, dims in enumerate(config.layers):
         keys, values = (part.abs().amax((0, 2)) for part in cache.layers[index])
         longest = ranges[f"layers.{index}.key"]
@@ -43,8 +45,10 @@ def test_no_key_or_value_is_larger_at_any_position_and_some_are_as_large(config:
         torch.testing.assert_close(values, ranges[f"layers.{index}.value"])
         assert bool((keys <= longest * (1 + 1e-5)).all())
         assert bool((keys >= longest / 2).any())
-        pairs = torch.hypot(*cache.layers[index][0].chunk(2, -1)).amax((0, 2))
-        torch.testing.assert_close(pairs.repeat(1, 2), longest)
+        # A pair turns as a whole, unless gains that follow the rotation differ within it.
+        gains = decoder.layers[index].k_norm.weight.abs() if config.norm_after_rope else torch.ones(dims.d_qk)
+        pairs = torch.hypot(*(cache.layers[index][0] / gains).chunk(2, -1)).amax((0, 2))
+        torch.testing.assert_close(pairs.repeat(1, 2) * gains, longest)
 
 
 def test_ranges_do_not_depend_on_where_a_text_stands() -> None:

@@ -66,7 +66,8 @@ def _grids(grids: Mapping[str, Grid], options: GgufOptions) -> list[str]:
 def _switches(config: DecoderConfig, chosen: Architecture) -> list[str]:
     """Differences between the model and the graph of its architecture."""
     graph, found = chosen.graph, []
-    qk_norm = ("width" if config.wide_qk_norm else "heads") if config.qk_norm else "none"
+    of_heads = "rotated heads" if config.norm_after_rope else "heads"
+    qk_norm = ("width" if config.wide_qk_norm else of_heads) if config.qk_norm else "none"
     wrong = {
         f"the activation {graph.activation}, not {config.activation}": graph.activation != config.activation,
         _having(graph.pre_norms, "norms before attention and MLP"): graph.pre_norms != config.pre_norms,

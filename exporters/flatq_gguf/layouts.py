@@ -36,7 +36,8 @@ class Graph:
 
     Attributes:
         by_layer: MLP widths per layer.
-        qk_norm: none, ``heads``, or ``width`` for norms over all heads together.
+        qk_norm: none, ``heads``, ``rotated heads`` for norms that follow the rotary embedding, or ``width`` for norms
+            over all heads together.
         biases: linears that may have one.
         caps: fields of the configuration for caps that it applies; ``caps_required`` if it needs them.
         windows: a window, and a base of the rotary embedding, for some layers.
@@ -85,6 +86,7 @@ GRAPHS: Mapping[str, Graph] = {
     "qwen2": Graph(biases=QKV, square=True),
     "qwen3": Graph(biases=QKV, qk_norm="heads"),
     "openelm": Graph(by_layer=True, biases=(), qk_norm="heads", tied=True, fused=True),
+    "hunyuan-dense": Graph(biases=(), qk_norm="rotated heads"),
     "smollm3": Graph(biases=QKV, still=True),
     "gemma": replace(GEMMA, tied=True),
     "gemma2": replace(

@@ -104,6 +104,12 @@ class _Drawing:
             "RotaryEmbedding", [x, at.cos, at.sin], [*TOKENS, heads * width], interleaved=0, num_heads=heads
         )
 
+    def rotated_pair(self, query: Any, key: Any, dims: LayerDims, at: Placement | None) -> tuple[Any, Any]:
+        """Query and key after the rotary embedding, unless the layer has none or the attention node computes it."""
+        if at is None or at.cos is None:
+            return query, key
+        return self.rotate(query, dims.heads, dims.d_qk, at), self.rotate(key, dims.kv_heads, dims.d_qk, at)
+
     @property
     def cap(self) -> dict[str, Any]:
         """The attribute of both attention nodes that caps scores, before the mask is added."""
@@ -126,8 +132,9 @@ class Reduced(_Drawing):
         first = builder.op("Unsqueeze", [self._first, one], ["batch_size", 1], dtype=INT64)
         self._slots = slots = builder.op("Add", [first, offsets], TOKENS, dtype=INT64)
         self._rows: dict[int, Any] = {}
-        # Cosines and sines are scaled by d ** -0.25, so the product of queries and keys is scaled by d ** -0.5.
-        self._scale = config.layers[0].d_qk ** -0.25
+        # Cosines and sines are scaled by d ** -0.25, so the product of queries and keys is scaled by d ** -0.5. Norms
+        # that follow would undo that, see ``_rotated_first``.
+        self._scale = 1.0 if config.norm_after_rope else config.layers[0].d_qk ** -0.25
         self._places = place(builder, config, valid, slots, self.past, scale=self._scale)
 
     def cache(self, dims: LayerDims) -> tuple[Dims, Dims]:
@@ -159,6 +166,8 @@ class Reduced(_Drawing):
             pair, value = self.linears.split(self.linears.stacked(x, parts), [both * dims.d_qk, parts[2].rows])
         else:
             query, key, value = self.linears.project(x, parts)
+            if self.config.norm_after_rope:
+                return self._rotated_first(query, key, index), value
             normed = self.normed_pair(query, key, index)
             pair = self.builder.op("Concat", [*normed], [*TOKENS, both * dims.d_qk], axis=-1)
         at = self._places[self.config.number_of_kind(index)]
@@ -166,6 +175,15 @@ class Reduced(_Drawing):
             return self.rotate(pair, both, dims.d_qk, at), value
         scale = self.builder.constant("rope.none", np.array(self._scale, self.builder.float_type.numpy()))
         return self.builder.op("Mul", [pair, scale], [*TOKENS, both * dims.d_qk]), value
+
+    def _rotated_first(self, query: Any, key: Any, index: int) -> Any:
+        """Rotated, then normed queries and keys, the queries scaled, [b, s, (h + kv) * d]."""
+        dims, at = self.config.layers[index], self._places[self.config.number_of_kind(index)]
+        query, key = self.normed_pair(*self.rotated_pair(query, key, dims, at), index)
+        scale = self.builder.constant("queries.scale", np.array(dims.d_qk**-0.5, self.builder.float_type.numpy()))
+        query = self.builder.op("Mul", [query, scale], [*TOKENS, dims.heads * dims.d_qk])
+        both = dims.heads + dims.kv_heads
+        return self.builder.op("Concat", [query, key], [*TOKENS, both * dims.d_qk], axis=-1)
 
     def _written(self, past: Sequence[Any], new: Sequence[Any], dims: LayerDims) -> list[Any]:
         """Caches with the new keys and values written to their positions."""
@@ -205,7 +223,8 @@ class Grouped(_Drawing):
     """onnxruntime's GroupQueryAttention; the value cache is [b, kv, t, d].
 
     Args:
-        positions: rows of the rotary tables; None computes rotary embedding and mask outside of the node.
+        positions: rows of the rotary tables; None computes rotary embedding and mask outside of the node. A rotary
+            embedding that norms follow is always outside.
     """
 
     past = "past"
@@ -226,14 +245,15 @@ class Grouped(_Drawing):
         end = builder.op("Squeeze", [total, zero], [], dtype=INT64)
         self._end, self._total = end, builder.op("Cast", [end], [], dtype=INT32, to=INT32)
         self._places: list[Placement] = []
-        if positions is None:  # the mask hides padding, so every row ends at the last position
-            rows = length(builder, valid, 0)
-            count = builder.op("Expand", [total, rows], ["batch_size"], dtype=INT64)
+        if positions is None or config.norm_after_rope:
             start = builder.op("Sub", [total, length(builder, tokens, 1)], [1], dtype=INT64)
             start = builder.op("Squeeze", [start, zero], [], dtype=INT64)
             shape = builder.op("Shape", [tokens], [2], dtype=INT64)
             slots = builder.op("Expand", [span(builder, end, "sequence", start), shape], TOKENS, dtype=INT64)
             self._places = place(builder, config, valid, slots, "total")
+        if positions is None:  # the mask hides padding, so every row ends at the last position
+            rows = length(builder, valid, 0)
+            count = builder.op("Expand", [total, rows], ["batch_size"], dtype=INT64)
         else:
             count = builder.op("ReduceSum", [valid, one], ["batch_size"], dtype=INT64, keepdims=0)
         last = builder.op("Sub", [count, one], ["batch_size"], dtype=INT64)
@@ -243,7 +263,7 @@ class Grouped(_Drawing):
     def _tables(self, rope: Rope | None) -> list[Any]:
         """Cosines and sines for a node with fused rotary embedding, [positions, d / 2]."""
         positions, d_qk = self._positions, self.config.layers[0].d_qk
-        if rope is None or positions is None:
+        if rope is None or positions is None or self._places:
             return [None, None]
         inverse = rope.inverse_frequencies(d_qk).numpy()
 
@@ -276,9 +296,10 @@ class Grouped(_Drawing):
         dims = self.config.layers[index]
         cache: Dims = ["batch_size", dims.kv_heads, "present", dims.d_qk]
         kind, at = self.config.kind(index), self._place(index)
+        mask = at.mask if at is not None and self._positions is None else None
         tables = self._tables(kind.rope)
         # No position_ids, no head_sink.
-        optional = [*tables, None, None if at is None else at.mask, None, *scales]
+        optional = [*tables, None, mask, None, *scales]
         kept, quantized = self.builder.float_type, dict[str, Any]()
         if scales:
             kept = INT8
@@ -294,14 +315,14 @@ class Grouped(_Drawing):
             scale=dims.d_qk**-0.5,
             do_rotary=int(tables[0] is not None),
             rotary_interleaved=0,
-            local_window_size=-1 if kind.window is None or at is not None else kind.window,
+            local_window_size=-1 if kind.window is None or mask is not None else kind.window,
             **self.cap,
             **quantized,
         )
         return outputs
 
     def _place(self, index: int) -> Placement | None:
-        """Angles and mask of a layer; None if the node computes them."""
+        """Angles and mask of a layer; None if the node computes both."""
         return self._places[self.config.number_of_kind(index)] if self._places else None
 
     def _projections(self, x: Any, index: int) -> tuple[Any, Any, Any]:
@@ -315,11 +336,9 @@ class Grouped(_Drawing):
         if not turned and not self.config.qk_norm and self.linears.can_stack(parts):
             return self.linears.stacked(x, parts), None, None
         query, key, value = self.linears.project(x, parts)
-        query, key = self.normed_pair(query, key, index)
-        if at is not None and at.cos is not None:
-            query = self.rotate(query, dims.heads, dims.d_qk, at)
-            key = self.rotate(key, dims.kv_heads, dims.d_qk, at)
-        return query, key, value
+        if self.config.norm_after_rope:
+            return *self.normed_pair(*self.rotated_pair(query, key, dims, at), index), value
+        return *self.rotated_pair(*self.normed_pair(query, key, index), dims, at), value
 
     def _narrow(self, wide: Any, dims: LayerDims) -> Any:
         """Remove the padding of each head, [b, s, h * d] -> [b, s, h * r]."""

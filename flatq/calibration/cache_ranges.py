@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flatq.artifact import RANGES, Artifact
 from flatq.calibration.block import REMEDY
@@ -78,6 +79,9 @@ def cache_ranges(
 def _largest(layer: DecoderLayer, x: Tensor) -> dict[str, Tensor]:
     """Ranges of one layer's keys and values for residual streams [n, s, m]."""
     _, key, value = layer.heads(layer.enter("attention", x))
+    gains = torch.ones(())
+    if layer.config.norm_after_rope:  # the rotation changes no root mean square, so only the gains follow it
+        key, gains = F.rms_norm(key, key.shape[-1:], eps=layer.config.norm_eps), layer.k_norm.weight.abs().float().cpu()
     pair = torch.hypot(*key.float().chunk(2, -1)).flatten(0, -3).amax(0)
     values = value.float().abs().flatten(0, -3).amax(0)
-    return {"key": torch.cat([pair, pair], -1).cpu(), "value": values.cpu()}
+    return {"key": torch.cat([pair, pair], -1).cpu() * gains, "value": values.cpu()}

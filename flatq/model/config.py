@@ -38,6 +38,7 @@ class DecoderConfig:
         post_norms: norms of the outputs of attention and MLP, before they are added to the residual stream.
         qk_norm: norms of queries and keys, per head, before the rotary embedding.
         wide_qk_norm: these norms run over all heads together, with a gain per channel of each head.
+        norm_after_rope: these norms, per head, follow the rotary embedding.
         attention_cap: ``cap * tanh(score / cap)`` replaces each attention score; None for none.
         logit_cap: the same for the logits.
     """
@@ -63,6 +64,7 @@ class DecoderConfig:
     logit_cap: float | None = None
     other_kinds: tuple[Kind, ...] = ()
     kind_of: tuple[int, ...] = ()
+    norm_after_rope: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:

@@ -257,13 +257,13 @@ class DecoderLayer(nn.Module):
         return x + (getattr(self, POST_NORM[half])(output) if self.config.post_norms else output)
 
     def heads(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [b, s, h, d] and keys [b, s, kv, d] after their norms, and values [b, s, kv, r]."""
+        """Queries [b, s, h, d] and keys [b, s, kv, d], after norms that precede the rotation; values [b, s, kv, r]."""
         lead, dims, config = normed.shape[:-1], self.config.layers[self.index], self.config
         query, key = self.q(normed), self.k(normed)
         if config.qk_norm and config.wide_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.view(*lead, dims.heads, dims.d_qk), key.view(*lead, dims.kv_heads, dims.d_qk)
-        if config.qk_norm and not config.wide_qk_norm:
+        if config.qk_norm and not (config.wide_qk_norm or config.norm_after_rope):
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, self.v(normed).view(*lead, dims.kv_heads, -1)
 
@@ -272,6 +272,8 @@ class DecoderLayer(nn.Module):
         here = positions[self.config.number_of_kind(self.index)]
         query, key, value = (part.transpose(1, 2) for part in self.heads(normed))
         query, key = rotate(query, here), rotate(key, here)
+        if self.config.norm_after_rope:
+            query, key = self.q_norm(query), self.k_norm(key)
         if cache is not None:
             key, value = cache.update(key, value, self.index)
         return attention(query, key, value, here.mask, self.config.attention_cap).transpose(1, 2).flatten(2)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flatq.errors import UnsupportedModel
-from flatq.model.family import ACTIVATIONS, POST_NORMED, Family, Names, fused
+from flatq.model.family import ACTIVATIONS, LONG_NORM_NAMES, POST_NORMED, Family, Names, fused
 from flatq.model.folds import (
     EMBEDDING_SCALE,
     MULTIPLIERS,
@@ -259,6 +259,16 @@ FAMILIES: dict[str, Family] = {
             defaults={"head_dim": 128},
             required=("num_key_value_heads",),
             knows=("auto_map",),
+        ),
+        Family(
+            "hunyuan_v1_dense",
+            "HunYuanDenseV1ForCausalLM",
+            {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "qk_norm": True, "norm_after_rope": True},
+            gguf="hunyuan-dense",
+            names=Names(inside=LONG_NORM_NAMES),
+            ntk_alpha=True,
+            required=("num_key_value_heads", "head_dim"),
+            knows=("use_qk_norm",),
         ),
         # Its queries grow with the position from the original context on, which is therefore the longest.
         Family(

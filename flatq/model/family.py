@@ -40,6 +40,10 @@ POST_NORMED = (
     ("mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
     *(row for row in INSIDE if not row[0].startswith(("attention_", "mlp_"))),
 )
+LONG_NORM_NAMES = tuple(
+    (ours, hub.replace(".q_norm", ".query_layernorm").replace(".k_norm", ".key_layernorm"), gguf)
+    for ours, hub, gguf in INSIDE
+)
 FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 
 
@@ -127,6 +131,7 @@ class Family:
         required: keys that have no safe default in this family; null is allowed.
         folds: changes of weights while they are read from a Hugging Face folder.
         interleaved: rotary pairs are neighbouring rows of q and k.
+        ntk_alpha: a rope of type ``dynamic`` with ``alpha`` has a larger base, for every length.
         partial: ``partial_rotary_factor`` applies; elsewhere it must be 1.
         plain: with its folds the model is one of another family, ``llama`` if possible, and is written as such.
         adjust: change of the configuration that the folds need.
@@ -151,6 +156,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
     interleaved: bool = False
+    ntk_alpha: bool = False
     partial: bool = False
     plain: bool = False
     adjust: Callable[[DecoderConfig, Mapping[str, Any]], DecoderConfig] | None = None

@@ -245,6 +245,7 @@ def _stated_rope(
         keys.max_position_embeddings,
         keys.original_max_position_embeddings,
         context,
+        family.ntk_alpha,
     )
 
 

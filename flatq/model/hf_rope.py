@@ -29,6 +29,10 @@ class _Linear(_Keys):
     factor: PositiveFloat
 
 
+class _NtkAlpha(_Keys):
+    alpha: PositiveFloat | None = None
+
+
 class _Llama3(_Linear):
     low_freq_factor: PositiveFloat
     high_freq_factor: PositiveFloat
@@ -67,6 +71,7 @@ class Stated:
         max_positions: ``max_position_embeddings``.
         original: ``original_max_position_embeddings`` beside the section.
         context: the context length that is asked for; None is the longest for which nothing changes.
+        ntk_alpha: see ``Family``.
     """
 
     section: str
@@ -77,6 +82,7 @@ class Stated:
     max_positions: int
     original: int | None = None
     context: int | None = None
+    ntk_alpha: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +154,9 @@ def _default(rope: Rope, values: Mapping[str, Any], stated: Stated) -> Read:
 
 
 def _dynamic(rope: Rope, values: Mapping[str, Any], stated: Stated) -> Read:
+    alpha = _NtkAlpha.model_validate(values).alpha if stated.ntk_alpha else None
+    if alpha is not None:
+        return Read(replace(rope, theta=rope.theta * alpha ** (stated.d_qk / (stated.d_qk - 2))))
     _Linear.model_validate(values)
     return Read(rope, limit=stated.max_positions)
 

@@ -33,7 +33,6 @@ NEEDS: Mapping[str, str] = {
     "gpt_oss": f"{EXPERTS} and attention sinks",
     "granitemoe": EXPERTS,
     "granitemoehybrid": f"{EXPERTS} and {LINEAR}",
-    "hunyuan_v1_dense": "norms of queries and keys after the rotary embedding",
     "lfm2": "convolutions instead of attention in most layers",
     "lfm3": "convolutions instead of attention in most layers",
     "llama4_text": EXPERTS,

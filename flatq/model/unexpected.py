@@ -28,7 +28,7 @@ CHANGING: Mapping[str, tuple[Any, ...]] = {
     "mup": (None, False),
     "no_rope_layer_interval": (None, 0),
     "no_rope_layers": (None, []),
-    "num_experts": (None, 0),
+    "num_experts": (None, 0, 1),
     "num_kv_shared_layers": (None, 0),
     "num_local_experts": (None, 0),
     "qk_layernorm": (None, False),

@@ -156,6 +156,9 @@ class GgufFile:
         factor = self._value(f"{prefix}.scaling.factor") or self._value(f"{prefix}.scale_linear")
         if kind is None:
             kind = "linear" if factor not in (None, 1.0) else "none"
+        alpha = self._value(f"{prefix}.scaling.alpha")
+        if alpha and self.family.ntk_alpha and kind == "none":
+            return {"rope_type": "dynamic", "factor": 1.0, "alpha": alpha}
         if kind not in ("none", "linear") or self._value(f"{prefix}.scaling.attn_factor") not in (None, 1.0):
             raise UnsupportedModel(
                 f"{self.path}: {prefix}.scaling is {kind!r}, in GGUF files only 'linear' without attn_factor is "

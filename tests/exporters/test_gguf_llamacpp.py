@@ -62,6 +62,12 @@ OWN: dict[str, DecoderConfig] = {
         tiny_config(**STILL, qkv_bias=True, d_v=(8, 12, 16, 8, 8), d_ff=(96, 64, 32, 64, 96)),
         family="smollm3",
     ),
+    "hunyuan": replace(
+        tiny_config(qk_norm=True, norm_after_rope=True, d_v=(8, 12), d_ff=(96, 64)), family="hunyuan_v1_dense"
+    ),
+    "hunyuan, yarn rope": replace(
+        tiny_config(qk_norm=True, norm_after_rope=True, tied_head=False, rope=YARN), family="hunyuan_v1_dense"
+    ),
     "qwen3, narrowed": replace(tiny_config(qk_norm=True, d_v=(8, 12), d_ff=(96, 64)), family="qwen3"),
 }
 MODELS: dict[str, tuple[DecoderConfig, dict[str, Any]]] = {
@@ -127,7 +133,11 @@ def test_float32_files_give_the_artifacts_logits(
     artifact = make_artifact(config)
     tokens = some_tokens(config, 2, 24)
     reference = reference_logits(artifact, tokens)
-    runner = opened(artifact, **options)
+    exported, _ = export(artifact, **options)
+    assert exported.rounding_kl == (0 if config.activation == "silu" else 1e-4)
+    assert any("table of float16" in note for note in exported.notes) == (config.activation != "silu")
+    runner = LlamaCppRunner(exported.root, provider="cpu", threads=1, exact=True)
+    assert divergence(reference, runner.logits(tokens)) < 5e-5
     np.testing.assert_allclose(runner.logits(tokens), reference, atol=limit)
     steps = [runner.start(tokens[:, :20], 24), *(runner.step(tokens[:, position]) for position in range(20, 24))]
     np.testing.assert_allclose(np.stack(steps, 1), reference[:, 19:], atol=limit)

@@ -68,6 +68,7 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.3, 2.0],
     "long_factor": [1.5, 3.0, 5.0, 9.0],
 }
+NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 1.0, "alpha": 1000.0}
 LONG = {"max_position_embeddings": 128}
 MULTIPLIED = {
     "embedding_multiplier": 12.0,
@@ -172,6 +173,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOss", {"head_dim": 12}),
     "seed_oss-biases": ("SeedOss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True}),
     "internlm3": ("InternLM3", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 12, "attention_bias": True}),
+    "hunyuan-alpha": ("HunYuanDenseV1", {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": NTK_ALPHA}),
     "ministral3": ("Ministral3", {"head_dim": 8, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}, **LONG}),
 }
 
