@@ -112,6 +112,9 @@ def run(
         typer.Option("--forecast", help="Predict time and memory first, and report them with the measurements."),
     ] = False,
     memory: Annotated[str | None, typer.Option(help="Limit of RAM, such as 6GB; sets the batch sizes.")] = None,
+    measurements: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what a budget is planned from, for several runs.")
+    ] = None,
     no_verify: NoVerify = False,
     no_digests: NoDigests = False,
 ) -> None:
@@ -126,6 +129,7 @@ def run(
     from flatq.pipeline.run import run as run_recipe
 
     asked: dict[str, Any] = {"memory": memory_of(memory), "predict": forecast, "verify": not no_verify}
+    asked["measurements"] = measurements
     done = run_recipe(checked, out, device=device, fresh=fresh, check=not no_digests, **asked)
     if done is not None:
         print(done)
@@ -338,7 +342,8 @@ def summary(file: Path) -> str:
         recipe = Recipe.load(file)
     except RecipeError as error:
         return f"not usable: {error.problems[0]}"
-    flat = [f"flat {recipe.flat.budget}"] if recipe.flat else []
+    flat = [f"budget: {recipe.budget.words}"] if recipe.budget else []
+    flat += [f"flat {recipe.flat.budget}"] if recipe.flat else []
     gptq = [f"gptq {recipe.gptq.bits} bit, groups of {recipe.gptq.group_size}"] if recipe.gptq else []
     exports = [f"to {', '.join(export.name for export in recipe.exports)}"] if recipe.exports else []
     return f"{recipe.model.path}: {'; '.join(flat + gptq + exports)}"

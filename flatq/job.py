@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from flatq.calibration.states import Execution
 from flatq.calibration.tokens import Tokens
@@ -21,6 +22,7 @@ class Job:
         tokens: calibration and evaluation text.
         folder: run folder for phases, hidden states and results.
         execution: device, precision and memory of the forward passes.
+        measurements: folder that keeps measurements for other runs; None keeps none.
     """
 
     recipe: Recipe
@@ -28,6 +30,7 @@ class Job:
     tokens: Tokens
     folder: RunFolder
     execution: Execution
+    measurements: Path | None = None
 
     @property
     def itemsize(self) -> int:

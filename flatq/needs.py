@@ -22,7 +22,9 @@ from flatq.recipe.messages import shown
 INPUTS = "inputs"
 MODEL = ("model", "inputs.source", "inputs.versions")
 OBSERVED = (*MODEL, "calibration.precision", "calibration.states", "inputs.tokens.calibration")
-BUILT = (*OBSERVED, "stages")
+PRICED = "priced"  # the exports of a recipe with a budget, which is spent at their prices
+BUILT = (*OBSERVED, "stages", "budget", PRICED)
+LIMITED = ("-budget.size", "-budget.decode_bytes", "-budget.memory", "-budget.context")
 JUDGED = "inputs.tokens.judged"
 NEEDS: dict[str, tuple[str, ...]] = {
     "self-text": ("model", "calibration", "evaluation"),
@@ -31,6 +33,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "importance": OBSERVED,
     "curves": (*OBSERVED, "stages.flat.ridge"),
     "bits": (*OBSERVED, "stages.gptq", "-stages.gptq.average_bits"),
+    "choices": (*OBSERVED, "stages.gptq", "budget", *LIMITED, PRICED),
     "compress": BUILT,
     "evaluate": (*BUILT, JUDGED),
     "baseline-quantized": (*OBSERVED, "stages.gptq", "stages.flat.context", JUDGED),
@@ -53,7 +56,8 @@ def facts(recipe: Recipe, inputs: Mapping[str, Any] | None = None) -> dict[str, 
         for entry in content["exports"]
         for form, options in entry.items()
     }
-    return dict(_leaves({**content, INPUTS: as_json(dict(inputs or {}))}))
+    priced = content["exports"] if content["budget"] else None
+    return dict(_leaves({**content, PRICED: priced, INPUTS: as_json(dict(inputs or {}))}))
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -90,7 +94,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What differs between two sets of facts, in words: ``stages.flat.keep_ratio: 0.9 -> 0.8``, ``bench: added``."""
     before, after = _without_empty(before, after), _without_empty(after, before)
     found = dict[str, str]()
-    for path in sorted(before.keys() | after.keys()):
+    for path in sorted(path for path in before.keys() | after.keys() if not _below(path, [PRICED])):
         if path not in after:
             found[_first_absent(path, after)] = "removed"
         elif path not in before:

@@ -23,10 +23,13 @@ from torch import Tensor
 
 from flatq.calibration.perplexity import final_hidden
 from flatq.errors import NumericsError, RecipeError
+from flatq.export.planned import planned_exports
 from flatq.model.decoder import LINEARS
 from flatq.model.footprint import decode_bytes
 from flatq.model.grid import round_to_nearest
+from flatq.plan.limits import prices_of
 from flatq.recipe import blocks
+from flatq.recipe.budget import BudgetSpec
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import open_model
 from tests.conftest import flatq
@@ -42,6 +45,7 @@ SPECS = {
     "calibration": blocks.CalibrationSpec,
     "calibration.mix": blocks.MixedSpec,
     "evaluation": blocks.EvaluationSpec,
+    "budget": BudgetSpec,
     "flat": blocks.FlatSpec,
     "gptq": blocks.GptqSpec,
     "gptq.embedding": blocks.EmbeddingSpec,
@@ -384,6 +388,78 @@ def _(runs: Runs) -> None:
     short, usual = evaluated(runs, seq_len=16)[1], evaluated(runs)[1]
     assert short.perplexity > usual.perplexity, "less context, harder to predict"
     assert short.report["result"]["perplexity_tokens"] == 2048 // 16 * 15
+
+
+# ---- budget
+
+
+def budgeted(runs: Runs, **changed: Any) -> Made:
+    """Planned from one set of measurements, as far as the choices are the same."""
+    spec = {"group_sizes": [16, 32], "bits": [2, 4]} | changed
+    return runs(stages=[{"flat": {"rank_multiple": 2, "width_multiple": 8}}, {"gptq": {}}], budget=spec)
+
+
+def spent(made: Made) -> dict[str, float]:
+    found: dict[str, float] = made.artifact.manifest["plan"]
+    return found
+
+
+@case("budget.size")
+def _(runs: Runs) -> None:
+    small, large = (budgeted(runs, size=size) for size in ("66kB", "80kB"))
+    for limit, made in ((66, small), (80, large)):
+        assert 0.98 * limit < made.artifact.bytes() / 1000 <= limit
+        assert spent(made)["achieved"] == made.artifact.bytes()
+    assert large.perplexity < small.perplexity
+
+
+@case("budget.decode_bytes")
+def _(runs: Runs) -> None:
+    made = budgeted(runs, decode_bytes="85kB", context=64)
+    assert 0.95 * 85 < spent(made)["achieved"] / 1000 <= 85
+    cached = sum(64 * d.kv_heads * (d.d_qk + d.d_v) * 2 for d in made.dims)
+    assert spent(made)["achieved"] == made.artifact.bytes() + cached, "a tied table is read whole"
+
+
+@case("budget.memory")
+def _(runs: Runs) -> None:
+    made = budgeted(runs, memory="90kB", context=64)
+    assert 0.95 * 90 < spent(made)["achieved"] / 1000 <= 90
+    assert spent(made)["budget"] == "memory"
+
+
+@case("budget.context")
+def _(runs: Runs) -> None:
+    short, usual = (budgeted(runs, decode_bytes="85kB", context=context) for context in (32, 64))
+    assert short.artifact.bytes() > usual.artifact.bytes(), "a shorter cache leaves more for weights"
+
+
+@case("budget.export")
+def _(runs: Runs) -> None:
+    """The planner's part; what an exporter's prices do to a plan is in tests/laws/test_joint_laws.py."""
+    recipe = Recipe.parse(
+        runs.recipe(
+            stages=[{"gptq": {}}],
+            budget={"size": "80kB", "export": "b"},
+            exports=[{"onnx": {"name": "a"}}, {"safetensors": {"name": "b"}}],
+        )
+    )
+    assert recipe.budget is not None
+    assert prices_of(recipe.budget, planned_exports(recipe), 4).where == "export b"
+
+
+@case("budget.bits")
+def _(runs: Runs) -> None:
+    made = budgeted(runs, size="80kB")
+    assert {grid.bits for grid in made.artifact.grids.values()} == {2, 4}
+    assert {grid.bits for grid in budgeted(runs, size="80kB", bits=[4]).artifact.grids.values()} == {4}
+
+
+@case("budget.group_sizes")
+def _(runs: Runs) -> None:
+    made = budgeted(runs, size="80kB", group_sizes=[32])
+    assert {grid.group_size for grid in made.artifact.grids.values()} == {32}
+    assert {grid.group_size for grid in budgeted(runs, size="80kB").artifact.grids.values()} == {16, 32}
 
 
 # ---- flat

@@ -14,8 +14,9 @@ from typing import Any
 
 from flatq.export import Artifact, DecoderConfig, Exported, Exporter, ExportError, Grid, Runner, absent_packages
 from flatq_gguf.check import objections
+from flatq_gguf.layouts import architecture
 from flatq_gguf.options import GgufOptions
-from flatq_gguf.sizes import estimated_bytes
+from flatq_gguf.sizes import estimated_bytes, matrix_bytes
 from flatq_gguf.tensors import Contents
 from flatq_gguf.tokenizer import objections as tokenizer_objections
 from flatq_gguf.usage import USAGE
@@ -44,6 +45,16 @@ class GgufExporter(Exporter):
     ) -> int:
         """Size of the files, from shapes."""
         return estimated_bytes(Contents.of(config, grids, options))
+
+    def matrix_bytes(
+        self, config: DecoderConfig, stem: str, grid: Grid | None, options: GgufOptions, *, itemsize: int = 2
+    ) -> int:
+        """See ``flatq.export.Exporter.matrix_bytes``."""
+        return matrix_bytes(Contents.of(config, {} if grid is None else {stem: grid}, options), stem)
+
+    def cache_bytes(self, config: DecoderConfig, index: int, context: int, options: GgufOptions) -> int:
+        """See ``flatq.export.Exporter.cache_bytes``; value heads are as wide as the file has them."""
+        return super().cache_bytes(architecture(config, options).written, index, context, options)
 
     def usage(self, options: GgufOptions) -> str:
         """See ``flatq.export.Exporter.usage``."""

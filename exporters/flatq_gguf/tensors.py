@@ -25,6 +25,7 @@ from flatq.export import (
     Rope,
     Weights,
     dense,
+    matrix_shape,
     tensor_shapes,
 )
 from flatq_gguf.blocks import BLOCK, carried, carrier, fits, stored_bytes
@@ -93,6 +94,13 @@ class Contents:
                 yield plan
             elif name.endswith("q.weight"):
                 yield self._fused(plan, [name.replace("q.weight", f"{linear}.weight") for linear in "kv"], shapes)
+
+    def matrix(self, stem: str) -> Planned:
+        """One matrix as if it were written alone; queries, keys and values are fused only in ``planned``."""
+        written = self.architecture.written
+        shape = matrix_shape(written, stem)
+        kind, carries = self._type(stem, shape)
+        return Planned(stem, f"{stem}.weight", shape, kind, carries)
 
     def name(self, source: str) -> str:
         """Name in the file of a tensor of the artifact."""

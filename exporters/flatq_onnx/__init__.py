@@ -26,7 +26,7 @@ from flatq_onnx.check import INT8_SINCE, objections
 from flatq_onnx.companions import TOKENIZER, write_companions
 from flatq_onnx.contract import CONTRACT, Contract
 from flatq_onnx.options import OnnxOptions
-from flatq_onnx.sizes import estimated_bytes
+from flatq_onnx.sizes import cached_bytes, estimated_bytes, stored_bytes
 from flatq_onnx.usage import usage
 
 __all__ = ["OnnxExporter", "OnnxOptions"]
@@ -34,6 +34,7 @@ __all__ = ["OnnxExporter", "OnnxOptions"]
 INSTALL = "pip install 'flatq[cpu]'"
 WRITER = {"onnx": ("onnx", INSTALL), "onnx_ir": ("onnx-ir", INSTALL)}
 RUNTIME = {"onnxruntime": ("onnxruntime", INSTALL)}
+UNPAID_BITS = 3  # stored as 4
 INT8_CACHE_KL = 0.02  # nats, allowed for int8 keys and values
 HALF_KL = 0.01  # nats, allowed for float16; mostly due to the rounding of sums over long rows
 
@@ -52,6 +53,20 @@ class OnnxExporter(Exporter):
     ) -> int:
         """Size of the files, from shapes."""
         return estimated_bytes(config, grids, options)
+
+    def stores(self, config: DecoderConfig, grid: Grid, options: OnnxOptions) -> bool:
+        """See ``flatq.export.Exporter.stores``; 3-bit codes take 4 bits and run no faster, so they are not chosen."""
+        return grid.bits != UNPAID_BITS and super().stores(config, grid, options)
+
+    def matrix_bytes(
+        self, config: DecoderConfig, stem: str, grid: Grid | None, options: OnnxOptions, *, itemsize: int = 2
+    ) -> int:
+        """See ``flatq.export.Exporter.matrix_bytes``."""
+        return stored_bytes(config, stem, grid, options)
+
+    def cache_bytes(self, config: DecoderConfig, index: int, context: int, options: OnnxOptions) -> int:
+        """See ``flatq.export.Exporter.cache_bytes``."""
+        return cached_bytes(config, index, context, options)
 
     def dense(self, options: OnnxOptions) -> OnnxOptions:
         """Options for the dense model: the same graph with unquantized weights, as external data to save memory."""

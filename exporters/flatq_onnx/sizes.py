@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from flatq.export import LINEARS, DecoderConfig, Grid
+from flatq.export import LINEARS, DecoderConfig, Grid, LayerDims
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.tensors import Blocks
 
@@ -28,12 +28,33 @@ def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], o
     if options.cache_type == "int8":
         total += BRANCH_GRAPH_BYTES + 2 * dims.kv_heads * dims.d_qk * 4
     for linear in LINEARS:
-        rows, columns = dims.shape(linear, config.d_model)
-        if linear == "v" and options.attention == "gqa":
-            rows = dims.kv_heads * dims.d_qk
+        rows, columns = _shape(dims, linear, config.d_model, options)
         total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"), number)
         total += rows * number if config.has_bias(linear) else 0
     return total
+
+
+def _shape(dims: LayerDims, linear: str, d_model: int, options: OnnxOptions) -> tuple[int, int]:
+    """Shape of a linear in the file: GroupQueryAttention has value heads as wide as keys."""
+    rows, columns = dims.shape(linear, d_model)
+    return (dims.kv_heads * dims.d_qk if linear == "v" and options.attention == "gqa" else rows), columns
+
+
+def stored_bytes(config: DecoderConfig, stem: str, grid: Grid | None, options: OnnxOptions) -> int:
+    """Bytes of one matrix of an export; of the embedding those of its lookup."""
+    used, number = (grid if options.precision == "int4" else None), _number_bytes(options)
+    if stem in ("embed", "head"):
+        return matrix_bytes(config.vocab, config.d_model, used, number, lookup=stem == "embed")
+    _, index, linear = stem.split(".")
+    return matrix_bytes(*_shape(config.layers[int(index)], linear, config.d_model, options), used, number)
+
+
+def cached_bytes(config: DecoderConfig, index: int, context: int, options: OnnxOptions) -> int:
+    """Bytes of the KV cache of a layer in the export's type; GroupQueryAttention caches values as wide as keys."""
+    dims, window = config.layers[index], config.kind(index).window
+    width = dims.d_qk + (dims.d_qk if options.attention == "gqa" else dims.d_v)
+    number = 1 if options.cache_type == "int8" else _number_bytes(options)
+    return (context if window is None else min(context, window)) * dims.kv_heads * width * number
 
 
 def _ends_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> int:

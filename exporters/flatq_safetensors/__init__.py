@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from flatq.export import Artifact, DecoderConfig, Exported, Exporter, ExportError, Grid, absent_packages
 from flatq_safetensors.check import objections
 from flatq_safetensors.options import SafetensorsOptions
-from flatq_safetensors.sizes import estimated_bytes
+from flatq_safetensors.sizes import estimated_bytes, matrix_bytes
 
 if TYPE_CHECKING:
     from flatq_safetensors.runner import TransformersRunner
 
 __all__ = ["SafetensorsExporter", "SafetensorsOptions"]
 
+UNMIXED_BITS = 3
 READER = {"compressed_tensors": ("compressed-tensors", "pip install 'flatq[hf]'")}
 
 
@@ -38,6 +39,21 @@ class SafetensorsExporter(Exporter):
     ) -> int:
         """Size of the weights, from shapes."""
         return estimated_bytes(config, grids, options, itemsize)
+
+    def stores(self, config: DecoderConfig, grid: Grid, options: SafetensorsOptions) -> bool:
+        """See ``flatq.export.Exporter.stores``.
+
+        No release of compressed-tensors reads both 3 bits and zero points. Zero points are worth more: they make every
+        grid finer, and 3 bits on average are a mix of 2 and 4.
+        """
+        mixed = options.format == "compressed-tensors" and not options.packed_embedding
+        return not (mixed and grid.bits == UNMIXED_BITS) and super().stores(config, grid, options)
+
+    def matrix_bytes(
+        self, config: DecoderConfig, stem: str, grid: Grid | None, options: SafetensorsOptions, *, itemsize: int = 2
+    ) -> int:
+        """See ``flatq.export.Exporter.matrix_bytes``."""
+        return matrix_bytes(config, stem, grid, options, itemsize)
 
     def dense(self, options: SafetensorsOptions) -> SafetensorsOptions:
         """Options for the dense model: a standard checkpoint in float32, the type in which ``open`` computes."""

@@ -15,5 +15,17 @@ def estimated_bytes(
     config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions, itemsize: int
 ) -> int:
     """Bytes of the weights; configuration, code and tokenizer are not counted."""
-    layout = Layout.of(config, grids, options, torch.float32 if itemsize == 4 else torch.bfloat16)
+    layout = _layout(config, grids, options, itemsize)
     return sum(plan.bytes for name in layout.names() for plan in layout.planned(name).values())
+
+
+def matrix_bytes(
+    config: DecoderConfig, stem: str, grid: Grid | None, options: SafetensorsOptions, itemsize: int
+) -> int:
+    """Bytes of one matrix; with ``one_group_size`` other matrices can make it larger."""
+    layout = _layout(config, {} if grid is None else {stem: grid}, options, itemsize)
+    return sum(plan.bytes for plan in layout.planned(f"{stem}.weight").values())
+
+
+def _layout(config: DecoderConfig, grids: Mapping[str, Grid], options: SafetensorsOptions, itemsize: int) -> Layout:
+    return Layout.of(config, grids, options, torch.float32 if itemsize == 4 else torch.bfloat16)

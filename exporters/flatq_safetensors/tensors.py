@@ -14,7 +14,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flatq.export import DecoderConfig, ExportError, Grid, QuantizedWeight, dense, tensor_shapes
+from flatq.export import (
+    LINEARS,
+    DecoderConfig,
+    ExportError,
+    Grid,
+    QuantizedWeight,
+    dense,
+    matrix_shape,
+    tensor_shapes,
+)
 from flatq_safetensors.configs import NAMES, family_settings
 from flatq_safetensors.grouping import ENDS, split_groups
 from flatq_safetensors.options import SafetensorsOptions
@@ -93,10 +102,10 @@ class Layout:
     def planned(self, name: str) -> dict[str, Planned]:
         """The written tensors for one tensor of the artifact, by name in the files."""
         hub, stem = NAMES.to_hf(name), name.removesuffix(".weight")
-        shape = shapes_of(self.config)[name]
+        shape = self._shape(name)
         if stem not in self.grids or not name.endswith(".weight"):
             return {hub: Planned(shape, self.vectors.get(name, self.dtype))}
-        (rows, columns), grid = shape, self.grids[stem]
+        (rows, columns), grid = matrix_shape(self.config, stem), self.grids[stem]
         groups, bits = grid.groups(columns), grid.bits
         if self.options.gptq_version is not None:
             parts = {
@@ -115,6 +124,12 @@ class Layout:
                 parts["weight_zero_point"] = Planned((words(rows, bits), groups), torch.int32)
         module = hub.removesuffix(".weight")
         return {f"{module}.{part}": plan for part, plan in parts.items()}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a written tensor; that of a matrix follows from the widths, without building the model."""
+        stem, _, part = name.rpartition(".")
+        matrix = part == "weight" and (stem in ENDS or stem.rpartition(".")[2] in LINEARS)
+        return matrix_shape(self.config, stem) if matrix else shapes_of(self.config)[name]
 
     def made(self, name: str, stored: Tensor | QuantizedWeight) -> dict[str, Tensor]:
         """The planned tensors with their data.

@@ -31,6 +31,7 @@ from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
 from flatq.model.families import FAMILIES
 from flatq.model.grid import Grid, QuantizedWeight
 from flatq.model.hf_config import config_from_hf, config_to_hf
+from flatq.model.names import matrix_shape
 from flatq.model.weights import Weights, dense, tensor_shapes
 from flatq.sources.gguf_file import ROPE_DIVISORS, pairs_from_halves
 from flatq.tokenizer import chat_templates
@@ -67,6 +68,7 @@ __all__ = [
     "dense",
     "file_digest",
     "loading_faults",
+    "matrix_shape",
     "pairs_from_halves",
     "read_json",
     "register_with_transformers",

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -25,9 +26,11 @@ from pydantic import BaseModel
 
 from flatq.artifact import Artifact
 from flatq.errors import ExportError, RecipeError
+from flatq.model import footprint
 from flatq.model.decoder import DecoderConfig
 from flatq.model.footprint import weight_bytes
 from flatq.model.grid import Grid
+from flatq.model.names import matrix_shape, stems_of
 
 GROUP = "flatq.exporters"
 IntArray = NDArray[np.int64]
@@ -126,6 +129,46 @@ class Exporter(ABC):
             itemsize: bytes of an unquantized number of the artifact.
         """
         return weight_bytes(config, grids, itemsize)
+
+    def stores(self, config: DecoderConfig, grid: Grid, options: Any) -> bool:
+        """Whether a budget may choose this grid for a linear: the files hold its codes, and its runtime reads them.
+
+        The default asks ``check``: the grid brings no objection that the unquantized model does not have.
+
+        Args:
+            config: of the dense model.
+            grid: of all linears of the layers.
+            options: an instance of ``Options``.
+        """
+        found = self.check(config, dict.fromkeys(stems_of(config), grid), options)
+        return set(found) <= set(self.check(config, {}, options))
+
+    def matrix_bytes(
+        self, config: DecoderConfig, stem: str, grid: Grid | None, options: Any, *, itemsize: int = 2
+    ) -> int:
+        """Bytes of one matrix in the files of ``write``; what ``bytes`` adds up, together with a constant.
+
+        A budget is spent by these prices, so a matrix whose narrowing or grid saves nothing in this format is not
+        narrowed or given that grid. The default follows from ``bytes``: the matrix's share of the unquantized file, and
+        the difference that the grid makes. Exact prices make better plans.
+
+        Args:
+            config: planned widths of all layers.
+            stem: of the matrix: ``layers.0.q``, ``embed``, ``head``; a tied head is the embedding.
+            grid: its grid, None if it is not quantized.
+            options: an instance of ``Options``.
+            itemsize: bytes of an unquantized number of the artifact.
+        """
+        if type(self).bytes is Exporter.bytes:
+            return footprint.matrix_bytes(matrix_shape(config, stem), grid, itemsize)
+        plain = self.bytes(config, {}, options, itemsize=itemsize)
+        share = prod(matrix_shape(config, stem)) / config.parameters()
+        codes = {} if grid is None else {stem: grid}
+        return round(self.bytes(config, codes, options, itemsize=itemsize) - (1 - share) * plain)
+
+    def cache_bytes(self, config: DecoderConfig, index: int, context: int, options: Any) -> int:
+        """Bytes of the KV cache of a layer in the format's runtime, for ``context`` tokens; the default is float16."""
+        return footprint.cache_bytes(config, index, config.layers[index], context)
 
     def check_tokenizer(self, described: Mapping[str, Any], config: DecoderConfig, options: Any) -> list[str]:
         """Objections to the model's tokenizer, for a format that converts the tokenizer.

@@ -64,11 +64,11 @@ def weight_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:
     return layers + ends_bytes(config, grids, itemsize)
 
 
-def cache_bytes(config: DecoderConfig, index: int, dims: LayerDims, context: int) -> int:
+def cache_bytes(config: DecoderConfig, index: int, dims: LayerDims, context: int, itemsize: int = CACHE_ITEM) -> int:
     """KV cache bytes of layer ``index`` for ``context`` tokens, or for its sliding window if that is smaller."""
     window = config.kind(index).window
     seen = context if window is None else min(context, window)
-    return seen * dims.kv_heads * (dims.d_qk + dims.d_v) * CACHE_ITEM
+    return seen * dims.kv_heads * (dims.d_qk + dims.d_v) * itemsize
 
 
 def decode_ends_bytes(config: DecoderConfig, grids: Grids, itemsize: int) -> int:

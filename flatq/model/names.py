@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from flatq.model.decoder import DecoderConfig
 from flatq.model.dims import LINEARS
 
+TABLES = ("embed", "head")
+
 
 @dataclass(frozen=True, slots=True)
 class Stem:
@@ -41,6 +43,11 @@ class Stem:
     def shape(self, config: DecoderConfig) -> tuple[int, int]:
         """Weight shape (out_features, in_features)."""
         return config.layers[self.layer].shape(self.linear, config.d_model)
+
+
+def matrix_shape(config: DecoderConfig, stem: str) -> tuple[int, int]:
+    """Weight shape (out_features, in_features) of a linear or a table, by stem."""
+    return (config.vocab, config.d_model) if stem in TABLES else Stem.of(stem).shape(config)
 
 
 def stems_of(config: DecoderConfig) -> list[str]:

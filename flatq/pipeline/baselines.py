@@ -50,7 +50,7 @@ class QuantizedBaseline:
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The run's recipe with only this stage."""
-        return recipe.model_copy(update={"stages": (self.spec,), "exports": (), "bench": None})
+        return recipe.model_copy(update={"stages": (self.spec,), "exports": (), "bench": None, "budget": None})
 
 
 def baselines_of(recipe: Recipe, dense: DecoderConfig, target: int, itemsize: int) -> list[QuantizedBaseline]:

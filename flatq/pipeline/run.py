@@ -34,7 +34,7 @@ from flatq.pipeline.quality import dense_quality, export_quality, log_quality, m
 from flatq.pipeline.tasks import require_tasks, task_results
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
-from flatq.plan.decide import bit_plan, draft, rank_plan
+from flatq.plan.decide import decided, drafted
 from flatq.plan.forecast import Forecast, forecasts, working_set
 from flatq.plan.objections import raise_absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
 from flatq.recipe.grammar import Recipe
@@ -56,6 +56,7 @@ def run(
     predict: bool = False,
     verify: bool = True,
     check: bool = True,
+    measurements: Path | None = None,
 ) -> Path | None:
     """Execute a recipe; returns the run folder (with several processes only in rank 0, None in the others).
 
@@ -68,6 +69,7 @@ def run(
         predict: forecast time and memory first, and report the forecast together with the measurements.
         verify: False writes exports without verification, which the report states.
         check: False does not compare the files of a finished run with their digests.
+        measurements: folder that keeps what a budget is planned from, for runs with another limit.
 
     Raises:
         FlatqError: ``exit_code`` is 2 if the recipe or something that it refers to is wrong, 3 if a stage failed.
@@ -81,7 +83,7 @@ def run(
             folder.tidy()
             log.warning("%s: already finished, nothing to do (--fresh starts over)", folder.root)
             return folder.root if distributed.part() else None
-        return _run(recipe, exports, folder, device, memory, predict)
+        return _run(recipe, exports, folder, device, memory, predict, measurements)
 
 
 def _run(
@@ -91,6 +93,7 @@ def _run(
     device: str,
     memory: int | None,
     predict: bool,
+    measurements: Path | None = None,
 ) -> Path | None:
     raise_absent_packages(exports, recipe)
     require_tasks(recipe, folder)
@@ -106,14 +109,16 @@ def _run(
         origins = distributed.on_first(lambda: provenance(recipe, source, tokens))
         fixed = {name: origins[name] for name in ("source", "tokens", "versions")}
         distributed.on_first(lambda: folder.depend_on(fixed))
-        job = Job(recipe, source, tokens, folder, Execution.of(recipe.calibration, device, working_set_bytes))
+        execution = Execution.of(recipe.calibration, device, working_set_bytes)
+        job = Job(recipe, source, tokens, folder, execution, measurements)
         expected: dict[str, Any] = {}
         if predict:
             expected = folder.phase("forecast", lambda: expectations(job, exports), dict[str, Any])
         dense = DenseStates(source, folder.work / "dense-states", device=device)
         folder.phase("baseline", lambda: dense_quality(dense, tokens.evaluation), dict[str, float])
-        plan = rank_plan(job)
-        grids = bit_plan(job, plan)
+        plan, grids, spent = decided(job, exports)
+        for line in spent:
+            log.info(line)
         raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)
         artifact = compressed(job, plan, grids, origins)
         quality = folder.phase(
@@ -131,7 +136,7 @@ def _run(
         else:
             folder.forget("cache-ranges")
             artifact.remove(RANGES)
-        finish(job, exports, artifact, dense, quality, baselines, expected, cautions)
+        finish(job, exports, artifact, dense, quality, baselines, expected, [*cautions, *spent])
     return folder.root
 
 
@@ -151,7 +156,7 @@ def finish(
         quality: JSON-ready ``TextQuality`` of each text.
         baselines: JSON-ready ``BaselineReport`` of each quantized baseline.
         expected: forecast of each phase, JSON-ready.
-        cautions: warnings about the recipe and the tokenizer, for the report.
+        cautions: warnings about the recipe and the tokenizer, and what a budget was spent on, for the report.
 
     Raises:
         ExportError: one or more exports failed; raised after the report, which includes the errors, is written.
@@ -188,7 +193,7 @@ def finish(
 def expectations(job: Job, exports: Sequence[PlannedExport]) -> dict[str, Forecast]:
     """Forecast of every phase."""
     recipe, source, execution = job.recipe, job.source, job.execution
-    layers, ranges = draft(recipe, source).layers, needs_cache_ranges(exports)
+    layers, ranges = drafted(recipe, source, exports)[0].layers, needs_cache_ranges(exports)
     device, working_set_bytes = execution.device, execution.working_set_bytes
     return forecasts(recipe, source.config, layers, device=device, working_set_bytes=working_set_bytes, ranges=ranges)
 

@@ -6,21 +6,56 @@ run does not repeat it.
 
 from __future__ import annotations
 
-from types import NoneType
+from collections.abc import Sequence
 from typing import Any
 
 from flatq.calibration.importance import layer_importance
-from flatq.calibration.sensitivity import Sensitivity, output_sensitivity
+from flatq.calibration.sensitivity import Sensitivity
 from flatq.compress.allocate import Curves
 from flatq.compress.error_curves import error_curves
 from flatq.compress.plan import RankPlan, plan_ranks
+from flatq.export.planned import PlannedExport
 from flatq.job import Job
 from flatq.model.grid import Grid
+from flatq.plan.bought import bought
+from flatq.plan.joint import guessed, plan_jointly
+from flatq.plan.measure import keys_of, measure, measure_sensitivity
+from flatq.plan.problem import problem_of
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
 from flatq.quantize.grids import planned_grids
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
+
+
+def decided(job: Job, exports: Sequence[PlannedExport]) -> tuple[RankPlan, dict[str, Grid], list[str]]:
+    """Widths, the grid of every weight to quantize, and for a budget what it was spent on, in words."""
+    if job.recipe.budget is None:
+        plan = rank_plan(job)
+        return plan, bit_plan(job, plan), []
+    problem = problem_of(job.recipe, job.source.config, exports, job.itemsize)
+    planned = plan_jointly(problem, measure(job, problem))
+    if planned.ranks.layers != job.source.config.layers and job.recipe.flat is not None and job.recipe.flat.sensitive:
+        measure_sensitivity(job, keys_of(job.recipe, job.source, job.tokens.calibration, problem))
+    return planned.ranks, planned.grids, bought(problem, planned)
+
+
+def drafted(
+    recipe: Recipe, source: Source, exports: Sequence[PlannedExport]
+) -> tuple[RankPlan, dict[str, Grid] | None]:
+    """The plan from shapes alone: with equal fractions for all layers, or for a budget from guessed errors.
+
+    Returns:
+        Widths; and grids, None if they follow from the gptq stage.
+
+    Raises:
+        RecipeError: the budget cannot be reached.
+    """
+    if recipe.budget is None:
+        return draft(recipe, source), None
+    problem = problem_of(recipe, source.config, exports, source.dtype.itemsize)
+    planned = plan_jointly(problem, guessed(problem))
+    return planned.ranks, planned.grids
 
 
 def measurements(recipe: Recipe, *, narrows: bool = True) -> list[str]:
@@ -32,6 +67,9 @@ def measurements(recipe: Recipe, *, narrows: bool = True) -> list[str]:
     flat = recipe.flat if narrows else None
     allocation = None if flat is None else flat.parts.allocation
     chooses = recipe.gptq is not None and recipe.gptq.average_bits is not None
+    if recipe.budget is not None:
+        asked = {"sensitivity": True, "curves": recipe.flat is not None, "choices": recipe.gptq is not None}
+        return [phase for phase, is_asked in asked.items() if is_asked]
     wanted = {
         "sensitivity": chooses or (flat is not None and flat.sensitive),
         "curves": allocation == "curves",
@@ -67,7 +105,7 @@ def rank_plan(job: Job) -> RankPlan:
         return error_curves(source, job.tokens.calibration, fisher, folder.work, ridge=spec.ridge, execution=execution)
 
     if spec.sensitive:
-        _measure_sensitivity(job)
+        measure_sensitivity(job)
     measured: dict[str, Any] = {}
     if spec.parts.allocation == "curves":
         measured["curves"] = folder.phase("curves", curves, list[Curves])
@@ -87,14 +125,5 @@ def bit_plan(job: Job, plan: RankPlan) -> dict[str, Grid]:
         fisher = Sensitivity(source.config, folder.work)
         return bit_errors(source, job.tokens.calibration, spec, fisher, folder.work, execution=job.execution)
 
-    _measure_sensitivity(job)
+    measure_sensitivity(job)
     return planned_grids(config, spec, choose(config, spec, folder.phase("bits", errors, dict[str, dict[str, float]])))
-
-
-def _measure_sensitivity(job: Job) -> None:
-    """Measure the Fisher information of the residual stream, unless an earlier plan or run did."""
-
-    def measure() -> None:
-        output_sensitivity(job.source, job.tokens.calibration, job.folder.work, execution=job.execution)
-
-    job.folder.phase("sensitivity", measure, NoneType)

@@ -13,6 +13,7 @@ from rich.table import Table
 from flatq.compress.plan import RankPlan
 from flatq.export.bench import rendered
 from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid
 from flatq.plan.forecast import Forecast
 from flatq.plan.sizes import artifact_bytes, cautions, disk_bytes, footprints
 from flatq.quantize.grids import planned_grids
@@ -27,6 +28,9 @@ def explanation(recipe: Recipe) -> list[str]:
     """A description of the recipe, one line per step."""
     calibration, lines = recipe.calibration, [f"model        {recipe.model.path}"]
     lines.append(f"calibration  {calibration.samples} x {calibration.seq_len} tokens of {calibration.label}")
+    if (budget := recipe.budget) is not None:
+        of = f", of export {budget.export}" if budget.export else ""
+        lines.append(f"budget       {budget.words}{of}, spent by predicted loss")
     if (flat := recipe.flat) is not None:
         kind = ", the same widths in all layers" if flat.uniform else ""
         lines.append(f"flat         {flat.budget}, {flat.parts.allocation} allocation{kind}")
@@ -36,7 +40,11 @@ def explanation(recipe: Recipe) -> list[str]:
         bits = f"{gptq.bits}" if gptq.average_bits is None else f"{gptq.average_bits:g} (on average, of {choices})"
         group = "one group per row" if gptq.group_size == -1 else f"groups of {gptq.group_size}"
         table = f", embedding {gptq.embedding.bits} bit" if gptq.embedding else ""
-        lines.append(f"gptq         {bits} bit {kind}, {group}{table}")
+        if budget is None:
+            lines.append(f"gptq         {bits} bit {kind}, {group}{table}")
+        else:
+            listed, sizes = ("/".join(map(str, sorted(values))) for values in (budget.bits, budget.group_sizes))
+            lines.append(f"gptq         bits and groups from the budget, of {listed} bits in groups of {sizes}{table}")
         for pattern, rule in gptq.overrides.items():
             changed = ", ".join(f"{key} {value}" for key, value in rule.model_dump(exclude_unset=True).items())
             lines.append(f"             {pattern}: {changed}")
@@ -66,10 +74,21 @@ def forecast(
     exports: Sequence[PlannedExport],
     itemsize: int,
     phases: Mapping[str, Forecast],
+    grids: Mapping[str, Grid] | None = None,
 ) -> str:
-    """The text of ``flatq plan``."""
+    """The text of ``flatq plan``.
+
+    Args:
+        recipe: of the run.
+        dense: the model.
+        plan: planned widths.
+        exports: of the recipe.
+        itemsize: bytes of an unquantized number.
+        phases: forecast of each phase.
+        grids: planned for a budget; None follows from the gptq stage.
+    """
     config = dense.with_layers(plan.layers)
-    grids = planned_grids(config, recipe.gptq)
+    grids = planned_grids(config, recipe.gptq) if grids is None else grids
     table = Table(title=f"plan for {recipe.model.path}", show_header=True)
     for column in ("", "dense", "planned"):
         table.add_column(column, justify="left" if not column else "right")
@@ -95,7 +114,9 @@ def forecast(
     if held := max(phase.peak_device_bytes for phase in phases.values()):
         table.add_row("memory of the GPU", "", size(held))
     text = rendered(table)
-    if recipe.flat is not None and recipe.flat.parts.allocation != "uniform":
+    if recipe.budget is not None:
+        text += "widths and bits depend on measurements during the run; sizes are for guessed errors\n"
+    elif recipe.flat is not None and recipe.flat.parts.allocation != "uniform":
         text += "widths per layer depend on measurements during the run; sizes are for equal shares of all layers\n"
     if recipe.gptq is not None and recipe.gptq.average_bits is not None:
         text += "bits per linear depend on measurements during the run; sizes are for a choice of the same average\n"

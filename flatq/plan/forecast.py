@@ -30,7 +30,7 @@ from flatq.machine.speed import measured_speed
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.plan.decide import measurements
 from flatq.plan.operations import operations
-from flatq.quantize import bit_errors
+from flatq.quantize import bit_errors, choice_errors
 from flatq.quantize.embedding_and_head import HEAD_AT_ONCE
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
 from flatq.recipe.grammar import Recipe
@@ -90,6 +90,7 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
         "curves": min(calibration, error_curves.TOKENS),
         "importance": calibration,
         "bits": min(calibration, bit_errors.TOKENS),
+        "choices": min(calibration, choice_errors.TOKENS),
         "compress": calibration,
         "evaluate": scored,
         "cache-ranges": min(calibration, max(recipe.calibration.seq_len, cache_ranges.TOKENS)),
@@ -123,8 +124,10 @@ def working_bytes(
     solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
     rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
     outputs = 6 * min(bit_errors.TOKENS, text.samples * text.seq_len) * m  # three versions of half of the outputs
-    quantizes_head = recipe.gptq is not None and recipe.gptq.embedding is not None
+    chooses = recipe.budget is not None
+    quantizes_head = recipe.gptq is not None and (chooses or recipe.gptq.embedding is not None)
     heading = 8 * tables + 16 * m**2 + 20 * min(tables, HEAD_AT_ONCE) if quantizes_head else embedding
+    judging = 12 * tables + 16 * choice_errors.LOGITS_AT_ONCE * config.vocab + 20 * min(tables, WEIGHTS_AT_ONCE)
     ranging = 4 * _tokens(recipe)["cache-ranges"] * m + max(half + cache_ranges.ROWS * one, embedding)
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
@@ -140,6 +143,7 @@ def working_bytes(
         "curves": max(half + max(batch + grams, eliminating, 28 * heads**2), embedding),
         "importance": max(2 * half + batch, embedding),
         "bits": max(half + 4 * m**2 + outputs + max(batch + 2 * grams, grams + 16 * f**2 + solved), embedding),
+        "choices": max(half + 4 * m**2 + outputs + max(batch + 4 * grams, 2 * grams + 16 * f**2 + solved), judging),
         "compress": max(half + max(batch + grams, narrowing, rounding), heading),
         "evaluate": evaluated,
         "cache-ranges": ranging,

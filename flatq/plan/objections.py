@@ -17,7 +17,7 @@ from flatq.export.protocols import Exporter
 from flatq.files import from_json
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
-from flatq.plan.decide import draft
+from flatq.plan.decide import draft, drafted
 from flatq.plan.positions import rows_that_do_not_fit
 from flatq.plan.sizes import too_few_tokens
 from flatq.quantize.grids import objections, possible_grids
@@ -37,7 +37,10 @@ def raise_objections(
     Raises:
         RecipeError: lists all objections.
     """
-    if problems := objections(config, recipe.gptq) + exporter_objections(recipe, config, exports, grids):
+    unknown = recipe.budget is not None and grids is None
+    if problems := objections(config, recipe.gptq, {} if unknown else grids) + exporter_objections(
+        recipe, config, exports, grids
+    ):
         raise RecipeError(problems)
 
 
@@ -131,6 +134,11 @@ def certain_objections(recipe: Recipe, source: Source, exports: list[PlannedExpo
     Raises:
         RecipeError: the budget cannot be reached.
     """
+    if recipe.budget is not None:
+        ranks, grids = drafted(recipe, source, exports)
+        even = exporter_objections(recipe, source.config, exports, grids)
+        found = exporter_objections(recipe, source.config.with_layers(ranks.layers), exports, grids)
+        return [words for words in found if words in even]
     flat, dense, planned = recipe.flat, source.config, draft(recipe, source).layers
     found = exporter_objections(recipe, dense.with_layers(planned), exports)
     if flat is None or flat.parts.allocation == "uniform" or planned == dense.layers:

@@ -23,6 +23,7 @@ from flatq.stages import dense_states_needed
 
 DOUBLE = 2.5  # cost of float64 products and factorizations, relative to float32 products
 PASSES = 12 * len(CLIPS) + 60  # float32 passes over a weight: scale search and column loop of GPTQ
+CHOICES = 6  # grids that a budget typically chooses from
 READING = 12  # bytes moved for each weight that is read and converted to float32
 
 
@@ -62,6 +63,7 @@ def operations(
         "curves": lambda t: _curves(config, t, length),
         "importance": lambda t: _passed(config, t, length),
         "bits": lambda t: _bits(recipe, config, t, length),
+        "choices": lambda t: _choices(config, t, length),
         "compress": lambda t: _compressed(recipe, config, planned, t),
         "evaluate": lambda t: _evaluated(planned, t, scored),
         "cache-ranges": lambda t: _passed(planned, t, length),
@@ -181,6 +183,17 @@ def _bits(recipe: Recipe, config: DecoderConfig, t: int, s: int) -> Operations:
         once = _layer_rounded(dims, m)
         found += Operations(solve=choices * once.solve, moved=choices * once.moved)
     return found
+
+
+def _choices(config: DecoderConfig, t: int, s: int) -> Operations:
+    """Measurement of a budget's choices: as ``_bits``, but only one unit of a half layer needs forward passes."""
+    m, found = config.d_model, Operations(moved=READING * config.parameters())
+    for dims in config.layers:
+        forward, once = t * sum(_halves(dims, m, s)), _layer_rounded(dims, m)
+        found += Operations(2 * forward + t * _grams(dims, m), (1 + CHOICES) * (forward + t * m**2))
+        found += Operations(solve=CHOICES * once.solve, moved=CHOICES * once.moved)
+    head = _rounded(config.vocab, m)
+    return found + Operations(solve=CHOICES * head.solve, moved=CHOICES * head.moved)
 
 
 def _compressed(recipe: Recipe, config: DecoderConfig, planned: DecoderConfig, t: int) -> Operations:

@@ -6,12 +6,14 @@ the import of torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from flatq.compress.plan import RankPlan
 from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
 from flatq.machine.device import resolve_device
-from flatq.plan.decide import draft
+from flatq.model.grid import Grid
+from flatq.plan.decide import drafted
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
 from flatq.plan.objections import absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
@@ -29,23 +31,23 @@ def check(recipe: Recipe) -> list[str]:
     """
     exports, lines = planned_exports(recipe), explanation(recipe)
     if (Path(recipe.model.path) / "config.json").is_file():
-        source, _ = _from_shapes(recipe, exports)
+        source, _, _ = _from_shapes(recipe, exports)
         lines.insert(1, f"             {described(source.config)}")
         lines += [f"! {caution}" for caution in tokenizer_cautions(source)]
     return lines + _warnings(recipe, exports)
 
 
-def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, RankPlan]:
-    """The model without its weights, and the plan with equal fractions for all layers.
+def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, RankPlan, Mapping[str, Grid] | None]:
+    """The model without its weights, and the plan that needs no measurements, see ``plan.decide.drafted``.
 
     Raises:
         RecipeError: the budget cannot be reached, or GPTQ or an exporter does not support the planned model.
     """
     source = open_named(recipe.model, need_weights=False)
     raise_early_objections(recipe, source, exports)
-    planned = draft(recipe, source)
-    raise_objections(recipe, source.config.with_layers(planned.layers), exports)
-    return source, planned
+    planned, grids = drafted(recipe, source, exports)
+    raise_objections(recipe, source.config.with_layers(planned.layers), exports, grids)
+    return source, planned, grids
 
 
 def _warnings(recipe: Recipe, exports: list[PlannedExport]) -> list[str]:
@@ -60,10 +62,10 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
         RecipeError: an exporter does not support the planned model.
     """
     exports = planned_exports(recipe)
-    source, planned = _from_shapes(recipe, exports)
+    source, planned, grids = _from_shapes(recipe, exports)
     config = source.config
     ranges = needs_cache_ranges(exports)
     phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
-    text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases)
+    text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases, grids)
     said = [*tokenizer_cautions(source), *_warnings(recipe, exports)]
     return text + "".join(f"{warning}\n" for warning in said)

@@ -81,7 +81,7 @@ def _block_errors(
     """
     fisher = None if fisher is None else fisher.to(block.device)
     inputs = block.inputs()
-    fitted, before = _fitted(block, inputs), _outputs(block, inputs)
+    fitted, before = _fitted(block, inputs), outputs(block, inputs)
     return {
         unit.stems[0]: _errors(block, unit, inputs, fitted, before, grids, fisher, spec)
         for unit in units
@@ -114,14 +114,14 @@ def _errors(
         coded = quantized_together(whole, fitted[gram], grid, spec).weight.dequantize()
         for linear, part in zip(linears, coded.split([len(weight) for weight in whole]), strict=True):
             linear.weight = nn.Parameter(part, requires_grad=False)
-        moved = [after - y for after, y in zip(_outputs(block, inputs), before, strict=True)]
+        moved = [after - y for after, y in zip(outputs(block, inputs), before, strict=True)]
         for linear, weight in zip(linears, whole, strict=True):
             linear.weight = nn.Parameter(weight, requires_grad=False)
-        costs[str(bits)] = sum(_squared_norm(e, fisher) for e in moved) / sum(len(e) for e in moved)
+        costs[str(bits)] = sum(squared_norm(e, fisher) for e in moved) / sum(len(e) for e in moved)
     return costs
 
 
-def _batches(block: Block, inputs: Tensor) -> Iterator[Tensor]:
+def batches(block: Block, inputs: Tensor) -> Iterator[Tensor]:
     """Inputs of a block, float32 [b, s, m] on its device, in batches."""
     for batch in torch.split(inputs, max(1, block.feed.batch_tokens // inputs.shape[1])):
         yield batch.to(block.device, torch.float32)
@@ -132,22 +132,24 @@ def _fitted(block: Block, inputs: Tensor) -> dict[str, Tensor]:
     """Second moments of the linears' inputs, [i, i], over the first half of every sample."""
     grams: dict[str, Gram] = {}
     with forward_precision(block.precision, block.device):
-        for batch in _batches(block, inputs):
+        for batch in batches(block, inputs):
             for name, x in block.activations(batch).items():
                 grams.setdefault(name, Gram(x.shape[-1], device=x.device)).update(x[:, : x.shape[1] // 2])
         return {name: gram.mean() for name, gram in grams.items()}
 
 
-def _outputs(block: Block, inputs: Tensor) -> list[Tensor]:
+def outputs(block: Block, inputs: Tensor) -> list[Tensor]:
     """The block's outputs for the second half, [tokens, m] per batch; float32, as bfloat16 is coarser than 8 bits."""
-    made = []
+    return [y[:, y.shape[1] // 2 :].flatten(0, 1) for y in all_outputs(block, inputs)]
+
+
+def all_outputs(block: Block, inputs: Tensor) -> list[Tensor]:
+    """The block's outputs, float32 [b, s, m] per batch."""
     with forward_precision("float32"):
-        for x in _batches(block, inputs):
-            y = block.layer.run(block.half, x, block.positions(x.shape[0]))
-            made.append(y[:, y.shape[1] // 2 :].flatten(0, 1))
-    return made
+        return [block.layer.run(block.half, x, block.positions(x.shape[0])) for x in batches(block, inputs)]
 
 
-def _squared_norm(error: Tensor, fisher: Tensor | None) -> float:
+def squared_norm(error: Tensor, fisher: Tensor | None) -> float:
+    """Sum of ``e F e^T`` over the rows of ``error``, [tokens, m]."""
     moved = error if fisher is None else error @ fisher
     return float((moved * error).sum())

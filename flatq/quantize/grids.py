@@ -46,18 +46,25 @@ def possible_grids(config: DecoderConfig, spec: GptqSpec | None) -> list[dict[st
     return [planned_grids(config, spec, dict.fromkeys(stems, bits)) for bits in sorted(set(spec.bit_choices))]
 
 
-def objections(config: DecoderConfig, spec: GptqSpec | None) -> list[str]:
-    """Messages with the reasons why a model of these widths cannot be quantized with ``spec``."""
+def objections(config: DecoderConfig, spec: GptqSpec | None, grids: Mapping[str, Grid] | None = None) -> list[str]:
+    """Messages with the reasons why a model of these widths cannot be quantized with ``spec``.
+
+    Args:
+        config: planned widths.
+        spec: the stage.
+        grids: of every weight; None are those of ``planned_grids``.
+    """
     if spec is None:
         return []
-    return _too_wide(config, spec) + unmatched(config, spec) + out_of_reach(config, spec)
+    planned = planned_grids(config, spec) if grids is None else grids
+    return _too_wide(config, planned) + unmatched(config, spec) + out_of_reach(config, spec)
 
 
-def _too_wide(config: DecoderConfig, spec: GptqSpec) -> list[str]:
+def _too_wide(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
     """A message if a group is larger than a row of its weight."""
     found: dict[str, list[str]] = {}
     sizes: set[int] = set()
-    for stem, grid in planned_grids(config, spec).items():
+    for stem, grid in grids.items():
         columns = config.d_model
         if (linear := Stem.parse(stem)) is not None:
             columns = linear.shape(config)[1]

@@ -207,6 +207,8 @@ class FlatSpec(Spec):
             return f"keeps {self.keep_ratio:.0%} of the decoder's parameters"
         if self.size is not None:
             return f"weights of {self.size}"
+        if self.decode_bytes is None:
+            return "widths from the budget"
         return f"{self.decode_bytes} read per token at a context of {self.cache_context:,}"
 
     @property

@@ -41,9 +41,10 @@ from flatq.recipe.blocks import (
     ModelSpec,
     Spec,
 )
+from flatq.recipe.budget import BudgetSpec
 from flatq.recipe.messages import explain, shown, written
 from flatq.recipe.reader import Document, Place, Unreadable, read
-from flatq.recipe.rules import broken_rules
+from flatq.recipe.rules import broken_rules, said_twice
 
 LARGEST_FILE = 1_000_000  # bytes
 
@@ -119,6 +120,9 @@ class Recipe(Spec):
     """The calibration text: its activations are the statistics that FLAT and GPTQ work on."""
     evaluation: Evaluation = (EvaluationSpec(),)
     """The text on which perplexity is measured, or a list of texts; reports lead with the first."""
+    budget: BudgetSpec | None = None
+    """One limit for the whole model, from which widths and bits of the stages are chosen; null leaves both to the
+    stages."""
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
     """The compression stages, in this order: flat, gptq, or both."""
     exports: Annotated[tuple[Export, ...], Field(strict=False)] = ()
@@ -209,7 +213,8 @@ class Recipe(Spec):
 
     def digest(self) -> str:
         """SHA-256 of the content, hexadecimal; comments, key order and explicit defaults do not change it."""
-        content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        values = self.model_dump(mode="json", exclude={"budget"} if self.budget is None else None)  # as before the key
+        content = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def problem(self, place: Place, sentence: str) -> str:
@@ -225,7 +230,7 @@ def explain_options(recipe: Recipe, index: int, options: type[BaseModel], error:
 
 def _validated(value: Any) -> tuple[Recipe | None, list[tuple[Place, str]]]:
     try:
-        return Recipe.model_validate(value), []
+        return Recipe.model_validate(value), list(said_twice(value))
     except ValidationError as error:
         wrong = explain(error, Recipe)
     if isinstance(value, dict):
@@ -234,7 +239,7 @@ def _validated(value: Any) -> tuple[Recipe | None, list[tuple[Place, str]]]:
         # pydantic runs the rules only if all fields are valid, so run them here; they also check export names.
         ruled = [("exports", "name"), ("exports", "verify")]
         wrong = [fault for fault in wrong if fault[0] and (fault[0][0], *fault[0][2:]) not in ruled]
-        wrong += broken_rules(value)
+        wrong += [*broken_rules(value), *said_twice(value)]
     return None, wrong
 
 

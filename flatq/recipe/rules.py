@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flatq.recipe.blocks import MOST_TOKENS, FlatSpec, rows_by_share
+from flatq.recipe.budget import LIMITS
 from flatq.recipe.reader import Place
 
 BUDGETS = ("keep_ratio", "size", "decode_bytes")
+CHOSEN = ("bits", "average_bits", "bit_choices", "group_size", "symmetric")  # keys of gptq that a budget chooses
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Broken = Iterator[tuple[Place, str]]
@@ -21,7 +23,10 @@ Broken = Iterator[tuple[Place, str]]
 
 def broken_rules(recipe: Mapping[str, Any]) -> Broken:
     """Each broken rule as (place, message)."""
-    yield from _stages(_entries(recipe, "stages"))
+    whole = recipe.get("budget")
+    yield from _stages(_entries(recipe, "stages"), whole is not None)
+    if isinstance(whole, Mapping):
+        yield from _budget(whole, recipe)
     yield from _exports(_entries(recipe, "exports"))
     yield from _calibration(recipe)
     yield from _evaluation(recipe)
@@ -29,12 +34,51 @@ def broken_rules(recipe: Mapping[str, Any]) -> Broken:
         yield (), "nothing to do; add at least one stage or one export"
 
 
-def _stages(entries: list[tuple[int, str, Any]]) -> Broken:
+def said_twice(recipe: Mapping[str, Any]) -> Broken:
+    """Keys of the gptq stage that are written although the block ``budget`` chooses their values.
+
+    Only for a file: a validated recipe has values for all keys.
+    """
+    if not isinstance(recipe.get("budget"), Mapping):
+        return
+    for index, kind, options in _entries(recipe, "stages"):
+        for key in CHOSEN if kind == "gptq" and isinstance(options, Mapping) else ():
+            if options.get(key) is not None:
+                yield (
+                    ("stages", index, kind, key),
+                    "the block `budget` chooses it; remove this key, restrict the choice with `bits` or `group_sizes` "
+                    "of the budget, or fix some linears with `overrides`",
+                )
+
+
+def _budget(spec: Mapping[str, Any], recipe: Mapping[str, Any]) -> Broken:
+    given = [key for key in LIMITS if spec.get(key) is not None]
+    if len(given) != 1:
+        examples = "size: 60MB, decode_bytes: 75MB, memory: 120MB"
+        yield ("budget",), f"{' and '.join(given) or 'no limit'} given; exactly one of {examples} is needed"
+    if spec.get("context") is not None and not {"decode_bytes", "memory"} & set(given):
+        yield ("budget", "context"), "only read with decode_bytes or memory; remove it, or give one of these limits"
+    if not _entries(recipe, "stages"):
+        yield ("budget",), "nothing to spend it on; add `- flat: {}` (widths), `- gptq: {}` (bits), or both to stages"
+    exports = _entries(recipe, "exports")
+    names = [options.get("name", form) if isinstance(options, Mapping) else form for _, form, options in exports]
+    if spec.get("export") is not None and spec["export"] not in names:
+        known = ", ".join(map(str, names)) or "none; remove this key, and the artifact is counted"
+        yield ("budget", "export"), f"{spec['export']!r:.60} is no export of this recipe; those are: {known}"
+    if isinstance(recipe.get("baselines"), list | tuple) and "quantized" in recipe["baselines"]:
+        yield (
+            ("baselines",),
+            "quantized is the model at the bits of the gptq stage, which a budget chooses; use same_bytes, or remove "
+            "it",
+        )
+
+
+def _stages(entries: list[tuple[int, str, Any]], budgeted: bool = False) -> Broken:
     seen: list[str] = []
     narrowing: Mapping[str, Any] = {}
     for index, kind, options in entries:
         if kind == "flat" and isinstance(options, Mapping):
-            yield from _flat(("stages", index, kind), options)
+            yield from _flat(("stages", index, kind), options, budgeted)
             narrowing = options
         if kind == "gptq" and isinstance(options, Mapping) and _number(options.get("correction")):
             yield from _corrected_twice(("stages", index, kind, "correction"), narrowing)
@@ -48,9 +92,16 @@ def _stages(entries: list[tuple[int, str, Any]]) -> Broken:
         seen.append(kind)
 
 
-def _flat(place: Place, options: Mapping[str, Any]) -> Broken:
+def _flat(place: Place, options: Mapping[str, Any], budgeted: bool) -> Broken:
     given = [key for key in BUDGETS if options.get(key) is not None]
-    if len(given) != 1:
+    if budgeted:
+        for key in given:
+            yield (*place, key), "the block `budget` is the limit; remove this key, or the block"
+        if options.get("allocation") not in (None, "curves"):
+            yield (*place, "allocation"), "a budget is spent by error curves; remove this key, or use `curves`"
+        if options.get("method") == "paper" and options.get("allocation") is None:
+            yield (*place, "method"), "a budget is spent by error curves; add `allocation: curves`, or remove this key"
+    elif len(given) != 1:
         examples = "keep_ratio: 0.8, size: 90MB, decode_bytes: 75MB"
         yield place, f"{' and '.join(given) or 'no budget'} given; exactly one of {examples} is needed"
     if options.get("context") is not None and "decode_bytes" not in given:

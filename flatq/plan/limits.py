@@ -1,0 +1,136 @@
+"""What a model costs in the unit of a budget: exact for a finished plan, and additive over matrices for the search.
+
+An exporter states the bytes of each matrix as it stores it (``Exporter.matrix_bytes``), so that nothing is bought that
+its files or its runtime do not save. A further limit is a further ``Prices``: any cost that is a sum over matrices and
+layers, in bytes or in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flatq.errors import RecipeError
+from flatq.export.planned import PlannedExport
+from flatq.model import footprint
+from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid
+from flatq.model.names import matrix_shape, stems_of
+from flatq.recipe.budget import BudgetSpec
+from flatq.units import parse_size, size_at_least
+
+MatrixPrice = Callable[[DecoderConfig, str, Grid | None], float]
+LayerPrice = Callable[[DecoderConfig, int], float]
+Exact = Callable[[DecoderConfig, Mapping[str, Grid]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """A limit, and what a model costs in its unit.
+
+    Attributes:
+        key: of the limit in the block ``budget``.
+        given: the limit as written in the recipe.
+        limit: largest allowed cost.
+        matrix: cost of one matrix (config of all widths, stem, grid).
+        layer: cost of one layer besides its matrices, such as its KV cache.
+        exact: cost of a whole model.
+        stored: bytes of one matrix in the files, by which the choices worth measuring are selected whatever the limit.
+        where: what is counted, in words.
+    """
+
+    key: str
+    given: str
+    limit: float
+    matrix: MatrixPrice
+    layer: LayerPrice
+    exact: Exact
+    stored: MatrixPrice
+    where: str
+
+    def rest(self, config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
+        """Cost of everything that the search does not price, for a model."""
+        matrices = sum(self.matrix(config, stem, grids.get(stem)) for stem in matrices_of(config))
+        layers = sum(self.layer(config, index) for index in range(len(config.layers)))
+        return self.exact(config, grids) - matrices - layers
+
+    def refusal(self, least: float) -> RecipeError:
+        """The error for a limit below ``least``, the smallest possible cost."""
+        return RecipeError(
+            f"budget.{self.key}: {self.given} cannot be reached: the smallest model that the stages can make takes "
+            f"{size_at_least(least)} ({self.where}); choose {size_at_least(least)} or more"
+        )
+
+
+def matrices_of(config: DecoderConfig) -> list[str]:
+    """Stems of all matrices; a tied head is the embedding."""
+    return [*stems_of(config), "embed", *(() if config.tied_head else ("head",))]
+
+
+def prices_of(budget: BudgetSpec, exports: Sequence[PlannedExport], itemsize: int) -> Prices:
+    """The limit of a recipe and its prices.
+
+    Args:
+        budget: the block of the recipe.
+        exports: of the recipe; ``budget.export`` is one of them.
+        itemsize: bytes of an unquantized number.
+    """
+    item = next((item for item in exports if budget.export in (None, item.name)), None)
+    matrix, cache, whole = _artifact(itemsize) if item is None else _export(item, itemsize)
+    named = "artifact" if item is None else f"export {item.name}"
+    context, given = budget.cache_context, getattr(budget, budget.key)
+    limit = float(parse_size(given))
+
+    def free(config: DecoderConfig, index: int) -> float:
+        return 0.0
+
+    def cached(config: DecoderConfig, index: int) -> float:
+        return cache(config, index, context)
+
+    def held(config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
+        return whole(config, grids) + sum(cached(config, index) for index in range(len(config.layers)))
+
+    def read(config: DecoderConfig, stem: str, grid: Grid | None) -> float:
+        return 0.0 if stem == "embed" and not config.tied_head else matrix(config, stem, grid)
+
+    def decoded(config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
+        weights = sum(read(config, stem, grids.get(stem)) for stem in matrices_of(config))
+        caches = sum(cached(config, index) for index in range(len(config.layers)))
+        return weights + caches + footprint.norm_bytes(config, itemsize)
+
+    if budget.key == "decode_bytes":
+        return Prices(budget.key, given, limit, read, cached, decoded, matrix, f"read by {named} per token")
+    if budget.key == "memory":
+        return Prices(budget.key, given, limit, matrix, cached, held, matrix, f"{named} and cache")
+    return Prices(budget.key, given, limit, matrix, free, whole, matrix, named)
+
+
+CachePrice = Callable[[DecoderConfig, int, int], float]
+
+
+def _artifact(itemsize: int) -> tuple[MatrixPrice, CachePrice, Exact]:
+    def matrix(config: DecoderConfig, stem: str, grid: Grid | None) -> float:
+        return footprint.matrix_bytes(matrix_shape(config, stem), grid, itemsize)
+
+    def cache(config: DecoderConfig, index: int, context: int) -> float:
+        return footprint.cache_bytes(config, index, config.layers[index], context)
+
+    def whole(config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
+        return footprint.weight_bytes(config, grids, itemsize)
+
+    return matrix, cache, whole
+
+
+def _export(item: PlannedExport, itemsize: int) -> tuple[MatrixPrice, CachePrice, Exact]:
+    exporter, options = item.exporter, item.options
+
+    def matrix(config: DecoderConfig, stem: str, grid: Grid | None) -> float:
+        return exporter.matrix_bytes(config, stem, grid, options, itemsize=itemsize)
+
+    def cache(config: DecoderConfig, index: int, context: int) -> float:
+        return exporter.cache_bytes(config, index, context, options)
+
+    def whole(config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
+        return exporter.bytes(config, grids, options, itemsize=itemsize)
+
+    return matrix, cache, whole
