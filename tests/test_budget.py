@@ -15,6 +15,7 @@ from flatq.compress.allocate import Curves
 from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.model.grid import Grid
+from flatq.needs import NEEDS, changes, facts, needs
 from flatq.plan.bought import bought
 from flatq.plan.joint import JointPlan, guessed, plan_jointly
 from flatq.plan.problem import problem_of
@@ -208,6 +209,23 @@ def test_a_damaged_measurement_is_made_again_and_an_interrupted_run_resumes(
     again = run_of(recipe, tmp_path / "b", "--measurements", tmp_path / "kept")
     assert resumed["result"]["perplexity"] == again["result"]["perplexity"]
     assert json.loads(kept.read_text())["result"] == json.loads(whole)["result"]
+
+
+def test_a_changed_limit_keeps_what_was_measured_and_other_prices_do_not() -> None:
+    def known(budget: str, exports: str = "[onnx: {}]") -> dict[str, Any]:
+        stages = "[flat: {}, gptq: {}]"
+        return facts(Recipe.parse(f"{HEAD}stages: {stages}\nbudget: {{{budget}}}\nexports: {exports}"))
+
+    def affected(other: dict[str, Any]) -> set[str]:
+        before = known("size: 60MB")
+        return {phase for phase in NEEDS if needs(phase, before) != needs(phase, other)}
+
+    walked = {"compress", "evaluate", "baseline-same_bytes", "cache-ranges"}
+    assert affected(known("size: 70MB")) == affected(known("memory: 70MB, context: 7")) == walked
+    assert affected(known("size: 60MB, bits: [4]")) == walked | {"choices"}
+    assert affected(known("size: 60MB", "[gguf: {}]")) == walked | {"choices"}
+    said = changes(known("size: 60MB"), known("size: 60MB", "[gguf: {}]"))
+    assert said == ["exports.gguf: added", "exports.onnx: removed"]
 
 
 def problem(flat: str = "{rank_multiple: 4, width_multiple: 16}", layers: int = 3) -> Any:

@@ -56,9 +56,9 @@ def affected(before: Recipe, after: Recipe, inputs: Content | None = None) -> se
         ({"bench": {}}, {*NEEDS}),
         ({"exports": []}, {*NEEDS}),
         ({"stages": [{"flat": FLAT | {"keep_ratio": 0.8}}, WHOLE["stages"][1]]},
-         {"self-text", "baseline", "sensitivity", "importance", "curves", "bits", "baseline-quantized"}),
+         {"self-text", "baseline", "sensitivity", "importance", "curves", "bits", "choices", "baseline-quantized"}),
         ({"stages": [{"flat": FLAT | {"ridge": 0.1}}, WHOLE["stages"][1]]},
-         {"self-text", "baseline", "sensitivity", "importance", "bits", "baseline-quantized"}),
+         {"self-text", "baseline", "sensitivity", "importance", "bits", "choices", "baseline-quantized"}),
         ({"stages": [{"flat": FLAT}, {"gptq": GPTQ | {"average_bits": 3.6}}]},
          {"self-text", "baseline", "sensitivity", "importance", "curves", "bits"}),
         ({"stages": [{"flat": FLAT}, {"gptq": GPTQ | {"average_bits": 3.5, "group_size": 32}}]},
@@ -78,7 +78,7 @@ def test_a_phase_depends_on_these_keys(changed: Content, kept: set[str]) -> None
         ({"tokens": {"calibration": 0, "judged": 4}}, {"self-text", "baseline"}),
         (
             {"tokens": {"calibration": 3, "judged": 0}},
-            {"self-text", "sensitivity", "importance", "curves", "bits", "compress", "cache-ranges"},
+            {"self-text", "sensitivity", "importance", "curves", "bits", "choices", "compress", "cache-ranges"},
         ),
         ({"source": 0}, {"self-text"}),
         ({"versions": 0}, {"self-text"}),
@@ -94,7 +94,8 @@ def test_what_plans_the_walk_is_part_of_what_the_artifact_depends_on() -> None:
     known = facts(parsed(WHOLE), INPUTS)
     for name in known:
         other = known | {name: "other"}
-        if any(needs(phase, known) != needs(phase, other) for phase in ("sensitivity", "importance", "curves", "bits")):
+        measured = ("sensitivity", "importance", "curves", "bits", "choices")
+        if any(needs(phase, known) != needs(phase, other) for phase in measured):
             assert needs("compress", known) != needs("compress", other), name
         if needs("compress", known) != needs("compress", other):
             assert needs("evaluate", known) != needs("evaluate", other), name
