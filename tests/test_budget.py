@@ -29,6 +29,7 @@ from tests.models import EXACT, RandomWeights, tiny_config
 HEAD = "version: 1\nmodel: some/model\n"
 STAGES: list[dict[str, Any]] = [{"flat": {"rank_multiple": 4, "width_multiple": 16}}, {"gptq": {}}]
 GROUPS = [16, 32, 64]
+FEW = {"group_sizes": [16, 32], "bits": [2, 4]}
 
 
 @pytest.mark.parametrize(
@@ -178,10 +179,8 @@ def test_another_limit_is_planned_from_the_measurements_of_the_first(
 ) -> None:
     """Nothing is measured again; the export meets its limit, and the report says what was bought."""
     sizes = {}
-    for name, limit in (("a", 58_000), ("b", 49_000)):
-        recipe = make_recipe(
-            name, stages=STAGES, budget={"size": f"{limit / 1000:g}kB", "group_sizes": GROUPS}, exports=[{"onnx": {}}]
-        )
+    for name, limit in (("a", 60_000), ("b", 52_000)):
+        recipe = make_recipe(name, stages=STAGES, budget=FEW | {"size": f"{limit / 1000:g}kB"}, exports=[{"onnx": {}}])
         report = run_of(recipe, tmp_path / name, "--measurements", tmp_path / "kept")
         artifact = Artifact.open(tmp_path / name)
         sizes[name] = report["exports"][0]["bytes"]
@@ -197,7 +196,7 @@ def test_another_limit_is_planned_from_the_measurements_of_the_first(
 def test_a_damaged_measurement_is_made_again_and_an_interrupted_run_resumes(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(stages=STAGES[1:], budget={"size": "62kB", "group_sizes": GROUPS})
+    recipe = make_recipe(stages=STAGES[1:], budget=FEW | {"size": "62kB"})
     with monkeypatch.context() as patch:
         patch.setattr("flatq.pipeline.run.compressed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert flatq("run", recipe, "--out", tmp_path / "a", "--measurements", tmp_path / "kept").exit_code == 130
