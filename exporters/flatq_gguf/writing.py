@@ -26,6 +26,7 @@ from flatq_gguf.k_quants import (
     tool,
 )
 from flatq_gguf.metadata import context_length, describe, dimension, file_name, most_common, tokenize
+from flatq_gguf.modelfile import write_modelfile
 from flatq_gguf.tensors import Contents, Planned
 from flatq_gguf.tokenizer import Vocabulary, read_vocabulary
 
@@ -60,10 +61,12 @@ def write_file(artifact: Artifact, out: Path, contents: Contents) -> Exported:
         rounding = max(rounding, GELU_KL)
     files = [path.replace(out / path.name) for path in sorted(growing.iterdir())]
     growing.rmdir()
+    notes = _notes(contents, planned, vocabulary, model_files(out), imatrix)
+    modelfile, note = write_modelfile(out, artifact, model_files(out), vocabulary, context_length(contents))
     return Exported(
         out,
-        tuple(files),
-        notes=tuple(_notes(contents, planned, vocabulary, model_files(out), imatrix)),
+        (*files, *modelfile),
+        notes=(*notes, *note),
         details={"architecture": contents.architecture.name},
         rounding_kl=rounding,
     )

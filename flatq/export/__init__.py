@@ -15,6 +15,7 @@ from flatq.artifact import (
     Artifact,
     save_shard,
 )
+from flatq.chats import TemplateRefuses, written_out
 from flatq.errors import ExportError, FlatqError, RecipeError, UnsupportedModel
 from flatq.export.hub import loading_faults, register_with_transformers
 from flatq.export.protocols import (
@@ -34,7 +35,7 @@ from flatq.model.hf_config import config_from_hf, config_to_hf
 from flatq.model.names import matrix_shape
 from flatq.model.weights import Weights, dense, tensor_shapes
 from flatq.sources.gguf_file import ROPE_DIVISORS, pairs_from_halves
-from flatq.tokenizer import chat_templates
+from flatq.tokenizer import chat_templates, end_tokens, open_tokenizer
 
 __all__ = [
     "ENERGIES",
@@ -58,6 +59,7 @@ __all__ = [
     "RecipeError",
     "Rope",
     "Runner",
+    "TemplateRefuses",
     "UnsupportedModel",
     "Weights",
     "__version__",
@@ -66,9 +68,11 @@ __all__ = [
     "config_from_hf",
     "config_to_hf",
     "dense",
+    "end_tokens",
     "file_digest",
     "loading_faults",
     "matrix_shape",
+    "open_tokenizer",
     "pairs_from_halves",
     "read_json",
     "register_with_transformers",
@@ -77,4 +81,5 @@ __all__ = [
     "tensor_shapes",
     "write_atomically",
     "write_json",
+    "written_out",
 ]

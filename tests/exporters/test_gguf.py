@@ -50,7 +50,7 @@ def export(artifact: Artifact, **options: Any) -> tuple[Exported, GgufOptions]:
 
 def read(exported: Exported) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata and tensors of all parts, by name."""
-    readers = [gguf.GGUFReader(file) for file in exported.files]
+    readers = [gguf.GGUFReader(file) for file in exported.files if file.suffix == ".gguf"]
     fields = {key: field.contents() for key, field in readers[0].fields.items()}
     return fields, {tensor.name: tensor for reader in readers for tensor in reader.tensors}
 
