@@ -67,6 +67,7 @@ app.command(name="init")(commands.initial)
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not verify exports; the report states it.")]
+PlanSpeed = Annotated[bool, typer.Option("--speed", help="Measure this CPU (once) and predict how fast exports are.")]
 NoDigests = Annotated[bool, typer.Option("--no-digests", help="Do not compare files with their digests.")]
 Provider = Annotated[str, typer.Option(help="Device of the runtime: auto, cpu or cuda.")]
 
@@ -148,14 +149,14 @@ def check(recipe: RecipeFile) -> None:
 
 
 @app.command()
-def plan(recipe: RecipeFile, device: Device = "auto") -> None:
+def plan(recipe: RecipeFile, device: Device = "auto", speed: PlanSpeed = False) -> None:
     """Predict parameters, file sizes, memory and a rough time; reads the model's shapes, not its weights."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
     from flatq.plan.preview import plan as planned
 
-    print(planned(checked, device=device))
+    print(planned(checked, device=device, speed=speed))
 
 
 @app.command()

@@ -20,6 +20,8 @@ from flatq.export import (
     ExportError,
     Grid,
     Runner,
+    SpeedLoad,
+    SpeedModel,
     absent_packages,
 )
 from flatq_onnx.check import INT8_SINCE, objections
@@ -68,6 +70,13 @@ class OnnxExporter(Exporter):
         """See ``flatq.export.Exporter.cache_bytes``."""
         return cached_bytes(config, index, context, options)
 
+    def speed_model(self, config: DecoderConfig, options: OnnxOptions, load: SpeedLoad) -> SpeedModel:
+        """See ``flatq.export.Exporter.speed_model``."""
+        _need(self.missing(options))
+        from flatq_onnx.speed import OnnxSpeed
+
+        return OnnxSpeed(config, options, load)
+
     def dense(self, options: OnnxOptions) -> OnnxOptions:
         """Options for the dense model: the same graph with unquantized weights, as external data to save memory."""
         plain = {"precision": options.activations, "cache_type": "float", "external_data_above": 0}
@@ -95,7 +104,11 @@ class OnnxExporter(Exporter):
 
         graph = save_model(artifact, out, options, metadata_of(artifact))
         companions, changes = write_companions(artifact, out, options, graph)
-        files = [*graph, *companions, Contract.of(artifact, options).save(out)]
+        files = [
+            *graph,
+            *companions,
+            Contract.of(artifact.config, artifact.grids, artifact.settings, options).save(out),
+        ]
         rounding = HALF_KL * (options.activations == "fp16") + INT8_CACHE_KL * (options.cache_type == "int8")
         return Exported(out, tuple(files), notes=(*_notes(artifact, options), *changes), rounding_kl=rounding)
 

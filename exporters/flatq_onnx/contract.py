@@ -6,13 +6,14 @@ of the layout.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from flatq.export import Artifact, ExportError, read_json, write_json
+from flatq.export import DecoderConfig, ExportError, Grid, read_json, write_json
 from flatq_onnx.check import oldest_onnxruntime
 from flatq_onnx.options import OnnxOptions
 
@@ -66,14 +67,15 @@ class Contract(BaseModel):
     cache: list[CacheShape]
 
     @classmethod
-    def of(cls, artifact: Artifact, options: OnnxOptions) -> Contract:
-        """The contract of an artifact's export."""
-        config = artifact.config
+    def of(
+        cls, config: DecoderConfig, grids: Mapping[str, Grid], settings: Mapping[str, Any], options: OnnxOptions
+    ) -> Contract:
+        """The contract of the export of an artifact's ``config``, ``grids`` and ``settings``."""
         reduced = options.attention == "reduced"
         pairs = [f"{index}.{part}" for index in range(len(config.layers)) for part in ("key", "value")]
         return cls(
             model=options.model_file,
-            onnxruntime=oldest_onnxruntime(config, artifact.grids, options),
+            onnxruntime=oldest_onnxruntime(config, grids, options),
             attention=options.attention,
             precision=options.precision,
             left_padding=not options.fused_rope,
@@ -83,7 +85,7 @@ class Contract(BaseModel):
             context_length=options.positions(config),
             sliding_window=config.sliding_window,
             vocab=config.vocab,
-            token_ids={name: value for name, value in artifact.settings.items() if name.endswith("_token_id")},
+            token_ids={name: value for name, value in settings.items() if name.endswith("_token_id")},
             inputs=[
                 "input_ids",
                 "attention_mask",

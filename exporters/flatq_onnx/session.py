@@ -103,7 +103,7 @@ def open_session(
     """
     wanted = _choose(provider)
     output = _preloaded() if wanted == CUDA else ""
-    options, switched_off = _options(threads, level)
+    options, switched_off = session_options(threads, level)
     source: str | bytes = str(path)
     if exact and codes:
         source = _with_float_activations(path)
@@ -138,7 +138,7 @@ def _preloaded() -> str:
     return " ".join(output.getvalue().split())
 
 
-def _options(threads: int, level: str) -> tuple[Any, tuple[str, ...]]:
+def session_options(threads: int, level: str = DEFAULT_LEVEL) -> tuple[Any, tuple[str, ...]]:
     """Options of a session, and the optimizers that are disabled."""
     options = ort.SessionOptions()
     options.graph_optimization_level, switched_off = LEVELS[level]

@@ -15,6 +15,7 @@ from flatq.artifact import (
     Artifact,
     save_shard,
 )
+from flatq.cache import recall, remember
 from flatq.chats import TemplateRefuses, written_out
 from flatq.errors import ExportError, FlatqError, RecipeError, UnsupportedModel
 from flatq.export.hub import loading_faults, register_with_transformers
@@ -27,7 +28,9 @@ from flatq.export.protocols import (
     absent_packages,
     require_positions,
 )
+from flatq.export.speed import Grids, Seconds, SpeedLoad, SpeedModel
 from flatq.files import file_digest, read_json, write_atomically, write_json
+from flatq.machine.environment import cpu_name
 from flatq.model.decoder import LINEARS, DecoderConfig, LayerDims, Rope
 from flatq.model.families import FAMILIES
 from flatq.model.grid import Grid, QuantizedWeight
@@ -53,12 +56,16 @@ __all__ = [
     "FlatqError",
     "FloatArray",
     "Grid",
+    "Grids",
     "IntArray",
     "LayerDims",
     "QuantizedWeight",
     "RecipeError",
     "Rope",
     "Runner",
+    "Seconds",
+    "SpeedLoad",
+    "SpeedModel",
     "TemplateRefuses",
     "UnsupportedModel",
     "Weights",
@@ -67,6 +74,7 @@ __all__ = [
     "chat_templates",
     "config_from_hf",
     "config_to_hf",
+    "cpu_name",
     "dense",
     "end_tokens",
     "file_digest",
@@ -75,7 +83,9 @@ __all__ = [
     "open_tokenizer",
     "pairs_from_halves",
     "read_json",
+    "recall",
     "register_with_transformers",
+    "remember",
     "require_positions",
     "save_shard",
     "tensor_shapes",

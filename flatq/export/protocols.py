@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 from flatq.artifact import Artifact
 from flatq.errors import ExportError, RecipeError
+from flatq.export.speed import SpeedLoad, SpeedModel
 from flatq.model import footprint
 from flatq.model.decoder import DecoderConfig
 from flatq.model.footprint import weight_bytes
@@ -191,6 +192,21 @@ class Exporter(ABC):
     def needs_cache_ranges(self, options: Any) -> bool:
         """Whether ``write`` needs ``Artifact.cache_ranges``, as for a format with a quantized KV cache."""
         return False
+
+    def speed_model(self, config: DecoderConfig, options: Any, load: SpeedLoad) -> SpeedModel:
+        """Predicted times of exports of a model on this machine, on the CPU, for any widths and grids.
+
+        Kernels are measured when a prediction needs them, and cached for this machine.
+
+        Args:
+            config: the widths before compression, the largest that a plan has.
+            options: an instance of ``Options``.
+            load: context, prompt and threads of the prediction.
+
+        Raises:
+            ExportError: this exporter, or this one with these options, cannot predict speed.
+        """
+        raise ExportError("this exporter cannot predict speed; limit the size, or use an exporter that can (onnx)")
 
     def dense(self, options: Any) -> Any | None:
         """Options for exporting the dense model for the same runtime; None if that is not supported."""

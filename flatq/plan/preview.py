@@ -17,6 +17,8 @@ from flatq.plan.decide import drafted
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
 from flatq.plan.objections import absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
+from flatq.plan.speeds import predicted_speeds
+from flatq.quantize.grids import planned_grids
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source, open_named
 
@@ -55,8 +57,13 @@ def _warnings(recipe: Recipe, exports: list[PlannedExport]) -> list[str]:
     return [f"! {problem}" for problem in absent_packages(exports, recipe)]
 
 
-def plan(recipe: Recipe, *, device: str = "auto") -> str:
+def plan(recipe: Recipe, *, device: str = "auto", speed: bool = False) -> str:
     """Predicted parameters, sizes, memory and time, from the model's shapes alone.
+
+    Args:
+        recipe: to plan.
+        device: of the computation.
+        speed: predict the speed of the exports too, from this machine's kernels, which may have to be measured.
 
     Raises:
         RecipeError: an exporter does not support the planned model.
@@ -67,5 +74,9 @@ def plan(recipe: Recipe, *, device: str = "auto") -> str:
     ranges = needs_cache_ranges(exports)
     phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
     text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases, grids)
+    if speed:
+        narrowed = config.with_layers(planned.layers)
+        chosen = planned_grids(narrowed, recipe.gptq) if grids is None else grids
+        text += "".join(f"{line}\n" for line in predicted_speeds(recipe, config, narrowed, chosen, exports))
     said = [*tokenizer_cautions(source), *_warnings(recipe, exports)]
     return text + "".join(f"{warning}\n" for warning in said)
