@@ -66,6 +66,7 @@ app.command(name="init")(commands.initial)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
+Measured = Annotated[Path | None, typer.Option(help="Folder with what budgets are planned from, for several runs.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not verify exports; the report states it.")]
 PlanSpeed = Annotated[bool, typer.Option("--speed", help="Measure this CPU (once) and predict how fast exports are.")]
 NoDigests = Annotated[bool, typer.Option("--no-digests", help="Do not compare files with their digests.")]
@@ -113,9 +114,7 @@ def run(
         typer.Option("--forecast", help="Predict time and memory first, and report them with the measurements."),
     ] = False,
     memory: Annotated[str | None, typer.Option(help="Limit of RAM, such as 6GB; sets the batch sizes.")] = None,
-    measurements: Annotated[
-        Path | None, typer.Option(help="Folder that keeps what a budget is planned from, for several runs.")
-    ] = None,
+    measurements: Measured = None,
     no_verify: NoVerify = False,
     no_digests: NoDigests = False,
 ) -> None:
@@ -130,8 +129,8 @@ def run(
     from flatq.pipeline.run import run as run_recipe
 
     asked: dict[str, Any] = {"memory": memory_of(memory), "predict": forecast, "verify": not no_verify}
-    asked["measurements"] = measurements
-    done = run_recipe(checked, out, device=device, fresh=fresh, check=not no_digests, **asked)
+    asked |= {"measurements": measurements, "fresh": fresh, "check": not no_digests}
+    done = run_recipe(checked, out, device=device, **asked)
     if done is not None:
         print(done)
     distributed.leave()
@@ -149,14 +148,14 @@ def check(recipe: RecipeFile) -> None:
 
 
 @app.command()
-def plan(recipe: RecipeFile, device: Device = "auto", speed: PlanSpeed = False) -> None:
+def plan(recipe: RecipeFile, device: Device = "auto", speed: PlanSpeed = False, measurements: Measured = None) -> None:
     """Predict parameters, file sizes, memory and a rough time; reads the model's shapes, not its weights."""
     from flatq.recipe.grammar import Recipe
 
     checked = Recipe.load(recipe)
     from flatq.plan.preview import plan as planned
 
-    print(planned(checked, device=device, speed=speed))
+    print(planned(checked, device=device, speed=speed, measurements=measurements))
 
 
 @app.command()
@@ -343,8 +342,8 @@ def summary(file: Path) -> str:
         recipe = Recipe.load(file)
     except RecipeError as error:
         return f"not usable: {error.problems[0]}"
-    flat = [f"budget: {recipe.budget.words}"] if recipe.budget else []
-    flat += [f"flat {recipe.flat.budget}"] if recipe.flat else []
+    flat = [f"flat {recipe.flat.budget}"] if recipe.flat else []
     gptq = [f"gptq {recipe.gptq.bits} bit, groups of {recipe.gptq.group_size}"] if recipe.gptq else []
+    stages = flat + gptq if recipe.budget is None else [f"budget: {recipe.budget.words}"]
     exports = [f"to {', '.join(export.name for export in recipe.exports)}"] if recipe.exports else []
-    return f"{recipe.model.path}: {'; '.join(flat + gptq + exports)}"
+    return f"{recipe.model.path}: {'; '.join(stages + exports)}"

@@ -24,7 +24,7 @@ MODEL = ("model", "inputs.source", "inputs.versions")
 OBSERVED = (*MODEL, "calibration.precision", "calibration.states", "inputs.tokens.calibration")
 PRICED = "priced"  # the exports of a recipe with a budget, which is spent at their prices
 BUILT = (*OBSERVED, "stages", "budget", PRICED)
-LIMITED = ("-budget.size", "-budget.decode_bytes", "-budget.memory", "-budget.context")
+LIMITED = ("-budget.size", "-budget.decode_bytes", "-budget.memory", "-budget.max_damage", "-budget.context")
 JUDGED = "inputs.tokens.judged"
 NEEDS: dict[str, tuple[str, ...]] = {
     "self-text": ("model", "calibration", "evaluation"),

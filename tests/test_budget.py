@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flatq.artifact import Artifact
 from flatq.compress.allocate import Curves
@@ -16,8 +18,9 @@ from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.model.grid import Grid
 from flatq.needs import NEEDS, changes, facts, needs
+from flatq.pipeline.fit import WALKS, search
 from flatq.plan.bought import bought
-from flatq.plan.joint import JointPlan, guessed, plan_jointly
+from flatq.plan.joint import JointPlan, guessed, plan_jointly, plan_of_loss
 from flatq.plan.problem import problem_of
 from flatq.quantize.choice_errors import choice_errors
 from flatq.quantize.choices import Choice, ChoiceUnit, layer_units, table_units
@@ -83,11 +86,11 @@ def test_all_mistakes_of_a_budget_are_told_at_once() -> None:
 def test_recipes_without_a_budget_keep_their_digest() -> None:
     plain = Recipe.parse(HEAD + "stages: [gptq: {}]")
     spelt = Recipe.parse(HEAD + "stages: [gptq: {}]\nbudget: null")
-    given = [Recipe.parse(HEAD + f"stages: [gptq: {{}}]\nbudget: {{size: {size}}}") for size in ("1MB", "2MB")]
+    limited = [Recipe.parse(HEAD + f"stages: [gptq: {{}}]\nbudget: {{size: {size}}}") for size in ("1MB", "2MB")]
     assert plain.digest() == spelt.digest()
-    assert len({plain.digest(), *(recipe.digest() for recipe in given)}) == 3
-    again = Recipe.model_validate(given[0].model_dump())
-    assert again.model_dump() == given[0].model_dump()
+    assert len({plain.digest(), *(recipe.digest() for recipe in limited)}) == 3
+    again = Recipe.model_validate(limited[0].model_dump())
+    assert again.model_dump() == limited[0].model_dump()
 
 
 SPEC = GptqSpec()
@@ -150,7 +153,7 @@ def test_a_table_that_stays_has_no_error_and_a_tied_one_both(tmp_path: Path) -> 
 def test_unquantized_linears_of_a_unit_have_no_part_in_its_error(tmp_path: Path) -> None:
     tokens = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
     stems = tuple(f"layers.0.{name}" for name in "qkv")
-    grids = {
+    grids: dict[str, dict[str, Grid | None]] = {
         "all": dict.fromkeys(stems, GRIDS[0]),
         "q": dict.fromkeys(stems) | {stems[0]: GRIDS[0]},
         "no": dict.fromkeys(stems),
@@ -189,6 +192,11 @@ def test_another_limit_is_planned_from_the_measurements_of_the_first(
         for what in ("error_curves", "choice_errors", "output_sensitivity"):
             monkeypatch.setattr(f"flatq.plan.measure.{what}", lambda *_, **__: pytest.fail("measured again"))
     assert sizes["b"] < sizes["a"]
+    planned = flatq("plan", recipe, "--measurements", tmp_path / "kept")
+    assert next(line for line in report["notes"] if line.startswith("budget: ")) in planned.stdout
+    other = flatq("plan", recipe, "--measurements", tmp_path / "none")
+    assert "holds no measurements of this model, text and choices" in other.stdout
+    assert artifact.bytes() != sizes["b"], "files of the export, not of the artifact"
     kept = {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()}
     assert kept == {"curves", "choices", "sensitivity"}
 
@@ -281,3 +289,49 @@ def test_check_and_plan_know_a_budget(make_recipe: MakeRecipe) -> None:
     assert "widths and bits depend on measurements during the run" in planned.stdout
     small = make_recipe("small", stages=STAGES, budget={"size": "1kB", "group_sizes": GROUPS}, exports=[{"onnx": {}}])
     assert "budget.size: 1kB cannot be reached: the smallest model" in flatq("check", small).stderr
+
+
+def stub(predicted: float) -> JointPlan:
+    dims = replace(tiny_config().layers[0], d_ff=int(1e6 * predicted))
+    return JointPlan(RankPlan((dims,), 0, 1 / predicted, "max_damage"), {}, predicted, 0.0)
+
+
+@given(st.floats(0.02, 2), st.floats(0.3, 20), st.floats(0.6, 1.6))
+def test_the_search_for_a_damage_ends_close_below_it(wanted: float, scale: float, power: float) -> None:
+    """However far predictions are from what is measured, as long as they grow together."""
+    walks = search(wanted, stub, lambda _, plan: scale * plan.predicted**power)
+    kept = [walk.damage for walk in walks if walk.damage <= wanted]
+    assert len(walks) <= WALKS
+    assert kept
+    assert max(kept) > 0.5 * wanted
+    assert [walk.number for walk in walks] == list(range(len(walks)))
+
+
+def test_a_search_ends_where_plans_stay_the_same() -> None:
+    walks = search(0.1, lambda _: stub(0.01), lambda number, plan: 0.02)
+    assert len(walks) == 1
+
+
+def test_a_damage_that_no_walk_keeps_is_refused_with_one_that_is(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatq.pipeline.fit._damage", lambda _, number, *__: 0.9 - 0.1 * number)
+    recipe = make_recipe(stages=STAGES[1:], budget={"max_damage": 0.01, "group_sizes": [32], "bits": [2, 4]})
+    shown = flatq("run", recipe, "--out", tmp_path / "a")
+    assert shown.exit_code == 2
+    said = " ".join(shown.stderr.split())
+    assert "budget.max_damage: 0.01 was kept by none of" in said
+    assert "or more, or give more calibration text" in said
+
+
+def test_the_smallest_plan_of_a_predicted_loss() -> None:
+    of = problem()
+    some = guessed(of)
+    losses = [plan_jointly(of, some, limit).predicted for limit in (40_000, 60_000)]
+    for loss in (losses[1], sum(losses) / 2, losses[0]):
+        plan = plan_of_loss(of, some, loss)
+        assert plan.predicted <= loss
+        assert plan.ranks.requested == plan.ranks.achieved
+        smaller = plan_jointly(of, some, 0.99 * plan.ranks.achieved)
+        assert smaller.predicted > 0.9 * loss
+    assert plan_of_loss(of, some, 0.0).predicted == plan_jointly(of, some, 1e9).predicted

@@ -428,6 +428,17 @@ def _(runs: Runs) -> None:
     assert spent(made)["budget"] == "memory"
 
 
+@case("budget.max_damage")
+def _(runs: Runs) -> None:
+    made = [budgeted(runs, max_damage=limit) for limit in (0.4, 0.1)]
+    for limit, each in zip((0.4, 0.1), made, strict=True):
+        lost = max(text["damage"] for text in each.report["quality"])
+        assert 0.3 * limit < lost <= limit
+        assert any(line.startswith(f"max_damage {limit}: {lost:.3f} nats lost") for line in each.report["notes"])
+        assert len([phase for phase in each.report["timing"] if phase.startswith("fit-")]) <= 5
+    assert made[0].artifact.bytes() < made[1].artifact.bytes()
+
+
 @case("budget.context")
 def _(runs: Runs) -> None:
     short, usual = (budgeted(runs, decode_bytes="85kB", context=context) for context in (32, 64))

@@ -30,6 +30,7 @@ from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
 from flatq.pipeline.baselines import baseline_artifacts, quantized_baselines
 from flatq.pipeline.build import build
+from flatq.pipeline.fit import fitted
 from flatq.pipeline.quality import dense_quality, export_quality, log_quality, model_quality, stop_if_ruined
 from flatq.pipeline.tasks import require_tasks, task_results
 from flatq.pipeline.texts import run_tokens
@@ -116,7 +117,8 @@ def _run(
             expected = folder.phase("forecast", lambda: expectations(job, exports), dict[str, Any])
         dense = DenseStates(source, folder.work / "dense-states", device=device)
         folder.phase("baseline", lambda: dense_quality(dense, tokens.evaluation), dict[str, float])
-        plan, grids, spent = decided(job, exports)
+        fits = recipe.budget is not None and recipe.budget.max_damage is not None
+        plan, grids, spent = fitted(job, exports, dense, origins) if fits else decided(job, exports)
         for line in spent:
             log.info(line)
         raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)

@@ -25,7 +25,8 @@ def bought(problem: Problem, plan: JointPlan, *, measured: bool = True) -> list[
         measured: False if errors were guessed, so predicted losses mean nothing.
     """
     dense, planned, prices = problem.config, problem.config.with_layers(plan.ranks.layers), problem.prices
-    lines = [f"budget: {size(plan.ranks.achieved)} of {size(prices.limit)} ({prices.where})"]
+    limit = "" if prices.limit == float("inf") else f" of {size(prices.limit)}"
+    lines = [f"budget: {size(plan.ranks.achieved)}{limit} ({prices.where})"]
     if measured:
         lines[0] += f"; predicted loss {plan.predicted:.3f} nats per token"
         if plan.from_widths > 0:

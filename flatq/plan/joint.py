@@ -30,6 +30,7 @@ from flatq.plan.problem import Problem
 from flatq.quantize.choices import Choice, ChoiceUnit
 
 MOST_WIDTHS = 64  # of one half layer that are tried
+BISECTIONS = 30  # of the limit for a predicted loss
 ATTEMPTS = 12  # to meet the limit where the size of an export is not the sum of its matrices
 HALVES = {"d_v": (0, 1), "d_ff": (2, 3)}  # the width of each half layer, and its units in ``quantize.bits.UNITS``
 
@@ -95,6 +96,28 @@ def plan_jointly(problem: Problem, measured: Measured, limit: float | None = Non
     if not found:
         raise problem.prices.refusal(min(plan.ranks.achieved for plan in cheapest))
     return min(found, key=lambda plan: plan.predicted)
+
+
+def plan_of_loss(problem: Problem, measured: Measured, loss: float) -> JointPlan:
+    """The smallest plan whose predicted loss is at most ``loss``, in nats; the best plan if none has so little.
+
+    Args:
+        problem: the model, its units and prices.
+        measured: by ``plan.measure``.
+        loss: predicted.
+    """
+    items = items_of(problem, measured)
+    points = [frontier(item.variants) for item in items]
+    low, high = sum(some[0].cost for some in points), sum(some[-1].cost for some in points)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        found = spend(points, middle)
+        if found is not None and total(found)[1] / 2 <= loss:
+            high = middle
+        else:
+            low = middle
+    plan = _made(problem, items, spend(points, high) or [some[-1] for some in points], 0.0)
+    return replace(plan, ranks=replace(plan.ranks, requested=plan.ranks.achieved))
 
 
 def _within(

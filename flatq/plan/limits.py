@@ -7,6 +7,7 @@ layers, in bytes or in seconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Prices:
     Attributes:
         key: of the limit in the block ``budget``.
         given: the limit as written in the recipe.
-        limit: largest allowed cost.
+        limit: largest allowed cost; infinite for a limit that is no cost (``max_damage``).
         matrix: cost of one matrix (config of all widths, stem, grid).
         layer: cost of one layer besides its matrices, such as its KV cache.
         exact: cost of a whole model.
@@ -79,7 +80,7 @@ def prices_of(budget: BudgetSpec, exports: Sequence[PlannedExport], itemsize: in
     matrix, cache, whole = _artifact(itemsize) if item is None else _export(item, itemsize)
     named = "artifact" if item is None else f"export {item.name}"
     context, given = budget.cache_context, getattr(budget, budget.key)
-    limit = float(parse_size(given))
+    limit = math.inf if budget.key == "max_damage" else float(parse_size(given))
 
     def free(config: DecoderConfig, index: int) -> float:
         return 0.0
@@ -102,7 +103,7 @@ def prices_of(budget: BudgetSpec, exports: Sequence[PlannedExport], itemsize: in
         return Prices(budget.key, given, limit, read, cached, decoded, matrix, f"read by {named} per token")
     if budget.key == "memory":
         return Prices(budget.key, given, limit, matrix, cached, held, matrix, f"{named} and cache")
-    return Prices(budget.key, given, limit, matrix, free, whole, matrix, named)
+    return Prices(budget.key, f"{given}", limit, matrix, free, whole, matrix, named)
 
 
 CachePrice = Callable[[DecoderConfig, int, int], float]

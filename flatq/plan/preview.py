@@ -6,17 +6,24 @@ the import of torch.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from flatq.calibration.self_text import SelfText
+from flatq.calibration.tokens import self_tokens, token_batches
 from flatq.compress.plan import RankPlan
 from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
 from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
+from flatq.plan.bought import bought
 from flatq.plan.decide import drafted
 from flatq.plan.describe import described, explanation, forecast
 from flatq.plan.forecast import forecasts
+from flatq.plan.joint import plan_jointly, plan_of_loss
+from flatq.plan.measure import keys_of, known
 from flatq.plan.objections import absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
+from flatq.plan.problem import problem_of
 from flatq.plan.speeds import predicted_speeds
 from flatq.quantize.grids import planned_grids
 from flatq.recipe.grammar import Recipe
@@ -52,18 +59,37 @@ def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, 
     return source, planned, grids
 
 
+def _bought(recipe: Recipe, exports: list[PlannedExport], measurements: Path) -> list[str]:
+    """What the budget buys, from the measurements of earlier runs with this model, text and choices."""
+    source, text = open_named(recipe.model), recipe.calibration
+    with tempfile.TemporaryDirectory() as place:
+        writes = self_tokens(text, recipe.evaluation) > 0
+        writer = SelfText(source, Path(place), precision=text.precision) if writes else None
+        tokens = token_batches(text, recipe.evaluation, source.tokenizer(), writer)
+    problem = problem_of(recipe, source.config, exports, source.dtype.itemsize)
+    found = known(measurements, keys_of(recipe, source, tokens.calibration, problem))
+    if found is None:
+        return [f"{measurements}: holds no measurements of this model, text and choices; `flatq run` makes them"]
+    limit = None if recipe.budget is None else recipe.budget.max_damage
+    if limit is None:
+        return bought(problem, plan_jointly(problem, found))
+    return ["the first of a few walks for max_damage:", *bought(problem, plan_of_loss(problem, found, limit))]
+
+
 def _warnings(recipe: Recipe, exports: list[PlannedExport]) -> list[str]:
     """Missing packages, as warnings: the recipe may be meant for another machine."""
     return [f"! {problem}" for problem in absent_packages(exports, recipe)]
 
 
-def plan(recipe: Recipe, *, device: str = "auto", speed: bool = False) -> str:
+def plan(recipe: Recipe, *, device: str = "auto", speed: bool = False, measurements: Path | None = None) -> str:
     """Predicted parameters, sizes, memory and time, from the model's shapes alone.
 
     Args:
         recipe: to plan.
         device: of the computation.
         speed: predict the speed of the exports too, from this machine's kernels, which may have to be measured.
+        measurements: folder of earlier runs; if it has what a budget is planned from, the text is also what the budget
+            buys, in words.
 
     Raises:
         RecipeError: an exporter does not support the planned model.
@@ -79,4 +105,6 @@ def plan(recipe: Recipe, *, device: str = "auto", speed: bool = False) -> str:
         chosen = planned_grids(narrowed, recipe.gptq) if grids is None else grids
         text += "".join(f"{line}\n" for line in predicted_speeds(recipe, config, narrowed, chosen, exports))
     said = [*tokenizer_cautions(source), *_warnings(recipe, exports)]
+    if measurements is not None and recipe.budget is not None:
+        said = [*_bought(recipe, exports, measurements), *said]
     return text + "".join(f"{warning}\n" for warning in said)

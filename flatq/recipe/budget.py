@@ -8,7 +8,7 @@ from pydantic import Field
 
 from flatq.recipe.blocks import CONTEXT, Bits, GroupSize, Size, Spec
 
-LIMITS = ("size", "decode_bytes", "memory")
+LIMITS = ("size", "decode_bytes", "memory", "max_damage")
 
 
 class BudgetSpec(Spec):
@@ -20,6 +20,9 @@ class BudgetSpec(Spec):
     """Limit: bytes read from memory per decoded token, weights as the export stores them and KV cache together."""
     memory: Size | None = None
     """Limit: bytes of the export's files and of the KV cache at the context length."""
+    max_damage: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Limit: nats lost per token on any text of the evaluation; the result is the smallest model that keeps it, found
+    by a few walks."""
     export: Annotated[str, Field(min_length=1)] | None = None
     """Name of the export whose files are counted; null is the first. Without exports the artifact is counted."""
     context: Annotated[int, Field(ge=1, le=2**24)] | None = None
@@ -47,5 +50,6 @@ class BudgetSpec(Spec):
         return {
             "size": f"files of {given}",
             "decode_bytes": f"{given} read per token{at}",
+            "max_damage": f"the smallest model that loses at most {given} nats per token",
             "memory": f"{given} of weights and cache{at}",
         }[self.key]

@@ -54,7 +54,7 @@ def said_twice(recipe: Mapping[str, Any]) -> Broken:
 def _budget(spec: Mapping[str, Any], recipe: Mapping[str, Any]) -> Broken:
     given = [key for key in LIMITS if spec.get(key) is not None]
     if len(given) != 1:
-        examples = "size: 60MB, decode_bytes: 75MB, memory: 120MB"
+        examples = "size: 60MB, decode_bytes: 75MB, memory: 120MB, max_damage: 0.1"
         yield ("budget",), f"{' and '.join(given) or 'no limit'} given; exactly one of {examples} is needed"
     if spec.get("context") is not None and not {"decode_bytes", "memory"} & set(given):
         yield ("budget", "context"), "only read with decode_bytes or memory; remove it, or give one of these limits"
