@@ -167,6 +167,15 @@ def test_the_digest_changes_with_every_value(old: str, new: str) -> None:
             "stages: [{flat: {keep_ratio: 0.8, method: paper, correction: 0.1}}, {gptq: {correction: 1}}]",
             "already corrects 0.1 of the error with respect to the dense",
         ),
+        ("stages: [{gptq: {tune_steps: -1}}]", "gptq.tune_steps: -1 is not allowed; a whole number in [0, "),
+        (
+            "stages: [{gptq: {correction: 0.5, tune_steps: 9}}]",
+            "stages[0].gptq.tune_steps: trains towards the outputs before rounding, which undoes `correction`",
+        ),
+        (
+            "calibration: {dataset: c4, samples: 1}\nstages: [{gptq: {tune_steps: 8}}]",
+            "stages[0].gptq.tune_steps: a tenth of the sequences is held out of the training; set calibration",
+        ),
         ("stages: [{gptq: {correction: 1.5}}]", "1.5 is not allowed; a number in [0, 1]"),
         ("stages: [{gptq: {}}, {gptq: {}}]", "stages[1]: a second gptq stage; keep one"),
         ("stages: []", "nothing to do; add at least one stage or one export"),

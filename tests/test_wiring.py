@@ -727,6 +727,16 @@ def _(runs: Runs) -> None:
     assert strayed(runs, half) < 0.98 * strayed(runs, none)
 
 
+@case("gptq.tune_steps")
+def _(runs: Runs) -> None:
+    stage, rows = GPTQ | {"bits": 2, "symmetric": False}, {"samples": 96}
+    without, tuned = (runs(stages=[{"gptq": stage | {"tune_steps": s}}], calibration=rows) for s in (0, 120))
+    alike = {n: float((without.codes(n).codes == tuned.codes(n).codes).float().mean()) for n in bits_of(without)}
+    assert 0.5 < min(alike.values()) < 0.99
+    assert strayed(runs, tuned) < 0.95 * strayed(runs, without)
+    assert tuned.errors(0) != without.errors(0)
+
+
 @case("gptq.overrides")
 def _(runs: Runs) -> None:
     made = gptq(runs, overrides={"*.down": {"bits": 8}, "layers.0.down": {"bits": 4}})

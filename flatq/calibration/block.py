@@ -34,6 +34,7 @@ class Block:
     reference: Reference | None = None
     out: HiddenStates | None = None
     moments: frozenset[str] = MOMENTS
+    ahead: HiddenStates | None = None
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)
     drift: Tensor | None = None
@@ -113,13 +114,29 @@ class Block:
         self.together("inputs")
         return self.feed.everyone()
 
+    def scratch(self) -> Tensor:
+        """Space for numbers of the shape of all inputs, [samples, s, d_model], until the loop body ends.
+
+        One process takes the file that the walk writes the block's outputs to after the loop body; several processes
+        share that file, so rank 0 then takes memory.
+        """
+        if self.ahead is None or distributed.size() > 1:
+            return torch.empty(self.feed.states.shape)
+        return self.ahead.states
+
+    def forget(self) -> None:
+        """Release the resident pages of inputs and scratch space."""
+        self.feed.forget()
+        if self.ahead is not None:
+            self.ahead.forget()
+
     def answer(self, command: str) -> None:
-        """Take part in what the loop body does with this block on rank 0."""
+        """Take part in what the loop body does with this block on rank 0; ``wait`` only shows that rank 0 is alive."""
         if command == "observe":
             self.observe()
         elif command == "inputs":
             self.inputs()
-        else:
+        elif command != "wait":
             raise ValueError(f"{self.place}: unknown command {command!r}")
 
     def activations(self, x: Tensor) -> dict[str, Tensor]:

@@ -100,6 +100,7 @@ def walk(
             Reference(dense[now], dense[then], lag) if reference else None,
             feeds[then] if unchanged else None,
             moments,
+            ahead=feeds[then],
             notes=notes,
         )
         if distributed.first():

@@ -22,6 +22,7 @@ from flatq.calibration.perplexity import LOGITS_AT_ONCE
 from flatq.calibration.self_text import SIDE_BY_SIDE, writing_bytes
 from flatq.calibration.states import WORKING_SET, activation_bytes
 from flatq.calibration.tokens import self_tokens
+from flatq.calibration.training import STEP_TOKENS
 from flatq.compress import error_curves
 from flatq.errors import RecipeError
 from flatq.machine.memory import give_back, rss_bytes
@@ -123,6 +124,9 @@ def working_bytes(
     narrowing = max(eliminating, fitting) if recipe.flat is not None else 0
     solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
     rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
+    # Position, best one, decoded weight, codes, scales, range and two gradients; three times the activations of a step.
+    training = 8 * half + 3 * activation_bytes(config) * max(STEP_TOKENS, text.seq_len)
+    tuning = training if recipe.gptq is not None and recipe.gptq.tune_steps else 0
     outputs = 6 * min(bit_errors.TOKENS, text.samples * text.seq_len) * m  # three versions of half of the outputs
     chooses = recipe.budget is not None
     quantizes_head = recipe.gptq is not None and (chooses or recipe.gptq.embedding is not None)
@@ -144,7 +148,7 @@ def working_bytes(
         "importance": max(2 * half + batch, embedding),
         "bits": max(half + 4 * m**2 + outputs + max(batch + 2 * grams, grams + 16 * f**2 + solved), embedding),
         "choices": max(half + 4 * m**2 + outputs + max(batch + 4 * grams, 2 * grams + 16 * f**2 + solved), judging),
-        "compress": max(half + max(batch + grams, narrowing, rounding), heading),
+        "compress": max(half + max(batch + grams, narrowing, rounding + tuning), heading),
         "evaluate": evaluated,
         "cache-ranges": ranging,
     }

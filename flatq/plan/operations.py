@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from flatq.calibration.self_text import SIDE_BY_SIDE
+from flatq.calibration.training import CHECKS, HELD_OUT, STEP_TOKENS
 from flatq.machine.precision import resolved
 from flatq.machine.speed import Speed
 from flatq.model.decoder import DecoderConfig, LayerDims
@@ -24,6 +25,7 @@ from flatq.stages import dense_states_needed
 DOUBLE = 2.5  # cost of float64 products and factorizations, relative to float32 products
 PASSES = 12 * len(CLIPS) + 60  # float32 passes over a weight: scale search and column loop of GPTQ
 CHOICES = 6  # grids that a budget typically chooses from
+STEP_PASSES = 40  # float32 passes over a weight in a step of training: decoding, its gradient, the update
 READING = 12  # bytes moved for each weight that is read and converted to float32
 
 
@@ -168,6 +170,12 @@ def _layer_rounded(dims: LayerDims, m: int) -> Operations:
     return found
 
 
+def _tuned(config: DecoderConfig, steps: int, t: int, s: int) -> Operations:
+    """Training of codes and scales: the outputs to reach, the steps (a backward pass is two forward), the checks."""
+    passes = t + CHECKS * t / HELD_OUT + 3 * steps * s * max(1, STEP_TOKENS // s)
+    return _passed(config, t, s, passes / t) + Operations(moved=4 * STEP_PASSES * steps * config.decoder_parameters())
+
+
 def _bits(recipe: Recipe, config: DecoderConfig, t: int, s: int) -> Operations:
     """Measurement of bit errors: GPTQ of each unit with each choice, and a float32 forward pass of its block."""
     assert recipe.gptq is not None
@@ -207,6 +215,8 @@ def _compressed(recipe: Recipe, config: DecoderConfig, planned: DecoderConfig, t
         found += Operations(t * (_grams(before, m) + drift), _narrowed(recipe, before, after, m))
         if recipe.gptq is not None:
             found += _layer_rounded(after, m)
+    if recipe.gptq is not None and recipe.gptq.tune_steps:
+        found += _tuned(planned, recipe.gptq.tune_steps, t, s)
     if recipe.gptq is not None and recipe.gptq.embedding is not None:
         found += Operations(t * m**2) + _rounded(config.vocab, m)
     return found

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from flatq.calibration.block import Block
 from flatq.calibration.grams import Gram, finite
+from flatq.calibration.training import OutputTraining
 from flatq.errors import NumericsError
-from flatq.linalg import drift_correction
+from flatq.linalg import drift_correction, relative_energy
 from flatq.model.grid import Grid, QuantizedWeight, round_to_nearest
 from flatq.model.names import Stem
-from flatq.model.weights import Weights, dense
+from flatq.model.weights import HALVES, Weights, dense
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE, GptqResult, gptq
+from flatq.quantize.tuned import TunedCodes
 from flatq.recipe.blocks import GptqSpec
 
 REMEDY = "check the source checkpoint for damage, or leave it as it is: `quantize: false` for its name in `overrides`"
@@ -53,6 +55,7 @@ class GptqStage:
         """Measure the block's Grams if no earlier stage did, then quantize its linears."""
         grams = block.observe()
         groups, problems = [], []
+        solved: dict[str, Tensor] = {}
         for gram, names in READERS[block.half]:
             for grid, some in self._by_grid(block.index, names).items():
                 weights: list[Tensor] = [getattr(block.layer, name).weight for name in some]
@@ -62,9 +65,13 @@ class GptqStage:
                 if self.spec.correction:
                     weights = corrected(block, gram, weights, self.spec.correction)
                 groups.append(some)
+                solved |= dict(zip(some, weights, strict=True))
                 problems.append((weights, grams[gram], grid))
+        training = OutputTraining(block) if self.spec.tune_steps and solved else None
         for group, result in zip(groups, self._solved(problems), strict=True):
             _place(block, group, result, self.spec.damping)
+        if training is not None:
+            tune(block, training, solved, self.spec.tune_steps)
 
     def _solved(self, problems: Sequence[tuple[Sequence[Tensor], Gram, Grid]]) -> list[GptqResult]:
         """Solve two problems in parallel, each with half of the threads: the column loop uses only one thread."""
@@ -90,6 +97,24 @@ class GptqStage:
             if grid is not None:
                 found.setdefault(grid, []).append(name)
         return found
+
+
+def tune(block: Block, training: OutputTraining, weights: Mapping[str, Tensor], steps: int) -> None:
+    """Train the codes and scales of a quantized half layer towards its output before it was quantized.
+
+    Args:
+        block: with GPTQ's solution.
+        training: made before the block was quantized.
+        weights: what GPTQ quantized, [o, i], by name of the linear.
+        steps: number of steps.
+    """
+    trained = TunedCodes(block.quantized, weights, steps)
+    training.run(trained, steps, seed=len(HALVES) * block.index + HALVES.index(block.half))
+    reads = {name: gram for gram, names in READERS[block.half] for name in names}
+    for name, codes in trained.codes().items():
+        block.quantize(name, codes)
+        lost = weights[name] - codes.dequantize()
+        block.errors[name] = relative_energy(lost, weights[name], block.grams[reads[name]].mean())
 
 
 @torch.inference_mode()

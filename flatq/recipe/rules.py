@@ -27,6 +27,7 @@ def broken_rules(recipe: Mapping[str, Any]) -> Broken:
     yield from _stages(_entries(recipe, "stages"), whole is not None)
     if isinstance(whole, Mapping):
         yield from _budget(whole, recipe)
+    yield from _tuned(recipe)
     yield from _exports(_entries(recipe, "exports"))
     yield from _calibration(recipe)
     yield from _evaluation(recipe)
@@ -124,6 +125,17 @@ def _corrected_twice(place: Place, flat: Mapping[str, Any]) -> Broken:
             f"the flat stage already corrects {stage.parts.correction} of the error with respect to the dense model; "
             "remove this key, or set correction: 0 in the flat stage",
         )
+
+
+def _tuned(recipe: Mapping[str, Any]) -> Broken:
+    for index, kind, options in _entries(recipe, "stages"):
+        if kind != "gptq" or not isinstance(options, Mapping) or not _number(options.get("tune_steps")):
+            continue
+        place: Place = ("stages", index, kind, "tune_steps")
+        if _number(options.get("correction")):
+            yield place, "trains towards the outputs before rounding, which undoes `correction`; remove one of the two"
+        if _mapping(recipe, "calibration").get("samples") == 1:
+            yield place, "a tenth of the sequences is held out of the training; set calibration.samples to 2 or more"
 
 
 def _number(value: Any) -> bool:
