@@ -63,10 +63,13 @@ class Verbs(TyperGroup):
 app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 
 app.command(name="init")(commands.initial)
+app.command()(commands.sweep)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
-Measured = Annotated[Path | None, typer.Option(help="Folder with what budgets are planned from, for several runs.")]
+Measured = Annotated[
+    Path | None, typer.Option(help="Folder that keeps measurements of the dense model, for several runs.")
+]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not verify exports; the report states it.")]
 PlanSpeed = Annotated[bool, typer.Option("--speed", help="Measure this CPU (once) and predict how fast exports are.")]
 NoDigests = Annotated[bool, typer.Option("--no-digests", help="Do not compare files with their digests.")]
@@ -128,7 +131,7 @@ def run(
     from flatq.machine import distributed
     from flatq.pipeline.run import run as run_recipe
 
-    asked: dict[str, Any] = {"memory": memory_of(memory), "predict": forecast, "verify": not no_verify}
+    asked: dict[str, Any] = {"memory": commands.memory_of(memory), "predict": forecast, "verify": not no_verify}
     asked |= {"measurements": measurements, "fresh": fresh, "check": not no_digests}
     done = run_recipe(checked, out, device=device, **asked)
     if done is not None:
@@ -318,20 +321,6 @@ def schema() -> None:
     from flatq.recipe.grammar import json_schema
 
     print(json.dumps(json_schema(), indent=2))
-
-
-def memory_of(text: str | None) -> int | None:
-    """The value of ``--memory`` in bytes.
-
-    Raises:
-        RecipeError: it is not a size.
-    """
-    from flatq.units import parse_size
-
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise RecipeError(f"--memory: {error}") from error
 
 
 def summary(file: Path) -> str:

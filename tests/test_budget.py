@@ -198,7 +198,7 @@ def test_another_limit_is_planned_from_the_measurements_of_the_first(
     assert "holds no measurements of this model, text and choices" in other.stdout
     assert artifact.bytes() != sizes["b"], "files of the export, not of the artifact"
     kept = {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()}
-    assert kept == {"curves", "choices", "sensitivity"}
+    assert kept == {"baseline", "curves", "choices", "dense", "sensitivity"}
 
 
 def test_a_damaged_measurement_is_made_again_and_an_interrupted_run_resumes(

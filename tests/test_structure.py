@@ -23,7 +23,7 @@ FLOORS = [
     "cli", "verbs", "doctor", "sweep", "pipeline", "plan", "stages", "report", "evaluate", "integrity", "job",
     "compress",
     "export", "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "phases", "needs",
-    "chats", "tokenizer", "model", "recipe",
+    "kept", "chats", "tokenizer", "model", "recipe",
     "machine", "units", "linalg", "digests", "cache", "files", "errors",
 ]  # fmt: skip
 ENTRIES = ("__init__", "__main__")  # the package itself, which names things of every floor

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatq.cli import memory_of
 from flatq.errors import RecipeError
 from flatq.recipe.blocks import FlatSpec
+from flatq.sweep.commands import memory_of
 from flatq.units import number, parse_size, seconds, size, size_at_least, speed, times
 
 

@@ -30,6 +30,7 @@ from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
 from flatq.pipeline.baselines import baseline_artifacts, quantized_baselines
 from flatq.pipeline.build import build
+from flatq.pipeline.dense import dense_once
 from flatq.pipeline.fit import fitted
 from flatq.pipeline.quality import dense_quality, export_quality, log_quality, model_quality, stop_if_ruined
 from flatq.pipeline.tasks import require_tasks, task_results
@@ -70,7 +71,7 @@ def run(
         predict: forecast time and memory first, and report the forecast together with the measurements.
         verify: False writes exports without verification, which the report states.
         check: False does not compare the files of a finished run with their digests.
-        measurements: folder that keeps what a budget is planned from, for runs with another limit.
+        measurements: folder that keeps the measurements of the dense model, for other runs of the same model.
 
     Raises:
         FlatqError: ``exit_code`` is 2 if the recipe or something that it refers to is wrong, 3 if a stage failed.
@@ -94,7 +95,7 @@ def _run(
     device: str,
     memory: int | None,
     predict: bool,
-    measurements: Path | None = None,
+    measurements: Path | None,
 ) -> Path | None:
     raise_absent_packages(exports, recipe)
     require_tasks(recipe, folder)
@@ -106,7 +107,7 @@ def _run(
     for caution in cautions:
         log.warning(caution)
     with folder.working():
-        tokens = run_tokens(recipe, source, folder, device)
+        tokens = run_tokens(recipe, source, folder, device, measurements or folder.work)
         origins = distributed.on_first(lambda: provenance(recipe, source, tokens))
         fixed = {name: origins[name] for name in ("source", "tokens", "versions")}
         distributed.on_first(lambda: folder.depend_on(fixed))
@@ -115,8 +116,8 @@ def _run(
         expected: dict[str, Any] = {}
         if predict:
             expected = folder.phase("forecast", lambda: expectations(job, exports), dict[str, Any])
-        dense = DenseStates(source, folder.work / "dense-states", device=device)
-        folder.phase("baseline", lambda: dense_quality(dense, tokens.evaluation), dict[str, float])
+        dense = DenseStates(source, job.dense_states, device=device)
+        job.measured("baseline", lambda: dense_quality(dense, tokens.evaluation), dict[str, float])
         fits = recipe.budget is not None and recipe.budget.max_damage is not None
         plan, grids, spent = fitted(job, exports, dense, origins) if fits else decided(job, exports)
         for line in spent:
@@ -268,7 +269,10 @@ def benched(job: Job, exports: list[PlannedExport], artifact: Artifact, *, compl
     if job.recipe.bench is None:
         return []
 
+    def beside(recipe: Recipe) -> list[dict[str, Any]]:
+        return measured(recipe, job.source, job.folder, exports, baseline_artifacts(job, artifact.bytes()))
+
     def measure() -> list[dict[str, Any]]:
-        return measured(job.recipe, job.source, job.folder, exports, baseline_artifacts(job, artifact.bytes()))
+        return dense_once(job, exports, beside)
 
     return job.folder.phase("bench", measure, list[dict[str, Any]]) if complete else measure()

@@ -17,13 +17,16 @@ from flatq.run_folder import RunFolder
 from flatq.sources.source import Source, open_named
 
 
-def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str) -> Tokens:
+def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str, place: Path) -> Tokens:
     """The tokens of a run; generating text with the model is a separate phase.
+
+    Args:
+        place: folder of the generated text, which may be that of several runs: its files are found by what they hold.
 
     Raises:
         RecipeError: a text cannot be read or generated, or is too short.
     """
-    writer = SelfText(source, folder.work / "self-text", device, recipe.calibration.precision)
+    writer = SelfText(source, place / "self-text", device, recipe.calibration.precision)
 
     def drawn() -> Tokens:
         return distributed.on_first(lambda: _drawn(recipe, source.tokenizer(), source.config.vocab, writer))

@@ -108,9 +108,9 @@ def rank_plan(job: Job) -> RankPlan:
         measure_sensitivity(job)
     measured: dict[str, Any] = {}
     if spec.parts.allocation == "curves":
-        measured["curves"] = folder.phase("curves", curves, list[Curves])
+        measured["curves"] = job.measured("curves", curves, list[Curves])
     elif spec.parts.allocation == "iprs":
-        measured["importance"] = folder.phase("importance", importance, list[float])
+        measured["importance"] = job.measured("importance", importance, list[float])
     return plan_ranks(config, spec, **measured, gptq=recipe.gptq, itemsize=job.itemsize)
 
 
@@ -126,4 +126,4 @@ def bit_plan(job: Job, plan: RankPlan) -> dict[str, Grid]:
         return bit_errors(source, job.tokens.calibration, spec, fisher, folder.work, execution=job.execution)
 
     measure_sensitivity(job)
-    return planned_grids(config, spec, choose(config, spec, folder.phase("bits", errors, dict[str, dict[str, float]])))
+    return planned_grids(config, spec, choose(config, spec, job.measured("bits", errors, dict[str, dict[str, float]])))

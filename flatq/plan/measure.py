@@ -111,6 +111,9 @@ def measure_sensitivity(job: Job, keys: dict[str, str] | None = None) -> None:
     target = job.folder.work / FILE
 
     def compute() -> None:
+        if distributed.first():
+            target.unlink(missing_ok=True)  # it may be a link to a kept file, see ``flatq.kept``
+        distributed.barrier()
         if kept is not None and distributed.broadcast(kept.is_file()):
             if distributed.first():
                 shutil.copyfile(kept, target)
@@ -123,7 +126,10 @@ def measure_sensitivity(job: Job, keys: dict[str, str] | None = None) -> None:
             shutil.copyfile(target, partial)
             partial.replace(kept)
 
-    job.folder.phase("sensitivity", compute, NoneType)
+    if keys is None:
+        job.measured("sensitivity", compute, NoneType, file=FILE)
+    else:
+        job.folder.phase("sensitivity", compute, NoneType)
 
 
 def _shared(job: Job, key: str, name: str, compute: Callable[[], T], kind: type[T]) -> T:

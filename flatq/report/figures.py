@@ -60,7 +60,7 @@ STYLE = {
 def rank_profile(report: Report) -> str:
     """Widths of value heads and MLP in each layer, dense and kept."""
     with matplotlib.rc_context(STYLE):
-        figure, (heads, mlp) = _panels(1, 2, height=2.7)
+        figure, (heads, mlp) = new_panels(1, 2, height=2.7)
         for axes, width, title in ((heads, "d_v", "Value head width d_v"), (mlp, "d_ff", "MLP width d_ff")):
             where = [layer.index for layer in report.layers]
             axes.bar(where, [getattr(layer.dense, width) for layer in report.layers], 0.82, color=DENSE, alpha=0.35)
@@ -68,7 +68,7 @@ def rank_profile(report: Report) -> str:
             axes.set_title(title)
             _by_layer(axes)
         heads.legend(["dense", "kept"], loc="upper left", ncols=2, bbox_to_anchor=(0.48, 1.18))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def narrowing_costs(report: Report) -> str:
@@ -77,7 +77,7 @@ def narrowing_costs(report: Report) -> str:
     if not layers:
         return ""
     with matplotlib.rc_context(STYLE):
-        figure, panels = _panels(1, 2, height=3.0)
+        figure, panels = new_panels(1, 2, height=3.0)
         for axes, part, width, title in zip(
             panels, ("value", "mlp"), ("d_v", "d_ff"), ("Value heads", "MLP channels"), strict=True
         ):
@@ -90,7 +90,7 @@ def narrowing_costs(report: Report) -> str:
             axes.set_xlabel("fraction removed", loc="right")
             axes.set_yscale("symlog", linthresh=max(1e-12, 1e-4 * max(p[1] for e in layers for p in e.curves[part])))
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def layer_errors(report: Report) -> str:
@@ -103,7 +103,7 @@ def layer_errors(report: Report) -> str:
         groups = [(names, title) for names, title in ((narrowing, "Narrowing"), (rounding, "Rounding")) if names]
         if not groups:
             return ""
-        figure, panels = _panels(1, len(groups), height=2.9)
+        figure, panels = new_panels(1, len(groups), height=2.9)
         for axes, (names, title) in zip(panels, groups, strict=True):
             for place, name in enumerate(names):
                 points = [(layer.index, layer.errors[name]) for layer in report.layers if name in layer.errors]
@@ -115,7 +115,7 @@ def layer_errors(report: Report) -> str:
             axes.set_ylim(bottom=0)
             axes.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=7, handlelength=1.4, columnspacing=0.9)
             _by_layer(axes)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def size_and_speed(report: Report) -> str:
@@ -137,10 +137,10 @@ def size_and_speed(report: Report) -> str:
     with matplotlib.rc_context(STYLE):
         rows, columns = (len(panels) + 1) // 2, min(2, len(panels))
         tallest = max(len(bars) for _, bars in panels)
-        figure, grid = _panels(rows, columns, height=rows * (0.62 + 0.3 * tallest))
+        figure, grid = new_panels(rows, columns, height=rows * (0.62 + 0.3 * tallest))
         for axes, (title, bars) in zip(grid, panels, strict=True):
             _bars(axes, title, bars)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def quality_by_text(report: Report) -> str:
@@ -150,7 +150,7 @@ def quality_by_text(report: Report) -> str:
     texts = sorted(report.quality, key=lambda text: text.calibrated)
     thick = 0.8 / len(models)
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _panels(1, 1, height=0.9 + len(texts) * (0.25 + 0.26 * len(models)))
+        figure, (axes,) = new_panels(1, 1, height=0.9 + len(texts) * (0.25 + 0.26 * len(models)))
         for place, (name, measured) in enumerate(models):
             found = {text.text: text for text in measured}
             rows = [(row, found[text.text]) for row, text in enumerate(texts) if text.text in found]
@@ -177,7 +177,7 @@ def quality_by_text(report: Report) -> str:
         axes.grid(visible=False, axis="y")
         if len(models) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=6)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def kl_by_position(report: Report) -> str:
@@ -186,7 +186,7 @@ def kl_by_position(report: Report) -> str:
     if not texts:
         return ""
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _panels(1, 1, height=2.7)
+        figure, (axes,) = new_panels(1, 1, height=2.7)
         for place, text in enumerate(texts):
             length, parts = text.tokens // text.rows, len(text.kl_by_position)
             x = [length * (part + 0.5) / parts for part in range(parts)]
@@ -196,7 +196,7 @@ def kl_by_position(report: Report) -> str:
         axes.set_xlabel("position in the row", loc="right")
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=6)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _bars(axes: Any, title: str, bars: list[Any]) -> None:
@@ -229,12 +229,13 @@ def _by_layer(axes: Any) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _panels(rows: int, columns: int, *, height: float) -> tuple[Figure, list[Any]]:
+def new_panels(rows: int, columns: int, *, height: float) -> tuple[Figure, list[Any]]:
+    """A figure with panels side by side or below each other, row by row."""
     figure = Figure(figsize=(10, height), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.08))
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
     """The figure as an SVG element with the page's colours."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -52,31 +52,40 @@ def qualities(report: Report) -> list[tuple[TextQuality, str]]:
     return sorted(found, key=lambda pair: order.index(pair[0].text))
 
 
-def render(report: Report, template: str) -> str:
-    """Render a template of this folder."""
-    from flatq.report import figures  # imports matplotlib, which only a finished run needs
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+def environment(*folders: Path) -> jinja2.Environment:
+    """Jinja with the filters of the reports, for the templates of this folder and of others."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "speed": speed, "seconds": seconds, "number": number, "times": times}
-    environment.filters["with_error"] = with_error
-    return environment.get_template(template).render(
-        report=report,
-        findings=findings(report),
-        dense=report.bench_of(BASELINE),
-        error_names=list(dict.fromkeys(name for layer in report.layers for name in layer.errors)),
-        recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True).rstrip(),
-        qualities=qualities(report),
-        tasks=task_cells(report.tasks),
-        texts=lambda: figures.quality_by_text(report),
-        positions=lambda: figures.kl_by_position(report),
-        ranks=lambda: figures.rank_profile(report),
-        costs=lambda: figures.narrowing_costs(report),
-        errors=lambda: figures.layer_errors(report),
-        bars=lambda: figures.size_and_speed(report),
+    found.filters |= {"size": size, "speed": speed, "seconds": seconds, "number": number, "times": times}
+    found.filters["with_error"] = with_error
+    return found
+
+
+def render(report: Report, template: str) -> str:
+    """Render a template of this folder."""
+    from flatq.report import figures  # imports matplotlib, which only a finished run needs
+
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            report=report,
+            findings=findings(report),
+            dense=report.bench_of(BASELINE),
+            error_names=list(dict.fromkeys(name for layer in report.layers for name in layer.errors)),
+            recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True).rstrip(),
+            qualities=qualities(report),
+            tasks=task_cells(report.tasks),
+            texts=lambda: figures.quality_by_text(report),
+            positions=lambda: figures.kl_by_position(report),
+            ranks=lambda: figures.rank_profile(report),
+            costs=lambda: figures.narrowing_costs(report),
+            errors=lambda: figures.layer_errors(report),
+            bars=lambda: figures.size_and_speed(report),
+        )
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,3 +32,79 @@ def initial(
         raise RecipeError(f"--out {file}: exists; choose another file")
     write_atomically(file, initial_recipe(model, limit=size, to=to, file=str(file)).encode())
     print(file)
+
+
+RecipeFile = Annotated[Path, typer.Argument(help="The base recipe.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder; runs/RECIPE-sweep-DIGEST if not given.")]
+Pick = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Write the recipe of the best point that satisfies size=90MB, tokens_per_second=250, "
+        "prefill_tokens_per_second=900 or max_damage=0.1 to picked.yaml; repeatable."
+    ),
+]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
+Memory = Annotated[str | None, typer.Option(help="Limit of RAM, such as 6GB; sets the batch sizes.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not verify exports; the reports state it.")]
+NoQuantized = Annotated[
+    bool, typer.Option("--no-quantized", help="Do not add runs that only quantize, for comparison.")
+]
+
+
+def sweep(
+    recipe: RecipeFile,
+    grid: Annotated[
+        list[str], typer.Option(help="KEY=VALUE,VALUE with a key such as gptq.bits; repeatable.", show_default=False)
+    ],
+    out: Out = None,
+    pick: Pick = None,
+    device: Device = "auto",
+    memory: Memory = None,
+    no_quantized: NoQuantized = False,
+    no_verify: NoVerify = False,
+) -> None:
+    """Run every combination of a grid; the dense model is measured once. The same command resumes.
+
+    Writes a table (sweep.md), a page with the trade-off between quality, size and speed (sweep.html) and sweep.json.
+    """
+    from flatq.recipe.grammar import Recipe
+
+    base = Recipe.load(recipe)
+    from flatq.sweep.grid import axes_of, combinations
+
+    axes = axes_of(grid)
+    run_all(base, axes, combinations(base, axes, alone=not no_quantized), out, pick, device, memory, no_verify)
+
+
+def run_all(
+    base: Any,
+    axes: Any,
+    points: Any,
+    out: Path | None,
+    pick: list[str] | None,
+    device: str,
+    memory: str | None,
+    no_verify: bool,
+) -> None:
+    """Run the combinations of a sweep or a front and print its folder."""
+    from flatq.sweep.choice import wishes_of
+
+    wishes = wishes_of(pick or [])
+    from flatq.sweep.running import sweep as run_sweep
+
+    settings: dict[str, Any] = {"device": device, "memory": memory_of(memory), "verify": not no_verify}
+    print(run_sweep(base, axes, points, out, wishes=wishes, **settings))
+
+
+def memory_of(text: str | None) -> int | None:
+    """The value of ``--memory`` in bytes.
+
+    Raises:
+        RecipeError: it is not a size.
+    """
+    from flatq.units import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise RecipeError(f"--memory: {error}") from error
