@@ -64,6 +64,7 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_show_locals
 
 app.command(name="init")(commands.initial)
 app.command()(commands.sweep)
+app.command()(commands.front)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]

@@ -22,7 +22,7 @@ from tests.conftest import MakeRecipe
 
 VERBS = [
     "init", "run", "check", "plan", "export", "verify", "bench", "eval", "compare", "generate", "ls", "doctor",
-    "schema", "sweep",
+    "schema", "sweep", "front",
 ]  # fmt: skip
 GOOD = "version: 1\nmodel: a/b\nstages: [{flat: {keep_ratio: 0.7}}, {gptq: {}}]\nexports: [{onnx: {name: mine}}]\n"
 BAD = "version: 1\nmodel: a/b\nstages: [{flat: {keep_ratio: 70}}, {gptq: {'[b]its': 4}}]\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +39,9 @@ def test_the_recipe_of_a_tiny_model_runs_unchanged(
     assert [text.calibrated for text in report.quality] == [False, True], "the first text was not calibrated on"
 
 
-def test_every_key_of_the_recipe_has_a_comment_before_it(tiny_model: Path) -> None:
-    lines = initial_recipe(str(tiny_model)).splitlines()
+@pytest.mark.parametrize("limit", [None, "80kB"])
+def test_every_key_of_the_recipe_has_a_comment_before_it(tiny_model: Path, limit: str | None) -> None:
+    lines = initial_recipe(str(tiny_model), limit=limit).splitlines()
     keys = [number for number, line in enumerate(lines) if line.strip() and not line.strip().startswith("#")]
     blocks = ("calibration:", "stages:", "- gptq:", "exports:", "dataset:", "- {dataset")
     for number in keys:
@@ -81,28 +83,26 @@ def test_a_format_gets_what_it_can_store(tiny_model: Path, to: str, grid: tuple[
     assert (spec.embedding is not None) == coded
 
 
-def sizes(tiny_model: Path, to: str) -> list[int]:
-    """The possible sizes, smallest first."""
-    source = initial.open_model(str(tiny_model))
-    target = initial._target(source, to)
-    return sorted({target.bytes(source.config, spec) for spec in initial._possible(target, source.config)})
+@pytest.mark.parametrize(("to", "narrows"), [("onnx", True), ("gguf", True), ("safetensors", True)])
+def test_a_size_is_the_budget_of_all_stages(tiny_model: Path, to: str, narrows: bool) -> None:
+    recipe = Recipe.parse(initial_recipe(str(tiny_model), limit="120kB", to=to))
+    assert recipe.budget is not None
+    assert (recipe.budget.size, recipe.budget.export) == ("120kB", to)
+    assert (recipe.flat is not None, recipe.gptq is not None) == (narrows, True)
 
 
-@pytest.mark.parametrize("to", ["onnx", "gguf"])
-def test_the_largest_quantization_that_fits_is_chosen(tiny_model: Path, to: str) -> None:
-    source = initial.open_model(str(tiny_model))
-    target, possible = initial._target(source, to), sizes(tiny_model, to)
-    for wanted, limit in ((possible[0], possible[0]), (possible[1], possible[2] - 1), (possible[-1], 10**9)):
-        choice = initial._choice(target, source.config, limit)
-        assert target.bytes(source.config, choice.spec) == wanted
-        assert not choice.flat
+def test_a_format_without_other_widths_gets_a_budget_of_bits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatq_onnx import OnnxExporter
 
+    real = OnnxExporter.check
 
-def test_a_size_below_4_bits_narrows(tiny_model: Path) -> None:
-    limit = int(0.95 * sizes(tiny_model, "onnx")[0])
-    recipe = Recipe.parse(initial_recipe(str(tiny_model), limit=f"{limit / 1000:.1f}kB", to="onnx"))
-    assert recipe.flat is not None
-    assert recipe.gptq is not None
+    def check(self: Any, config: Any, grids: Any, options: Any) -> list[str]:
+        ranks = {dims.d_v for dims in config.layers}
+        return ["one rank for all layers"] if len(ranks) > 1 else real(self, config, grids, options)
+
+    monkeypatch.setattr(OnnxExporter, "check", check)
+    recipe = Recipe.parse(initial_recipe(str(tiny_model), limit="80kB", to="onnx"))
+    assert (recipe.flat, recipe.gptq is not None) == (None, True)
 
 
 def test_an_impossible_size_is_an_error_before_a_file_is_written(tiny_model: Path, tmp_path: Path) -> None:

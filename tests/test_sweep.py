@@ -22,6 +22,7 @@ from flatq.recipe.grammar import Recipe
 from flatq.report.render import read_report
 from flatq.sweep import running
 from flatq.sweep.choice import by_bytes, front, picked, verdicts, wishes_of
+from flatq.sweep.front import sizes_of, with_budget
 from flatq.sweep.grid import ALONE, axes_of, combinations, put
 from flatq.sweep.points import Point, Sweep
 from flatq.sweep.running import read_sweep
@@ -478,6 +479,78 @@ def test_a_sweep_that_is_killed_in_its_second_run_ends_with_the_same_bytes(
     assert digests(out / first) == before
     for name in (first, second):
         assert digests(out / name / "artifact") == digests(finished / name / "artifact")
+
+
+# --- fronts
+
+
+@pytest.mark.parametrize(
+    ("text", "points", "values"),
+    [
+        ("50MB..120MB", 2, ("50MB", "120MB")),
+        ("50MB..120MB", 8, ("50MB", "60MB", "70MB", "80MB", "90MB", "100MB", "110MB", "120MB")),
+        ("1GB..2GB", 4, ("1GB", "1.333GB", "1.667GB", "2GB")),
+        ("900kB .. 1.1MB", 3, ("900kB", "1000kB", "1.1MB")),
+    ],
+)
+def test_sizes_are_evenly_spaced_with_both_ends(text: str, points: int, values: tuple[str, ...]) -> None:
+    assert sizes_of(text, points).values == values
+
+
+@pytest.mark.parametrize(
+    ("text", "points", "words"),
+    [
+        ("50MB", 8, "write it as LOW..HIGH"),
+        ("60MB..50MB", 8, "60MB is not smaller than 50MB"),
+        ("50MB..60MB", 1, "--points 1: at least 2"),
+        ("much..more", 8, "'much' is not a size"),
+    ],
+)
+def test_wrong_sizes_are_errors(text: str, points: int, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        sizes_of(text, points)
+
+
+def test_a_front_takes_a_budget_in_place_of_what_it_chooses(caplog: pytest.LogCaptureFixture) -> None:
+    text = BASE.replace("{bits: 4}", "{bits: 4, group_size: 32, damping: 0.02}")
+    recipe = with_budget(Recipe.parse(text), "60MB")
+    assert recipe.budget is not None
+    assert recipe.flat is not None
+    assert recipe.gptq is not None
+    assert (recipe.budget.size, recipe.flat.keep_ratio, recipe.gptq.damping) == ("60MB", None, 0.02)
+    assert "in place of flat.keep_ratio, gptq.bits, gptq.group_size" in caplog.text
+    points = combinations(recipe, [sizes_of("60MB..90MB", 2)])
+    assert [point.name for point in points] == [
+        "size=60MB", "size=90MB", f"{ALONE},size=60MB", f"{ALONE},size=90MB",
+    ]  # fmt: skip
+    assert [point.recipe.budget and point.recipe.budget.size for point in points] == ["60MB", "90MB"] * 2
+    assert [point.recipe.flat is None for point in points] == [False, False, True, True]
+
+
+def test_a_budget_of_another_limit_becomes_one_of_a_size() -> None:
+    text = BASE.replace("{keep_ratio: 0.8}", "{}").replace("{bits: 4}", "{}")
+    limited = with_budget(Recipe.parse(text + "budget: {memory: 80MB, context: 128, bits: [4, 8], export: a}"), "60MB")
+    assert limited.budget is not None
+    assert (limited.budget.size, limited.budget.memory, limited.budget.context) == ("60MB", None, None)
+    assert (limited.budget.bits, limited.budget.export) == ((4, 8), "a")
+
+
+def test_a_front_measures_once_and_picks_what_is_small_enough(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch, "flatq.plan.measure.choice_errors", "flatq.plan.measure.output_sensitivity")
+    budget = {"size": "70kB", "bits": [4, 8], "group_sizes": [32]}
+    recipe = tiny_recipe(tiny_model, text_file, stages=[{"gptq": {}}], budget=budget)
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(recipe))
+    given = ["--size", "90kB..120kB", "--points", "2", "--pick", "size=100kB", "-o", tmp_path / "s"]
+    shown = flatq("front", tmp_path / "a.yaml", *given)
+    assert shown.exit_code == 0, shown.stderr
+    assert set(calls.values()) == {1}
+    small, large = read_sweep(tmp_path / "s" / "sweep.json").points
+    assert (small.bytes or 0) <= 90_000 < (large.bytes or 0) <= 120_000
+    chosen = Recipe.load(tmp_path / "s" / "picked.yaml")
+    assert chosen.budget is not None
+    assert chosen.budget.size == "90kB"
 
 
 # --- choice

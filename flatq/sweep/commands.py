@@ -76,6 +76,33 @@ def sweep(
     run_all(base, axes, combinations(base, axes, alone=not no_quantized), out, pick, device, memory, no_verify)
 
 
+def front(
+    recipe: RecipeFile,
+    size: Annotated[str, typer.Option(help="Sizes of the file, such as 50MB..120MB.", show_default=False)],
+    points: Annotated[int, typer.Option(help="Number of sizes.")] = 8,
+    out: Out = None,
+    pick: Pick = None,
+    device: Device = "auto",
+    memory: Memory = None,
+    no_quantized: NoQuantized = False,
+    no_verify: NoVerify = False,
+) -> None:
+    """Run a recipe at several sizes; at each the budget chooses widths and bits. A sweep over budget.size.
+
+    Keys of the recipe's stages that a budget chooses, such as keep_ratio and bits, are not used.
+    """
+    from flatq.recipe.grammar import Recipe
+
+    base = Recipe.load(recipe)
+    from flatq.sweep.front import sizes_of, with_budget
+    from flatq.sweep.grid import combinations
+
+    axis = sizes_of(size, points)
+    limited = with_budget(base, axis.values[0])
+    found = combinations(limited, [axis], alone=not no_quantized)
+    run_all(limited, [axis], found, out, pick, device, memory, no_verify)
+
+
 def run_all(
     base: Any,
     axes: Any,
