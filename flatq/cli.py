@@ -68,9 +68,7 @@ app.command()(commands.front)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
-Measured = Annotated[
-    Path | None, typer.Option(help="Folder that keeps measurements of the dense model, for several runs.")
-]
+Measured = Annotated[Path | None, typer.Option(help="Folder that keeps measurements, for several runs.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not verify exports; the report states it.")]
 PlanSpeed = Annotated[bool, typer.Option("--speed", help="Measure this CPU (once) and predict how fast exports are.")]
 NoDigests = Annotated[bool, typer.Option("--no-digests", help="Do not compare files with their digests.")]
