@@ -155,10 +155,18 @@ def test_gguf_divisors_of_llama3_become_the_rule(tmp_path: Path) -> None:
     torch.testing.assert_close(source.config.rope.inverse_frequencies(32), LLAMA3.inverse_frequencies(32))
 
 
-def test_gguf_divisors_of_no_known_rule_are_refused(tmp_path: Path) -> None:
+def test_gguf_divisors_of_no_known_rule_are_kept(tmp_path: Path) -> None:
+    config = family_config("llama")
+    divisors, plain = torch.arange(1.0, 9.0), config.rope.inverse_frequencies(16)
+    file = write_gguf(tmp_path / "m.gguf", RandomWeights(config), extra={"rope_freqs.weight": divisors})
+    torch.testing.assert_close(open_model(str(file)).config.rope.inverse_frequencies(16), plain / divisors)
+
+
+@pytest.mark.parametrize("divisors", [torch.ones(4), torch.zeros(8)], ids=["shape", "zero"])
+def test_gguf_divisors_that_fit_no_head_are_refused(divisors: Tensor, tmp_path: Path) -> None:
     weights = RandomWeights(family_config("llama"))
     with pytest.raises(UnsupportedModel, match="rope_freqs"):
-        open_model(str(write_gguf(tmp_path / "m.gguf", weights, extra={"rope_freqs.weight": torch.arange(1.0, 9.0)})))
+        open_model(str(write_gguf(tmp_path / "m.gguf", weights, extra={"rope_freqs.weight": divisors})))
 
 
 def test_gguf_linear_scaling_is_read(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ dequantizes its blocks; a dequantized tensor is float32 and has exactly the valu
 
 Two changes of llama.cpp's converter are reverted. For architecture ``llama`` it interleaves the two rows of a rotary
 pair in q and k; flatq's decoder stores them in halves. And it stores Llama 3's rope scaling as a tensor of divisors,
-from which the parameters are recovered; divisors that match no known parameters raise an error.
+from which the parameters are recovered; other divisors are kept as they are.
 
-Left out: split files (join them with llama-gguf-split --merge), and arrays of widths per layer.
+Architecture ``deci``, in which narrowed models are written, is a Llama or Qwen2 with MLP widths per layer.
+
+Left out: split files (join them with llama-gguf-split --merge), and layers without attention or MLP.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from flatq.sources.gguf_tokenizer import read_tokenizer
 from flatq.tokenizer import save
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BY_LAYER = "deci"
 NUMBERS_AT_ONCE = 1 << 20  # numbers dequantized in one call; gguf's temporaries are a few times as large
 ROPE_DIVISORS = "rope_freqs.weight"
 # GGUF key (below the architecture's name) -> key of config.json
@@ -82,6 +85,7 @@ class GgufFile:
             entry.name: StoredBlocks(path, tuple(int(n) for n in reversed(entry.shape)), entry)
             for entry in self._reader.tensors
         }
+        self._architecture = str(self._value("general.architecture"))
         self.family = self._family()
         self.config = self._configuration()
 
@@ -95,7 +99,10 @@ class GgufFile:
         return value
 
     def _family(self) -> Family:
-        architecture = self._value("general.architecture")
+        architecture = self._architecture
+        if architecture == BY_LAYER:
+            only_qkv = "blk.0.attn_q.bias" in self._blocks and "blk.0.attn_output.bias" not in self._blocks
+            architecture = "qwen2" if only_qkv else "llama"
         known: dict[str, Family] = {}
         windowed = bool(self._value(f"{architecture}.attention.sliding_window"))
         for family in FAMILIES.values():
@@ -103,7 +110,8 @@ class GgufFile:
                 known[family.gguf] = family
         if architecture not in known:
             raise UnsupportedModel(
-                f"{self.path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(known)}"
+                f"{self.path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(known)}, "
+                f"{BY_LAYER}"
             )
         if (self._value("split.count") or 1) > 1:
             raise UnsupportedModel(f"{self.path}: one part of a split file; join them: llama-gguf-split --merge")
@@ -112,9 +120,10 @@ class GgufFile:
     def _configuration(self) -> DecoderConfig:
         values: dict[str, Any] = {"model_type": self.family.model_type, "sliding_window": None}
         for key, name in KEYS.items():
-            value = self._value(f"{self.family.gguf}.{key}")
+            value = self._value(f"{self._architecture}.{key}")
             if value is not None:
                 values[name] = value
+        widths = self._widths_by_layer(values)
         heads, width = values.get("num_attention_heads"), values.get("hidden_size")
         values.setdefault("num_key_value_heads", heads)
         if isinstance(heads, int) and isinstance(width, int) and heads > 0:
@@ -134,11 +143,28 @@ class GgufFile:
         self._refuse_extras(values)
         self._keys = values
         config = config_from_hf(values, where=str(self.path))
-        return replace(config, rope=self._with_divisors(config.rope, config.layers[0].d_qk))
+        if widths:
+            config = config.with_layers([replace(config.layers[0], d_ff=width) for width in widths])
+        return replace(config, rope=self._with_divisors(config.rope, config.layers[0].d_qk, config.max_positions))
+
+    def _widths_by_layer(self, values: dict[str, Any]) -> list[int]:
+        """MLP width of each layer, if the file lists them; the lists in ``values`` become single numbers."""
+        widths, layers = values.get("intermediate_size"), values.get("num_hidden_layers")
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            listed = values.get(name)
+            if not isinstance(listed, list):
+                continue
+            alike = name == "intermediate_size" or len(set(listed)) == 1
+            if len(listed) != layers or not listed or not alike or min(listed) < 1:
+                raise UnsupportedModel(
+                    f"{self.path}: {name} differs by layer, or a layer has none; flatq reads MLP widths by layer only"
+                )
+            values[name] = listed[0]
+        return widths if isinstance(widths, list) else []
 
     def _kinds_of_layers(self) -> dict[str, Any]:
         """Keys of the windows of a family that has them in some layers only."""
-        prefix = self.family.gguf
+        prefix = self._architecture
         if self.family.window != "alternating":
             return {}
         found: dict[str, Any] = {"sliding_window": self._value(f"{prefix}.attention.sliding_window")}
@@ -151,7 +177,7 @@ class GgufFile:
         return found | ({} if local is None else {"rope_local_base_freq": local})
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        prefix = f"{self.family.gguf}.rope"
+        prefix = f"{self._architecture}.rope"
         kind = self._value(f"{prefix}.scaling.type")
         factor = self._value(f"{prefix}.scaling.factor") or self._value(f"{prefix}.scale_linear")
         if kind is None:
@@ -168,7 +194,7 @@ class GgufFile:
 
     def _refuse_extras(self, values: Mapping[str, Any]) -> None:
         """Reject metadata that changes the computation and cannot be expressed in a config.json of these families."""
-        prefix = self.family.gguf
+        prefix = self._architecture
         head_dim, context = values.get("head_dim"), values.get("max_position_embeddings") or 0
         window = self._value(f"{prefix}.attention.sliding_window")
         problems = []
@@ -186,7 +212,7 @@ class GgufFile:
         if problems:
             raise UnsupportedModel("\n".join(problems))
 
-    def _with_divisors(self, rope: Rope, d_qk: int) -> Rope:
+    def _with_divisors(self, rope: Rope, d_qk: int, positions: int) -> Rope:
         entry = self._blocks.get(ROPE_DIVISORS)
         if entry is None:
             return rope
@@ -204,9 +230,12 @@ class GgufFile:
             )
             if torch.allclose(plain / divisors, guess.inverse_frequencies(d_qk), rtol=1e-5, atol=0.0):
                 return guess
+            if bool((divisors > 0).all()):
+                numbers = tuple(float(number) for number in divisors)
+                return replace(rope, scaling="longrope", divisors=numbers, original_max_positions=positions)
         raise UnsupportedModel(
-            f"{self.path}: {ROPE_DIVISORS} does not follow the rule of Llama 3 (low 1, high 4, 8192 positions); "
-            "use the Hugging Face folder of this model"
+            f"{self.path}: {ROPE_DIVISORS} of shape {list(divisors.shape)} beside rope scaling {rope.scaling}: use the "
+            "Hugging Face folder of this model"
         )
 
     @cached_property
@@ -262,7 +291,7 @@ class GgufFile:
             ) from unknown
         self._forget()
         dims = self.config.layers[0]
-        if self.family.gguf_permuted and name.startswith("layers."):
+        if (self.family.gguf_permuted or self._architecture == BY_LAYER) and name.startswith("layers."):
             linear = name.split(".")[2]
             if linear in ("q", "k"):
                 tensor = halves_from_pairs(tensor, dims.heads if linear == "q" else dims.kv_heads)

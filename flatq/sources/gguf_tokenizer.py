@@ -9,8 +9,12 @@ Left out: names whose regular expressions transformers does not have.
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+import gguf
 
 from flatq.errors import ArtifactError, UnsupportedModel
 
@@ -18,6 +22,8 @@ from flatq.errors import ArtifactError, UnsupportedModel
 DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 AS_GPT2 = {"gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion", "granite-docling"}
 # ignore_merges: a word in the vocabulary is one token; bos is added unless the file disables it.
+# Architectures that transformers does not read; their tokenizers are read from a file of architecture llama.
+UNKNOWN_TO_TRANSFORMERS = {"deci", "hunyuan-dense"}
 WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 
@@ -44,7 +50,9 @@ def read_tokenizer(path: Path, model: str | None, pre: str | None) -> Any:
             "Use the Hugging Face folder of this model"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with tempfile.TemporaryDirectory(prefix="flatq-tokenizer-") as folder:
+            file = _readable(path, Path(folder))
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except Exception as damaged:  # the libraries raise various exceptions
         raise ArtifactError(
             f"{path}: its tokenizer cannot be read ({type(damaged).__name__}: {str(damaged)[:200]}); download it again"
@@ -55,3 +63,20 @@ def read_tokenizer(path: Path, model: str | None, pre: str | None) -> Any:
     if pre in WHOLE_WORDS:
         bare.model.ignore_merges = True
     return tokenizer
+
+
+def _readable(path: Path, folder: Path) -> Path:
+    """The file, or one in ``folder`` with its tokenizer only, of an architecture that transformers reads."""
+    fields = gguf.GGUFReader(path).fields
+    if fields["general.architecture"].contents() not in UNKNOWN_TO_TRANSFORMERS:
+        return path
+    copy = folder / path.name
+    with closing(gguf.GGUFWriter(copy, "llama")) as writer:
+        for key, field in fields.items():
+            if key.startswith("tokenizer."):
+                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    return copy

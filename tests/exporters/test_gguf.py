@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from flatq.artifact import ENERGIES, Artifact, save_shard
-from flatq.errors import ArtifactError, ExportError
+from flatq.errors import ArtifactError, ExportError, UnsupportedModel
 from flatq.export.protocols import Exported, exporter_named
 from flatq.model.config import Kind
 from flatq.model.decoder import LINEARS, DecoderConfig, Rope
@@ -23,10 +23,12 @@ from flatq.model.grid import Grid
 from flatq.model.weights import dense, load_decoder
 from flatq.sources.gguf_file import GgufFile
 from flatq.sources.source import Source
+from flatq.tokenizer import open_tokenizer
 from flatq_gguf import GgufExporter, GgufOptions
 from flatq_gguf.sizes import PIECE_BYTES
 from tests.conftest import MakeRecipe, flatq
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
+from tests.family_table import save_tokenizer
 from tests.models import SWITCHES, tiny_config
 
 CARRIED = {  # every grid that a block type can hold, and that type
@@ -520,3 +522,61 @@ def test_the_same_artifact_gives_the_same_bytes(make_artifact: MakeArtifact) -> 
     artifact = make_artifact(tiny_config(), grid=Grid(4, 32))
     first, second = export(artifact)[0], export(artifact)[0]
     assert first.files[0].read_bytes() == second.files[0].read_bytes()
+
+
+BY_LAYER: dict[str, Any] = {"d_v": (8, 16), "d_ff": (90, 64)}
+HALF = Rope(theta=500.0, rotated=0.5)
+DECI: dict[str, DecoderConfig] = {
+    "narrowed": tiny_config(**BY_LAYER),
+    "untied": tiny_config(**BY_LAYER, tied_head=False),
+    "biases": tiny_config(**BY_LAYER, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "qwen2": replace(tiny_config(**BY_LAYER, qkv_bias=True), family="qwen2"),
+    "llama3 rope": tiny_config(**BY_LAYER, rope=Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)),
+    "half of the head rotates": tiny_config(**BY_LAYER, rope=HALF),
+    "not narrowed, half rotates": tiny_config(rope=HALF),
+}
+
+
+@pytest.mark.parametrize("config", DECI.values(), ids=DECI)
+def test_flatqs_own_reader_opens_narrowed_models(make_artifact: MakeArtifact, config: DecoderConfig) -> None:
+    artifact = make_artifact(config)
+    exported, _ = export(artifact)
+    file = GgufFile(exported.files[0])
+    source = Source(file, "file")
+    source.validate()
+    widths = [math.ceil(dims.d_ff / 32) * 32 for dims in config.layers]  # whole blocks
+    assert [(dims.d_v, dims.d_ff) for dims in source.config.layers] == [(16, width) for width in widths]
+    tokens = some_tokens(config, 2, 20)
+    with torch.no_grad():
+        found = load_decoder(source)(torch.from_numpy(tokens)).numpy()
+    np.testing.assert_allclose(found, reference_logits(artifact, tokens), atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", [4, 2]),
+        ("attention.head_count_kv", [2, 0]),
+        ("feed_forward_length", [96, 0]),
+        ("feed_forward_length", [96]),
+    ],
+)
+def test_layers_without_attention_or_mlp_are_refused(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch, key: str, value: list[int]
+) -> None:
+    exported, _ = export(make_artifact(tiny_config(**BY_LAYER)))
+    read = GgufFile._value
+    monkeypatch.setattr(GgufFile, "_value", lambda self, name: value if name == f"deci.{key}" else read(self, name))
+    with pytest.raises(UnsupportedModel, match="differs by layer, or a layer has none"):
+        GgufFile(exported.files[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "hunyuan_v1_dense"])
+def test_flatqs_own_reader_reads_the_tokenizer_of_a_narrowed_model(make_artifact: MakeArtifact, family: str) -> None:
+    switches = {"qwen2": {"qkv_bias": True}, "hunyuan_v1_dense": SWITCHES["hunyuan_v1_dense"]}.get(family, {})
+    artifact = make_artifact(replace(tiny_config(**BY_LAYER, **switches, vocab=320), family=family))
+    save_tokenizer(artifact.root)
+    exported, _ = export(artifact)
+    text = "the bright bird sings over <s> the slow river."
+    found = GgufFile(next(file for file in exported.files if file.suffix == ".gguf")).tokenizer()
+    assert found(text)["input_ids"] == open_tokenizer(artifact.root)(text)["input_ids"]
