@@ -633,8 +633,19 @@ def test_a_picked_recipe_runs_unchanged(swept: tuple[Path, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("points", "words"),
     [
-        (POINTS, "better than 1 of the 2 narrowed and quantized models. large (90 MB, KL 0.100) is not larger than"),
-        ([POINTS[0], POINTS[1]], "For bytes: no quantization alone is not larger and loses less than any of the 1"),
+        (
+            POINTS,
+            "better than 1 of the 2 narrowed and quantized models that it was compared with. large (90 MB, KL 0.1",
+        ),
+        (
+            POINTS[:2],
+            "For bytes: narrowing pays. Each quantization alone that is not larger loses more than the 1 narr",
+        ),
+        (
+            POINTS[1:3],
+            "For bytes: not known, because no quantization alone of this sweep is as small as middle (80 MB)",
+        ),
+        (POINTS[1:4], "For 1 more there is no quantization alone that is as small."),
         ([POINTS[1]], "No quantization alone was run"),
     ],
 )
@@ -649,7 +660,7 @@ def test_without_narrowing_there_is_nothing_to_say() -> None:
 def test_speed_is_judged_like_bytes() -> None:
     lines = verdicts(POINTS)
     assert [line.partition(":")[0] for line in lines] == ["For bytes", "For decoding", "For prefill"]
-    assert "so narrowing pays here" not in lines[1], "large decodes faster than dominated and loses less"
+    assert "narrowing pays" not in lines[1], "large decodes faster than dominated and loses less"
 
 
 def test_a_sweep_file_is_read_as_it_was_written(swept: tuple[Path, Path]) -> None:

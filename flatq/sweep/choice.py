@@ -159,9 +159,9 @@ def verdicts(points: Sequence[Point]) -> list[str]:
     if not alone:
         return ["No quantization alone was run, so whether narrowing pays is not known."]
     rows = (
-        ("bytes", "not larger", by_bytes, lambda point: size(point.bytes or 0)),
-        ("decoding", "not slower", by_decode, lambda point: speed(point.decode or 0)),
-        ("prefill", "not slower", by_prefill, lambda point: speed(point.prefill or 0)),
+        ("bytes", "small", "larger", by_bytes, lambda point: size(point.bytes or 0)),
+        ("decoding", "fast", "slower", by_decode, lambda point: speed(point.decode or 0)),
+        ("prefill", "fast", "slower", by_prefill, lambda point: speed(point.prefill or 0)),
     )
     return [words for row in rows if (words := _verdict(stacked, alone, *row))]
 
@@ -170,30 +170,39 @@ def _verdict(
     stacked: Sequence[Point],
     alone: Sequence[Point],
     what: str,
-    not_worse: str,
+    good: str,
+    worse: str,
     cost: Callable[[Point], float | None],
     shown: Callable[[Point], str],
 ) -> str:
+    """One sentence; empty if the cost was not measured.
+
+    Each narrowed and quantized model is compared with the quantizations alone that do not cost more.
+    """
     judged = [(point, price) for point in stacked if (price := cost(point)) is not None]
     others = [(point, price) for point in alone if (price := cost(point)) is not None]
     if not judged or not others:
         return ""
-    beaten: list[tuple[float, Point, Point]] = []
-    for point, price in judged:
-        assert point.kl is not None
-        better = [other for other, its in others if its <= SAME_BYTES * price and (other.kl or 0) <= point.kl]
-        if better:
-            best = min(better, key=lambda other: other.kl or 0)
-            beaten.append((point.kl - (best.kl or 0), point, best))
+    pairs = [(point, [other for other, its in others if its <= SAME_BYTES * price]) for point, price in judged]
+    compared = [(point, min(some, key=_order)) for point, some in pairs if some]
+    if not compared:
+        nearest = min(judged, key=lambda pair: -pair[1])[0]
+        return (
+            f"For {what}: not known, because no quantization alone of this sweep is as {good} as {nearest.name} "
+            f"({shown(nearest)})." + (" Add some with fewer bits or larger groups." if good == "small" else "")
+        )
+    beaten = [(point, best) for point, best in compared if _order(best)[0] <= _order(point)[0]]
+    count = f"{len(compared)} narrowed and quantized model{'s' * (len(compared) > 1)}"
+    open_ones = len(judged) - len(compared)
+    rest = f" For {open_ones} more there is no quantization alone that is as {good}." if open_ones else ""
     if not beaten:
         return (
-            f"For {what}: no quantization alone is {not_worse} and loses less than any of the {len(judged)} narrowed "
-            "and quantized models, so narrowing pays here."
+            f"For {what}: narrowing pays. Each quantization alone that is not {worse} loses more than the {count} that "
+            f"it was compared with.{rest}"
         )
-    _, worst, best = max(beaten, key=lambda entry: entry[0])
-    share = "each" if len(beaten) == len(judged) else f"{len(beaten)}"
+    worst, best = max(beaten, key=lambda pair: _order(pair[0])[0] - _order(pair[1])[0])
     return (
-        f"For {what}: quantization alone is better than {share} of the {len(judged)} narrowed and quantized models. "
-        f"{best.name} ({shown(best)}, KL {best.kl:.3f}) is {not_worse} than {worst.name} ({shown(worst)}, KL "
-        f"{worst.kl:.3f}) and loses less."
+        f"For {what}: quantization alone is better than {len(beaten)} of the {count} that it was compared with. "
+        f"{best.name} ({shown(best)}, KL {best.kl:.3f}) is not {worse} than {worst.name} ({shown(worst)}, KL "
+        f"{worst.kl:.3f}) and loses less.{rest}"
     )

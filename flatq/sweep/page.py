@@ -78,7 +78,7 @@ def trade_off(found: Sweep) -> str:
             axes.set_title(title)
             axes.set_xlabel(unit, loc="right")
         places[0].set_ylabel("KL from the dense model, nats")
-        places[0].legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=5)
+        figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
         return as_svg(figure)
 
 
@@ -90,11 +90,21 @@ def _panel(axes: Any, points: Sequence[Point], cost: Any, shown: Any) -> None:
             axes.plot(x, y, marker, color=colour, ms=6, label=words, zorder=3)
             errors = [2 * (point.kl_stderr or 0.0) for point in some]
             axes.errorbar(x, y, errors, fmt="none", ecolor=colour, lw=0.8, alpha=0.5)
+    axes.margins(x=0.12)
     best = front(points, cost)
     axes.plot([shown(point) for point in best], [point.kl for point in best], "-", color=INK, lw=0.9, label="best")
     if len(points) <= LABELLED:
         for point in points:
             place = (shown(point), point.kl)
-            axes.annotate(point.name, place, (4, 4), textcoords="offset points", fontsize=6.5, color=QUIET)
+            left = shown(point) > sum(axes.get_xlim()) / 2  # half: the name is on the side that has space
+            name = axes.annotate(
+                point.name,
+                place,
+                (-5 if left else 5, 5),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=6.5,
+                color=QUIET,
+            )
+            name.set_in_layout(False)
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.12)
