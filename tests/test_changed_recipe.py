@@ -160,7 +160,7 @@ def test_a_folder_says_what_changed_and_keeps_what_does_not_depend_on_it(
     folder = RunFolder.open(tmp_path / "run", parsed(wider))
     with folder.working():
         folder.depend_on(INPUTS)
-        kept = "baseline, baseline-quantized, bits, curves, importance, self-text, sensitivity"
+        kept = "baseline, baseline-quantized, bits, choices, curves, importance, self-text, sensitivity"
         again = "baseline-same_bytes, cache-ranges, compress, evaluate, export-onnx, export-other"
         assert f"kept: {kept}; computed again: {again}" in caplog.text
         assert folder.phase("curves", lambda: pytest.fail("again"), int) == 1

@@ -3,7 +3,8 @@
     python -m tests.interop.gguf_versions FOLDER... [--table FILE]
 
 Each FOLDER has a version of node-llama-cpp in ``node_modules``, with its built llama.cpp: the table names the release
-of llama.cpp. Every model is tiny, random and in float32; it is read if its greedy tokens are the artifact's.
+of llama.cpp. Every model is tiny, random and in float32; it is read if at least five of six greedy texts are the
+artifact's (a cache in float16 may decide a tie).
 
 Not part of ``make interop``: the versions are 85 MB each, and what they read does not change.
 """
@@ -33,22 +34,19 @@ from tests.models import tiny_artifact
 
 HERE = Path(__file__).parent / "gguf"
 PROMPTS, NEW = np.random.default_rng(0).integers(3, 300, (6, 7)).tolist(), 4
-# Row of the table -> case of the tests.
+# Row of the table -> case of the tests; models with windows are not here, because a tiny window is
+# refused where a real one is not.
 ROWS = {
     "llama": "not narrowed",
     "llama, llama3 rope": "llama3 rope",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3",
     "olmo2": "olmo2",
-    "olmo2, windows (OLMo 3)": "olmo3",
-    "smollm3": "smollm3",
     "hunyuan-dense": "hunyuan",
     "deci": "narrowed",
     "deci, tied head, biases": "biases",
-    "deci, rope factors": "half of the head rotates",
+    "llama, rope factors": "half of the head rotates",
     "openelm": "qwen3, narrowed, as openelm",
     "mimo2 (layout: compact)": "compact",
 }
@@ -94,7 +92,8 @@ def answer(folder: Path, file: Path, wanted: list[list[int]]) -> str:
     if ran.returncode:
         return "refused"
     found: list[Any] = json.loads(ran.stdout)
-    return "yes" if [row["written"] for row in found] == wanted else "other tokens"
+    equal = sum(row["written"] == text for row, text in zip(found, wanted, strict=True))
+    return "yes" if equal >= len(wanted) - 1 else f"other tokens in {len(wanted) - equal} of {len(wanted)}"
 
 
 def release(folder: Path) -> str:
@@ -123,7 +122,7 @@ def main(folders: list[Path], table: Path | None) -> None:
         content = {
             "section": "Programs and versions",
             "title": "Architectures of GGUF files in releases of llama.cpp",
-            "note": "Yes: the greedy tokens of a tiny random model in float32 are the artifact's.",
+            "note": "Yes: at least five of six greedy texts of a tiny random model in float32 are the artifact's.",
             "columns": ["architecture", *columns],
             "machine": "any",
             "date": f"{date.today():%Y-%m-%d}",
