@@ -114,7 +114,7 @@ def test_an_objection_to_the_measured_widths_stops_a_run_before_the_walk(
     monkeypatch.setattr(type(exporter_named("onnx")), "check", check)
     recipe = loaded(make_recipe, stages=[FLAT], exports=[FP32])
     with (
-        patched(run__rank_plan=lambda job: draft(job.recipe, job.source), run__compressed=reached),
+        patched(run__decided=lambda job, _: (draft(job.recipe, job.source), {}, []), run__compressed=reached),
         pytest.raises(RecipeError, match=r"^exports\.onnx: d_ff is \d+$"),
     ):
         run(recipe, tmp_path / "out")
@@ -150,14 +150,14 @@ def test_the_limit_of_memory_and_the_exports_decide_what_is_held_and_forecast(
         asked["forecast"] = (*given[2:], named)
         return {}
 
-    def plan_of(job: Job) -> Any:
+    def plan_of(job: Job, _: Any) -> Any:
         asked["job"] = job
         raise Reached
 
     monkeypatch.setattr(type(exporter_named("onnx")), "needs_cache_ranges", lambda *_: ranges)
     recipe = loaded(make_recipe, stages=[PLAIN], exports=[FP32])
     with (
-        patched(run__working_set=working_set, run__forecasts=forecasts, run__rank_plan=plan_of),
+        patched(run__working_set=working_set, run__forecasts=forecasts, run__decided=plan_of),
         patched(run__dense_quality=lambda *_: {}),
         pytest.raises(Reached),
     ):
