@@ -364,3 +364,17 @@ def test_pairs_are_put_in_halves(width: int, interleaved: bool) -> None:
     frequencies = Rope(rotated=width / 8).inverse_frequencies(8)
     assert [index for index, one in enumerate(frequencies) if one > 0] == list(range(width // 2))
     assert sorted(order) == list(range(8))
+
+
+@pytest.mark.parametrize("experts", [None, 0, 1])
+def test_one_expert_is_none(experts: int | None) -> None:
+    assert config_from_hf({**LLAMA, "num_experts": experts}) == config_from_hf(LLAMA)
+
+
+def test_alpha_belongs_to_hunyuan() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0}
+    theirs = config_from_hf({**ROWS["hunyuan_v1_dense"], "rope_parameters": rope})
+    assert theirs.rope == Rope(theta=pytest.approx(1e4 * 1000 ** (32 / 30)))
+    assert config_from_hf({**LLAMA, "rope_parameters": rope}).rope == Rope()
+    with pytest.raises(UnsupportedModel, match="alpha"):
+        config_from_hf({**ROWS["hunyuan_v1_dense"], "rope_parameters": rope | {"alpha": -1}})

@@ -176,6 +176,20 @@ def test_gguf_linear_scaling_is_read(tmp_path: Path) -> None:
     assert (rope.scaling, rope.factor) == ("linear", 4.0)
 
 
+@pytest.mark.parametrize("alpha", [None, 1000.0])
+def test_gguf_alpha_of_hunyuan_raises_the_base(tmp_path: Path, alpha: float | None) -> None:
+    switches = {"qk_norm": True, "norm_after_rope": True}
+    weights = RandomWeights(replace(tiny_config(**switches), family="hunyuan_v1_dense"))
+    keys = {} if alpha is None else {"rope_scaling_alpha": alpha}
+    with pytest.MonkeyPatch.context() as patch:  # this version of gguf has the key, but no method for it
+        write = lambda self, value: self.add_float32("hunyuan-dense.rope.scaling.alpha", value)  # noqa: E731
+        patch.setattr(gguf.GGUFWriter, "add_rope_scaling_alpha", write, raising=False)
+        source = open_model(str(write_gguf(tmp_path / "m.gguf", weights, **keys)))
+    assert same(source, weights)
+    assert source.config.rope.theta == pytest.approx(1e4 * (alpha or 1) ** (16 / 14))
+    assert source.config.rope.scaling is None
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
