@@ -639,12 +639,13 @@ def test_a_picked_recipe_runs_unchanged(swept: tuple[Path, Path], tmp_path: Path
         ),
         (
             POINTS[:2],
-            "For bytes: narrowing pays. Each quantization alone that is not larger loses more than the 1 narr",
+            "For bytes: narrowing pays. Each quantization alone that is not larger loses more than the narrowed ",
         ),
         (
             POINTS[1:3],
             "For bytes: not known, because no quantization alone of this sweep is as small as middle (80 MB)",
         ),
+        (POINTS[1:4], "alone is better than the narrowed and quantized model that it was compared with. large (90"),
         (POINTS[1:4], "For 1 more there is no quantization alone that is as small."),
         ([POINTS[1]], "No quantization alone was run"),
     ],

@@ -192,17 +192,22 @@ def _verdict(
             f"({shown(nearest)})." + (" Add some with fewer bits or larger groups." if good == "small" else "")
         )
     beaten = [(point, best) for point, best in compared if _order(best)[0] <= _order(point)[0]]
-    count = f"{len(compared)} narrowed and quantized model{'s' * (len(compared) > 1)}"
+    models = (
+        f"the {len(compared)} narrowed and quantized models"
+        if len(compared) > 1
+        else "the narrowed and quantized model"
+    )
     open_ones = len(judged) - len(compared)
     rest = f" For {open_ones} more there is no quantization alone that is as {good}." if open_ones else ""
     if not beaten:
         return (
-            f"For {what}: narrowing pays. Each quantization alone that is not {worse} loses more than the {count} that "
+            f"For {what}: narrowing pays. Each quantization alone that is not {worse} loses more than {models} that "
             f"it was compared with.{rest}"
         )
+    some = f"{len(beaten)} of " if len(compared) > 1 else ""
     worst, best = max(beaten, key=lambda pair: _order(pair[0])[0] - _order(pair[1])[0])
     return (
-        f"For {what}: quantization alone is better than {len(beaten)} of the {count} that it was compared with. "
+        f"For {what}: quantization alone is better than {some}{models} that it was compared with. "
         f"{best.name} ({shown(best)}, KL {best.kl:.3f}) is not {worse} than {worst.name} ({shown(worst)}, KL "
         f"{worst.kl:.3f}) and loses less.{rest}"
     )
