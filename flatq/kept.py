@@ -41,6 +41,11 @@ def key_of(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(as_json(about), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def entry_of(root: Path, name: str, about: Mapping[str, Any]) -> Path:
+    """File of a result."""
+    return root / f"{name}-{key_of(about)}.json"
+
+
 def kept(
     root: Path | None,
     name: str,
@@ -61,7 +66,7 @@ def kept(
     """
     if root is None:
         return compute()
-    entry = root / f"{name}-{key_of(about)}.json"
+    entry = entry_of(root, name, about)
     found = distributed.broadcast(_taken(entry, kind, file) if distributed.first() else None)
     if found is not None:
         log.info("%s: measured by an earlier run", name)

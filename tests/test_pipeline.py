@@ -330,6 +330,22 @@ def test_what_a_killed_run_left_damaged_is_made_again_with_the_same_bytes(
     assert digests(out / "artifact") == expected
 
 
+def test_damaged_fisher_information_is_measured_again(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, out = make_recipe(stages=[FLAT], exports=[]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "compressed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert flatq("run", recipe, "--out", out).exit_code == 130
+    file = out / "work" / "sensitivity.f32"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100] + bytes([whole[100] ^ 64]) + whole[101:])
+    assert flatq("run", recipe, "--out", out).exit_code == 0
+    assert f"{file}: is damaged; it is made again" in caplog.text
+    assert flatq("run", recipe, "--out", tmp_path / "other").exit_code == 0
+    assert digests(out / "artifact") == digests(tmp_path / "other" / "artifact")
+
+
 def test_a_run_whose_export_failed_goes_on_with_the_export(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,23 +8,19 @@ plan for another limit then takes seconds.
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
 from flatq.calibration.sensitivity import FILE, Sensitivity, output_sensitivity
 from flatq.compress.allocate import Curves
 from flatq.compress.error_curves import error_curves
-from flatq.errors import ArtifactError
-from flatq.files import as_json, read_json, write_checksummed
+from flatq.files import as_noted, note_digest
 from flatq.job import Job
+from flatq.kept import entry_of, kept, read
 from flatq.machine import distributed
 from flatq.plan.joint import Measured
 from flatq.plan.problem import Problem
@@ -32,19 +28,13 @@ from flatq.quantize.choice_errors import choice_errors
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 SOLVER = ("act_order", "clip_search", "damping", "block_size")  # keys of the gptq stage that change an error
+ERRORS = dict[str, dict[str, float]]
 
 
-class Kept(BaseModel):
-    """A file of the folder for several runs."""
-
-    result: Any
-
-
-def keys_of(recipe: Recipe, source: Source, tokens: Tensor, problem: Problem) -> dict[str, str]:
-    """Names of the measurements' files: a digest of all that each depends on.
+def keys_of(recipe: Recipe, source: Source, tokens: Tensor, problem: Problem) -> dict[str, dict[str, Any]]:
+    """The measurements of a plan, and for each all that it depends on, as ``flatq.kept`` wants it.
 
     Args:
         recipe: with the block ``budget``.
@@ -64,18 +54,14 @@ def keys_of(recipe: Recipe, source: Source, tokens: Tensor, problem: Problem) ->
     if recipe.gptq is not None:
         units = [[unit.stems, [(c.name, *map(str, c.grids.values())) for c in unit.choices]] for unit in problem.units]
         found["choices"] = about | {"units": units} | {key: getattr(recipe.gptq, key) for key in SOLVER}
-    return {name: f"{name}-{_digest(value)}" for name, value in found.items()}
+    return found
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(as_json(value), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def known(folder: Path, keys: dict[str, str]) -> Measured | None:
+def known(folder: Path, keys: dict[str, dict[str, Any]]) -> Measured | None:
     """What earlier runs measured; None if something is missing."""
-    curves = [] if "curves" not in keys else _read(folder, keys["curves"], list[Curves])
-    errors = {} if "choices" not in keys else _read(folder, keys["choices"], dict[str, dict[str, float]])
-    return None if curves is None or errors is None else Measured(curves, errors)
+    curves = ([],) if "curves" not in keys else read(entry_of(folder, "curves", keys["curves"]), list[Curves])
+    errors = ({},) if "choices" not in keys else read(entry_of(folder, "choices", keys["choices"]), ERRORS)
+    return None if curves is None or errors is None else Measured(curves[0], errors[0])
 
 
 def measure(job: Job, problem: Problem) -> Measured:
@@ -90,7 +76,7 @@ def measure(job: Job, problem: Problem) -> Measured:
         fisher = Sensitivity(source.config, work)
         return error_curves(source, tokens, fisher, work, ridge=recipe.flat.ridge, execution=execution)
 
-    def errors() -> dict[str, dict[str, float]]:
+    def errors() -> ERRORS:
         assert recipe.gptq is not None
         measure_sensitivity(job, keys)
         fisher = Sensitivity(source.config, work)
@@ -98,66 +84,44 @@ def measure(job: Job, problem: Problem) -> Measured:
 
     found = Measured([], {})
     if "curves" in keys:
-        found = Measured(_shared(job, keys["curves"], "curves", curves, list[Curves]), {})
+        found = Measured(_measured(job, "curves", keys, curves, list[Curves]), {})
     if "choices" in keys:
-        kind = dict[str, dict[str, float]]
-        found = Measured(found.curves, _shared(job, keys["choices"], "choices", errors, kind))
+        found = Measured(found.curves, _measured(job, "choices", keys, errors, ERRORS))
     return found
 
 
-def measure_sensitivity(job: Job, keys: dict[str, str] | None = None) -> None:
-    """Measure the Fisher information of the residual stream, unless an earlier plan or run did."""
-    kept = None if job.measurements is None or keys is None else job.measurements / f"{keys['sensitivity']}.f32"
+def measure_sensitivity(job: Job, keys: dict[str, dict[str, Any]] | None = None) -> None:
+    """Measure the Fisher information of the residual stream, unless an earlier plan or run did.
+
+    Args:
+        keys: of a plan with a budget; without them the measurement is kept as any other of the dense model.
+    """
     target = job.folder.work / FILE
 
     def compute() -> None:
         if distributed.first():
-            target.unlink(missing_ok=True)  # it may be a link to a kept file, see ``flatq.kept``
+            target.unlink(missing_ok=True)  # it may be a link to a kept file
         distributed.barrier()
-        if kept is not None and distributed.broadcast(kept.is_file()):
-            if distributed.first():
-                shutil.copyfile(kept, target)
-            distributed.barrier()
-            return
         output_sensitivity(job.source, job.tokens.calibration, job.folder.work, execution=job.execution)
-        if kept is not None and distributed.first():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(".partial")
-            shutil.copyfile(target, partial)
-            partial.replace(kept)
 
+    if distributed.first() and not as_noted(target):
+        job.folder.forget("sensitivity")
+    distributed.barrier()
     if keys is None:
         job.measured("sensitivity", compute, NoneType, file=FILE)
     else:
-        job.folder.phase("sensitivity", compute, NoneType)
+        _measured(job, "sensitivity", keys, compute, NoneType, file=target)
+    if distributed.first() and not as_noted(target):
+        note_digest(target)
 
 
-def _shared(job: Job, key: str, name: str, compute: Callable[[], T], kind: type[T]) -> T:
-    """A phase whose result is also kept in, or read from, the folder for several runs."""
-    folder = job.measurements
-
-    def read_or_compute() -> T:
-        found = None
-        if folder is not None:
-            found = distributed.broadcast(_read(folder, key, kind) if distributed.first() else None)
-        result = compute() if found is None else found
-        if folder is not None and found is None and distributed.first():
-            folder.mkdir(parents=True, exist_ok=True)
-            written = TypeAdapter(kind).dump_python(result, mode="json")
-            write_checksummed(folder / f"{key}.json", {"result": written})
-        return result
-
-    return job.folder.phase(name, read_or_compute, kind)
-
-
-def _read(folder: Path, key: str, kind: type[T]) -> T | None:
-    """A kept result; None if there is none, or it is damaged."""
-    path = folder / f"{key}.json"
-    if not path.is_file():
-        return None
-    try:
-        kept = read_json(path, Kept, "it is measured again", checksummed=True)
-    except ArtifactError as damaged:
-        log.warning("%s", damaged)
-        return None
-    return TypeAdapter(kind).validate_python(kept.result)
+def _measured(
+    job: Job,
+    name: str,
+    keys: dict[str, dict[str, Any]],
+    compute: Callable[[], T],
+    kind: type[T],
+    file: Path | None = None,
+) -> T:
+    """A phase whose result is also kept in, or taken from, the folder for several runs."""
+    return job.folder.phase(name, lambda: kept(job.measurements, name, keys[name], compute, kind, file), kind)
