@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flatq.files import as_json
+from flatq.recipe.budget import LIMITS, SPEEDS
 from flatq.recipe.grammar import Recipe
 from flatq.recipe.messages import shown
 
@@ -24,7 +25,7 @@ MODEL = ("model", "inputs.source", "inputs.versions")
 OBSERVED = (*MODEL, "calibration.precision", "calibration.states", "inputs.tokens.calibration")
 PRICED = "priced"  # the exports of a recipe with a budget, which is spent at their prices
 BUILT = (*OBSERVED, "stages", "budget", PRICED)
-LIMITED = ("-budget.size", "-budget.decode_bytes", "-budget.memory", "-budget.max_damage", "-budget.context")
+LIMITED = tuple(f"-budget.{key}" for key in (*LIMITS, *SPEEDS, "context", "prompt", "threads"))
 JUDGED = "inputs.tokens.judged"
 NEEDS: dict[str, tuple[str, ...]] = {
     "self-text": ("model", "calibration", "evaluation"),
@@ -34,6 +35,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "curves": (*OBSERVED, "stages.flat.ridge"),
     "bits": (*OBSERVED, "stages.gptq", "-stages.gptq.average_bits"),
     "choices": (*OBSERVED, "stages.gptq", "budget", *LIMITED, PRICED),
+    "plan": BUILT,
     "compress": BUILT,
     "evaluate": (*BUILT, JUDGED),
     "baseline-quantized": (*OBSERVED, "stages.gptq", "stages.flat.context", JUDGED),

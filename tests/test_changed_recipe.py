@@ -78,7 +78,7 @@ def test_a_phase_depends_on_these_keys(changed: Content, kept: set[str]) -> None
         ({"tokens": {"calibration": 0, "judged": 4}}, {"self-text", "baseline"}),
         (
             {"tokens": {"calibration": 3, "judged": 0}},
-            {"self-text", "sensitivity", "importance", "curves", "bits", "choices", "compress", "cache-ranges"},
+            {"self-text", "sensitivity", "importance", "curves", "bits", "choices", "plan", "compress", "cache-ranges"},
         ),
         ({"source": 0}, {"self-text"}),
         ({"versions": 0}, {"self-text"}),
@@ -161,7 +161,7 @@ def test_a_folder_says_what_changed_and_keeps_what_does_not_depend_on_it(
     with folder.working():
         folder.depend_on(INPUTS)
         kept = "baseline, baseline-quantized, bits, choices, curves, importance, self-text, sensitivity"
-        again = "baseline-same_bytes, cache-ranges, compress, evaluate, export-onnx, export-other"
+        again = "baseline-same_bytes, cache-ranges, compress, evaluate, export-onnx, export-other, plan"
         assert f"kept: {kept}; computed again: {again}" in caplog.text
         assert folder.phase("curves", lambda: pytest.fail("again"), int) == 1
         assert folder.phase("compress", lambda: 2, int) == 2

@@ -10,7 +10,6 @@ from flatq.model.grid import Grid
 from flatq.plan.joint import JointPlan
 from flatq.plan.problem import Problem
 from flatq.quantize.bits import UNITS
-from flatq.units import size
 
 NAMES = {"d_v": "value heads", "d_ff": "MLP"}
 MOST_GROUPS = 4  # of layers with equal widths that are listed one by one
@@ -25,8 +24,8 @@ def bought(problem: Problem, plan: JointPlan, *, measured: bool = True) -> list[
         measured: False if errors were guessed, so predicted losses mean nothing.
     """
     dense, planned, prices = problem.config, problem.config.with_layers(plan.ranks.layers), problem.prices
-    limit = "" if prices.limit == float("inf") else f" of {size(prices.limit)}"
-    lines = [f"budget: {size(plan.ranks.achieved)}{limit} ({prices.where})"]
+    limit = "" if prices.limit == float("inf") else f" of {prices.shown(prices.limit)}"
+    lines = [f"budget: {prices.shown(plan.ranks.achieved)}{limit} ({prices.where})"]
     if measured:
         lines[0] += f"; predicted loss {plan.predicted:.3f} nats per token"
         if plan.from_widths > 0:

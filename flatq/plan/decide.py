@@ -18,12 +18,13 @@ from flatq.export.planned import PlannedExport
 from flatq.job import Job
 from flatq.model.grid import Grid
 from flatq.plan.bought import bought
-from flatq.plan.joint import guessed, plan_jointly
+from flatq.plan.joint import JointPlan, guessed, plan_jointly
 from flatq.plan.measure import keys_of, measure, measure_sensitivity
-from flatq.plan.problem import problem_of
+from flatq.plan.problem import Problem, problem_of
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
 from flatq.quantize.grids import planned_grids
+from flatq.recipe.budget import SPEEDS
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source
 
@@ -34,10 +35,20 @@ def decided(job: Job, exports: Sequence[PlannedExport]) -> tuple[RankPlan, dict[
         plan = rank_plan(job)
         return plan, bit_plan(job, plan), []
     problem = problem_of(job.recipe, job.source.config, exports, job.itemsize)
-    planned = plan_jointly(problem, measure(job, problem))
+    planned = _planned(job, problem)
     if planned.ranks.layers != job.source.config.layers and job.recipe.flat is not None and job.recipe.flat.sensitive:
         measure_sensitivity(job, keys_of(job.recipe, job.source, job.tokens.calibration, problem))
     return planned.ranks, planned.grids, bought(problem, planned)
+
+
+def _planned(job: Job, problem: Problem) -> JointPlan:
+    """The plan for a budget; with a limit of speed kept in the run folder, because kernels measured again differ."""
+
+    def plan() -> JointPlan:
+        return plan_jointly(problem, measured)
+
+    measured = measure(job, problem)
+    return job.folder.phase("plan", plan, JointPlan) if problem.prices.key in SPEEDS else plan()
 
 
 def drafted(

@@ -18,7 +18,7 @@ from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.model.names import matrix_shape, stems_of
 from flatq.recipe.budget import BudgetSpec
-from flatq.units import parse_size, size_at_least
+from flatq.units import parse_size, size, size_at_least
 
 MatrixPrice = Callable[[DecoderConfig, str, Grid | None], float]
 LayerPrice = Callable[[DecoderConfig, int], float]
@@ -54,6 +54,10 @@ class Prices:
         matrices = sum(self.matrix(config, stem, grids.get(stem)) for stem in matrices_of(config))
         layers = sum(self.layer(config, index) for index in range(len(config.layers)))
         return self.exact(config, grids) - matrices - layers
+
+    def shown(self, cost: float) -> str:
+        """A cost in words."""
+        return size(cost)
 
     def refusal(self, least: float) -> RecipeError:
         """The error for a limit below ``least``, the smallest possible cost."""

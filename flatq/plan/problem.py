@@ -10,9 +10,10 @@ from flatq.export.planned import PlannedExport
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.plan.limits import Prices, prices_of
+from flatq.plan.speed_limits import speed_prices
 from flatq.quantize.choices import ChoiceUnit, candidates, layer_units, table_units
 from flatq.recipe.blocks import FlatSpec, GptqSpec
-from flatq.recipe.budget import BudgetSpec
+from flatq.recipe.budget import SPEEDS, BudgetSpec
 from flatq.recipe.grammar import Recipe
 
 UNQUANTIZED: dict[str, list[Grid | None]] = {"embed": [None], "head": [None]}
@@ -60,6 +61,8 @@ def problem_of(
     budget, spec = recipe.budget, recipe.gptq
     if budget is None:
         raise ValueError("the recipe has no budget")
+    if prices is None and budget.key in SPEEDS:
+        prices = speed_prices(budget, config, exports, itemsize)
     prices = prices or prices_of(budget, exports, itemsize)
     linears, tables = list[Grid](), UNQUANTIZED
     if spec is not None:

@@ -9,6 +9,7 @@ from pydantic import Field
 from flatq.recipe.blocks import CONTEXT, Bits, GroupSize, Size, Spec
 
 LIMITS = ("size", "decode_bytes", "memory", "max_damage")
+SPEEDS = ("decode_tokens_per_second", "prefill_ms")  # limits of what an exporter predicts
 
 
 class BudgetSpec(Spec):
@@ -23,10 +24,19 @@ class BudgetSpec(Spec):
     max_damage: Annotated[float, Field(gt=0, le=10)] | None = None
     """Limit: nats lost per token on any text of the evaluation; the result is the smallest model that keeps it, found
     by a few walks."""
+    decode_tokens_per_second: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Limit: least predicted decode speed of the export on this machine's CPU, for one text at the context length."""
+    prefill_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Limit: largest predicted time of a prompt of the export on this machine's CPU, in milliseconds."""
+    prompt: Annotated[int, Field(ge=1, le=131_072)] | None = None
+    """Tokens of the prompt for prefill_ms; null is 128."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads for decode_tokens_per_second and prefill_ms; null is the runtime's default."""
     export: Annotated[str, Field(min_length=1)] | None = None
     """Name of the export whose files are counted; null is the first. Without exports the artifact is counted."""
     context: Annotated[int, Field(ge=1, le=2**24)] | None = None
-    """Context length of the KV cache for decode_bytes and memory, in tokens; null is 4096."""
+    """Context length of the KV cache for decode_bytes, memory and decode_tokens_per_second, in tokens; null is 4096,
+    for the speed 192."""
     bits: Annotated[tuple[Bits, ...], Field(strict=False, min_length=1)] = (2, 3, 4, 8)
     """Bits to choose from, as far as all exports can store them."""
     group_sizes: Annotated[tuple[GroupSize, ...], Field(strict=False, min_length=1)] = (32, 64, 128)
@@ -34,8 +44,8 @@ class BudgetSpec(Spec):
 
     @property
     def key(self) -> str:
-        """The limit that is given: one of ``LIMITS``."""
-        return next(key for key in LIMITS if getattr(self, key) is not None)
+        """The limit that is given: one of ``LIMITS`` and ``SPEEDS``."""
+        return next(key for key in (*LIMITS, *SPEEDS) if getattr(self, key) is not None)
 
     @property
     def cache_context(self) -> int:
@@ -52,4 +62,6 @@ class BudgetSpec(Spec):
             "decode_bytes": f"{given} read per token{at}",
             "max_damage": f"the smallest model that loses at most {given} nats per token",
             "memory": f"{given} of weights and cache{at}",
+            "decode_tokens_per_second": f"at least {given} tokens/s decoding on this CPU",
+            "prefill_ms": f"at most {given} ms for a prompt on this CPU",
         }[self.key]

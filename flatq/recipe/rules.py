@@ -11,9 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flatq.recipe.blocks import MOST_TOKENS, FlatSpec, rows_by_share
-from flatq.recipe.budget import LIMITS
+from flatq.recipe.budget import LIMITS, SPEEDS
 from flatq.recipe.reader import Place
 
+READ_WITH = {  # keys of the block budget, and the limits with which they are read
+    "context": ("decode_bytes", "memory", "decode_tokens_per_second"),
+    "prompt": ("prefill_ms",),
+    "threads": SPEEDS,
+}
 BUDGETS = ("keep_ratio", "size", "decode_bytes")
 CHOSEN = ("bits", "average_bits", "bit_choices", "group_size", "symmetric")  # keys of gptq that a budget chooses
 
@@ -53,12 +58,17 @@ def said_twice(recipe: Mapping[str, Any]) -> Broken:
 
 
 def _budget(spec: Mapping[str, Any], recipe: Mapping[str, Any]) -> Broken:
-    given = [key for key in LIMITS if spec.get(key) is not None]
+    given = [key for key in (*LIMITS, *SPEEDS) if spec.get(key) is not None]
     if len(given) != 1:
-        examples = "size: 60MB, decode_bytes: 75MB, memory: 120MB, max_damage: 0.1"
+        examples = "size: 60MB, decode_bytes: 75MB, memory: 120MB, max_damage: 0.1, "
+        examples += "decode_tokens_per_second: 250, prefill_ms: 300"
         yield ("budget",), f"{' and '.join(given) or 'no limit'} given; exactly one of {examples} is needed"
-    if spec.get("context") is not None and not {"decode_bytes", "memory"} & set(given):
-        yield ("budget", "context"), "only read with decode_bytes or memory; remove it, or give one of these limits"
+    for key, limits in READ_WITH.items():
+        if spec.get(key) is not None and not set(limits) & set(given):
+            known = " or ".join(limits)
+            yield ("budget", key), f"only read with {known}; remove it, or give one of these limits"
+    if set(SPEEDS) & set(given) and not _entries(recipe, "exports"):
+        yield ("budget",), "the speed of an export is predicted, and there is none; add `- onnx: {}` to exports"
     if not _entries(recipe, "stages"):
         yield ("budget",), "nothing to spend it on; add `- flat: {}` (widths), `- gptq: {}` (bits), or both to stages"
     exports = _entries(recipe, "exports")
