@@ -9,7 +9,8 @@ from flatq.export import LINEARS, DecoderConfig, Grid, LayerDims
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.tensors import Blocks
 
-LAYER_GRAPH_BYTES = 5300  # nodes, names, shapes of a layer, measured
+LAYER_GRAPH_BYTES = 6700  # nodes, names, shapes of a layer, metadata: at most, measured with two-digit layer numbers
+ZEROS_GRAPH_BYTES = 60  # name and shape of the zero points of a linear
 BRANCH_GRAPH_BYTES = 2200  # additional bytes for the branches of a layer with an int8 cache
 ENDS_GRAPH_BYTES = 8000
 
@@ -29,7 +30,9 @@ def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], o
         total += BRANCH_GRAPH_BYTES + 2 * dims.kv_heads * dims.d_qk * 4
     for linear in LINEARS:
         rows, columns = _shape(dims, linear, config.d_model, options)
-        total += matrix_bytes(rows, columns, grids.get(f"layers.{index}.{linear}"), number)
+        grid = grids.get(f"layers.{index}.{linear}")
+        total += matrix_bytes(rows, columns, grid, number)
+        total += 0 if grid is None or grid.symmetric else ZEROS_GRAPH_BYTES
         total += rows * number if config.has_bias(linear) else 0
     return total
 
