@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -163,6 +164,9 @@ def table(rows: Sequence[dict[str, Any]], given: argparse.Namespace) -> dict[str
         "columns": ["plan", "file, MB", "predicted size, % off", "predicted", *dense, "mean, not calibrated on"],
         "machine": f"{cpu_name()}, 2 cores, shared with other work",
         "date": datetime.now(UTC).date().isoformat(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=TABLE.parent
+        ).stdout.strip(),
         "command": "python benchmarks/budget.py --work DIR --text wikipedia=FILE --table",
         "rows": lines,
     }

@@ -16,7 +16,7 @@ predicted loss is taken: what is left of a limit is spent greedily, which could 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flatq.compress.allocate import Curves
@@ -202,17 +202,17 @@ def _coarseness(grid: Grid | None) -> float:
 
 
 class _Pricing:
-    """Prices of matrices, each computed once per shape of a layer."""
+    """Prices of units, each computed once per shape of a layer."""
 
     def __init__(self, problem: Problem, together: bool) -> None:
         self.prices, self.together = problem.prices, together
         self._known: dict[object, float] = {}
 
-    def matrix(self, planned: DecoderConfig, setting: object, stem: str, grid: Grid | None) -> float:
-        """Cost of a matrix in a model of the planned widths, which ``setting`` identifies."""
-        key = (stem.rpartition(".")[2], grid, setting)
+    def unit(self, planned: DecoderConfig, setting: object, grids: Mapping[str, Grid | None]) -> float:
+        """Cost of a unit in a model of the planned widths, which ``setting`` identifies."""
+        key = (tuple((stem.rpartition(".")[2], grid) for stem, grid in grids.items()), setting)
         if key not in self._known:
-            self._known[key] = self.prices.matrix(planned, stem, grid)
+            self._known[key] = self.prices.unit(planned, grids)
         return self._known[key]
 
     def setting(self, planned: DecoderConfig, index: int) -> object:
@@ -255,7 +255,7 @@ def _variants(
             for index in layers
             if measured.curves
         )
-        cost = sum(problem.prices.layer(planned, index) for index in layers) if part == "d_v" else 0.0
+        cost = sum(problem.prices.half(planned, index, part) for index in layers)
         yield Variant(width, Option(cost, loss), parts)
 
 
@@ -272,7 +272,7 @@ def _options(
     errors = measured.errors.get(unit.name, {})
     return tuple(
         Option(
-            sum(pricing.matrix(planned, setting, stem, grid) for stem, grid in choice.grids.items()),
+            pricing.unit(planned, setting, choice.grids),
             left * errors.get(choice.name, 0.0),
             choice,
         )

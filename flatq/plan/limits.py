@@ -1,8 +1,8 @@
 """What a model costs in the unit of a budget: exact for a finished plan, and additive over matrices for the search.
 
 An exporter states the bytes of each matrix as it stores it (``Exporter.matrix_bytes``), so that nothing is bought that
-its files or its runtime do not save. A further limit is a further ``Prices``: any cost that is a sum over matrices and
-layers, in bytes or in seconds.
+its files or its runtime do not save. A further limit is a further ``Prices``: any cost that is a sum over units of
+linears, half layers and tables, in bytes or in seconds.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from flatq.export.planned import PlannedExport
 from flatq.model import footprint
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
-from flatq.model.names import matrix_shape, stems_of
+from flatq.model.names import Stem, matrix_shape, stems_of
+from flatq.quantize.bits import UNITS
 from flatq.recipe.budget import BudgetSpec
 from flatq.units import parse_size, size, size_at_least
 
 MatrixPrice = Callable[[DecoderConfig, str, Grid | None], float]
-LayerPrice = Callable[[DecoderConfig, int], float]
+UnitPrice = Callable[[DecoderConfig, Mapping[str, Grid | None]], float]
+HalfPrice = Callable[[DecoderConfig, int, str], float]
 Exact = Callable[[DecoderConfig, Mapping[str, Grid]], float]
 
 
@@ -34,7 +36,7 @@ class Prices:
         given: the limit as written in the recipe.
         limit: largest allowed cost; infinite for a limit that is no cost (``max_damage``).
         matrix: cost of one matrix (config of all widths, stem, grid).
-        layer: cost of one layer besides its matrices, such as its KV cache.
+        half: cost of a half layer besides its matrices, such as the KV cache (config, layer, ``d_v`` or ``d_ff``).
         exact: cost of a whole model.
         stored: bytes of one matrix in the files, by which the choices worth measuring are selected whatever the limit.
         where: what is counted, in words.
@@ -44,16 +46,28 @@ class Prices:
     given: str
     limit: float
     matrix: MatrixPrice
-    layer: LayerPrice
+    half: HalfPrice
     exact: Exact
     stored: MatrixPrice
     where: str
+    of_unit: UnitPrice | None = None
+
+    def unit(self, config: DecoderConfig, grids: Mapping[str, Grid | None]) -> float:
+        """Cost of linears that share a choice, or of a table; the sum of its matrices unless ``of_unit`` is given.
+
+        Args:
+            config: planned widths of all layers.
+            grids: by stem.
+        """
+        if self.of_unit is not None:
+            return self.of_unit(config, grids)
+        return sum(self.matrix(config, stem, grid) for stem, grid in grids.items())
 
     def rest(self, config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
         """Cost of everything that the search does not price, for a model."""
-        matrices = sum(self.matrix(config, stem, grids.get(stem)) for stem in matrices_of(config))
-        layers = sum(self.layer(config, index) for index in range(len(config.layers)))
-        return self.exact(config, grids) - matrices - layers
+        units = sum(self.unit(config, {stem: grids.get(stem) for stem in stems}) for stems in units_of(config))
+        halves = sum(self.half(config, index, part) for index in range(len(config.layers)) for part in ("d_v", "d_ff"))
+        return self.exact(config, grids) - units - halves
 
     def shown(self, cost: float) -> str:
         """A cost in words."""
@@ -72,6 +86,12 @@ def matrices_of(config: DecoderConfig) -> list[str]:
     return [*stems_of(config), "embed", *(() if config.tied_head else ("head",))]
 
 
+def units_of(config: DecoderConfig) -> list[tuple[str, ...]]:
+    """Stems of the units of linears, and of the tables."""
+    layers = [tuple(str(Stem(i, name)) for name in names) for i in range(len(config.layers)) for names in UNITS]
+    return [*layers, ("embed",), *(() if config.tied_head else (("head",),))]
+
+
 def prices_of(budget: BudgetSpec, exports: Sequence[PlannedExport], itemsize: int) -> Prices:
     """The limit of a recipe and its prices.
 
@@ -86,22 +106,24 @@ def prices_of(budget: BudgetSpec, exports: Sequence[PlannedExport], itemsize: in
     context, given = budget.cache_context, getattr(budget, budget.key)
     limit = math.inf if budget.key == "max_damage" else float(parse_size(given))
 
-    def free(config: DecoderConfig, index: int) -> float:
+    def free(config: DecoderConfig, index: int, part: str) -> float:
         return 0.0
 
-    def cached(config: DecoderConfig, index: int) -> float:
-        return cache(config, index, context)
+    def cached(config: DecoderConfig, index: int, part: str) -> float:
+        return cache(config, index, context) if part == "d_v" else 0.0
+
+    def caches(config: DecoderConfig) -> float:
+        return sum(cache(config, index, context) for index in range(len(config.layers)))
 
     def held(config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
-        return whole(config, grids) + sum(cached(config, index) for index in range(len(config.layers)))
+        return whole(config, grids) + caches(config)
 
     def read(config: DecoderConfig, stem: str, grid: Grid | None) -> float:
         return 0.0 if stem == "embed" and not config.tied_head else matrix(config, stem, grid)
 
     def decoded(config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
         weights = sum(read(config, stem, grids.get(stem)) for stem in matrices_of(config))
-        caches = sum(cached(config, index) for index in range(len(config.layers)))
-        return weights + caches + footprint.norm_bytes(config, itemsize)
+        return weights + caches(config) + footprint.norm_bytes(config, itemsize)
 
     if budget.key == "decode_bytes":
         return Prices(budget.key, given, limit, read, cached, decoded, matrix, f"read by {named} per token")

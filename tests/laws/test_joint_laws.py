@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,6 @@ LIMITS: dict[str, tuple[float, float]] = {}
 
 def alone(of: Problem, some: Measured, limit: float) -> list[JointPlan]:
     """The plans that only quantize, and those that give everything one grid, as far as the limit allows them."""
-    from dataclasses import replace
-
     bits = replace(of, flat=None)
     one = [
         replace(
@@ -339,3 +338,23 @@ def test_a_choice_that_no_export_can_store_is_refused_in_the_exporter_s_words() 
     recipe, exports = any_
     with pytest.raises(RecipeError, match=r"exports.gguf: .*would round the weights a second time"):
         problem_of(recipe, CONFIG, exports, 4)
+
+
+def test_another_cost_is_another_price_of_units_and_halves() -> None:
+    """As seconds are: what is bought then is what this cost asks for."""
+    of = problem("onnx: {}")
+    prices = replace(
+        of.prices,
+        limit=100.0,
+        half=lambda config, index, part: config.layers[index].d_ff / 96 if part == "d_ff" else 0.0,
+        of_unit=lambda config, grids: sum(10.0 for grid in grids.values() if grid is None or grid.bits != 4),
+        exact=lambda config, grids: (
+            sum(10.0 for grid in grids.values() if grid.bits != 4) + sum(dims.d_ff / 96 for dims in config.layers)
+        ),
+    )
+    plan = plan_jointly(replace(of, prices=prices), guessed(of), 2.0)
+    assert {grid.bits for grid in plan.grids.values()} == {4}
+    assert plan.ranks.achieved == 2.0
+    narrower = plan_jointly(replace(of, prices=prices), guessed(of), 1.5)
+    assert sum(dims.d_ff for dims in narrower.ranks.layers) <= 1.5 * 96
+    assert prices.rest(of.config, plan.grids) == pytest.approx(0.0)
