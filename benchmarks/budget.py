@@ -153,7 +153,8 @@ def table(rows: Sequence[dict[str, Any]], given: argparse.Namespace) -> dict[str
         lines.append([*cells, *(round(x, 3) for x in (row["predicted"], *damage.values(), mean))])
     tau = ""
     if len(pairs) > 2:
-        tau = f" Kendall's rank correlation of predicted and mean damage: {rank_correlation(pairs):.2f}."
+        found = f"{rank_correlation(pairs):.2f} ({len(pairs)} plans)"
+        tau = f" Kendall's rank correlation of predicted and mean damage: {found}."
     return {
         "section": "Quality at equal bytes",
         "title": "One budget for widths and bits, and either alone",
@@ -167,7 +168,8 @@ def table(rows: Sequence[dict[str, Any]], given: argparse.Namespace) -> dict[str
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=TABLE.parent
         ).stdout.strip(),
-        "command": "python benchmarks/budget.py --work DIR --text wikipedia=FILE --table",
+        "command": "python benchmarks/budget.py --work DIR --text wikipedia=FILE "
+        f"--share 0.6 --share 0.85 --samples {given.samples} --rows {given.rows} --table",
         "rows": lines,
     }
 

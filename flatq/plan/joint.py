@@ -157,7 +157,7 @@ def items_of(problem: Problem, measured: Measured) -> list[Item]:
     groups = [numbers] if together else [(number,) for number in numbers]
     pricing = _Pricing(problem, together)
     items = [
-        Item(part, group, tuple(_variants(problem, measured, pricing, part, group)))
+        Item(part, group, _that_save(tuple(_variants(problem, measured, pricing, part, group))))
         for group in groups
         for part in HALVES
     ]
@@ -257,6 +257,15 @@ def _variants(
         )
         cost = sum(problem.prices.half(planned, index, part) for index in layers)
         yield Variant(width, Option(cost, loss), parts)
+
+
+def _that_save(variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+    """Without widths that cost as much as the dense one, which is last: a format may pad what is narrower."""
+
+    def least(variant: Variant) -> float:
+        return variant.fixed.cost + sum(min(option.cost for option in part) for part in variant.parts)
+
+    return tuple(variant for variant in variants if variant is variants[-1] or least(variant) < least(variants[-1]))
 
 
 def _options(

@@ -229,6 +229,8 @@ def test_what_a_format_cannot_save_is_not_bought() -> None:
     some = guessed(gguf)
     plan = plan_jointly(gguf, some, 0.7 * plan_jointly(gguf, some, 1e12).ranks.achieved)
     assert {dims.d_v for dims in plan.ranks.layers} == {16}, "value heads are padded, so narrow ones save nothing"
+    lucky = plan_jointly(gguf, measured(1, gguf), plan.ranks.achieved)
+    assert {dims.d_v for dims in lucky.ranks.layers} == {16}, "not even where narrow ones round with less error"
     tight = plan_jointly(gguf, some, 1.02 * ends(gguf)[0] + gguf.prices.rest(gguf.config, plan.grids))
     assert max(dims.d_ff for dims in tight.ranks.layers) < 96
 
