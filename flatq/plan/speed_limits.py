@@ -78,8 +78,8 @@ def speed_prices(
     def ends(grid: Grid | None) -> float:
         return float(getattr(model.ends({"embed": grid, "head": grid}), part))
 
-    def layer(config: DecoderConfig, index: int) -> float:
-        return float(getattr(model.rest("attention", config.layers[index]), part))
+    def half(config: DecoderConfig, index: int, width: str) -> float:
+        return float(getattr(model.rest("attention", config.layers[index]), part)) if width == "d_v" else 0.0
 
     def exact(config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
         return float(getattr(model.predict(config, grids), part))
@@ -90,4 +90,4 @@ def speed_prices(
     where = f"export {item.name} at a context of {load.context:,}" if decodes else f"export {item.name}"
     where += "" if decodes else f", {load.prompt:,} tokens"
     limit = 1 / given if decodes else given / 1000
-    return SpeedPrices(budget.key, f"{given:g}", limit, matrix, layer, exact, stored, where)
+    return SpeedPrices(budget.key, f"{given:g}", limit, matrix, half, exact, stored, where)
