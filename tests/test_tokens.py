@@ -198,3 +198,30 @@ def test_the_description_is_json_with_digests(tmp_path: Path, monkeypatch: pytes
     assert described["calibration"]["sha256"] == hashlib.sha256(shape + numbers).hexdigest()
     assert described["calibration"]["tokens_available"] == 450
     assert described["heldout"]["sequences"] == 2
+
+
+def opened(text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+    """A tokenizer that begins every text with two tokens and ends it with one."""
+    ids = words(text)["input_ids"]
+    return {"input_ids": [900, 901, *ids, 902] if add_special_tokens else ids}
+
+
+def test_every_row_begins_as_the_tokenizer_begins_every_text(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "text.txt", 0, 200)
+    found = token_batches(calibration(path=path), evaluation(), opened)
+    plain = token_batches(calibration(path=path), evaluation(), words)
+    for rows, width in ((found.calibration, 8), (found.heldout, 16)):
+        assert rows.shape[1] == width
+        assert rows[:, :2].tolist() == [[900, 901]] * len(rows)
+        assert (rows[:, 3:] - rows[:, 2:-1] == 1).all(), "the rest is consecutive text"
+    text = [row[2:].tolist() for row in (*found.calibration, *found.heldout)]
+    assert len({number for row in text for number in row}) == sum(map(len, text)), "no token is in two rows"
+    assert 900 not in plain.calibration
+
+
+def test_a_row_that_the_opening_fills_is_refused(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "text.txt", 0, 200)
+    with pytest.raises(RecipeError, match=r"calibration.seq_len: 3 leaves no room for text.*at least 4"):
+        token_batches(calibration(path=path, seq_len=3), evaluation(), opened)
+    with pytest.raises(RecipeError, match=r"evaluation.seq_len: 3 leaves no room for text.*at least 4"):
+        token_batches(calibration(path=path), evaluation(seq_len=3), opened)
