@@ -20,6 +20,7 @@ from flatq.export.generate import DecoderRunner
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import read_report
 from tests.conftest import ONNX, MakeRecipe, flatq
+from tests.test_tokens import opened
 
 DATA = Path(__file__).parent / "data" / "tasks"
 TASK = "tiny_choice"
@@ -112,6 +113,16 @@ def test_loglikelihoods_are_those_of_a_direct_computation(model_of: Any, exporte
         each = torch.log_softmax(logits, -1)[range(start - 1, len(ids) - 1), ids[start:]]
         assert logprob == pytest.approx(float(each.sum()), abs=1e-4)
         assert greedy == (logits[start - 1 : -1].argmax(-1).tolist() == ids[start:])
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it(lm_eval: None) -> None:
+    from flatq.evaluate.harness import HarnessModel
+
+    runner: Any = None
+    model = HarnessModel(runner, opened, vocab=999, context=9, prefix=900, ends=frozenset())
+    assert model.tok_encode("1 2") == [900, 901, 1, 2]
+    assert model.tok_encode("900 901 1") == [900, 901, 1], "the text brings them itself"
+    assert model.tok_encode("1 2", add_special_tokens=False) == [1, 2]
 
 
 def test_a_rolling_likelihood_is_the_whole_text_s_after_the_prefix(

@@ -21,6 +21,7 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from flatq.calibration.tokens import opening_ids
 from flatq.errors import RecipeError
 from flatq.export.generate import Detokenizer
 from flatq.export.protocols import FloatArray, IntArray, Runner
@@ -47,7 +48,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self, runner: Runner, tokenizer: Any, *, vocab: int, context: int, prefix: int, ends: frozenset[int]
     ) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self._opening = tokenizer, opening_ids(tokenizer)
         self._runner, self._vocab, self._context, self._prefix, self._ends = runner, vocab, context, prefix, ends
 
     @property
@@ -56,8 +57,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return self._prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text, by default without special tokens."""
-        return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"])
+        """Ids of a text, by default with the tokens before it that the tokenizer begins every text with."""
+        ids = list(self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
+        begun = add_special_tokens is False or ids[: len(self._opening)] == self._opening
+        return ids if begun else [*self._opening, *ids]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -87,7 +90,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for place, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)  # the windows bring the prefix
             for window in get_rolling_token_windows(ids, self._prefix, self._context, 1):
                 before, after = make_disjoint_window(window)
                 windows.append((request.args[0][:80], before, after))

@@ -39,7 +39,7 @@ from flatq.units import size
 log = logging.getLogger(__name__)
 WALKS = 5  # at most
 CLOSE = 0.85  # of the limit: a damage above it ends the search
-LEAP = 6.0  # largest factor between the predicted losses of two walks without one on the other side of the limit
+LEAP = 6.0  # largest factor from the first walk's predicted loss to the second's; its square to the third's, and so on
 MARGIN = 0.95  # aimed below the limit by this factor
 
 
@@ -80,7 +80,8 @@ def next_target(wanted: float, walks: Sequence[Walk]) -> float:
     if below is None or above is None or below.plan.predicted >= above.plan.predicted:
         last = walks[-1]
         ratio = (MARGIN * wanted / max(last.damage, 1e-6)) ** (1 / _power(walks))
-        return last.plan.predicted * min(max(ratio, 1 / LEAP), LEAP)
+        leap = LEAP ** len(walks)
+        return last.plan.predicted * min(max(ratio, 1 / leap), leap)
     low, high = max(below.damage, 0.01 * wanted), above.damage
     share = math.log(MARGIN * wanted / low) / math.log(high / low)
     ends = below.plan.predicted, above.plan.predicted
