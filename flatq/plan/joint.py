@@ -89,10 +89,9 @@ def plan_jointly(problem: Problem, measured: Measured, limit: float | None = Non
     items = items_of(problem, measured)
     searches = [[frontier(item.variants) for item in some] for some in _restricted(items)]
     cheapest = [_made(problem, items, [points[0] for points in search], wanted) for search in searches]
-    rest = problem.prices.rest(problem.config, cheapest[0].grids)
     found = [plan for plan in cheapest if plan.ranks.achieved <= wanted]
-    for search in searches:
-        found += _within(problem, items, search, wanted, rest)
+    for search, least in zip(searches, cheapest, strict=True):
+        found += _within(problem, items, search, wanted, problem.prices.rest(problem.config, least.grids))
     if not found:
         raise problem.prices.refusal(min(plan.ranks.achieved for plan in cheapest))
     return min(found, key=lambda plan: plan.predicted)
@@ -123,25 +122,30 @@ def plan_of_loss(problem: Problem, measured: Measured, loss: float) -> JointPlan
 def _within(
     problem: Problem, items: Sequence[Item], search: Sequence[Sequence[Point]], limit: float, rest: float
 ) -> list[JointPlan]:
-    """The plan of one search, its allowance lowered until the exact cost is within the limit; empty if it never is.
+    """The plans of one search, its allowance corrected by what the last plan's exact cost left of the limit.
 
     Args:
         problem: the model and its prices.
         items: all items.
         search: the frontier of each item.
         limit: of the exact cost.
-        rest: cost of what the search does not price.
+        rest: cost of what the search does not price, an estimate.
     """
-    allowed = limit - rest
+    allowed, found = limit - rest, list[JointPlan]()
     for _ in range(ATTEMPTS):
         points = spend(search, allowed)
         if points is None:
-            return []
+            break
         plan = _made(problem, items, points, limit)
-        if plan.ranks.achieved <= limit:
-            return [plan]
-        allowed -= plan.ranks.achieved - limit
-    return []
+        left = limit - plan.ranks.achieved
+        if left >= 0:
+            if found and plan.predicted >= found[-1].predicted:
+                break
+            found.append(plan)
+        elif found:
+            break
+        allowed += left
+    return found
 
 
 def items_of(problem: Problem, measured: Measured) -> list[Item]:
