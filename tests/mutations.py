@@ -85,8 +85,8 @@ FAULTS = [
     ),
     Fault(
         "the MLP weighted with attention's Fisher information",
-        "len(HALVES) * block.index + HALVES.index(block.half)",
-        "len(HALVES) * block.index",
+        "number = len(HALVES) * block.index + HALVES.index(block.half)",
+        "number = len(HALVES) * block.index",
         (f"{PARTS}::test_attention_s_fisher_information_does_not_choose_channels",),
     ),
     Fault(

@@ -221,7 +221,7 @@ def test_every_row_begins_as_the_tokenizer_begins_every_text(tmp_path: Path) -> 
 
 def test_a_row_that_the_opening_fills_is_refused(tmp_path: Path) -> None:
     path = numbered(tmp_path / "text.txt", 0, 200)
-    with pytest.raises(RecipeError, match=r"calibration.seq_len: 3 leaves no room for text.*at least 4"):
+    with pytest.raises(RecipeError, match=r"calibration.seq_len: 3 leaves no space for text.*at least 4"):
         token_batches(calibration(path=path, seq_len=3), evaluation(), opened)
-    with pytest.raises(RecipeError, match=r"evaluation.seq_len: 3 leaves no room for text.*at least 4"):
+    with pytest.raises(RecipeError, match=r"evaluation.seq_len: 3 leaves no space for text.*at least 4"):
         token_batches(calibration(path=path), evaluation(seq_len=3), opened)

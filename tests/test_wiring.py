@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,16 +25,20 @@ from torch import Tensor
 from flatq.calibration.perplexity import final_hidden
 from flatq.errors import NumericsError, RecipeError
 from flatq.export.planned import planned_exports
-from flatq.model.decoder import LINEARS
+from flatq.export.speed import SpeedLoad, SpeedModel
+from flatq.model.decoder import LINEARS, DecoderConfig
 from flatq.model.footprint import decode_bytes
 from flatq.model.grid import round_to_nearest
+from flatq.plan.joint import JointPlan, guessed, plan_jointly
 from flatq.plan.limits import prices_of
 from flatq.recipe import blocks
 from flatq.recipe.budget import BudgetSpec
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import open_model
+from flatq_onnx import OnnxExporter
 from tests.conftest import flatq
 from tests.structured import LAYERS, Made, Runs
+from tests.test_speed_limits import Invented, problem
 
 FLAT: dict[str, Any] = {"keep_ratio": 0.75, "rank_multiple": 2, "width_multiple": 8}
 EVEN = FLAT | {"allocation": "uniform", "correction": 0}  # the first layer is narrowed, and nothing came before it
@@ -443,6 +448,41 @@ def _(runs: Runs) -> None:
 def _(runs: Runs) -> None:
     short, usual = (budgeted(runs, decode_bytes="85kB", context=context) for context in (32, 64))
     assert short.artifact.bytes() > usual.artifact.bytes(), "a shorter cache leaves more for weights"
+
+
+def with_speed(limit: str) -> tuple[SpeedLoad, JointPlan]:
+    """The load that an exporter is asked to predict for a limit, and the plan within its predictions."""
+    loads: list[SpeedLoad] = []
+
+    def speed_model(self: OnnxExporter, config: DecoderConfig, options: Any, load: SpeedLoad) -> SpeedModel:
+        loads.append(load)
+        return Invented(config, load)
+
+    with mock.patch.object(OnnxExporter, "speed_model", speed_model):
+        some = problem(limit)
+    return loads[0], plan_jointly(some, guessed(some))
+
+
+@case("budget.decode_tokens_per_second")
+def _(runs: Runs) -> None:
+    slow, fast = (with_speed(f"decode_tokens_per_second: {rate}")[1].ranks.achieved for rate in (1500, 2500))
+    assert fast <= 1 / 2500 < slow <= 1 / 1500
+
+
+@case("budget.prefill_ms")
+def _(runs: Runs) -> None:
+    slow, fast = (with_speed(f"prefill_ms: {limit}")[1].ranks.achieved for limit in (36, 30))
+    assert fast <= 0.030 < slow <= 0.036
+
+
+@case("budget.prompt")
+def _(runs: Runs) -> None:
+    assert with_speed("prefill_ms: 60, prompt: 55")[0].prompt == 55
+
+
+@case("budget.threads")
+def _(runs: Runs) -> None:
+    assert with_speed("prefill_ms: 60, threads: 3")[0].threads == 3
 
 
 @case("budget.export")

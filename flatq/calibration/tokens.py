@@ -176,9 +176,9 @@ class _Split:
         self.wanted = list(_named(wanted))
         self._rest: dict[Corpus, Tensor] = {}
         self._opening = opening_ids(tokenizer)
-        self._room("calibration", calibration.seq_len)
+        self._text_tokens("calibration", calibration.seq_len)
         for _, spec, _ in self.wanted:
-            self._room("evaluation", spec.seq_len)
+            self._text_tokens("evaluation", spec.seq_len)
             _rows_of(spec)
 
     def observed(self, corpus: Corpus, samples: int) -> tuple[Tensor, int]:
@@ -186,7 +186,7 @@ class _Split:
         seq_len, seed = self._calibration.seq_len, self._calibration.seed
         if corpus.dataset == "self":
             return self._written(samples, seq_len, seed), samples * seq_len
-        own = self._room("calibration", seq_len)
+        own = self._text_tokens("calibration", seq_len)
         tokens = POOL * samples * own
         stream = self._tokenised(corpus, test=False, tokens=tokens, place="calibration")
         apart = self._kept(corpus)
@@ -197,7 +197,7 @@ class _Split:
     def evaluation(self, spec: EvaluationSpec, corpus: Corpus) -> tuple[Tensor, int]:
         """Evaluation rows of a text, int64 [windows, seq_len], and the number of held-out tokens."""
         windows = _rows_of(spec)
-        own = self._room("evaluation", spec.seq_len)
+        own = self._text_tokens("evaluation", spec.seq_len)
         kept = windows * own
         if corpus.dataset == "self":
             seed = self._calibration.seed + ANOTHER_SEED
@@ -211,15 +211,15 @@ class _Split:
             raise _too_short(corpus.label, len(rest), kept, "evaluation.tokens")
         return self._opened(rest[:kept].view(windows, own)), len(rest)
 
-    def _room(self, place: str, seq_len: int) -> int:
+    def _text_tokens(self, place: str, seq_len: int) -> int:
         """Tokens of the text in a row."""
-        room = seq_len - len(self._opening)
-        if room < 2:
+        left = seq_len - len(self._opening)
+        if left < 2:
             raise RecipeError(
-                f"{place}.seq_len: {seq_len} leaves no room for text: the tokenizer begins every text with "
+                f"{place}.seq_len: {seq_len} leaves no space for text: the tokenizer begins every text with "
                 f"{len(self._opening)} tokens; choose at least {len(self._opening) + 2}"
             )
-        return room
+        return left
 
     def _opened(self, windows: Tensor) -> Tensor:
         """Windows with the tokens before them that the tokenizer begins every text with."""
@@ -229,7 +229,7 @@ class _Split:
     def _kept(self, corpus: Corpus) -> int:
         """Number of evaluation tokens of a text, 0 if it is not an evaluation text."""
         wanted = [spec for _, spec, source in self.wanted if source == corpus]
-        asked = [_rows_of(spec) * self._room("evaluation", spec.seq_len) for spec in wanted]
+        asked = [_rows_of(spec) * self._text_tokens("evaluation", spec.seq_len) for spec in wanted]
         return max(asked, default=0)
 
     def _written(self, samples: int, seq_len: int, seed: int) -> Tensor:
