@@ -31,7 +31,7 @@ from flatq.calibration.block import REMEDY
 from flatq.calibration.grams import finite
 from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import AUTO, Execution, HiddenStates, batch_tokens, embedded, pieces, stored_as
-from flatq.errors import NumericsError
+from flatq.errors import ArtifactError, NumericsError
 from flatq.linalg import factor_
 from flatq.machine import distributed
 from flatq.machine.precision import blocks_in, forward_precision
@@ -46,9 +46,20 @@ LONGEST = 3.0  # clipping norm of a token's gradient, in median norms
 
 
 class Sensitivity:
-    """Fisher information of the residual stream after every block, [2 * layers, m, m], on disk; read one at a time."""
+    """Fisher information of the residual stream after every block, [2 * layers, m, m], on disk; read one at a time.
 
-    def __init__(self, config: DecoderConfig, work: Path) -> None:
+    Args:
+        config: of the dense model.
+        work: folder of the file.
+        new: whether to create it.
+
+    Raises:
+        ArtifactError: it was not measured.
+    """
+
+    def __init__(self, config: DecoderConfig, work: Path, *, new: bool = False) -> None:
+        if not new and not (work / FILE).exists():
+            raise ArtifactError(f"{work / FILE}: was not measured or is lost; start over with --fresh")
         self._feed = HiddenStates(work / FILE, (len(HALVES) * len(config.layers), config.d_model, config.d_model))
 
     def __len__(self) -> int:
@@ -79,7 +90,7 @@ def output_sensitivity(weights: Weights, tokens: Tensor, work: Path, *, executio
     blocks = len(HALVES) * len(config.layers)
     dtype = stored_as(execution.states, blocks * tokens.numel(), config.d_model)
     states = _States(weights, tokens, work / "gradients", dtype, execution)
-    found = Sensitivity(config, work)
+    found = Sensitivity(config, work, new=True)
     with (
         progress("sensitivity", 2 * blocks) as advance,
         forward_precision(execution.precision, execution.device, gradients=True),
