@@ -63,7 +63,7 @@ def compared(
         beside: expected files without a digest in the list, and folders that are skipped.
         remembered: skip files that were verified before and are unchanged since.
     """
-    known = (recall(_name(root), Memory) or {}) if remembered else {}
+    known = (recall("digests", str(root.resolve()), Memory) or {}) if remembered else {}
     outside = [name for name in digests if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
     inside = [name for name in digests if name not in outside]
     missing = [name for name in inside if not (root / name).is_file()]
@@ -130,13 +130,8 @@ def _stamp(path: Path) -> Stamp:
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 
 
-def _name(root: Path) -> str:
-    """Name of a folder in the cache."""
-    return f"digests/{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}"
-
-
 def _remember(root: Path, right: Memory) -> None:
     """Record verified files, except recently written ones, for which another write might not change the times."""
     settled = time.time_ns() - SETTLED_NS
     kept = {name: entry for name, entry in right.items() if max(entry[1][1:3]) < settled}
-    remember(_name(root), kept)
+    remember("digests", str(root.resolve()), kept)

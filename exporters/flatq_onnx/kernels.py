@@ -13,7 +13,6 @@ Axes: n out_features, k in_features, m tokens.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import statistics
 import time
@@ -34,6 +33,7 @@ from flatq_onnx.session import CPU, session_options
 from flatq_onnx.tensors import Blocks
 
 Clock = Callable[[], float]
+KEPT = "kernels"  # folder of the cache
 SESSIONS, SESSION_BYTES = 4, 16 << 20  # of one measurement: together more than a third-level cache
 LARGEST = 1 << 26  # weights of one measured product; larger ones take proportionally longer
 SECONDS, LEAST_ROUNDS = 0.06, 6  # per product
@@ -49,15 +49,17 @@ class KernelTable:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.machine = f"{cpu_name()}, {os.cpu_count()} processors, onnxruntime {ort.__version__}, {threads} threads"
-        self._place = f"kernels/{hashlib.sha256(self.machine.encode()).hexdigest()[:32]}"
-        self._seconds = recall(self._place, dict[str, float]) or {}
+        self._seconds = self._kept()
 
     def seconds(self, name: str, measure: Callable[[], Mapping[str, float]]) -> float:
         """The time with this name; ``measure`` gives it, perhaps among others, if it is not in the table."""
         if name not in self._seconds:
             self._seconds |= measure()
-            remember(self._place, {**(recall(self._place, dict[str, float]) or {}), **self._seconds})
+            remember(KEPT, self.machine, {**self._kept(), **self._seconds})
         return self._seconds[name]
+
+    def _kept(self) -> dict[str, float]:
+        return recall(KEPT, self.machine, dict[str, float]) or {}
 
     def product(self, grid: Grid | None, rows: int, columns: int, tokens: int, accuracy_level: int) -> float:
         """Seconds of one linear [n, k] with this grid (None: float32), for ``tokens`` rows of input."""

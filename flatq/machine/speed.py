@@ -7,7 +7,6 @@ follows from these rates is a rough estimate.
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -55,13 +54,12 @@ def measured_speed(device: str = "cpu", precision: str = "auto") -> Speed:
         device: as torch names it.
         precision: of forward passes, see ``precision.forward_precision``.
     """
-    what = (cpu_name(), torch.get_num_threads(), torch.__version__, device, resolved(precision, device))
-    name = f"speed/{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}"
-    kept, now = recall(name, Kept), time.time()
+    about = repr((cpu_name(), torch.get_num_threads(), torch.__version__, device, resolved(precision, device)))
+    kept, now = recall("speed", about, Kept), time.time()
     if kept is not None and 0 <= now - kept.at < KEPT:
         return kept.speed
     speed = _measured(device, precision)
-    remember(name, asdict(Kept(speed, now)))
+    remember("speed", about, asdict(Kept(speed, now)))
     return speed
 
 
