@@ -81,17 +81,23 @@ def _block_errors(
     """
     fisher = None if fisher is None else fisher.to(block.device)
     inputs = block.inputs()
-    fitted, before = _fitted(block, inputs), outputs(block, inputs)
+    (fitted,), before = moments(block, inputs, 1), outputs(block, inputs)
     return {
-        unit.stems[0]: _errors(block, unit, inputs, fitted, before, grids, fisher, spec)
+        unit.stems[0]: _errors(block, unit, inputs, fitted, before, grids[unit.stems[0]], fisher, spec)
         for unit in units
-        if _inside(block, unit)
+        if inside(block, unit.stems[0])
     }
 
 
-def _inside(block: Block, unit: Unit) -> bool:
-    first = Stem.of(unit.stems[0])
+def inside(block: Block, stem: str) -> bool:
+    """Whether a linear belongs to a block."""
+    first = Stem.of(stem)
     return first.layer == block.index and any(first.linear in names for _, names in READERS[block.half])
+
+
+def read_by(block: Block, linear: str) -> str:
+    """Name of the activation that a linear of the block reads."""
+    return next(gram for gram, readers in READERS[block.half] if linear in readers)
 
 
 def _errors(
@@ -100,42 +106,63 @@ def _errors(
     inputs: Tensor,
     fitted: Mapping[str, Tensor],
     before: list[Tensor],
-    grids: Mapping[str, Grid],
+    grid: Grid,
     fisher: Tensor | None,
     spec: GptqSpec,
 ) -> dict[str, float]:
     names = [Stem.of(stem).linear for stem in unit.stems]
-    gram = next(gram for gram, readers in READERS[block.half] if names[0] in readers)
-    linears: list[nn.Linear] = [getattr(block.layer, name) for name in names]
-    whole = [linear.weight for linear in linears]
-    costs = {}
+    moment, costs = fitted[read_by(block, names[0])], {}
     for bits in sorted(set(spec.bit_choices)):
-        grid = replace(grids[unit.stems[0]], bits=bits)
-        coded = quantized_together(whole, fitted[gram], grid, spec).weight.dequantize()
-        for linear, part in zip(linears, coded.split([len(weight) for weight in whole]), strict=True):
-            linear.weight = nn.Parameter(part, requires_grad=False)
-        moved = [after - y for after, y in zip(outputs(block, inputs), before, strict=True)]
-        for linear, weight in zip(linears, whole, strict=True):
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-        costs[str(bits)] = sum(squared_norm(e, fisher) for e in moved) / sum(len(e) for e in moved)
+        coded = solved_together(block, names, moment, replace(grid, bits=bits), spec)
+        costs[str(bits)] = moved(block, inputs, coded, before, fisher)
     return costs
 
 
-def batches(block: Block, inputs: Tensor) -> Iterator[Tensor]:
+def solved_together(
+    block: Block, names: Sequence[str], moment: Tensor, grid: Grid, spec: GptqSpec
+) -> dict[str, Tensor]:
+    """Dequantized weights of linears that are solved as one matrix, by name."""
+    whole = [getattr(block.layer, name).weight for name in names]
+    coded = quantized_together(whole, moment, grid, spec).weight.dequantize()
+    return dict(zip(names, coded.split([len(weight) for weight in whole]), strict=True))
+
+
+def moved(
+    block: Block, inputs: Tensor, coded: Mapping[str, Tensor], before: Sequence[Tensor], fisher: Tensor | None
+) -> float:
+    """``mean_square`` of what other weights, by name of the linear, change in the block's output."""
+    whole = {name: getattr(block.layer, name).weight for name in coded}
+    for name, weight in coded.items():
+        getattr(block.layer, name).weight = nn.Parameter(weight, requires_grad=False)
+    after = outputs(block, inputs)
+    for name, weight in whole.items():
+        getattr(block.layer, name).weight = weight
+    return mean_square(after, before, fisher)
+
+
+def mean_square(after: Sequence[Tensor], before: Sequence[Tensor], fisher: Tensor | None) -> float:
+    """Mean over tokens of ``e F e^T`` for the difference e of two outputs, [tokens, m] per batch."""
+    errors = [new - old for new, old in zip(after, before, strict=True)]
+    return sum(_squared_norm(e, fisher) for e in errors) / sum(len(e) for e in errors)
+
+
+def _batches(block: Block, inputs: Tensor) -> Iterator[Tensor]:
     """Inputs of a block, float32 [b, s, m] on its device, in batches."""
     for batch in torch.split(inputs, max(1, block.feed.batch_tokens // inputs.shape[1])):
         yield batch.to(block.device, torch.float32)
         block.feed.forget()
 
 
-def _fitted(block: Block, inputs: Tensor) -> dict[str, Tensor]:
-    """Second moments of the linears' inputs, [i, i], over the first half of every sample."""
-    grams: dict[str, Gram] = {}
+def moments(block: Block, inputs: Tensor, halves: int) -> list[dict[str, Tensor]]:
+    """Second moments of the linears' inputs, [i, i], over the first half of every sample; with 2, over each half."""
+    grams: list[dict[str, Gram]] = [{} for _ in range(halves)]
     with forward_precision(block.precision, block.device):
-        for batch in batches(block, inputs):
+        for batch in _batches(block, inputs):
             for name, x in block.activations(batch).items():
-                grams.setdefault(name, Gram(x.shape[-1], device=x.device)).update(x[:, : x.shape[1] // 2])
-        return {name: gram.mean() for name, gram in grams.items()}
+                middle = x.shape[1] // 2
+                for found, part in zip(grams, (x[:, :middle], x[:, middle:]), strict=False):
+                    found.setdefault(name, Gram(x.shape[-1], device=x.device)).update(part)
+        return [{name: gram.mean() for name, gram in found.items()} for found in grams]
 
 
 def outputs(block: Block, inputs: Tensor) -> list[Tensor]:
@@ -146,10 +173,10 @@ def outputs(block: Block, inputs: Tensor) -> list[Tensor]:
 def all_outputs(block: Block, inputs: Tensor) -> list[Tensor]:
     """The block's outputs, float32 [b, s, m] per batch."""
     with forward_precision("float32"):
-        return [block.layer.run(block.half, x, block.positions(x.shape[0])) for x in batches(block, inputs)]
+        return [block.layer.run(block.half, x, block.positions(x.shape[0])) for x in _batches(block, inputs)]
 
 
-def squared_norm(error: Tensor, fisher: Tensor | None) -> float:
+def _squared_norm(error: Tensor, fisher: Tensor | None) -> float:
     """Sum of ``e F e^T`` over the rows of ``error``, [tokens, m]."""
     moved = error if fisher is None else error @ fisher
     return float((moved * error).sum())

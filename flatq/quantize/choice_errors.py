@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flatq.calibration.block import Block
 from flatq.calibration.grams import Gram
@@ -29,9 +29,18 @@ from flatq.machine.precision import forward_precision
 from flatq.model.grid import Grid, QuantizedWeight
 from flatq.model.names import Stem
 from flatq.model.weights import Weights, head_stem, load_head, load_last_norm
-from flatq.quantize.bit_errors import all_outputs, batches, outputs, squared_norm
+from flatq.quantize.bit_errors import (
+    all_outputs,
+    inside,
+    mean_square,
+    moments,
+    moved,
+    outputs,
+    read_by,
+    solved_together,
+)
 from flatq.quantize.choices import Choice, ChoiceUnit
-from flatq.quantize.stage import READERS, quantize_table, quantized_together
+from flatq.quantize.stage import quantize_table, quantized_together
 from flatq.recipe.blocks import GptqSpec
 
 TOKENS, LENGTH = 4096, 512  # calibration tokens used, in rows of
@@ -73,7 +82,7 @@ def choice_errors(
     for number, block in enumerate(blocks):
         block.observe()  # also computes the inputs of the next block
         metric = None if fisher is None else fisher[number].to(block.device)
-        mine = [unit for unit in of_layers if _inside(block, unit)]
+        mine = [unit for unit in of_layers if inside(block, unit.name)]
         inputs = block.inputs()
         found |= _block_errors(block, inputs, mine, spec, metric)
         if number == 0 and "embed" in tables and not weights.config.tied_head:
@@ -91,21 +100,16 @@ def choice_errors(
     return found
 
 
-def _inside(block: Block, unit: ChoiceUnit) -> bool:
-    first = Stem.of(unit.name)
-    return first.layer == block.index and any(first.linear in names for _, names in READERS[block.half])
-
-
 def _block_errors(
     block: Block, inputs: Tensor, units: Sequence[ChoiceUnit], spec: GptqSpec, fisher: Tensor | None
 ) -> Errors:
     """The entries of the units of one block."""
-    fitted, judged = _moments(block, inputs)
+    fitted, judged = moments(block, inputs, 2)
     before = outputs(block, inputs)
     found = Errors()
     for unit in units:
         names = [Stem.of(stem).linear for stem in unit.stems]
-        gram = next(gram for gram, readers in READERS[block.half] if names[0] in readers)
+        gram = read_by(block, names[0])
         found[unit.name] = {}
         for choice in unit.choices:
             coded = _coded(block, choice, fitted[gram], spec)
@@ -113,7 +117,7 @@ def _block_errors(
                 change = coded[names[0]] - getattr(block.layer, names[0]).weight if coded else None
                 error = 0.0 if change is None else _linear_error(change, judged[gram], fisher)
             else:
-                error = _moved(block, inputs, coded, before, fisher)
+                error = moved(block, inputs, coded, before, fisher)
             found[unit.name][choice.name] = error
     return found
 
@@ -126,42 +130,14 @@ def _coded(block: Block, choice: Choice, moment: Tensor, spec: GptqSpec) -> dict
             groups.setdefault(grid, []).append(Stem.of(stem).linear)
     found: dict[str, Tensor] = {}
     for grid, names in groups.items():
-        whole = [getattr(block.layer, name).weight for name in names]
-        coded = quantized_together(whole, moment, grid, spec).weight.dequantize()
-        found |= dict(zip(names, coded.split([len(weight) for weight in whole]), strict=True))
+        found |= solved_together(block, names, moment, grid, spec)
     return found
-
-
-def _moved(
-    block: Block, inputs: Tensor, coded: Mapping[str, Tensor], before: Sequence[Tensor], fisher: Tensor | None
-) -> float:
-    """Mean weighted square of what replaced weights change in the block's output."""
-    whole = {name: getattr(block.layer, name).weight for name in coded}
-    for name, weight in coded.items():
-        getattr(block.layer, name).weight = nn.Parameter(weight, requires_grad=False)
-    moved = [after - y for after, y in zip(outputs(block, inputs), before, strict=True)]
-    for name, weight in whole.items():
-        getattr(block.layer, name).weight = weight
-    return sum(squared_norm(e, fisher) for e in moved) / sum(len(e) for e in moved)
 
 
 def _linear_error(change: Tensor, moment: Tensor, fisher: Tensor | None) -> float:
     """``tr(F D C D^T)`` for the change D of a projection into the residual stream, [m, i], and C [i, i]."""
     spread = change.to(moment) @ moment @ change.to(moment).T
     return float(spread.trace() if fisher is None else (spread * fisher.to(spread)).sum())
-
-
-def _moments(block: Block, inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Second moments of the linears' inputs, [i, i], over the first and over the second half of every sample."""
-    halves: tuple[dict[str, Gram], dict[str, Gram]] = {}, {}
-    with forward_precision(block.precision, block.device):
-        for batch in batches(block, inputs):
-            for name, x in block.activations(batch).items():
-                middle = x.shape[1] // 2
-                for grams, part in zip(halves, (x[:, :middle], x[:, middle:]), strict=True):
-                    grams.setdefault(name, Gram(x.shape[-1], device=x.device)).update(part)
-        fitted, judged = ({name: gram.mean() for name, gram in grams.items()} for grams in halves)
-    return fitted, judged
 
 
 def _table_of(weights: Weights, choice: Choice, stem: str) -> QuantizedWeight | Tensor:
@@ -175,11 +151,7 @@ def _embedding_errors(
 ) -> dict[str, float]:
     """Errors of the first block's output, by choice."""
     before = outputs(block, inputs)
-    found = {}
-    for name, table in coded.items():
-        moved = [after - y for after, y in zip(outputs(block, embedded(tokens, table)), before, strict=True)]
-        found[name] = sum(squared_norm(e, fisher) for e in moved) / sum(len(e) for e in moved)
-    return found
+    return {name: mean_square(outputs(block, embedded(tokens, table)), before, fisher) for name, table in coded.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
