@@ -35,7 +35,7 @@ class Prices:
         key: of the limit in the block ``budget``.
         given: the limit as written in the recipe.
         limit: largest allowed cost; infinite for a limit that is no cost (``max_damage``).
-        matrix: cost of one matrix (config of all widths, stem, grid).
+        unit: cost of linears that share a choice, or of a table (planned widths of all layers, grids by stem).
         half: cost of a half layer besides its matrices, such as the KV cache (config, layer, ``d_v`` or ``d_ff``).
         exact: cost of a whole model.
         stored: bytes of one matrix in the files, by which the choices worth measuring are selected whatever the limit.
@@ -45,23 +45,11 @@ class Prices:
     key: str
     given: str
     limit: float
-    matrix: MatrixPrice
+    unit: UnitPrice
     half: HalfPrice
     exact: Exact
     stored: MatrixPrice
     where: str
-    of_unit: UnitPrice | None = None
-
-    def unit(self, config: DecoderConfig, grids: Mapping[str, Grid | None]) -> float:
-        """Cost of linears that share a choice, or of a table; the sum of its matrices unless ``of_unit`` is given.
-
-        Args:
-            config: planned widths of all layers.
-            grids: by stem.
-        """
-        if self.of_unit is not None:
-            return self.of_unit(config, grids)
-        return sum(self.matrix(config, stem, grid) for stem, grid in grids.items())
 
     def rest(self, config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
         """Cost of everything that the search does not price, for a model."""
@@ -92,6 +80,11 @@ def units_of(config: DecoderConfig) -> list[tuple[str, ...]]:
     return [*layers, ("embed",), *(() if config.tied_head else (("head",),))]
 
 
+def summed(price: MatrixPrice) -> UnitPrice:
+    """The price of a unit whose matrices are paid for one by one."""
+    return lambda config, grids: sum(price(config, stem, grid) for stem, grid in grids.items())
+
+
 def prices_of(budget: BudgetSpec, exports: Sequence[PlannedExport], itemsize: int) -> Prices:
     """The limit of a recipe and its prices.
 
@@ -101,7 +94,7 @@ def prices_of(budget: BudgetSpec, exports: Sequence[PlannedExport], itemsize: in
         itemsize: bytes of an unquantized number.
     """
     item = next((item for item in exports if budget.export in (None, item.name)), None)
-    matrix, cache, whole = _artifact(itemsize) if item is None else _export(item, itemsize)
+    matrix, cache, whole = _artifact(itemsize) if item is None else export_prices(item, itemsize)
     named = "artifact" if item is None else f"export {item.name}"
     context, given = budget.cache_context, getattr(budget, budget.key)
     limit = math.inf if budget.key == "max_damage" else float(parse_size(given))
@@ -126,10 +119,10 @@ def prices_of(budget: BudgetSpec, exports: Sequence[PlannedExport], itemsize: in
         return weights + caches(config) + footprint.norm_bytes(config, itemsize)
 
     if budget.key == "decode_bytes":
-        return Prices(budget.key, given, limit, read, cached, decoded, matrix, f"read by {named} per token")
+        return Prices(budget.key, given, limit, summed(read), cached, decoded, matrix, f"read by {named} per token")
     if budget.key == "memory":
-        return Prices(budget.key, given, limit, matrix, cached, held, matrix, f"{named} and cache")
-    return Prices(budget.key, f"{given}", limit, matrix, free, whole, matrix, named)
+        return Prices(budget.key, given, limit, summed(matrix), cached, held, matrix, f"{named} and cache")
+    return Prices(budget.key, f"{given}", limit, summed(matrix), free, whole, matrix, named)
 
 
 CachePrice = Callable[[DecoderConfig, int, int], float]
@@ -148,7 +141,8 @@ def _artifact(itemsize: int) -> tuple[MatrixPrice, CachePrice, Exact]:
     return matrix, cache, whole
 
 
-def _export(item: PlannedExport, itemsize: int) -> tuple[MatrixPrice, CachePrice, Exact]:
+def export_prices(item: PlannedExport, itemsize: int) -> tuple[MatrixPrice, CachePrice, Exact]:
+    """Bytes of a matrix, of the cache and of all of an export."""
     exporter, options = item.exporter, item.options
 
     def matrix(config: DecoderConfig, stem: str, grid: Grid | None) -> float:

@@ -12,7 +12,7 @@ from flatq.model.grid import Grid
 from flatq.plan.limits import Prices, prices_of
 from flatq.plan.speed_limits import speed_prices
 from flatq.quantize.choices import ChoiceUnit, candidates, layer_units, table_units
-from flatq.recipe.blocks import FlatSpec, GptqSpec
+from flatq.recipe.blocks import FlatSpec
 from flatq.recipe.budget import SPEEDS, BudgetSpec
 from flatq.recipe.grammar import Recipe
 
@@ -66,39 +66,28 @@ def problem_of(
     prices = prices or prices_of(budget, exports, itemsize)
     linears, tables = list[Grid](), UNQUANTIZED
     if spec is not None:
-        linears = _stored(budget, spec, config, exports, prices, "layers.0.gate")
+        linears = _stored(budget, config, exports, prices, "layers.0.gate")
         if not linears:
             raise RecipeError(_why(budget, config, exports))
-        tables = {stem: _table(budget, spec, config, exports, prices, stem) for stem in UNQUANTIZED}
+        tables = {stem: _table(_stored(budget, config, exports, prices, stem), config, prices, stem) for stem in tables}
     layers, ends = layer_units(config, spec, linears), table_units(config, spec, tables)
     return Problem(config, recipe.flat, prices, tuple(layers), tuple(ends))
 
 
 def _stored(
-    budget: BudgetSpec,
-    spec: GptqSpec,
-    config: DecoderConfig,
-    exports: Sequence[PlannedExport],
-    prices: Prices,
-    stem: str,
+    budget: BudgetSpec, config: DecoderConfig, exports: Sequence[PlannedExport], prices: Prices, stem: str
 ) -> list[Grid]:
+    """What all exports can store, priced as this matrix."""
+
     def stored(grid: Grid) -> bool:
         return all(item.exporter.stores(config, grid, item.options) for item in exports)
 
     return candidates(budget.bits, budget.group_sizes, stored, lambda grid: prices.stored(config, stem, grid))
 
 
-def _table(
-    budget: BudgetSpec,
-    spec: GptqSpec,
-    config: DecoderConfig,
-    exports: Sequence[PlannedExport],
-    prices: Prices,
-    stem: str,
-) -> list[Grid | None]:
+def _table(grids: Sequence[Grid], config: DecoderConfig, prices: Prices, stem: str) -> list[Grid | None]:
     """Grids of a table; none if the format stores it unquantized anyway."""
     plain = prices.stored(config, stem, None)
-    grids = _stored(budget, spec, config, exports, prices, stem)
     return [grid for grid in grids if prices.stored(config, stem, grid) < plain] or [None]
 
 

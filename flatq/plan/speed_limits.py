@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 from flatq.errors import ExportError, RecipeError
 from flatq.export.planned import PlannedExport
-from flatq.export.speed import SpeedLoad
+from flatq.export.speed import Seconds, SpeedLoad
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.model.names import Stem
-from flatq.plan.limits import Prices
-from flatq.quantize.bits import UNITS
+from flatq.plan.limits import Prices, export_prices
 from flatq.recipe.budget import BudgetSpec
 
-FIRST = {unit[0]: unit for unit in UNITS}  # units by their first linear, which carries the price of all
+ENDS = ("embed", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +41,6 @@ def speed_prices(
 ) -> SpeedPrices:
     """The limit of a recipe in seconds, and what the parts of a model take.
 
-    A unit of linears (q, k, v, which are one product if they have one grid) is priced at its first linear, the rest of
-    an MLP at ``down``.
-
     Args:
         budget: with one of the limits ``SPEEDS``.
         dense: the widths before compression.
@@ -61,33 +57,26 @@ def speed_prices(
         model = item.exporter.speed_model(dense, item.options, load)
     except ExportError as refused:
         raise RecipeError(f"budget.{budget.key}: exports.{item.name}: {refused}") from refused
-    part, given = "decode" if decodes else "prefill", getattr(budget, budget.key)
+    given, (stored, _, _) = getattr(budget, budget.key), export_prices(item, itemsize)
 
-    def matrix(config: DecoderConfig, stem: str, grid: Grid | None) -> float:
-        if "." not in stem:
-            return 0.0 if stem == "embed" and not config.tied_head else ends(grid)
-        place = Stem.of(stem)
-        if place.linear not in FIRST:
-            return 0.0
-        dims = config.layers[place.layer]
-        found = model.linears(dims, dict.fromkeys(FIRST[place.linear], grid))
-        if place.linear == "down":
-            found = found + model.rest("mlp", dims)
-        return float(getattr(found, part))
+    def of(found: Seconds) -> float:
+        return found.decode if decodes else found.prefill
 
-    def ends(grid: Grid | None) -> float:
-        return float(getattr(model.ends({"embed": grid, "head": grid}), part))
+    def unit(config: DecoderConfig, grids: Mapping[str, Grid | None]) -> float:
+        ((first, grid), *_) = grids.items()
+        if first in ENDS:
+            looked_up = first == "embed" and not config.tied_head
+            return 0.0 if looked_up else of(model.ends(dict.fromkeys(ENDS, grid)))
+        dims = config.layers[Stem.of(first).layer]
+        return of(model.linears(dims, {Stem.of(stem).linear: grid for stem, grid in grids.items()}))
 
     def half(config: DecoderConfig, index: int, width: str) -> float:
-        return float(getattr(model.rest("attention", config.layers[index]), part)) if width == "d_v" else 0.0
+        return of(model.rest("attention" if width == "d_v" else "mlp", config.layers[index]))
 
     def exact(config: DecoderConfig, grids: Mapping[str, Grid]) -> float:
-        return float(getattr(model.predict(config, grids), part))
-
-    def stored(config: DecoderConfig, stem: str, grid: Grid | None) -> float:
-        return item.exporter.matrix_bytes(config, stem, grid, item.options, itemsize=itemsize)
+        return of(model.predict(config, grids))
 
     where = f"export {item.name} at a context of {load.context:,}" if decodes else f"export {item.name}"
     where += "" if decodes else f", {load.prompt:,} tokens"
     limit = 1 / given if decodes else given / 1000
-    return SpeedPrices(budget.key, f"{given:g}", limit, matrix, half, exact, stored, where)
+    return SpeedPrices(budget.key, f"{given:g}", limit, unit, half, exact, stored, where)

@@ -277,9 +277,9 @@ def test_the_price_of_a_limit_is_that_of_the_export_it_names() -> None:
     found = prices_of(recipe.budget, exports, 4)
     grid = Grid(4, 32, True)
     assert found.where == "export b"
-    assert found.matrix(WIDE, "embed", grid) == 4 * WIDE.vocab * WIDE.d_model
+    assert found.unit(WIDE, {"embed": grid}) == 4 * WIDE.vocab * WIDE.d_model
     first = prices_of(recipe.budget.model_copy(update={"export": None}), exports, 4)
-    assert first.matrix(WIDE, "embed", grid) < found.matrix(WIDE, "embed", grid)
+    assert first.unit(WIDE, {"embed": grid}) < found.unit(WIDE, {"embed": grid})
     assert {"embed", "head", "layers.1.down"} <= set(matrices_of(WIDE))
 
 
@@ -349,7 +349,7 @@ def test_another_cost_is_another_price_of_units_and_halves() -> None:
         of.prices,
         limit=100.0,
         half=lambda config, index, part: config.layers[index].d_ff / 96 if part == "d_ff" else 0.0,
-        of_unit=lambda config, grids: sum(10.0 for grid in grids.values() if grid is None or grid.bits != 4),
+        unit=lambda config, grids: sum(10.0 for grid in grids.values() if grid is None or grid.bits != 4),
         exact=lambda config, grids: (
             sum(10.0 for grid in grids.values() if grid.bits != 4) + sum(dims.d_ff / 96 for dims in config.layers)
         ),
