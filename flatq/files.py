@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,18 @@ def as_noted(path: Path) -> bool:
 
 def _note_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a second name of a file, in place of an older file; a copy where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        partial = target.with_name(target.name + ".partial")
+        shutil.copyfile(source, partial)
+        partial.replace(target)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -69,4 +69,4 @@ class Job:
         """
         place = None if file is None else self.folder.work / file
         work = partial(kept, self.measurements, name, self.about(self.folder.needs(name)), compute, kind, place)
-        return self.folder.phase(name, work, kind)
+        return self.folder.phase(name, work, kind, file=place)

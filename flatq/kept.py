@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +20,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from flatq.errors import ArtifactError
-from flatq.files import as_json, as_noted, first_fault, note_digest, read_json, write_checksummed
+from flatq.files import as_json, as_noted, first_fault, link_or_copy, note_digest, read_json, write_checksummed
 from flatq.machine import distributed
 
 log = logging.getLogger(__name__)
@@ -64,10 +62,8 @@ def kept(
         kind: type of the result, see ``RunFolder.phase``.
         file: of this run, that belongs to the result.
     """
-    if root is None:
-        return compute()
-    entry = entry_of(root, name, about)
-    found = distributed.broadcast(_taken(entry, kind, file) if distributed.first() else None)
+    entry = None if root is None else entry_of(root, name, about)
+    found = distributed.broadcast(_taken(entry, kind, file) if entry is not None and distributed.first() else None)
     if found is not None:
         log.info("%s: measured by an earlier run", name)
         return found[0]
@@ -75,7 +71,7 @@ def kept(
         file.unlink(missing_ok=True)  # it may be a link to a kept file, into which nothing may be written
     distributed.barrier()
     result = compute()
-    if distributed.first():
+    if entry is not None and distributed.first():
         keep(entry, result, kind, file)
     return result
 
@@ -100,7 +96,7 @@ def _taken(entry: Path, kind: type[T], file: Path | None) -> tuple[T] | None:
         return found
     if not as_noted(data):
         return None
-    _link(data, file)
+    link_or_copy(data, file)
     return found
 
 
@@ -109,18 +105,6 @@ def keep(entry: Path, result: T, kind: type[T], file: Path | None = None) -> Non
     entry.parent.mkdir(parents=True, exist_ok=True)
     entry.unlink(missing_ok=True)
     if file is not None:
-        _link(file, entry.with_suffix(".data"))
+        link_or_copy(file, entry.with_suffix(".data"))
         note_digest(entry.with_suffix(".data"))
     write_checksummed(entry, {"result": TypeAdapter(kind).dump_python(result, mode="json")})
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link or copy a file, in place of an older one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        partial = target.with_name(target.name + ".partial")
-        shutil.copyfile(source, partial)
-        partial.replace(target)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from flatq.errors import ArtifactError, NumericsError, RecipeError
-from flatq.files import as_json, first_fault, read_json, write_checksummed
+from flatq.files import as_json, as_noted, first_fault, note_digest, read_json, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
 from flatq.needs import digest_of, facts, needs
@@ -127,7 +127,7 @@ class Phases:
                 path.unlink()
         write_checksummed(note, mine)
 
-    def phase(self, name: str, compute: Callable[[], T], kind: type[T]) -> T:
+    def phase(self, name: str, compute: Callable[[], T], kind: type[T], *, file: Path | None = None) -> T:
         """Result of a phase: computed, or read from the file of an earlier run.
 
         Args:
@@ -135,13 +135,16 @@ class Phases:
             compute: computes the result.
             kind: type of the result; anything that pydantic can convert to JSON and back: numbers, lists, dicts,
                 dataclasses, models. The result is always converted to JSON and back, also when it was just computed.
+            file: that ``compute`` writes besides; the phase is computed again if it was changed or lost since.
 
         Raises:
             ArtifactError: the file of a finished phase holds another type.
         """
         adapter = TypeAdapter(kind)
-        self._asked.add(name)
         path = self.work / "phases" / f"{name}.json"
+        if file is not None and name not in self._asked and distributed.first() and not as_noted(file):
+            self.forget(name)
+        self._asked.add(name)
         known = distributed.broadcast(self._known(path) if distributed.first() else None)
         if known is not None:
             log.info("%s: already done", name)
@@ -155,6 +158,8 @@ class Phases:
         result = adapter.validate_python(written)
         if not distributed.first():
             return result
+        if file is not None:
+            note_digest(file)
         path.parent.mkdir(exist_ok=True)
         seconds = time.monotonic() - started
         peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes()}

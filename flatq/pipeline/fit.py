@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from flatq.calibration.sensitivity import FILE
 from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.export.planned import PlannedExport
+from flatq.files import link_or_copy
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.model.grid import Grid
@@ -30,7 +30,7 @@ from flatq.pipeline.build import build
 from flatq.pipeline.quality import log_quality, model_quality
 from flatq.plan.bought import bought
 from flatq.plan.joint import JointPlan, plan_of_loss
-from flatq.plan.measure import keys_of, measure, measure_sensitivity
+from flatq.plan.measure import measure, measure_sensitivity
 from flatq.plan.objections import raise_objections
 from flatq.plan.problem import problem_of
 from flatq.run_folder import RunFolder
@@ -112,7 +112,7 @@ def fitted(
     problem = problem_of(recipe, job.source.config, exports, job.itemsize)
     errors = measure(job, problem)
     if recipe.flat is not None and recipe.flat.sensitive:
-        measure_sensitivity(job, keys_of(recipe, job.source, job.tokens.calibration, problem))
+        measure_sensitivity(job, problem)
 
     def judge(number: int, plan: JointPlan) -> float:
         raise_objections(recipe, job.source.config.with_layers(plan.ranks.layers), list(exports), plan.grids)
@@ -143,8 +143,8 @@ def _damage(job: Job, number: int, plan: JointPlan, dense: DenseStates, origins:
     """Build a plan in a folder below the work folder; its largest damage on the texts of the evaluation."""
     folder = _folder(job, number)
     if not folder.has_artifact():
-        if distributed.first() and (job.folder.work / FILE).exists() and not (folder.work / FILE).exists():
-            os.link(job.folder.work / FILE, folder.work / FILE)
+        if distributed.first() and (job.folder.work / FILE).exists():
+            link_or_copy(job.folder.work / FILE, folder.work / FILE)
         distributed.barrier()
         build(replace(job, folder=folder), plan.ranks, plan.grids, origins)
     artifact = Artifact.open(folder.artifact, check=distributed.first())

@@ -19,7 +19,7 @@ from flatq.job import Job
 from flatq.model.grid import Grid
 from flatq.plan.bought import bought
 from flatq.plan.joint import JointPlan, guessed, plan_jointly
-from flatq.plan.measure import keys_of, measure, measure_sensitivity
+from flatq.plan.measure import measure, measure_sensitivity
 from flatq.plan.problem import Problem, problem_of
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
@@ -37,7 +37,7 @@ def decided(job: Job, exports: Sequence[PlannedExport]) -> tuple[RankPlan, dict[
     problem = problem_of(job.recipe, job.source.config, exports, job.itemsize)
     planned = _planned(job, problem)
     if planned.ranks.layers != job.source.config.layers and job.recipe.flat is not None and job.recipe.flat.sensitive:
-        measure_sensitivity(job, keys_of(job.recipe, job.source, job.tokens.calibration, problem))
+        measure_sensitivity(job, problem)
     return planned.ranks, planned.grids, bought(problem, planned)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
@@ -18,10 +19,8 @@ from torch import Tensor
 from flatq.calibration.sensitivity import FILE, Sensitivity, output_sensitivity
 from flatq.compress.allocate import Curves
 from flatq.compress.error_curves import error_curves
-from flatq.files import as_noted, note_digest
 from flatq.job import Job
 from flatq.kept import entry_of, kept, read
-from flatq.machine import distributed
 from flatq.plan.joint import Measured
 from flatq.plan.problem import Problem
 from flatq.quantize.choice_errors import choice_errors
@@ -72,56 +71,44 @@ def measure(job: Job, problem: Problem) -> Measured:
 
     def curves() -> list[Curves]:
         assert recipe.flat is not None
-        measure_sensitivity(job, keys)
+        measure_sensitivity(job, problem)
         fisher = Sensitivity(source.config, work)
         return error_curves(source, tokens, fisher, work, ridge=recipe.flat.ridge, execution=execution)
 
     def errors() -> ERRORS:
         assert recipe.gptq is not None
-        measure_sensitivity(job, keys)
+        measure_sensitivity(job, problem)
         fisher = Sensitivity(source.config, work)
         return choice_errors(source, tokens, problem.units, recipe.gptq, fisher, work, execution=execution)
 
     found = Measured([], {})
     if "curves" in keys:
-        found = Measured(_measured(job, "curves", keys, curves, list[Curves]), {})
+        found = Measured(_measured(job, "curves", keys["curves"], curves, list[Curves]), {})
     if "choices" in keys:
-        found = Measured(found.curves, _measured(job, "choices", keys, errors, ERRORS))
+        found = Measured(found.curves, _measured(job, "choices", keys["choices"], errors, ERRORS))
     return found
 
 
-def measure_sensitivity(job: Job, keys: dict[str, dict[str, Any]] | None = None) -> None:
+def measure_sensitivity(job: Job, problem: Problem | None = None) -> None:
     """Measure the Fisher information of the residual stream, unless an earlier plan or run did.
 
     Args:
-        keys: of a plan with a budget; without them the measurement is kept as any other of the dense model.
+        problem: of a plan with a budget; without it the measurement is kept as any other of the dense model.
     """
-    target = job.folder.work / FILE
 
     def compute() -> None:
-        if distributed.first():
-            target.unlink(missing_ok=True)  # it may be a link to a kept file
-        distributed.barrier()
         output_sensitivity(job.source, job.tokens.calibration, job.folder.work, execution=job.execution)
 
-    if distributed.first() and not as_noted(target):
-        job.folder.forget("sensitivity")
-    distributed.barrier()
-    if keys is None:
+    if problem is None:
         job.measured("sensitivity", compute, NoneType, file=FILE)
     else:
-        _measured(job, "sensitivity", keys, compute, NoneType, file=target)
-    if distributed.first() and not as_noted(target):
-        note_digest(target)
+        about = keys_of(job.recipe, job.source, job.tokens.calibration, problem)["sensitivity"]
+        _measured(job, "sensitivity", about, compute, NoneType, job.folder.work / FILE)
 
 
 def _measured(
-    job: Job,
-    name: str,
-    keys: dict[str, dict[str, Any]],
-    compute: Callable[[], T],
-    kind: type[T],
-    file: Path | None = None,
+    job: Job, name: str, about: dict[str, Any], compute: Callable[[], T], kind: type[T], file: Path | None = None
 ) -> T:
     """A phase whose result is also kept in, or taken from, the folder for several runs."""
-    return job.folder.phase(name, lambda: kept(job.measurements, name, keys[name], compute, kind, file), kind)
+    work = partial(kept, job.measurements, name, about, compute, kind, file)
+    return job.folder.phase(name, work, kind, file=file)
