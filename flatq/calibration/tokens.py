@@ -32,6 +32,7 @@ from flatq.errors import RecipeError
 if TYPE_CHECKING:
     from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec, TextSpec
 
+SELF_TEXT = "self-text"  # folder of generated rows, in a work folder or in that of several runs
 POOL = 4  # how many times the needed tokens are read from an endless corpus, so that the seed has an effect
 OTHERS = ("python-docs", "self")  # the first one that is not a calibration text is dataset other
 ANOTHER_SEED = 2**32  # added to the seed for evaluation text; a recipe's seeds are all smaller

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flatq.calibration.self_text import SelfText
-from flatq.calibration.tokens import Tokens, self_tokens, token_batches
+from flatq.calibration.tokens import SELF_TEXT, Tokens, self_tokens, token_batches
 from flatq.errors import RecipeError
 from flatq.machine import distributed
 from flatq.recipe.grammar import Recipe
@@ -26,7 +26,7 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str, p
     Raises:
         RecipeError: a text cannot be read or generated, or is too short.
     """
-    writer = SelfText(source, place / "self-text", device, recipe.calibration.precision)
+    writer = SelfText(source, place / SELF_TEXT, device, recipe.calibration.precision)
 
     def drawn() -> Tokens:
         return distributed.on_first(lambda: _drawn(recipe, source.tokenizer(), source.config.vocab, writer))

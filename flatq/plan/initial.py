@@ -23,16 +23,16 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import psutil
 
 from flatq.compress.plan import uneven
 from flatq.errors import RecipeError
-from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
+from flatq.export.planned import needs_cache_ranges, planned_exports
 from flatq.export.protocols import GROUP, Exporter, exporter_named
 from flatq.machine.device import resolve_device
 from flatq.machine.environment import version_of
 from flatq.model.decoder import DecoderConfig
+from flatq.model.grid import Grid
 from flatq.plan.decide import drafted
 from flatq.plan.forecast import forecasts
 from flatq.plan.initial_texts import Texts, available_texts, possible_tiers
@@ -42,6 +42,7 @@ from flatq.quantize.grids import objections, planned_grids
 from flatq.recipe.blocks import FlatSpec, GptqSpec
 from flatq.recipe.grammar import Recipe
 from flatq.recipe.reader import Unreadable, read
+from flatq.report.render import environment
 from flatq.report.schema import Environment
 from flatq.sources.source import Source, open_model
 from flatq.units import number, parse_size, seconds, size
@@ -107,14 +108,20 @@ def initial_recipe(model: str, *, limit: str | None = None, to: str | None = Non
     spec, tiers = _best(target, config), possible_tiers(config, texts)
     written = partial(_written, model, file, source, target, spec, texts, limit)
     narrows = limit is not None and _narrows(partial(written, *tiers[-1], []), source, file)
+    first = Recipe.parse(written(*tiers[0], [], narrows), file)
+    exports = planned_exports(first)
+    plan, grids = drafted(first, source, exports)  # does not depend on the number of tokens
+    planned = config.with_layers(plan.layers)
     for samples, seq_len in tiers:
         recipe = Recipe.parse(written(samples, seq_len, [], narrows), file)
-        exports = planned_exports(recipe)
-        if (samples, seq_len) == tiers[-1] or _affordable(recipe, source, exports, device):
+        phases = forecasts(recipe, config, plan.layers, device=device, ranges=needs_cache_ranges(exports))
+        took = sum(phase.seconds for phase in phases.values())
+        if took <= LONGEST and disk_bytes(planned, recipe, source.dtype.itemsize) <= _free_disk() / 2:
             break
     raise_absent_packages(exports, recipe)
     raise_early_objections(recipe, source, exports)
-    return written(samples, seq_len, _expected(recipe, source, exports, target, device), narrows)
+    grids = planned_grids(planned, recipe.gptq) if grids is None else grids
+    return written(samples, seq_len, _expected(planned, grids, target, took), narrows)
 
 
 def _narrows(written: Callable[[bool], str], source: Source, file: str) -> bool:
@@ -202,31 +209,14 @@ def _best(target: Target, config: DecoderConfig) -> GptqSpec:
     return next(iter([*first, *(by_grid[grid] for grid in PREFERRED if grid in by_grid), possible[0]]))
 
 
-def _affordable(recipe: Recipe, source: Source, exports: list[PlannedExport], device: str) -> bool:
-    """Whether a run takes at most ``LONGEST`` seconds by forecast, and half of the free disk space."""
-    config = source.config.with_layers(drafted(recipe, source, exports)[0].layers)
-    if disk_bytes(config, recipe, source.dtype.itemsize) > _free_disk() / 2:
-        return False
-    return _seconds(recipe, source, exports, device) <= LONGEST
-
-
 def _free_disk() -> int:
     return shutil.disk_usage(".").free
 
 
-def _seconds(recipe: Recipe, source: Source, exports: list[PlannedExport], device: str) -> float:
-    layers, ranges = drafted(recipe, source, exports)[0].layers, needs_cache_ranges(exports)
-    phases = forecasts(recipe, source.config, layers, device=device, ranges=ranges)
-    return sum(phase.seconds for phase in phases.values())
-
-
-def _expected(recipe: Recipe, source: Source, exports: list[PlannedExport], target: Target, device: str) -> list[str]:
-    plan, grids = drafted(recipe, source, exports)
-    config = source.config.with_layers(plan.layers)
-    took = seconds(float(f"{_seconds(recipe, source, exports, device):.1g}")).replace(".0 s", " s")
-    grids = planned_grids(config, recipe.gptq) if grids is None else grids
-    file = target.exporter.bytes(config, grids, target.options, itemsize=target.itemsize)
-    return [f"Expected: a file of {size(file)}; about {took}, without the export and its measurements."]
+def _expected(planned: DecoderConfig, grids: Mapping[str, Grid], target: Target, took: float) -> list[str]:
+    words = seconds(float(f"{took:.1g}")).replace(".0 s", " s")
+    file = target.exporter.bytes(planned, grids, target.options, itemsize=target.itemsize)
+    return [f"Expected: a file of {size(file)}; about {words}, without the export and its measurements."]
 
 
 def _written(
@@ -247,15 +237,8 @@ def _written(
     asked = f"Wanted: {target.format}" + (f", a file of at most {limit}." if limit else ", no limit of its size.")
     absent = target.exporter.missing(target.options)
     options = dict(target.wanted) | ({"verify": False} if absent else {})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=False,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("initial.yaml.j2").render(
+    template = environment(Path(__file__).parent).get_template("initial.yaml.j2")
+    text = template.render(
         title=f"{_plain(model)}: {number(config.parameters())} parameters, family {config.family}",
         machine=_machine(),
         reasons=[asked, *expected],
@@ -276,6 +259,7 @@ def _written(
         prompt=min(128, config.max_positions // 2),
         new_tokens=min(64, config.max_positions // 4),
     )
+    return f"{text}\n"
 
 
 def _plain(model: str) -> str:

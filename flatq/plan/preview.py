@@ -6,12 +6,11 @@ the import of torch.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from flatq.calibration.self_text import SelfText
-from flatq.calibration.tokens import self_tokens, token_batches
+from flatq.calibration.tokens import SELF_TEXT, self_tokens, token_batches
 from flatq.compress.plan import RankPlan
 from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
 from flatq.machine.device import resolve_device
@@ -59,17 +58,19 @@ def _from_shapes(recipe: Recipe, exports: list[PlannedExport]) -> tuple[Source, 
     return source, planned, grids
 
 
-def _bought(recipe: Recipe, exports: list[PlannedExport], measurements: Path) -> list[str]:
+def _bought(recipe: Recipe, exports: list[PlannedExport], measurements: Path, device: str) -> list[str]:
     """What the budget buys, from the measurements of earlier runs with this model, text and choices."""
     source, text = open_named(recipe.model), recipe.calibration
-    with tempfile.TemporaryDirectory() as place:
-        writes = self_tokens(text, recipe.evaluation) > 0
-        writer = SelfText(source, Path(place), precision=text.precision) if writes else None
-        tokens = token_batches(text, recipe.evaluation, source.tokenizer(), writer)
+    none = [f"{measurements}: holds no measurements of this model, text and choices; `flatq run` makes them"]
+    place = measurements / SELF_TEXT
+    if self_tokens(text, recipe.evaluation) and not place.is_dir():
+        return none
+    writer = SelfText(source, place, device, text.precision)
+    tokens = token_batches(text, recipe.evaluation, source.tokenizer(), writer)
     problem = problem_of(recipe, source.config, exports, source.dtype.itemsize)
     found = known(measurements, keys_of(recipe, source, tokens.calibration, problem))
     if found is None:
-        return [f"{measurements}: holds no measurements of this model, text and choices; `flatq run` makes them"]
+        return none
     limit = None if recipe.budget is None else recipe.budget.max_damage
     if limit is None:
         return bought(problem, plan_jointly(problem, found))
@@ -98,7 +99,8 @@ def plan(recipe: Recipe, *, device: str = "auto", speed: bool = False, measureme
     source, planned, grids = _from_shapes(recipe, exports)
     config = source.config
     ranges = needs_cache_ranges(exports)
-    phases = forecasts(recipe, config, planned.layers, device=resolve_device(device), ranges=ranges)
+    there = resolve_device(device)
+    phases = forecasts(recipe, config, planned.layers, device=there, ranges=ranges)
     text = forecast(recipe, config, planned, exports, source.dtype.itemsize, phases, grids)
     if speed:
         narrowed = config.with_layers(planned.layers)
@@ -106,5 +108,5 @@ def plan(recipe: Recipe, *, device: str = "auto", speed: bool = False, measureme
         text += "".join(f"{line}\n" for line in predicted_speeds(recipe, config, narrowed, chosen, exports))
     said = [*tokenizer_cautions(source), *_warnings(recipe, exports)]
     if measurements is not None and recipe.budget is not None:
-        said = [*_bought(recipe, exports, measurements), *said]
+        said = [*_bought(recipe, exports, measurements, there), *said]
     return text + "".join(f"{warning}\n" for warning in said)
