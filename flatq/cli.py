@@ -67,7 +67,7 @@ app.command()(commands.sweep)
 app.command()(commands.front)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, as in recipes/.", show_default=False)]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
+Device = commands.Device
 Measured = Annotated[Path | None, typer.Option(help="Folder that keeps measurements, for several runs.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not verify exports; the report states it.")]
 PlanSpeed = Annotated[bool, typer.Option("--speed", help="Measure this CPU (once) and predict how fast exports are.")]
@@ -115,7 +115,7 @@ def run(
         bool,
         typer.Option("--forecast", help="Predict time and memory first, and report them with the measurements."),
     ] = False,
-    memory: Annotated[str | None, typer.Option(help="Limit of RAM, such as 6GB; sets the batch sizes.")] = None,
+    memory: commands.Memory = None,
     measurements: Measured = None,
     no_verify: NoVerify = False,
     no_digests: NoDigests = False,

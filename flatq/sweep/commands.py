@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from flatq.errors import RecipeError
-from flatq.files import write_atomically
 
 
 def initial(
@@ -25,6 +24,7 @@ def initial(
 
     Of a hub id only the configuration and the tokenizer are downloaded.
     """
+    from flatq.files import write_atomically
     from flatq.plan.initial import file_name, initial_recipe
 
     file = out or Path(file_name(model, size, to))

@@ -129,10 +129,7 @@ def _validated(
 ) -> Iterator[Combination]:
     """The combination, unless it is wrong; its mistakes are added to ``problems`` with its name."""
     try:
-        document = copy.deepcopy(base)
-        for key, value in changed.items():
-            put(document, key, value)
-        yield Combination(name, changed, parsed(document, recipe.name, changed))
+        yield Combination(name, changed, parsed(with_values(base, changed), recipe.name, changed))
     except RecipeError as error:
         for problem in error.problems:
             problems.setdefault(re.sub(r"^[^:]*\.yaml:\d+: ", "", problem), []).append(name)
@@ -151,9 +148,7 @@ def _alone(base: Any, recipe: Recipe, points: Sequence[Combination], short: Mapp
         if not narrows(point.recipe) or point.recipe.gptq is None or changed in have:
             continue
         have.append(changed)
-        document = copy.deepcopy(base)
-        for key, value in changed.items():
-            put(document, key, value)
+        document = with_values(base, changed)
         document["stages"] = [stage for stage in document["stages"] if "flat" not in stage]
         name = _unique(",".join(filter(None, [ALONE, _name(changed, short)])), changed, [*points, *found])
         found.append(Combination(name, changed, parsed(document, recipe.name, changed, "without flat"), added=True))
@@ -163,6 +158,14 @@ def _alone(base: Any, recipe: Recipe, points: Sequence[Combination], short: Mapp
 def narrows(recipe: Recipe) -> bool:
     """Whether a recipe may narrow the model."""
     return recipe.flat is not None and recipe.flat.keep_ratio != 1
+
+
+def with_values(base: Any, changed: Mapping[str, Any]) -> Any:
+    """A copy of the content of a recipe file with other values, by key; raises as ``put``."""
+    document = copy.deepcopy(base)
+    for key, value in changed.items():
+        put(document, key, value)
+    return document
 
 
 def put(document: Any, key: str, value: Any) -> None:
