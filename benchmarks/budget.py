@@ -17,30 +17,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from calibration_text import LENGTH, SMOLLM2, middle, source_code
+from results_page import write_table
 from torch import Tensor
 
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.states import WORKING_SET, Execution
 from flatq.export.planned import planned_exports
-from flatq.files import write_json
 from flatq.job import Job
 from flatq.machine.environment import cpu_name
 from flatq.model.weights import Weights
 from flatq.pipeline.run import compressed, open_source
 from flatq.pipeline.texts import tokens_of
 from flatq.plan.joint import plan_jointly
-from flatq.plan.measure import keys_of, measure, measure_sensitivity
+from flatq.plan.measure import measure, measure_sensitivity
 from flatq.plan.problem import Problem, problem_of
 from flatq.recipe.grammar import Recipe
 from flatq.run_folder import RunFolder
@@ -87,7 +85,7 @@ def measured(
             plan = plan_jointly(_only(ONE, problem) if kind == "widths" else problem, errors)
             planned = time.monotonic() - began
             if recipe.flat is not None:
-                measure_sensitivity(job, keys_of(recipe, source, tokens.calibration, problem))
+                measure_sensitivity(job, problem)
             few = replace(job, tokens=replace(tokens, calibration=tokens.calibration[: given.samples]))
             artifact = compressed(few, plan.ranks, plan.grids, {"recipe": "", "schema_version": 1})
             out = Path(place) / "export"
@@ -164,10 +162,6 @@ def table(rows: Sequence[dict[str, Any]], given: argparse.Namespace) -> dict[str
         "bits in groups of 64." + tau,
         "columns": ["plan", "file, MB", "predicted size, % off", "predicted", *dense, "mean, not calibrated on"],
         "machine": f"{cpu_name()}, 2 cores, shared with other work",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=TABLE.parent
-        ).stdout.strip(),
         "command": "python benchmarks/budget.py --work DIR --text wikipedia=FILE "
         f"--share 0.6 --share 0.85 --samples {given.samples} --rows {given.rows} --table",
         "rows": lines,
@@ -206,7 +200,7 @@ def main() -> None:
             if not any((row["kind"], row.get("share")) == (kind, share) for row in rows()):
                 add(measured(given, source, kind, share, texts))
     if given.table:
-        write_json(TABLE, table(rows(), given))
+        write_table(TABLE, **table(rows(), given))
 
 
 if __name__ == "__main__":

@@ -14,21 +14,19 @@ from __future__ import annotations
 import logging
 import math
 import platform
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from importlib.metadata import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import calibration_text as ct
 import typer
+from results_page import write_table
 
 from flatq.calibration.states import WORKING_SET, Execution
 from flatq.calibration.tokens import token_batches
-from flatq.files import write_json
 from flatq.job import Job
 from flatq.pipeline.run import compressed
 from flatq.plan.decide import bit_plan, rank_plan
@@ -86,7 +84,6 @@ def table(lines: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
         mean = sum(damage.values()) / len(damage)
         found.append([name, *(round(d, 3) for d in damage.values()), round(mean, 3), by_name[name]["cpu_seconds"]])
     shown = ", ".join(f"{text} {value:.2f}" for text, value in dense.items())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
     return {
         "section": "Quality by calibration text, and by method",
         "title": "Optional levers: trained rounding",
@@ -94,8 +91,6 @@ def table(lines: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
         f"{ct.LENGTH} tokens each; dense perplexity: {shown}. Seconds of one processor for the walk.",
         "columns": ["", *dense, "mean", "seconds"],
         "machine": f"{platform.machine()}, shared with other work",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.strip(),
         "command": "python benchmarks/levers.py",
         "rows": found,
     }
@@ -132,7 +127,7 @@ def main(
             found = {"name": "dense", "perplexity": lab.judge(lab.source)}
             ct._add(out, found if name == "dense" else measured(lab, name, wanted[name], model))
     if not only:
-        write_json(TABLE, table(ct.lines(out), list(wanted)))
+        write_table(TABLE, **table(ct.lines(out), list(wanted)))
         print(TABLE)
 
 

@@ -15,9 +15,11 @@ import hashlib
 import io
 import itertools
 import json
+import subprocess
 import sys
+from datetime import date
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib
 import quality_summary
@@ -25,6 +27,8 @@ import quality_tables
 import typer
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flatq.files import write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -101,6 +105,18 @@ class Table(BaseModel):
         note = f"{self.note}\n\n" if self.note else ""
         origin = f"`{self.command}` · {self.machine} · {self.date} · commit {self.commit}"
         return f"### {self.title}\n\n{note}{self.grid()}\n{origin}\n"
+
+
+def write_table(file: Path, **about: Any) -> None:
+    """Write a table that was measured now.
+
+    Args:
+        file: JSON, usually in ``results/tables/``.
+        about: the fields of ``Table`` but ``date`` and ``commit``, which are today's and the checkout's.
+    """
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=HERE).strip()
+    table = Table(**about, date=date.today().isoformat(), commit=commit)
+    write_json(file, table.model_dump())
 
 
 def _shown(cell: float | str) -> str:

@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import time
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 import numpy as np
 from quality_lab import Remembered
+from results_page import write_table
 from torch import Tensor
 
 from flatq import Artifact
 from flatq.export.protocols import Runner
 from flatq.export.speed import Seconds, SpeedLoad
-from flatq.files import write_json
 from flatq.machine.environment import cpu_name
 from flatq.model.config import DecoderConfig
 from flatq.model.dims import LINEARS
@@ -187,18 +185,16 @@ def main() -> None:
         f"Load average {busy:.1f} to {os.getloadavg()[0]:.1f}, {POLICIES[os.sched_getscheduler(0)]}; "
         "with one thread, times are of the processor."
     )
-    table = {
-        "section": "Speed: ONNX Runtime on a CPU",
-        "title": "Predicted from this machine's kernels, and measured",
-        "note": note,
-        "columns": ["export", *columns],
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
-        "date": date.today().isoformat(),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
-        "command": "python benchmarks/speed_model.py",
-        "rows": rows,
-    }
-    write_json(TABLE, table)
+    write_table(
+        TABLE,
+        section="Speed: ONNX Runtime on a CPU",
+        title="Predicted from this machine's kernels, and measured",
+        note=note,
+        columns=["export", *columns],
+        machine=f"{cpu_name()}, {os.cpu_count()} cores",
+        command="python benchmarks/speed_model.py",
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -407,3 +407,14 @@ def test_a_results_table_that_is_not_rectangular_is_refused() -> None:
         results_page.Table(section="s", title="t", columns=["", "a"], rows=[["x", 1, 2]], **origin)
     with pytest.raises(ValidationError, match="date"):
         results_page.Table(section="s", title="t", columns=[""], rows=[], **{**origin, "date": "yesterday"})
+
+
+def test_a_table_is_written_with_its_day_and_commit_and_read_again(tmp_path: Path) -> None:
+    about: dict[str, Any] = {"section": "Speed", "title": "Two rows", "note": "", "machine": "any", "command": "make x"}
+    results_page.write_table(tmp_path / "1.json", columns=["", "a"], rows=[["one", 1.5], ["two", 2]], **about)
+    (read,) = results_page.read_tables(tmp_path).values()
+    assert read.rows == [["one", 1.5], ["two", 2]]
+    assert read.commit
+    with pytest.raises(ValidationError, match="has 1 cells for 2 columns"):
+        results_page.write_table(tmp_path / "2.json", columns=["", "a"], rows=[["one"]], **about)
+    assert not (tmp_path / "2.json").exists()

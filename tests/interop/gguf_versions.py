@@ -15,9 +15,9 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ from flatq_gguf import GgufExporter, GgufOptions
 from tests.exporters.test_gguf_llamacpp import MODELS
 from tests.family_table import save_tokenizer
 from tests.models import tiny_artifact
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import results_page
 
 HERE = Path(__file__).parent / "gguf"
 PROMPTS, NEW = np.random.default_rng(0).integers(3, 300, (6, 7)).tolist(), 4
@@ -119,20 +123,16 @@ def main(folders: list[Path], table: Path | None) -> None:
             rows.append([name, *(answer(folder, file, wanted) for folder in folders)])
             print(f"| {' | '.join(rows[-1])} |", flush=True)
     if table is not None:
-        content = {
-            "section": "Programs and versions",
-            "title": "Architectures of GGUF files in releases of llama.cpp",
-            "note": "Yes: at least five of six greedy texts of a tiny random model in float32 are the artifact's.",
-            "columns": ["architecture", *columns],
-            "machine": "any",
-            "date": f"{date.today():%Y-%m-%d}",
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-            ).stdout.strip(),
-            "command": "python -m tests.interop.gguf_versions FOLDER...",
-            "rows": rows,
-        }
-        table.write_text(json.dumps(content, indent=2) + "\n")
+        results_page.write_table(
+            table,
+            section="Programs and versions",
+            title="Architectures of GGUF files in releases of llama.cpp",
+            note="Yes: at least five of six greedy texts of a tiny random model in float32 are the artifact's.",
+            columns=["architecture", *columns],
+            machine="any",
+            command="python -m tests.interop.gguf_versions FOLDER...",
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

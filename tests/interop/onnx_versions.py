@@ -9,12 +9,10 @@ highest without constant folding? Ends with 1 if a version that ``flatq_onnx.jso
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,10 @@ from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.cache import empty_cache
 from flatq_onnx.contract import Contract
 from tests.models import tiny_artifact, tiny_config
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import results_page
 
 SHARE = 0.25  # of the logits' spread, what activations in 8 bits may move a logit by; zeros are 3 or more away
 LEVELS = ("ORT_ENABLE_ALL", "ORT_DISABLE_ALL", "ORT_ENABLE_ALL ConstantFolding")
@@ -148,20 +150,16 @@ def main(pythons: list[str], table: Path | None) -> int:
     print("\n".join(["", "Wrong though allowed:", *wrong]) if wrong else "\nAll versions that are allowed are equal.")
     if table is not None:
         note = "; ".join(f"[{number}] {reason}" for reason, number in reasons.items())
-        content = {
-            "section": "Programs and versions",
-            "title": "Tiny exports of every ONNX target in versions of onnxruntime",
-            "note": f"Equal: at three optimization levels. {note}",
-            "columns": ["export", "needs", *versions],
-            "machine": "any",
-            "date": f"{date.today():%Y-%m-%d}",
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-            ).stdout.strip(),
-            "command": "make interop-versions",
-            "rows": rows,
-        }
-        table.write_text(json.dumps(content, indent=2) + "\n")
+        results_page.write_table(
+            table,
+            section="Programs and versions",
+            title="Tiny exports of every ONNX target in versions of onnxruntime",
+            note=f"Equal: at three optimization levels. {note}",
+            columns=["export", "needs", *versions],
+            machine="any",
+            command="make interop-versions",
+            rows=rows,
+        )
     return 1 if wrong else 0
 
 
