@@ -185,6 +185,8 @@ def _notes(artifact: Artifact, options: OnnxOptions) -> list[str]:
         notes.append(f"the artifact has no {TOKENIZER}, so {options.target} accepts only token ids")
     if options.cache_type == "int8":
         notes.append(f"the KV cache is int8, which needs onnxruntime {INT8_SINCE} or later")
+    if options.ngram_size is not None:
+        notes.append("onnxruntime-genai reads ngram_size from 0.16 on, and then refuses batches of more than one row")
     if options.fused_rope:
         notes.append("a padded batch must be padded on the right; left_padding: true supports both sides")
     return notes

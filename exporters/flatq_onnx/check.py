@@ -26,6 +26,7 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOp
     """Reasons why this model cannot be written with these options, each with a remedy."""
     return [
         *_target_objections(config, grids, options),
+        *_speculation_objections(options),
         *_shape_objections(config, options),
         *_grid_objections(grids, options),
     ]
@@ -54,6 +55,14 @@ def _target_objections(config: DecoderConfig, grids: Mapping[str, Grid], options
     if target == "cuda" and options.precision == "int4":
         found += _cuda_shapes(config, grids)
     return found
+
+
+def _speculation_objections(options: OnnxOptions) -> list[str]:
+    if options.ngram_size is not None and options.target != "genai":
+        return ["onnx: ngram_size is an option of onnxruntime-genai; use target: genai, or leave it out"]
+    if options.max_draft_tokens is not None and options.ngram_size is None:
+        return ["onnx: max_draft_tokens limits what ngram_size proposes, which is not set; set it, or leave this out"]
+    return []
 
 
 def _cuda_shapes(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:

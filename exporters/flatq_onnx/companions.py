@@ -97,7 +97,13 @@ def genai_config(artifact: Artifact, options: OnnxOptions) -> dict[str, Any]:
             "max_length": context,
             "past_present_share_buffer": True,
         },
+        **({"speculative": speculation} if (speculation := _speculation(options)) else {}),
     }
+
+
+def _speculation(options: OnnxOptions) -> dict[str, int]:
+    chosen = {"ngram_size": options.ngram_size, "max_draft_tokens": options.max_draft_tokens}
+    return {key: value for key, value in chosen.items() if value is not None}
 
 
 def transformers_config(artifact: Artifact) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class OnnxOptions(BaseModel):
             product of floats; memory is that of a float model.
         left_padding: only for ``gqa``: rotary embedding and mask outside the attention node, which supports
             left-padded batches. Without it a padded batch must be padded on the right.
+        ngram_size: only for ``genai``: speculative decoding without a second model. The last ``ngram_size - 1`` tokens
+            are looked up in the text so far, the tokens that followed them are proposed, and one step of the model
+            confirms or rejects them. The text is the same; batches are refused by the program. None is off.
+        max_draft_tokens: with ``ngram_size``: most tokens that are proposed at once; None is the program's own 4.
         context_length: maximum number of positions; None is the model's. It is stated in ``flatq_onnx.json``, and
             ``gqa`` without ``left_padding`` has rotary tables of that length.
         external_data_above: weights with more bytes than this are written to a separate file (protobuf's limit is
@@ -67,6 +71,8 @@ class OnnxOptions(BaseModel):
     decode_on_load: bool = False
     left_padding: bool = False
     cache_type: Literal["float", "int8"] = "float"
+    ngram_size: int | None = Field(default=None, ge=2, le=16)
+    max_draft_tokens: int | None = Field(default=None, ge=1, le=16)
     context_length: int | None = Field(default=None, ge=1)
     external_data_above: int = Field(default=1_500_000_000, ge=0, le=1_500_000_000)
 

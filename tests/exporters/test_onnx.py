@@ -816,6 +816,8 @@ def test_a_target_sets_layout_numbers_and_files(make_artifact: MakeArtifact, tar
         ({"target": "cuda", "activations": "fp32"}, "computes in fp16"),
         ({"target": "cuda", "accuracy_level": 4}, "gives zeros on a CPU"),
         ({"precision": "fp16", "activations": "fp32"}, "leave activations out"),
+        ({"ngram_size": 3}, "use target: genai"),
+        ({"target": "genai", "max_draft_tokens": 8}, "which is not set"),
         pytest.param({"cache_type": "int8", "attention": "reduced"}, "not attention: reduced", marks=needs_int8),
         pytest.param({"cache_type": "int8", "target": "optimum"}, "not left_padding", marks=needs_int8),
         pytest.param({"cache_type": "int8", "activations": "fp16"}, "not fp16", marks=needs_int8),
@@ -857,6 +859,34 @@ def test_genai_and_optimum_get_a_tokenizer_in_the_older_spelling(make_artifact: 
     assert (stated["model_type"], stated["head_dim"], stated["eos_token_id"]) == ("llama", 16, 2)
     decoder = json.loads((exported.root / "genai_config.json").read_text())["model"]["decoder"]
     assert decoder["inputs"]["past_key_names"] == "past_key_values.%d.key"
+
+
+@pytest.mark.parametrize(
+    ("options", "stated"),
+    [
+        ({}, None),
+        ({"ngram_size": 3}, {"ngram_size": 3}),
+        ({"ngram_size": 2, "max_draft_tokens": 8}, {"ngram_size": 2, "max_draft_tokens": 8}),
+    ],
+)
+def test_speculation_is_stated_for_genai(
+    make_artifact: MakeArtifact, options: dict[str, Any], stated: dict[str, int] | None
+) -> None:
+    exported, _ = export(make_artifact(tiny_config()), target="genai", precision="fp32", **options)
+    settings = json.loads((exported.root / "genai_config.json").read_text())
+    assert settings.get("speculative") == stated
+    assert any("refuses batches" in note for note in exported.notes) == ("ngram_size" in options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_tied_table_is_in_the_file_once(make_artifact: MakeArtifact, precision: str) -> None:
+    sizes = []
+    for tied in (True, False):
+        artifact = make_artifact(tiny_config(vocab=4096, tied_head=tied), grid=Grid(4, 32), embed_grid=Grid(4, 32))
+        exported, _ = export(artifact, target="genai", precision=precision)
+        sizes.append((exported.root / "model.onnx").stat().st_size)
+    table = 4096 * tiny_config().d_model * (4 if precision == "fp32" else 1 / 2)
+    assert sizes[1] - sizes[0] > 0.9 * table
 
 
 @pytest.mark.parametrize("layout", ["gqa", "gqa-left", *(pytest.param(layout, marks=needs_int8) for layout in INT8)])

@@ -12,7 +12,12 @@ from flatq.tokenizer import open_tokenizer
 
 def greedy(artifact: Artifact, text: str, new: int, runner: Runner | None = None) -> list[int]:
     """Tokens with which the artifact itself goes on, or an export of it."""
-    tokens = np.array([open_tokenizer(artifact.root)(text)["input_ids"]])
+    return follow(artifact, open_tokenizer(artifact.root)(text)["input_ids"], new, runner)
+
+
+def follow(artifact: Artifact, ids: list[int], new: int, runner: Runner | None = None) -> list[int]:
+    """Tokens that follow ``ids``."""
+    tokens = np.array([ids])
     runner, written = runner or DecoderRunner(artifact), list[int]()
     logits = runner.start(tokens, tokens.shape[1] + new)
     while len(written) < new:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ import torch
 
 from flatq.artifact import Artifact
 from flatq.calibration.cache_ranges import cache_ranges
+from flatq.tokenizer import open_tokenizer
 from flatq_onnx import OnnxExporter, OnnxOptions
 from flatq_onnx.runner import OnnxRunner
-from tests.interop.greedy import greedy
+from tests.interop.greedy import follow, greedy
 
 PYTHON = os.environ.get("FLATQ_OPTIMUM_PYTHON", "")
 RUN = os.environ.get("FLATQ_INTEROP_RUN", "")
-NEW = 10
+NEW, LONG = 10, 24
 pytestmark = [
     pytest.mark.optimum,
     pytest.mark.skipif(not PYTHON, reason="make interop-optimum sets FLATQ_OPTIMUM_PYTHON"),
@@ -62,6 +64,33 @@ for texts in json.loads(sys.argv[2]):
 print("FOUND", json.dumps(found))
 """
 
+TURNS = """
+import json, sys, numpy, onnxruntime_genai
+model = onnxruntime_genai.Model(sys.argv[1])
+first, second, new = (json.loads(text) for text in sys.argv[2:])
+settings = onnxruntime_genai.GeneratorParams(model)
+settings.set_search_options(max_length=len(first) + len(second) + 3 * new, do_sample=False)
+generator = onnxruntime_genai.Generator(model, settings)
+found = []
+
+def write(tokens):
+    generator.append_tokens(numpy.array(tokens, numpy.int32))
+    before = len(generator.get_sequence(0))
+    for _ in range(new):
+        generator.generate_next_token()
+    found.append(numpy.array(generator.get_sequence(0))[before:].tolist())
+
+write(first)
+last = int(generator.get_sequence(0)[-1])
+generator.rewind_to(len(generator.get_sequence(0)) - 1)  # 0.18 appends without having read the last token
+write([last, *second])
+generator.rewind_to(len(first))
+write(second)
+generator.rewind_to(0)
+write(first)
+print("FOUND", json.dumps({"written": found, "counts": dict(generator.get_speculative_stats())}))
+"""
+
 
 @pytest.fixture
 def artifact(request: pytest.FixtureRequest) -> Artifact:
@@ -86,9 +115,7 @@ def test_it_writes_what_the_artifact_writes(
 def test_genai_keeps_a_cache_of_int8(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
 ) -> None:
-    calibration = np.random.default_rng(0).integers(artifact.config.vocab, size=(8, 32))
-    ranges = cache_ranges(artifact, torch.from_numpy(calibration))
-    monkeypatch.setattr(artifact, "cache_ranges", lambda: ranges)  # a finished run's own stay as they are
+    with_ranges(artifact, monkeypatch)
     chosen = {"target": "genai", "cache_type": "int8", "accuracy_level": 0}
     options = OnnxOptions.model_validate(chosen)
     artifact.settings["eos_token_id"] = artifact.config.vocab - 1
@@ -102,16 +129,57 @@ def test_genai_keeps_a_cache_of_int8(
     assert generated(GENAI, tmp_path) == [wanted[:1], wanted[1:], wanted]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ngram_size": 2},
+        {"ngram_size": 3, "max_draft_tokens": 8, "precision": "fp32"},
+        {"ngram_size": 2, "cache_type": "int8"},
+    ],
+    ids=str,
+)
+def test_genai_goes_on_after_more_text_and_after_going_back(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Also with n-gram speculation, of which something must be accepted and which must leave the text as it is."""
+    with_ranges(artifact, monkeypatch)
+    chosen = OnnxOptions.model_validate({"target": "genai", "accuracy_level": 0, **options})
+    OnnxExporter().write(artifact, tmp_path, chosen)
+    runner = OnnxRunner(tmp_path, provider="cpu", exact=True) if chosen.cache_type == "int8" else None
+    first, second = (open_tokenizer(artifact.root)(text)["input_ids"] for text in PROMPTS)
+    opening = follow(artifact, first, LONG, runner)
+    after = follow(artifact, [*first, *opening, *second], LONG, runner)
+    wanted = [opening, after, follow(artifact, [*first, *second], LONG, runner), opening]
+    settings = json.loads((tmp_path / "genai_config.json").read_text())
+    settings["model"]["eos_token_id"] = set(range(3, artifact.config.vocab)).difference(*wanted).pop()
+    (tmp_path / "genai_config.json").write_text(json.dumps(settings))  # no text ends early
+    found = ran_script(TURNS, tmp_path, json.dumps(first), json.dumps(second), str(LONG))
+    assert found["written"] == wanted
+    assert (found["counts"]["draft_tokens_accepted"] > 0) == ("ngram_size" in options)
+
+
+def with_ranges(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges for a cache of int8; a finished run's own stay as they are."""
+    calibration = np.random.default_rng(0).integers(artifact.config.vocab, size=(8, 32))
+    ranges = cache_ranges(artifact, torch.from_numpy(calibration))
+    monkeypatch.setattr(artifact, "cache_ranges", lambda: ranges)
+
+
 def generated(script: str, folder: Path) -> list[list[list[int]]]:
     """Tokens that a program writes for each prompt alone, then for both in a batch."""
-    batches = json.dumps([PROMPTS[:1], PROMPTS[1:], PROMPTS])
+    found: list[list[list[int]]] = ran_script(script, folder, json.dumps([PROMPTS[:1], PROMPTS[1:], PROMPTS]), str(NEW))
+    return found
+
+
+def ran_script(script: str, folder: Path, *given: str) -> Any:
+    """What a script says about a folder in the other environment."""
     ran = subprocess.run(
-        [PYTHON, "-c", script, folder, batches, str(NEW)],
+        [PYTHON, "-c", script, folder, *given],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    found: list[list[list[int]]] = json.loads(ran.stdout.rpartition("FOUND")[2])
-    return found
+    return json.loads(ran.stdout.rpartition("FOUND")[2])
