@@ -7,7 +7,8 @@
 #                      (5 to 10 minutes to install, 1.7 GB)
 #   make interop-optimum  optimum and onnxruntime-genai run our ONNX folders, in an environment of their own (2 GB);
 #                      with FLATQ_INTEROP_RUN=RUN they run a finished run's model in place of a tiny one
-#   make interop-web  transformers.js runs our web exports in Node and, if it is installed, in Chromium; needs npm
+#   make interop-web  transformers.js runs our web exports in Node and, if it is installed, in Chromium, where wllama
+#                      runs our GGUF files; needs npm
 #   make interop-gguf  node-llama-cpp runs our GGUF files in Node; needs npm on Linux with x86
 #   make interop-transformers  transformers 4.57.6 and 5.8.0 load our Hugging Face folders with the code in them
 #   make interop-versions  several versions of onnxruntime open tiny exports of every target (0.5 GB)

@@ -1,0 +1,74 @@
+"""wllama, llama.cpp as WebAssembly in Chromium, writes what the artifact writes, as text and as a chat."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatq.artifact import Artifact
+from flatq.tokenizer import open_tokenizer
+from flatq_gguf import GgufExporter, GgufOptions
+from tests.interop.greedy import greedy
+
+HERE = Path(__file__).parent / "web"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
+WORDS = "the bright river bird under stone".split()
+NEW = 6
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}the {% endif %}"
+pytestmark = [
+    pytest.mark.web,
+    pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed"),
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium; set CHROMIUM to its path"),
+    pytest.mark.skipif(
+        not (HERE / "node_modules" / "@wllama").is_dir(),
+        reason="make interop-web installs wllama into tests/interop/web",
+    ),
+]
+
+
+def readable(artifact: Artifact, prompt: Callable[[str], str]) -> Iterator[tuple[str, str]]:
+    """Pairs of words, and the text that follows their prompt; wllama 3.13 ends with an error at half a character."""
+    tokenizer = open_tokenizer(artifact.root)
+    for first, second in itertools.product(WORDS, WORDS):
+        ids = greedy(artifact, prompt(f"{first} {second}"), NEW)
+        text = tokenizer.decode(ids)
+        ends = not set(ids).isdisjoint(tokenizer.all_special_ids)
+        if text.isprintable() and text.strip() == text and "\ufffd" not in text and not ends:
+            yield f"{first} {second}", text
+
+
+def test_it_writes_what_the_artifact_writes(exported_run: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(exported_run[1] / "artifact", tmp_path / "artifact")
+    (tmp_path / "artifact" / "chat_template.jinja").write_text(TEMPLATE)
+    artifact = Artifact.open(tmp_path / "artifact")
+    texts = dict(itertools.islice(readable(artifact, str), 3))
+    chats = dict(itertools.islice(readable(artifact, lambda text: f"{text}\nthe "), 2))
+    assert texts and chats, "no prompt has a readable continuation"
+    (tmp_path / "file").mkdir()
+    exported = GgufExporter().write(artifact, tmp_path / "file", GgufOptions(precision="f32"))
+    found = written(exported.files[0], {"prompts": list(texts), "chats": list(chats), "newTokens": NEW})
+    assert found["texts"] == list(texts.values())
+    assert found["chats"] == list(chats.values())
+
+
+def written(file: Path, task: dict[str, Any]) -> dict[str, list[str]]:
+    """What wllama writes."""
+    ran = subprocess.run(
+        ["node", HERE / "wllama.mjs", file, json.dumps(task)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "CHROMIUM": CHROMIUM},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found: dict[str, list[str]] = json.loads(ran.stdout)
+    return found
