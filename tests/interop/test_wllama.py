@@ -20,7 +20,7 @@ from tests.interop.greedy import greedy
 
 HERE = Path(__file__).parent / "web"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
-WORDS = "the bright river bird under stone".split()
+WORDS = ["the", "bright", "river", "bird", "under", "stone"]
 NEW = 6
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}the {% endif %}"
 pytestmark = [
@@ -51,7 +51,8 @@ def test_it_writes_what_the_artifact_writes(exported_run: tuple[Path, Path], tmp
     artifact = Artifact.open(tmp_path / "artifact")
     texts = dict(itertools.islice(readable(artifact, str), 3))
     chats = dict(itertools.islice(readable(artifact, lambda text: f"{text}\nthe "), 2))
-    assert texts and chats, "no prompt has a readable continuation"
+    assert texts, "no prompt has a readable continuation"
+    assert chats, "no chat has a readable continuation"
     (tmp_path / "file").mkdir()
     exported = GgufExporter().write(artifact, tmp_path / "file", GgufOptions(precision="f32"))
     found = written(exported.files[0], {"prompts": list(texts), "chats": list(chats), "newTokens": NEW})
