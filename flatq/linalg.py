@@ -103,7 +103,7 @@ def submatrix(c: Tensor, index: Tensor) -> Tensor:
 
 
 def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
-    """The Gram with a relative ridge on its diagonal, ``C_ii * (1 + shrinkage)``, [i, i].
+    """The Gram with a relative ridge on its diagonal, ``C_ii * (1 + shrinkage)``, [i, i] or [n, i, i].
 
     This shrinks the correlations between features by ``1 / (1 + shrinkage)``. It keeps a least-squares fit on few
     tokens from fitting chance correlations, and pulls it towards plain selection of features.
@@ -111,7 +111,7 @@ def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
     if shrinkage == 0:
         return gram
     noisy = gram.clone()
-    noisy.diagonal().mul_(1 + shrinkage)
+    noisy.diagonal(dim1=-2, dim2=-1).mul_(1 + shrinkage)
     return noisy
 
 
@@ -122,16 +122,24 @@ def drift_correction(gram: Tensor, drift: Tensor, shrinkage: float = DRIFT_SHRIN
     Cholesky is invariant to that scaling, so the precision of the Gram is sufficient.
 
     Args:
-        gram: second moment of the input, [i, i].
+        gram: second moment of the input, [i, i]; of experts [n, i / n, i / n], each of which is fitted alone.
         drift: ``E[input^T (y_dense - y)]``, [i, m].
         shrinkage: relative ridge, see ``shrunk``.
     """
+    if gram.dim() == 3:
+        parts = zip(gram, drift.chunk(len(gram)), strict=True)
+        return torch.cat([drift_correction(own, part, shrinkage) for own, part in parts], 1)
     dtype = gram.dtype if shrinkage else torch.float64
     lower, _ = ridged_factor(shrunk(gram, shrinkage), 1e-8, dtype)
     return solved(lower, drift.to(dtype)).T
 
 
 def relative_energy(difference: Tensor, w: Tensor, gram: Tensor) -> float:
-    """``E||x D^T||^2 / E||x W^T||^2`` for a difference D and a weight W, both [m, i], and the Gram of x, [i, i]."""
-    total, lost = (float(((d @ gram) * d).sum(dtype=torch.float64)) for d in (w.to(gram.dtype), difference))
+    """``E||x D^T||^2 / E||x W^T||^2`` for a difference D and a weight W, both [m, i], and the Gram of x, [i, i].
+
+    With a Gram of experts, [n, i / n, i / n], energies are summed over experts.
+    """
+    blocks = gram.view(-1, *gram.shape[-2:])
+    parts = (torch.stack(d.to(gram.dtype).chunk(len(blocks), 1)) for d in (w, difference))  # [n, m, i / n]
+    total, lost = (float(((d @ blocks) * d).sum(dtype=torch.float64)) for d in parts)
     return max(lost, 0.0) / total if total > 0 else 0.0

@@ -60,6 +60,8 @@ MODELS: Mapping[str, str] = {
     "gemma3_text": "gemma3",
     "olmo2": "olmo2",
     "olmo3": "olmo3",
+    "qwen3_moe": "qwen3_moe",
+    "mixtral": "mixtral",
 }
 WIDTHS = {
     "hidden_size": 64,
@@ -76,6 +78,7 @@ MORE: Mapping[str, dict[str, Any]] = {
     "ministral": WINDOW,
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
     "phi3-window": WINDOW,
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64},
     "phi3-partial-longrope": {
         "rope_parameters": {
             **LONGROPE,

@@ -15,6 +15,8 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOp
     """Reasons why this model cannot be written with these options, each with a remedy."""
     if config.family not in FAMILIES:
         return [f"gguf: family {config.family!r} is not supported; supported: {', '.join(FAMILIES)}"]
+    if config.experts:
+        return ["gguf: mixtures of experts are not written; export to onnx or safetensors"]
     chosen = architecture(config, options)
     found = [*_shapes(config), *_grids(grids, options), *k_quants.objections(options.precision, options.quantize_with)]
     found += _compact(config) if chosen.name == "mimo2" else _switches(config, chosen)

@@ -139,8 +139,37 @@ class _Sheet:
         gate, up = self.linears.project(normed, [Part.of(self.config, index, part) for part in ("gate", "up")])
         wide = [*TOKENS, self.config.layers[index].d_ff]
         product = self.builder.op("Mul", [self._active(gate, wide), up], wide)
+        if self.config.experts:
+            product = self.builder.op("Mul", [product, self._routed(normed, index)], wide)
         out = self.linears.stacked(product, [Part.of(self.config, index, "down")])
         return x, self._left(out, f"{name}.mlp_post_norm"), keys, values
+
+    def _routed(self, normed: Any, index: int) -> Any:
+        """The routing weight of each inner channel's expert, [b, s, f]; 0 for experts that a token is not sent to.
+
+        Every expert is computed for every token, which is exact, and slow for many experts. The routing is float32 in
+        every graph, because float16 would choose other experts.
+        """
+        build, config, f = self.builder, self.config, self.config.layers[index].d_ff
+        lead, active = [*TOKENS, config.experts], [*TOKENS, config.experts_per_token]
+
+        def op(kind: str, inputs: Sequence[Any], shape: Dims = lead, **attributes: Any) -> Any:
+            return build.op(kind, inputs, shape, dtype=FLOAT, **attributes)
+
+        if build.float_type != FLOAT:
+            normed = op("Cast", [normed], [*TOKENS, config.d_model], to=FLOAT)
+        likely = op("Softmax", [op("MatMul", [normed, self.linears.router(config, index)])], axis=-1)
+        count = build.constant(f"const.[{config.experts_per_token}]", ints(config.experts_per_token))
+        share, chosen = build.ops("TopK", [likely, count], [active, active], dtype=[FLOAT, INT64], axis=-1)
+        if config.normed_routing:
+            last = build.constant("const.[-1]", ints(-1))
+            share = op("Div", [share, op("ReduceSum", [share, last], [*TOKENS, 1], keepdims=1)], active)
+        weights = op("ScatterElements", [op("Sub", [likely, likely]), chosen, share], axis=-1)
+        if build.float_type != FLOAT:
+            weights = build.op("Cast", [weights], lead, to=build.float_type)
+        each = np.repeat(np.arange(config.experts), f // config.experts)
+        owners = build.constant(f"experts.{f}", each.astype(np.int64))
+        return build.op("Gather", [weights, owners], [*TOKENS, f], axis=2)
 
     def _active(self, gate: Any, shape: Dims) -> Any:
         """The activation function of the MLP."""

@@ -107,6 +107,15 @@ class Linears:
         sections = self.builder.constant("split." + "_".join(map(str, sizes)), ints(*sizes))
         return self.builder.ops("Split", [x, sections], [[*lead, size] for size in sizes], axis=-1)
 
+    def router(self, config: DecoderConfig, index: int) -> Any:
+        """The weight of a layer's router, float32 [k, experts]."""
+        name = f"layers.{index}.router.weight"
+
+        def transposed() -> NDArray[Any]:
+            return np.ascontiguousarray(dense(self._read(name)).numpy().T)
+
+        return self.builder.weight(name, (config.d_model, config.experts), transposed, FLOAT)
+
     def embed(self, tokens: Any, config: DecoderConfig) -> Any:
         """Rows of the embedding, int64 [b, s] -> [b, s, m]."""
         part = Part("embed", config.vocab, config.d_model)

@@ -11,6 +11,7 @@ from flatq_onnx.tensors import Blocks
 
 LAYER_GRAPH_BYTES = 6700  # nodes, names, shapes of a layer, metadata: at most, measured with two-digit layer numbers
 ZEROS_GRAPH_BYTES = 60  # name and shape of the zero points of a linear
+ROUTING_GRAPH_BYTES = 2500  # nodes and names of the routing of a layer
 BRANCH_GRAPH_BYTES = 2200  # additional bytes for the branches of a layer with an int8 cache
 ENDS_GRAPH_BYTES = 8000
 
@@ -25,7 +26,8 @@ def estimated_bytes(config: DecoderConfig, grids: Mapping[str, Grid], options: O
 def _layer_bytes(config: DecoderConfig, index: int, grids: Mapping[str, Grid], options: OnnxOptions) -> int:
     dims, number = config.layers[index], _number_bytes(options)
     norms = 2 * config.d_model * (config.pre_norms + config.post_norms) + sum(config.qk_norm_widths(dims))
-    total = LAYER_GRAPH_BYTES + norms * number
+    total = LAYER_GRAPH_BYTES + norms * number + 4 * config.experts * config.d_model
+    total += ROUTING_GRAPH_BYTES + 8 * dims.d_ff if config.experts else 0
     if options.cache_type == "int8":
         total += BRANCH_GRAPH_BYTES + 2 * dims.kv_heads * dims.d_qk * 4
     for linear in LINEARS:

@@ -35,6 +35,7 @@ CODE = {
     "config": "flatq.model",
     "rope": "flatq.model",
     "dims": "flatq.model",
+    "experts": "flatq.model",
 }  # copied modules
 ROUNDING_KL = {torch.float16: 2e-3, torch.bfloat16: 0.02}  # nats; bfloat16 keeps 8 bits of a number
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatq.calibration.grams import Gram, finite
+from flatq.calibration.routed import RoutedGram, scarce
 from flatq.calibration.states import HiddenStates
 from flatq.errors import NumericsError
 from flatq.machine import distributed
@@ -60,8 +61,9 @@ class Block:
         reference, ``drift`` [inner, d_model] of an MLP is the sum of ``inner^T (y_dense - y)`` over tokens, where y is
         the residual stream after the current block, or with post norms the output of down, in front of its norm
         (docs/decisions/0034). With ``reference.inputs``, ``drift`` is also measured for attention, and so is
-        ``lag`` [d_model, d_model], the sum of ``input^T (input_dense - input)``. If ``out`` is set, the block's outputs
-        are written to it.
+        ``lag`` [d_model, d_model], the sum of ``input^T (input_dense - input)``. Experts have a block per expert in
+        both Grams, and their drift is divided by the number of experts per token (docs/decisions/0041). If ``out`` is
+        set, the block's outputs are written to it.
 
         Raises:
             NumericsError: an activation or a second moment is not finite.
@@ -77,8 +79,12 @@ class Block:
                     if not gram.finite:
                         raise NumericsError(f"{self.place}: the second moment of {name!r} is not finite; {REMEDY}")
                     gram.to(solver_of(self.device))
+            self.notes += scarce(self.grams)
             self.layer.to(solver_of(self.device))
-            if self.drift is not None:
+            if self.drift is not None and self.layer.config.experts and self.half == "mlp":
+                drift = distributed.all_reduce(self.drift).to(solver_of(self.device))
+                self.drift = drift / self.layer.config.experts_per_token
+            elif self.drift is not None:
                 # The block's own output follows from the Gram, so no second pass over the tokens is needed.
                 known = self.grams["inner"].total[0] @ self._last.weight.T
                 self.drift = distributed.all_reduce(self.drift).to(known.device) - known
@@ -93,6 +99,11 @@ class Block:
         if self.half == "attention":
             heads = self.dims.kv_heads
             self.grams["values"] = Gram(self.layer.v.out_features // heads, heads, device)
+        elif experts := self.layer.config.experts:
+            self.grams = {
+                "input": RoutedGram(d_model, experts, shared=True, device=device),
+                "inner": RoutedGram(inner // experts, experts, shared=False, device=device),
+            }
         self.grams = {name: gram for name, gram in self.grams.items() if name in self.moments}
         if self.reference is not None and (self.half == "mlp" or self.reference.inputs):
             self.drift = torch.zeros(inner, d_model, device=device)
@@ -157,7 +168,11 @@ class Block:
         for name, activation in seen.items():
             if name in self.grams:
                 self._must_be_finite(ACTIVATIONS[self.half][name], activation, batch)
-                self.grams[name].update(activation)
+                gram = self.grams[name]
+                if isinstance(gram, RoutedGram):
+                    gram.route(activation, self.layer.router(seen["input"]))
+                else:
+                    gram.update(activation)
         if self.out is not None:
             with blocks_in(self.precision, self.device):
                 left = self.layer.leave(self.half, x, self._last(seen["inner"]))
@@ -168,6 +183,8 @@ class Block:
                 lacking = output if self.layer.config.post_norms else after.sub_(x)
                 if self._last.bias is not None:
                     lacking -= self._last.bias
+                if self.layer.config.experts and self.half == "mlp":
+                    lacking = lacking - self._last(seen["inner"])
                 _add_product(self.drift, seen["inner"], lacking)
             if self.lag is not None:
                 with blocks_in(self.precision, self.device):

@@ -50,7 +50,8 @@ def plan_ranks(
     layers, allocation = config.layers, spec.parts.allocation
     wanted = budget = budget_of(config, spec, gptq, itemsize)
     whole = max(dims.d_v for dims in layers)
-    multiples = Multiples(whole if spec.parts.values == "whole" else spec.rank_multiple, spec.width_multiple)
+    rank = whole if spec.parts.values == "whole" else spec.rank_multiple
+    multiples = Multiples(rank, spec.width_multiple * config.mlp_parts)
     if spec.uniform:
         layers, budget = together(layers, budget)
         curves = [summed(curves)] if curves else ()
@@ -79,7 +80,7 @@ def shifted(config: DecoderConfig, spec: FlatSpec, planned: Sequence[LayerDims])
         replace(
             narrow,
             d_v=other(dense.d_v, narrow.d_v, spec.rank_multiple),
-            d_ff=other(dense.d_ff, narrow.d_ff, spec.width_multiple),
+            d_ff=other(dense.d_ff, narrow.d_ff, spec.width_multiple * config.mlp_parts),
         )
         for dense, narrow in zip(config.layers, planned, strict=True)
     ]

@@ -28,6 +28,7 @@ from flatq.model.decoder import Decoder, DecoderLayer, RMSNorm, capped
 
 # Some transformers copy only what this file imports.
 from flatq.model.dims import LayerDims  # noqa: F401
+from flatq.model.experts import Router  # noqa: F401
 from flatq.model.rope import Rope  # noqa: F401
 
 
@@ -192,6 +193,7 @@ HUB_PATHS = {
     "k_norm": "self_attn.k_norm",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
+    "router": "mlp.gate",
     "down": "mlp.down_proj",
     "attention_norm": "input_layernorm",
     "attention_post_norm": "post_self_attn_layernorm",

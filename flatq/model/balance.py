@@ -56,7 +56,7 @@ def _pairs(layer: DecoderLayer, half: str) -> list[tuple[list[str], list[str]]]:
     def rows(linear: str) -> list[str]:
         return [name for name in (f"{linear}.weight", f"{linear}.bias") if name in names]
 
-    readers = ("q", "k", "v") if half == "attention" else ("gate", "up")
+    readers = ("q", "k", "v") if half == "attention" else ("gate", "up", *(["router"] if config.experts else []))
     pairs = [(rows("up"), ["down.weight"])] if half == "mlp" else [(rows("v"), ["o.weight"])]
     if half == "attention" and not config.qk_norm:
         pairs.append((rows("q"), rows("k")))

@@ -41,6 +41,10 @@ class DecoderConfig:
         norm_after_rope: these norms, per head, follow the rotary embedding.
         attention_cap: ``cap * tanh(score / cap)`` replaces each attention score; None for none.
         logit_cap: the same for the logits.
+        experts: number of experts that the MLP of every layer is divided into, evenly (``flatq.model.experts``); 0 is
+            an MLP without a router.
+        experts_per_token: number of experts that each token is sent to.
+        normed_routing: the weights of a token's experts are divided by their sum.
     """
 
     family: str
@@ -65,12 +69,19 @@ class DecoderConfig:
     other_kinds: tuple[Kind, ...] = ()
     kind_of: tuple[int, ...] = ()
     norm_after_rope: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    normed_routing: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if self.kind_of and len(self.kind_of) != len(self.layers):
             raise ValueError(f"kind_of names the kinds of {len(self.kind_of)} layers, there are {len(self.layers)}")
+        if self.experts_per_token > self.experts or (self.experts > 0) != (self.experts_per_token > 0):
+            raise ValueError(f"experts_per_token {self.experts_per_token} of {self.experts} experts")
+        if uneven := [dims.d_ff for dims in self.layers if self.experts and dims.d_ff % self.experts]:
+            raise ValueError(f"d_ff {uneven[0]} is not {self.experts} experts of one width")
 
     def switches(self) -> list[str]:
         """Names of the switches that are not at their defaults; with none the model computes what a Llama does.
@@ -116,7 +127,16 @@ class DecoderConfig:
             dims.shape(name, self.d_model)[0] for dims in self.layers for name in LINEARS if self.has_bias(name)
         )
         tables = self.vocab * self.d_model * (1 if self.tied_head else 2)
-        return self.decoder_parameters() + self.norm_parameters() + biases + tables
+        return self.decoder_parameters() + self.norm_parameters() + self.router_parameters() + biases + tables
+
+    @property
+    def mlp_parts(self) -> int:
+        """Number of parts of one width that an MLP consists of: the experts, or 1."""
+        return max(1, self.experts)
+
+    def router_parameters(self) -> int:
+        """Number of weights of all routers."""
+        return self.experts * self.d_model * len(self.layers)
 
     def norm_parameters(self) -> int:
         """Number of gains of all norms."""

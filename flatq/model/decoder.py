@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from flatq.model.config import DecoderConfig
 from flatq.model.dims import ATTENTION_LINEARS, LINEARS, MLP_LINEARS, LayerDims
+from flatq.model.experts import Router, widened
 from flatq.model.rope import Rope
 
 __all__ = [
@@ -227,6 +228,7 @@ class DecoderLayer(nn.Module):
     down: nn.Linear
     q_norm: RMSNorm
     k_norm: RMSNorm
+    router: Router
 
     def __init__(self, config: DecoderConfig, index: int, halves: Sequence[str] = ("attention", "mlp")) -> None:
         super().__init__()
@@ -236,6 +238,8 @@ class DecoderLayer(nn.Module):
             queries, keys = config.qk_norm_widths(config.layers[index])
             self.q_norm, self.k_norm = RMSNorm(queries, config.norm_eps), RMSNorm(keys, config.norm_eps)
         self._add_half("mlp", halves, MLP_LINEARS)
+        if "mlp" in halves and config.experts:
+            self.router = Router(config.d_model, config.experts, config.experts_per_token, normed=config.normed_routing)
 
     def _add_half(self, half: str, halves: Sequence[str], linears: Sequence[str]) -> None:
         config = self.config
@@ -279,8 +283,11 @@ class DecoderLayer(nn.Module):
         return attention(query, key, value, here.mask, self.config.attention_cap).transpose(1, 2).flatten(2)
 
     def widen(self, normed: Tensor) -> Tensor:
-        """The MLP's inner activation, [b, s, m] -> [b, s, f]."""
-        return ACTIVATION[self.config.activation](self.gate(normed)) * self.up(normed)
+        """The MLP's inner activation, times the routing weights of experts, [b, s, m] -> [b, s, f]."""
+        activation = ACTIVATION[self.config.activation]
+        if self.config.experts:
+            return widened(normed, self.router(normed), self.gate, self.up, activation)
+        return activation(self.gate(normed)) * self.up(normed)
 
     def output(self, half: str, x: Tensor, positions: Sequence[Positions], cache: Cache | None = None) -> Tensor:
         """Output of a half's last linear (o or down), from the residual stream, [b, s, m] -> [b, s, m]."""

@@ -4,7 +4,7 @@ To add a family, add a row here and a case to ``tests/parity``; no model code is
 from the model's ``config.json``. A setting that flatq's decoder does not support is an error that names it, because a
 wrong default would only show as slightly worse text.
 
-Left out: mixture of experts, and attention that is not a softmax over keys.
+Left out: mixtures of experts with dense layers or shared experts, and attention that is not a softmax over keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flatq.errors import UnsupportedModel
-from flatq.model.family import ACTIVATIONS, LONG_NORM_NAMES, POST_NORMED, Family, Names, fused
+from flatq.model.family import ACTIVATIONS, LONG_NORM_NAMES, POST_NORMED, Family, Names, fused, with_experts
 from flatq.model.folds import (
     EMBEDDING_SCALE,
     MULTIPLIERS,
@@ -269,6 +269,33 @@ FAMILIES: dict[str, Family] = {
             ntk_alpha=True,
             required=("num_key_value_heads", "head_dim"),
             knows=("use_qk_norm",),
+        ),
+        # Every layer has experts: dense layers between them are refused.
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            {
+                "qkv_bias": "attention_bias",
+                "o_bias": "attention_bias",
+                "qk_norm": True,
+                "experts": "num_experts",
+                "experts_per_token": "num_experts_per_tok",
+                "normed_routing": "norm_topk_prob",
+            },
+            window="by_layer",
+            names=Names(inside=with_experts("mlp", "gate_proj", "up_proj", "down_proj")),
+            expert_width="moe_intermediate_size",
+            required=("num_key_value_heads", "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob"),
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            {"experts": "num_local_experts", "experts_per_token": "num_experts_per_tok", "normed_routing": True},
+            window="always",
+            names=Names(inside=with_experts("block_sparse_moe", "w1", "w3", "w2")),
+            expert_width="intermediate_size",
+            defaults={"rope_theta": 1e6},
+            required=("num_key_value_heads", "num_experts_per_tok"),
         ),
         # Its queries grow with the position from the original context on, which is therefore the longest.
         Family(

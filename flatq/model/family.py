@@ -26,6 +26,7 @@ INSIDE = (
     ("attention_post_norm", "post_self_attn_layernorm", "post_attention_norm"),
     ("mlp_norm", "post_attention_layernorm", "ffn_norm"),
     ("mlp_post_norm", "post_mlp_layernorm", "post_ffw_norm"),
+    ("router", "mlp.gate", "ffn_gate_inp"),
     ("gate", "mlp.gate_proj", "ffn_gate"),
     ("up", "mlp.up_proj", "ffn_up"),
     ("down", "mlp.down_proj", "ffn_down"),
@@ -52,6 +53,23 @@ def fused(*linears: str) -> tuple[tuple[str, str, str], ...]:
     return tuple(
         (ours, hub.replace(f".{ours}_proj", f".{FUSED[ours]}_proj"), gguf) if ours in linears else (ours, hub, gguf)
         for ours, hub, gguf in INSIDE
+    )
+
+
+def with_experts(path: str, gate: str, up: str, down: str) -> tuple[tuple[str, str, str], ...]:
+    """``INSIDE`` for families whose MLPs are mixtures of experts; ``*`` is the number of an expert.
+
+    Args:
+        path: of router and experts in a layer.
+        gate: name of the linear in an expert.
+        up: as ``gate``.
+        down: as ``gate``.
+    """
+    linears = zip(("gate", "up", "down"), (gate, up, down), strict=True)
+    return (
+        *(row for row in INSIDE if row[0] not in ("router", "gate", "up", "down")),
+        ("router", f"{path}.gate", "ffn_gate_inp"),
+        *((ours, f"{path}.experts.*.{hub}", f"ffn_{ours}_exps") for ours, hub in linears),
     )
 
 
@@ -136,6 +154,7 @@ class Family:
         plain: with its folds the model is one of another family, ``llama`` if possible, and is written as such.
         adjust: change of the configuration that the folds need.
         knows: keys that other families may not have, see ``unexpected``.
+        expert_width: key of the MLP width of one expert; empty without a mixture of experts.
         gguf: the architecture's name in GGUF files; empty if they are not read.
         gguf_permuted: GGUF stores rows of q and k with rotary pairs interleaved instead of in halves.
         gguf_folds: changes of weights while they are read from a GGUF file.
@@ -162,3 +181,4 @@ class Family:
     adjust: Callable[[DecoderConfig, Mapping[str, Any]], DecoderConfig] | None = None
     knows: tuple[str, ...] = ()
     gguf_folds: tuple[Fold, ...] = ()
+    expert_width: str = ""

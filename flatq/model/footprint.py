@@ -28,10 +28,11 @@ def matrix_bytes(shape: tuple[int, int], grid: Grid | None, itemsize: int) -> in
 
 
 def layer_bytes(config: DecoderConfig, grids: Grids, itemsize: int, index: int, dims: LayerDims) -> int:
-    """Bytes of the linears of layer ``index`` at the widths ``dims``, biases included."""
+    """Bytes of the linears of layer ``index`` at the widths ``dims``, biases and the router of experts included."""
     shapes = {name: dims.shape(name, config.d_model) for name in LINEARS}
     biases = sum(shapes[name][0] for name in LINEARS if config.has_bias(name))
-    return biases * itemsize + sum(
+    router = config.experts * config.d_model
+    return (biases + router) * itemsize + sum(
         matrix_bytes(shape, grids.get(str(Stem(index, name))), itemsize) for name, shape in shapes.items()
     )
 

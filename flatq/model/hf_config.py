@@ -19,7 +19,7 @@ from flatq.model.hf_rope import Read, Stated, read_rope, written_rope
 from flatq.model.lacking import WRAPPERS
 from flatq.model.layer_kinds import FULL, WINDOWED, KindKeys, PositiveInt, distinct, rotated_layers, windows_of
 from flatq.model.rope import Rope
-from flatq.model.unexpected import unexpected_keys
+from flatq.model.unexpected import EXPERT_COUNTS, unexpected_keys
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # in the order in which they are tried
 
@@ -53,6 +53,13 @@ class _HfKeys(KindKeys):
     use_bidirectional_attention: Literal[False] | None = None
     rope_local_base_freq: PositiveFloat | None = None
     quantization_config: None = None
+    num_experts: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    num_local_experts: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Literal[1] | None = None
+    mlp_only_layers: Annotated[list[int], Field(max_length=0)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,7 @@ def read_hf(data: Mapping[str, Any], where: str = "config.json", context: int | 
     """
     data = text_part(data)
     family = family_named(data.get("model_type"), where)
-    data = {**family.defaults, **data}
+    data = {**family.defaults, **(_with_both_counts(data) if family.expert_width else data)}
     problems = [
         f"{where}: {key} is missing; {family.model_type} needs it" for key in family.required if key not in data
     ]
@@ -100,7 +107,7 @@ def read_hf(data: Mapping[str, Any], where: str = "config.json", context: int | 
         keys = _HfKeys.model_validate(dict(data))
     except ValidationError as invalid:
         raise UnsupportedModel("\n".join(problems + _explain(invalid, where))) from invalid
-    dims = _read_dims(keys, where, problems)
+    dims = _read_dims(family, keys, where, problems)
     seen = None if dims is None else _read_kinds(family, keys, dims.d_qk, context, where, problems)
     activation = _read_activation(family, keys, where, problems)
     if problems or dims is None or seen is None:
@@ -157,7 +164,13 @@ def _explain(invalid: ValidationError, where: str, prefix: str = "") -> list[str
     return lines
 
 
-def _read_dims(keys: _HfKeys, where: str, problems: list[str]) -> LayerDims | None:
+def _with_both_counts(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The number of experts under both of its names, of which a file has one."""
+    stated = [data[key] for key in EXPERT_COUNTS if data.get(key) is not None]
+    return {**data, **dict.fromkeys(EXPERT_COUNTS, stated[0])} if len(stated) == 1 else data
+
+
+def _read_dims(family: Family, keys: _HfKeys, where: str, problems: list[str]) -> LayerDims | None:
     heads = keys.num_attention_heads
     kv_heads = keys.num_key_value_heads or heads
     head_dim = keys.head_dim or keys.hidden_size // heads
@@ -168,9 +181,29 @@ def _read_dims(keys: _HfKeys, where: str, problems: list[str]) -> LayerDims | No
         problems.append(f"{where}: hidden_size {keys.hidden_size} is not a multiple of num_attention_heads {heads}")
     if head_dim % 2:
         problems.append(f"{where}: head_dim {head_dim} is odd; rotary embeddings turn pairs")
+    width = keys.intermediate_size
+    if family.expert_width:
+        width = _read_experts(family, keys, where, problems)
     if len(problems) > before:
         return None
-    return LayerDims(heads=heads, kv_heads=kv_heads, d_qk=head_dim, d_v=head_dim, d_ff=keys.intermediate_size)
+    return LayerDims(heads=heads, kv_heads=kv_heads, d_qk=head_dim, d_v=head_dim, d_ff=width)
+
+
+def _read_experts(family: Family, keys: _HfKeys, where: str, problems: list[str]) -> int:
+    """MLP width of all experts together."""
+    counts, active = {keys.num_experts, keys.num_local_experts} - {None}, keys.num_experts_per_tok
+    experts = max((count for count in counts if count is not None), default=0)
+    width = getattr(keys, family.expert_width)
+    if len(counts) != 1 or experts < 2:
+        problems.append(
+            f"{where}: num_experts {keys.num_experts}, num_local_experts {keys.num_local_experts}: expected one number "
+            "of experts, 2 or more"
+        )
+    elif active is None or active > experts:
+        problems.append(f"{where}: num_experts_per_tok {active}: expected 1 to {experts}, the number of experts")
+    if width is None:
+        problems.append(f"{where}: {family.expert_width} is null; expected the MLP width of an expert")
+    return experts * (width or 0)
 
 
 def _read_activation(family: Family, keys: _HfKeys, where: str, problems: list[str]) -> str:
@@ -263,6 +296,8 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
     Raises:
         UnsupportedModel: the family's configuration cannot express all of it.
     """
+    if config.experts:
+        raise UnsupportedModel(f"{config.family}: flatq does not write checkpoints with a tensor for each expert")
     stated = dims or config.layers[0]
     same = config.with_layers((stated,) * len(config.layers))
     family = family_named(config.family, "config_to_hf")

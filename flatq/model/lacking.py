@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-EXPERTS = "a mixture of experts"
+EXPERTS = "a mixture of experts of another kind than that of qwen3_moe and mixtral"
 LINEAR = "layers of linear attention or a state space"
 PARALLEL = "attention and MLP side by side, with LayerNorm"
 LATENT = "keys and values from a latent vector (MLA)"
@@ -39,7 +39,6 @@ NEEDS: Mapping[str, str] = {
     "mamba": LINEAR,
     "mamba2": LINEAR,
     "minicpm3": LATENT,
-    "mixtral": EXPERTS,
     "nanochat": f"{UNGATED} and norms without gains",
     "nemotron": f"LayerNorm and {UNGATED}",
     "nemotron_h": LINEAR,
@@ -49,7 +48,6 @@ NEEDS: Mapping[str, str] = {
     "phimoe": EXPERTS,
     "qwen2_moe": EXPERTS,
     "qwen3_5_text": f"{LINEAR} in three of four layers, and gates of attention's output",
-    "qwen3_moe": EXPERTS,
     "qwen3_next": f"{LINEAR} and {EXPERTS}",
     "stablelm": "LayerNorm",
     "starcoder2": f"LayerNorm and {UNGATED}",

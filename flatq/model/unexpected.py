@@ -35,10 +35,12 @@ CHANGING: Mapping[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1),
     "rope_interleaved": (None, False),
+    "shared_expert_intermediate_size": (None, 0),
     "use_qk_norm": (None, False),
     "use_sinks": (None, False),
 }
 NEVER = ("is_causal",)
+EXPERT_COUNTS = ("num_experts", "num_local_experts")  # two names of one key
 
 
 def unexpected_keys(family: Family, keys: Mapping[str, Any], where: str) -> list[str]:
@@ -46,6 +48,7 @@ def unexpected_keys(family: Family, keys: Mapping[str, Any], where: str) -> list
     known = {*family.knows, *family.required, *family.defaults}
     known |= {"no_rope_layers", "no_rope_layer_interval"} if family.skips_rope else set()
     known |= {decides for decides in family.switches.values() if isinstance(decides, str)}
+    known |= set(EXPERT_COUNTS) if family.expert_width else set()
     found = []
     for key, harmless in CHANGING.items():
         value = keys.get(key)

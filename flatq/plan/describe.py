@@ -60,11 +60,29 @@ def explanation(recipe: Recipe) -> list[str]:
 def described(config: DecoderConfig) -> str:
     """The shapes of a model in one line."""
     dims = config.layers[0]
+    mlp = f"d_ff {dims.d_ff}"
+    if config.experts:
+        mlp = f"{config.experts} experts of d_ff {dims.d_ff // config.experts}, {config.experts_per_token} per token"
     return (
         f"{config.family}: {len(config.layers)} layers, d_model {config.d_model}, {dims.heads} heads of {dims.d_qk} on "
-        f"{dims.kv_heads} key-value heads, d_ff {dims.d_ff}, vocabulary {config.vocab:,}, "
-        f"{config.parameters():,} parameters"
+        f"{dims.kv_heads} key-value heads, {mlp}, vocabulary {config.vocab:,}, {config.parameters():,} parameters"
     )
+
+
+def of_experts(recipe: Recipe, config: DecoderConfig) -> list[str]:
+    """What the stages do with a mixture of experts, and what they leave."""
+    if not config.experts or not recipe.stages:
+        return []
+    found = [
+        "experts: each is solved on the tokens that the router sends it; where it is sent fewer tokens than it has "
+        "inputs, the layer's mean replaces those lacking, and the report says so; routers stay unquantized"
+    ]
+    if recipe.flat is not None and recipe.flat.keep_ratio != 1:
+        found.append(
+            "experts: all experts of a layer get one width; decode_bytes counts the weights of all of them, because "
+            "exports may read them all"
+        )
+    return found
 
 
 def forecast(
@@ -120,7 +138,8 @@ def forecast(
         text += "widths per layer depend on measurements during the run; sizes are for equal shares of all layers\n"
     if recipe.gptq is not None and recipe.gptq.average_bits is not None:
         text += "bits per linear depend on measurements during the run; sizes are for a choice of the same average\n"
-    return text + "".join(f"{caution}\n" for caution in cautions(recipe, dense))
+    said = [*of_experts(recipe, dense), *cautions(recipe, dense)]
+    return text + "".join(f"{caution}\n" for caution in said)
 
 
 def _about(duration: float) -> str:

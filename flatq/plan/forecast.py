@@ -117,13 +117,15 @@ def working_bytes(
     )
     embedding = 5.5 * tables  # stored and as float32
     left = f * (recipe.flat.keep_ratio or 1.0 if recipe.flat is not None else 1.0)
-    grams, fisher = 4 * (f**2 + m**2), 12 * m**2
+    n = config.mlp_parts  # each of which has Grams
+    squares, inputs, few = f**2 / n, n * m**2, left**2 / n
+    grams, fisher = 4 * (squares + inputs), 12 * m**2
     # Gram, its mean and the temporaries of the elimination; then the least-squares fit of the remaining channels.
-    eliminating = grams + 8 * f**2 + 12 * f * m + fisher
-    fitting = grams + 4 * f**2 + 4 * f * m + 8 * left * m + max(12 * left**2, 8 * left**2 + 16 * left * m)
+    eliminating = grams + 8 * squares + 12 * f * m + fisher
+    fitting = grams + 4 * squares + 4 * f * m + 8 * left * m + max(12 * few, 8 * few + 16 * left * m)
     narrowing = max(eliminating, fitting) if recipe.flat is not None else 0
     solved = 4 * (3 * f * m + 5 * (min(2 * f * m, WEIGHTS_AT_ONCE) + min(f * m, WEIGHTS_AT_ONCE)))  # both at once
-    rounding = 4 * (left**2 + m**2) + 16 * left**2 + solved if recipe.gptq is not None else 0
+    rounding = 4 * (few + inputs) + 16 * few + solved if recipe.gptq is not None else 0
     # Position, best one, decoded weight, codes, scales, range and two gradients; three times the activations of a step.
     training = 8 * half + 3 * activation_bytes(config) * max(STEP_TOKENS, text.seq_len)
     tuning = training if recipe.gptq is not None and recipe.gptq.tune_steps else 0

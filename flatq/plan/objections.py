@@ -117,6 +117,14 @@ def raise_early_objections(recipe: Recipe, source: Source, exports: list[Planned
         RecipeError: lists all objections, or the budget cannot be reached.
     """
     problems = too_few_tokens(recipe, source.config) + rows_that_do_not_fit(recipe, source.config, exports)
+    if source.config.experts and recipe.budget is not None:
+        raise RecipeError(
+            [
+                *problems,
+                f"budget: bits and widths of the experts of {source.config.family} are not measured together; give "
+                "keep_ratio, size or decode_bytes in a flat stage, and bits in a gptq stage",
+            ]
+        )
     if source.has_tokenizer or source.has_weights:
         problems += tokenizer_objections(source, exports)
     problems += certain_objections(recipe, source, exports)

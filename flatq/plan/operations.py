@@ -1,7 +1,8 @@
 """Operation counts of each phase of a run, from shapes: FLOPs of forward passes, FLOPs of solves, bytes moved.
 
 Counted are operations that grow with the cube of a width or with tokens times a squared width, and element-wise
-operations on whole weights. Constants of an algorithm are explained next to its formula.
+operations on whole weights. Constants of an algorithm are explained next to its formula. Of a mixture of n experts,
+gate and up are computed for the k experts of a token, down for all; the solves are of each expert.
 
 Axes: t tokens, s positions, m d_model, f d_ff, o out_features, i in_features.
 """
@@ -9,7 +10,7 @@ Axes: t tokens, s positions, m d_model, f d_ff, o out_features, i in_features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from flatq.calibration.self_text import SIDE_BY_SIDE
 from flatq.calibration.training import CHECKS, HELD_OUT, STEP_TOKENS
@@ -76,14 +77,16 @@ def operations(
     return {phase: phases[phase](tokens[phase]) for phase in wanted}
 
 
-def _halves(dims: LayerDims, m: int, s: int) -> tuple[float, float]:
+def _halves(config: DecoderConfig, dims: LayerDims, s: int) -> tuple[float, float]:
     """FLOPs per token of attention and of the MLP; a token attends to half of the positions on average."""
-    mlp = 3 * m * dims.d_ff
-    return 2 * (dims.parameters(m) - mlp) + dims.heads * (dims.d_qk + dims.d_v) * s, 2 * mlp
+    m = config.d_model
+    mlp, used = 3 * m * dims.d_ff, config.experts_per_token / config.experts if config.experts else 1.0
+    attention = 2 * (dims.parameters(m) - mlp) + dims.heads * (dims.d_qk + dims.d_v) * s
+    return attention, 2 * mlp * (1 + 2 * used) / 3
 
 
 def _forward(config: DecoderConfig, t: int, s: int) -> float:
-    return t * sum(sum(_halves(dims, config.d_model, s)) for dims in config.layers)
+    return t * sum(sum(_halves(config, dims, s)) for dims in config.layers)
 
 
 def _passed(config: DecoderConfig, t: int, s: int, times: float = 1) -> Operations:
@@ -103,9 +106,13 @@ def _written(recipe: Recipe, config: DecoderConfig, t: int) -> Operations:
     return Operations(solve=products, moved=4 * moved)
 
 
-def _grams(dims: LayerDims, m: int) -> float:
-    """FLOPs per token of the Grams of a layer; half of each symmetric matrix is computed."""
-    return 2 * m**2 + (dims.heads * dims.d_v) ** 2 + 2 * dims.kv_heads * dims.d_v**2 + dims.d_ff**2
+def _grams(config: DecoderConfig, dims: LayerDims) -> float:
+    """FLOPs per token of the Grams of a layer; half of each symmetric matrix is computed, of experts all."""
+    m = config.d_model
+    attention = m**2 + (dims.heads * dims.d_v) ** 2 + 2 * dims.kv_heads * dims.d_v**2
+    if config.experts:
+        return attention + 2 * config.experts_per_token * (m**2 + (dims.d_ff // config.experts) ** 2)
+    return attention + m**2 + dims.d_ff**2
 
 
 def _evaluated(config: DecoderConfig, t: int, s: int) -> Operations:
@@ -124,8 +131,14 @@ def _sensitivity(config: DecoderConfig, t: int, s: int) -> Operations:
 
 def _curves(config: DecoderConfig, t: int, s: int) -> Operations:
     m = config.d_model
-    grams = sum((dims.heads * dims.d_v) ** 2 + dims.d_ff**2 for dims in config.layers)
-    solves = sum(_eliminated(dims.d_ff, dims.d_ff // 10, m) + _value_basis(dims, m) for dims in config.layers)
+    n = config.mlp_parts
+    inner = sum(
+        (config.experts_per_token * 2 if config.experts else 1) * (dims.d_ff // n) ** 2 for dims in config.layers
+    )
+    grams = inner + sum((dims.heads * dims.d_v) ** 2 for dims in config.layers)
+    solves = sum(
+        n * _eliminated(dims.d_ff // n, dims.d_ff // n // 10, m) + _value_basis(dims, m) for dims in config.layers
+    )
     return _passed(config, t, s) + Operations(t * grams, solves)
 
 
@@ -139,20 +152,20 @@ def _value_basis(dims: LayerDims, m: int) -> float:
     return weighted + DOUBLE * (30 * dims.kv_heads * dims.d_v**3 + 2 * m * dims.heads * dims.d_v**2)
 
 
-def _narrowed(recipe: Recipe, before: LayerDims, after: LayerDims, m: int) -> float:
-    """The solves of the FLAT stage in one layer."""
+def _narrowed(recipe: Recipe, before: LayerDims, after: LayerDims, m: int, n: int) -> float:
+    """The solves of the FLAT stage in one layer, whose MLP has n parts."""
     if recipe.flat is None:
         return 0
-    (f, s), (wide, narrow) = (before.d_ff, after.d_ff), (before.heads * before.d_v, after.heads * after.d_v)
+    (f, s), (wide, narrow) = (before.d_ff // n, after.d_ff // n), (before.heads * before.d_v, after.heads * after.d_v)
     found = 0.0
     if s < f:
         by_leverage = recipe.flat.parts.channels == "leverage"
-        found += f**3 if by_leverage else _eliminated(f, s, m)
-        found += 2 * s * f * m + DOUBLE * (s**3 / 3 + 2 * s**2 * m) + 2 * f**2 * m
+        found += n * (f**3 if by_leverage else _eliminated(f, s, m))
+        found += n * (2 * s * f * m + DOUBLE * (s**3 / 3 + 2 * s**2 * m) + 2 * f**2 * m)
     if narrow < wide:
         refit = 2 * wide**2 * narrow + 2 * wide * narrow**2 + narrow**3 / 3 + 2 * narrow**2 * m
         found += _value_basis(before, m) + DOUBLE * refit * recipe.flat.parts.refit + 2 * wide**2 * narrow
-    return found + (s**3 / 3 + 2 * s**2 * m) * recipe.flat.corrects
+    return found + n * (s**3 / 3 + 2 * s**2 * m) * recipe.flat.corrects
 
 
 def _rounded(o: int, i: int) -> Operations:
@@ -160,13 +173,16 @@ def _rounded(o: int, i: int) -> Operations:
     return Operations(solve=i**3 / 3 + 3 * o * i**2, moved=4 * PASSES * o * i)
 
 
-def _layer_rounded(dims: LayerDims, m: int) -> Operations:
+def _layer_rounded(config: DecoderConfig, dims: LayerDims) -> Operations:
     """GPTQ of a layer; linears that read the same activation share one factorization."""
-    found = Operations()
-    for readers in READERS.values():
+    found, m, n = Operations(), config.d_model, config.mlp_parts
+    expert = replace(dims, d_ff=dims.d_ff // n)
+    for half, readers in READERS.items():
         for _, names in readers:
-            shapes = [dims.shape(name, m) for name in names]
-            found += _rounded(sum(o for o, _ in shapes), shapes[0][1])
+            shapes = [expert.shape(name, m) for name in names]
+            once = _rounded(sum(o for o, _ in shapes), shapes[0][1])
+            times = n if half == "mlp" else 1
+            found += Operations(solve=times * once.solve, moved=times * once.moved)
     return found
 
 
@@ -186,9 +202,9 @@ def _bits(recipe: Recipe, config: DecoderConfig, t: int, s: int) -> Operations:
     )
     for dims in config.layers:
         runs = 1 + 2 * choices  # a half layer has two units
-        forward = t * sum(_halves(dims, m, s))
-        found += Operations(2 * forward + t / 2 * _grams(dims, m), runs * (forward + 2 * t * m**2))
-        once = _layer_rounded(dims, m)
+        forward = t * sum(_halves(config, dims, s))
+        found += Operations(2 * forward + t / 2 * _grams(config, dims), runs * (forward + 2 * t * m**2))
+        once = _layer_rounded(config, dims)
         found += Operations(solve=choices * once.solve, moved=choices * once.moved)
     return found
 
@@ -197,8 +213,8 @@ def _choices(config: DecoderConfig, t: int, s: int) -> Operations:
     """Measurement of a budget's choices: as ``_bits``, but only one unit of a half layer needs forward passes."""
     m, found = config.d_model, Operations(moved=READING * config.parameters())
     for dims in config.layers:
-        forward, once = t * sum(_halves(dims, m, s)), _layer_rounded(dims, m)
-        found += Operations(2 * forward + t * _grams(dims, m), (1 + CHOICES) * (forward + t * m**2))
+        forward, once = t * sum(_halves(config, dims, s)), _layer_rounded(config, dims)
+        found += Operations(2 * forward + t * _grams(config, dims), (1 + CHOICES) * (forward + t * m**2))
         found += Operations(solve=CHOICES * once.solve, moved=CHOICES * once.moved)
     head = _rounded(config.vocab, m)
     return found + Operations(solve=CHOICES * head.solve, moved=CHOICES * head.moved)
@@ -212,9 +228,9 @@ def _compressed(recipe: Recipe, config: DecoderConfig, planned: DecoderConfig, t
     found = _passed(config, t, s, 2 if along else 1) + _passed(planned, t, s)
     for before, after in zip(config.layers, planned.layers, strict=True):
         drift = along * 2 * before.d_ff * m + lag * (4 * m**2 + 2 * before.heads * before.d_v * m)
-        found += Operations(t * (_grams(before, m) + drift), _narrowed(recipe, before, after, m))
+        found += Operations(t * (_grams(config, before) + drift), _narrowed(recipe, before, after, m, config.mlp_parts))
         if recipe.gptq is not None:
-            found += _layer_rounded(after, m)
+            found += _layer_rounded(config, after)
     if recipe.gptq is not None and recipe.gptq.tune_steps:
         found += _tuned(planned, recipe.gptq.tune_steps, t, s)
     if recipe.gptq is not None and recipe.gptq.embedding is not None:

@@ -17,7 +17,7 @@ from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
 from flatq.plan.bought import bought
 from flatq.plan.decide import drafted
-from flatq.plan.describe import described, explanation, forecast
+from flatq.plan.describe import described, explanation, forecast, of_experts
 from flatq.plan.forecast import forecasts
 from flatq.plan.joint import plan_jointly, plan_of_loss
 from flatq.plan.measure import keys_of, known
@@ -41,6 +41,7 @@ def check(recipe: Recipe) -> list[str]:
     if (Path(recipe.model.path) / "config.json").is_file():
         source, _, _ = _from_shapes(recipe, exports)
         lines.insert(1, f"             {described(source.config)}")
+        lines += of_experts(recipe, source.config)
         lines += [f"! {caution}" for caution in tokenizer_cautions(source)]
     return lines + _warnings(recipe, exports)
 

@@ -42,7 +42,7 @@ def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
 def cautions(recipe: Recipe, dense: DecoderConfig) -> list[str]:
     """Warnings about settings that are valid but likely to hurt quality."""
     given = recipe.calibration
-    tokens, widest = given.samples * given.seq_len, max(dims.d_ff for dims in dense.layers)
+    tokens, widest = given.samples * given.seq_len, _widest(dense)
     bare, enough = unshrunk(recipe), -(-UNSHRUNK * widest // given.seq_len)
     if not recipe.stages or tokens >= (UNSHRUNK if bare else 1) * widest:
         return []
@@ -58,6 +58,11 @@ def cautions(recipe: Recipe, dense: DecoderConfig) -> list[str]:
     ]
 
 
+def _widest(dense: DecoderConfig) -> int:
+    """Inputs of the widest linear; of experts so many times fewer as tokens are sent to each."""
+    return max(dims.d_ff for dims in dense.layers) // max(1, dense.experts_per_token)
+
+
 def unshrunk(recipe: Recipe) -> bool:
     """Whether a flat stage narrows without shrinkage."""
     return recipe.flat is not None and recipe.flat.keep_ratio != 1 and recipe.flat.parts.shrinkage == 0
@@ -70,7 +75,7 @@ def too_few_tokens(recipe: Recipe, dense: DecoderConfig) -> list[str]:
     with 1,024 tokens for 1,536 inputs.
     """
     given = recipe.calibration
-    tokens, widest = given.samples * given.seq_len, max(dims.d_ff for dims in dense.layers)
+    tokens, widest = given.samples * given.seq_len, _widest(dense)
     if not unshrunk(recipe) or tokens >= widest:
         return []
     return [

@@ -19,6 +19,7 @@ QuIP (arXiv 2307.13304), section 3 (LDLQ, and its equivalence to GPTQ).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from flatq.linalg import has_factor_, submatrix
 from flatq.model.grid import Grid, QuantizedWeight, unheld
 
 WEIGHTS_AT_ONCE = 1 << 24  # weights that are quantized at once: 64 MiB each for residuals, scales, zeros, codes
+PARTS = ("codes", "scale", "zero")
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the requested damping, tried in turn if the factorization fails
 
 
@@ -69,37 +71,95 @@ def gptq(
     clip_search: bool = True,
     block_size: int = 64,
     at_once: int = WEIGHTS_AT_ONCE,
+    parts: int = 1,
 ) -> GptqResult:
     """Quantize a weight with the smallest output error on the calibration tokens.
 
     Args:
         w: [o, i].
-        gram: second moment of the inputs, [i, i].
+        gram: second moment of the inputs, [i, i]. With experts [n, d, d]: each has its slice of the rows if d is i, or
+            of the columns, and is solved alone.
         damping: added to the diagonal, relative to its mean over columns that are not dead.
         act_order: visit columns by descending energy.
         clip_search: search the scale of each group; otherwise it covers the group's largest weight (min-max).
         block_size: columns whose updates are applied one by one; the others follow in one product (lazy batch).
         at_once: upper limit of weights that are quantized at once; whole rows, at least one.
+        parts: number of weights whose rows are concatenated, each of which has all experts.
 
     Raises:
         NumericsError: the weight or the Gram is not finite.
     """
     if not (finite(w) and finite(gram)):
         raise NumericsError("GPTQ: the weight or the second moment of its inputs is not finite")
+    if gram.dim() == 3:
+        by_rows = gram.shape[-1] == w.shape[1]
+        slices = _rows_of(w, len(gram), parts) if by_rows else w.chunk(len(gram), 1)
+        solved = [
+            gptq(
+                some,
+                own,
+                grid,
+                damping=damping,
+                act_order=act_order,
+                clip_search=clip_search,
+                block_size=block_size,
+                at_once=at_once,
+            )
+            for some, own in zip(slices, gram, strict=True)
+        ]
+        return _rows_together(solved, parts) if by_rows else _columns_together(solved)
     energy = gram.diagonal().clamp(min=0).float()
     feedback = _feedback(gram, energy == 0, _order(energy, act_order), damping)
     # Rows are independent, so a large weight is quantized a few rows at a time.
-    parts, outside = [], ""
+    found, outside = [], ""
     for some in w.split(max(1, at_once // w.shape[1])):
         rows = some.float().T.contiguous().T  # [o, i], column-major: everything below works column by column
         scale, zero = grid.fit(rows, importance=energy, search=clip_search)
         outside = outside or unheld(grid, rows, scale, energy)
         weight, lost = _rounded(rows, gram, feedback, scale, zero, grid, block_size)
-        parts.append((weight.codes, weight.scale, weight.zero, lost, _energy(rows, gram)))
-    codes, scale, zero, lost, total = (torch.cat(part) for part in zip(*parts, strict=True))
+        found.append((weight.codes, weight.scale, weight.zero, lost, _energy(rows, gram)))
+    codes, scale, zero, lost, total = (torch.cat(part) for part in zip(*found, strict=True))
     used = None if feedback is None else feedback.damping
     weight, dead = QuantizedWeight(codes, scale, zero, grid), int((energy == 0).sum())
     return GptqResult(weight, lost, total, dead, used, outside)
+
+
+def _rows_of(w: Tensor, experts: int, parts: int) -> list[Tensor]:
+    """Rows of each expert in all parts, [parts * experts * f, i] -> experts times [parts * f, i]."""
+    return [own.flatten(0, 1) for own in w.unflatten(0, (parts, experts, -1)).unbind(1)]
+
+
+def _rows_together(solved: Sequence[GptqResult], parts: int) -> GptqResult:
+    """Inverse of ``_rows_of``; an input is dead if it is dead for all experts."""
+
+    def back(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([tensor.unflatten(0, (parts, -1)) for tensor in tensors], 1).flatten(0, 2)
+
+    codes, scale, zero = (back([getattr(one.weight, name) for one in solved]) for name in PARTS)
+    weight = QuantizedWeight(codes, scale, zero, solved[0].weight.grid)
+    lost, total = (back([getattr(one, name) for one in solved]) for name in ("lost", "total"))
+    return GptqResult(weight, lost, total, min(one.dead for one in solved), *_worst(solved))
+
+
+def _columns_together(solved: Sequence[GptqResult]) -> GptqResult:
+    """One weight of the columns of all experts; their outputs are taken for uncorrelated.
+
+    Raises:
+        ValueError: the row of an expert is not made of whole groups.
+    """
+    grid, columns = solved[0].weight.grid, solved[0].weight.shape[1]
+    if grid.group_size == -1 or columns % grid.group_size:
+        raise ValueError(f"groups of {grid.group_size} columns span experts of {columns}")
+    codes, scale, zero = (torch.cat([getattr(one.weight, name) for one in solved], 1) for name in PARTS)
+    weight = QuantizedWeight(codes, scale, zero, grid)
+    lost, total = (torch.stack([getattr(one, name) for one in solved]).sum(0) for name in ("lost", "total"))
+    return GptqResult(weight, lost, total, sum(one.dead for one in solved), *_worst(solved))
+
+
+def _worst(solved: Sequence[GptqResult]) -> tuple[float | None, str]:
+    """The largest damping, None if every expert with inputs failed; and what float16 cannot hold of any expert."""
+    used = [one.damping for one in solved if one.damping is not None]
+    return max(used, default=None), next((one.unheld for one in solved if one.unheld), "")
 
 
 def _rounded(

@@ -10,6 +10,8 @@ from flatq.model.names import Stem, stems_of
 from flatq.quantize.bits import expected, free_units, out_of_reach, override_of, unmatched
 from flatq.recipe.blocks import GptqSpec
 
+GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+
 
 def planned_grids(
     config: DecoderConfig, spec: GptqSpec | None, bits: Mapping[str, int] | None = None
@@ -57,7 +59,32 @@ def objections(config: DecoderConfig, spec: GptqSpec | None, grids: Mapping[str,
     if spec is None:
         return []
     planned = planned_grids(config, spec) if grids is None else grids
-    return _too_wide(config, planned) + unmatched(config, spec) + out_of_reach(config, spec)
+    found = _too_wide(config, planned) + unmatched(config, spec) + out_of_reach(config, spec)
+    return found + _of_experts(config, spec, planned) if config.experts else found
+
+
+def _of_experts(config: DecoderConfig, spec: GptqSpec, grids: Mapping[str, Grid]) -> list[str]:
+    """Messages about what is not possible with experts: groups over two of them, and parts of the method."""
+    found = [
+        f"stages.gptq.{key}: {value} is not possible for the experts of {config.family}; leave it out"
+        for key, value, default in (
+            ("average_bits", spec.average_bits, None),
+            ("correction", spec.correction, 0),
+            ("tune_steps", spec.tune_steps, 0),
+        )
+        if value != default
+    ]
+    widths = sorted({dims.d_ff // config.experts for dims in config.layers})
+    sizes = {grid.group_size for stem, grid in grids.items() if stem.endswith(".down")}
+    for size in sorted(sizes):
+        if odd := [width for width in widths if size == -1 or width % size]:
+            possible = [some for some in GROUPS if not any(width % some for width in widths)]
+            way = f"choose {' or '.join(map(str, possible))} for down" if possible else "no group size divides it"
+            found.append(
+                f"stages.gptq.group_size: {size}: a group of down would span experts of {odd[0]} channels; {way}, or "
+                "set width_multiple of the flat stage to a multiple of the group size"
+            )
+    return found
 
 
 def _too_wide(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
@@ -82,4 +109,4 @@ def _too_wide(config: DecoderConfig, grids: Mapping[str, Grid]) -> list[str]:
 
 def _widest(config: DecoderConfig) -> int:
     narrowest = min(dims.shape(name, config.d_model)[1] for dims in config.layers for name in LINEARS)
-    return max((size for size in (16, 32, 64, 128, 256, 512, 1024) if size <= narrowest), default=-1)
+    return max((size for size in GROUPS if size <= narrowest), default=-1)

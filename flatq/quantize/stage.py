@@ -154,6 +154,7 @@ def quantized_together(
         clip_search=spec.clip_search,
         block_size=spec.block_size,
         at_once=at_once,
+        parts=len(weights),
     )
 
 

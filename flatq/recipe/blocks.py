@@ -185,7 +185,7 @@ class FlatSpec(Spec):
     rank_multiple: Annotated[int, Field(ge=1, le=256)] = 8
     """Value dimensions of a head are rounded to this multiple."""
     width_multiple: Annotated[int, Field(ge=1, le=1024)] = 32
-    """MLP channels are rounded to this multiple."""
+    """MLP channels, of each expert in a mixture, are rounded to this multiple."""
     shrinkage: Annotated[float, Field(ge=0, le=10)] | None = None
     """Relative ridge added to the diagonal of the Gram matrix (shrinks off-diagonal correlations); null is 0.1, for
     method paper 0."""

@@ -24,6 +24,7 @@ from flatq.model.folds import folded, is_folded
 from flatq.model.hf_config import read_hf
 from flatq.model.lacking import WRAPPERS
 from flatq.model.weights import tensor_shapes
+from flatq.sources.experts import Gathered, gathered, missing_experts, of_an_expert
 from flatq.tokenizer import carry, companions, generation_settings, has_tokenizer, notes, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +47,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     rows: slice | None = None  # of a tensor that holds the rows of several linears
+    experts: Gathered | None = None  # of a linear whose experts are separate tensors
 
 
 class HfFolder:
@@ -138,8 +140,12 @@ class HfFolder:
         """See ``flatq.sources.source.Storage``."""
         stored = self._headers[0]
         found: dict[str, StoredTensor] = {}
-        for name, usual in usual_names(stored).items():
+        names = usual_names(stored)
+        for name, usual in names.items():
             found |= self._divided(self._names.all_from_hf(usual), stored[name])
+        shapes = {name: entry.shape for name, entry in stored.items()}
+        for name, whole in gathered(self._reading.family, self.config, names, shapes).items():
+            found[name] = replace(stored[whole.names[0]], shape=whole.shape, experts=whole)
         if self.config.tied_head and "embed.weight" not in found and "head.weight" in found:
             found["embed.weight"] = found.pop("head.weight")  # one matrix under the name of its other use
         return found
@@ -181,7 +187,8 @@ class HfFolder:
 
     def damage(self) -> list[str]:
         """See ``flatq.sources.source.Storage``."""
-        return [*self._headers[1], *self._wrong_token_ids()]
+        experts = missing_experts(self.config, usual_names(self._headers[0]))
+        return [*self._headers[1], *(f"{self.root}: {words}" for words in experts), *self._wrong_token_ids()]
 
     def _wrong_token_ids(self) -> list[str]:
         found = []
@@ -203,7 +210,7 @@ class HfFolder:
                 continue  # a table in old checkpoints; it is computed from the configuration
             if self.model_type in WRAPPERS and name.startswith(OTHER_PARTS):
                 continue  # only the text part is read
-            if self._names.from_hf(usual[name]) is None:
+            if self._names.from_hf(usual[name]) is None and not (self.config.experts and of_an_expert(usual[name])):
                 found.append(f"{entry.file}: tensor {name} is not part of a {self.model_type} decoder")
             elif entry.dtype not in STORED_DTYPES:
                 found.append(f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}")
@@ -225,8 +232,12 @@ class HfFolder:
             raise UnsupportedModel(
                 f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORED_DTYPES)}"
             )
-        handle = self._handle(entry.file)
-        part: Tensor = handle.get_tensor(entry.name) if entry.rows is None else handle.get_slice(entry.name)[entry.rows]
+        if entry.experts is not None:
+            stored = self._headers[0]
+            part = entry.experts.join([self._handle(stored[one].file).get_tensor(one) for one in entry.experts.names])
+        else:
+            handle = self._handle(entry.file)
+            part = handle.get_tensor(entry.name) if entry.rows is None else handle.get_slice(entry.name)[entry.rows]
         return folded(self._reading.folds, name, part, self.config, self._reading.keys)
 
     @property

@@ -76,6 +76,7 @@ MULTIPLIED = {
     "attention_multiplier": 0.3,
     "logits_scaling": 2.5,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa": ("Llama", {}),
     "llama-mha": ("Llama", {"num_key_value_heads": 4}),
@@ -175,6 +176,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "internlm3": ("InternLM3", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
     "hunyuan": ("HunYuanDenseV1", {"head_dim": 12, "attention_bias": True}),
     "hunyuan-alpha": ("HunYuanDenseV1", {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": NTK_ALPHA}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, "norm_topk_prob": True, **EXPERTS}),
+    "qwen3_moe-not-normed": ("Qwen3Moe", {"head_dim": 16, "norm_topk_prob": False, "attention_bias": True, **EXPERTS}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-window": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 5}),
     "ministral3": ("Ministral3", {"head_dim": 8, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}, **LONG}),
 }
 
