@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -254,6 +255,10 @@ def test_llama_without_kv_heads_is_multi_head() -> None:
         ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "3 layers"]),
         ("smollm3", {"no_rope_layers": [0, 0, 0]}, ["no_rope_layers", "not 0 for all"]),
         ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ("granite", {"residual_multiplier": 0}, ["residual_multiplier"]),
+        ("granite", {"embedding_multiplier": "x"}, ["embedding_multiplier"]),
+        ("granite", {"attention_multiplier": math.inf}, ["attention_multiplier"]),
+        ("granite", {"logits_scaling": None}, ["logits_scaling"]),
     ],
 )
 def test_kinds_of_layers_that_are_not_clear_are_refused(name: str, more: dict[str, Any], words: list[str]) -> None:

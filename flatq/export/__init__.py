@@ -37,7 +37,8 @@ from flatq.model.grid import Grid, QuantizedWeight
 from flatq.model.hf_config import config_from_hf, config_to_hf
 from flatq.model.names import matrix_shape
 from flatq.model.weights import Weights, dense, tensor_shapes
-from flatq.sources.gguf_file import ROPE_DIVISORS, pairs_from_halves
+from flatq.sources.gguf_file import pairs_from_halves
+from flatq.sources.gguf_rope import ROPE_DIVISORS
 from flatq.tokenizer import chat_templates, end_tokens, open_tokenizer
 
 __all__ = [

@@ -21,6 +21,7 @@ from flatq.model.layer_kinds import FULL, WINDOWED, KindKeys, PositiveInt, disti
 from flatq.model.rope import Rope
 from flatq.model.unexpected import EXPERT_COUNTS, unexpected_keys
 
+Multiplier = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # in the order in which they are tried
 
 
@@ -52,6 +53,10 @@ class _HfKeys(KindKeys):
     query_pre_attn_scalar: PositiveFloat | None = None
     use_bidirectional_attention: Literal[False] | None = None
     rope_local_base_freq: PositiveFloat | None = None
+    embedding_multiplier: Multiplier = 1.0
+    residual_multiplier: Multiplier = 1.0
+    attention_multiplier: Multiplier = 1.0
+    logits_scaling: Multiplier = 1.0
     quantization_config: None = None
     num_experts: Annotated[int, Field(ge=0, le=10_000)] | None = None
     num_local_experts: Annotated[int, Field(ge=0, le=10_000)] | None = None

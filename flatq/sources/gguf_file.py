@@ -4,11 +4,11 @@ The metadata is converted to the keys of a Hugging Face ``config.json`` and vali
 (``hf_config.config_from_hf``), so that support for a model is decided in one place. The gguf package reads the file and
 dequantizes its blocks; a dequantized tensor is float32 and has exactly the values that llama.cpp uses.
 
-Two changes of llama.cpp's converter are reverted. For architecture ``llama`` it interleaves the two rows of a rotary
-pair in q and k; flatq's decoder stores them in halves. And it stores Llama 3's rope scaling as a tensor of divisors,
-from which the parameters are recovered; other divisors are kept as they are.
+Changes of llama.cpp's converter are reverted: rows of q and k (in architecture ``llama`` it interleaves the two rows of
+a rotary pair; flatq's decoder stores them in halves), and tables of the rope (``gguf_rope``).
 
 Architecture ``deci``, in which narrowed models are written, is a Llama or Qwen2 with MLP widths per layer.
+Architectures that flatq reads but does not write are in ``gguf_others``.
 
 Left out: split files (join them with llama-gguf-split --merge), and layers without attention or MLP.
 """
@@ -19,6 +19,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,21 @@ import torch
 from torch import Tensor
 
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
-from flatq.model.decoder import DecoderConfig, Rope
+from flatq.model.decoder import DecoderConfig
 from flatq.model.families import FAMILIES
 from flatq.model.family import Family
 from flatq.model.folds import folded, is_folded
-from flatq.model.hf_config import config_from_hf
+from flatq.model.hf_config import read_hf
 from flatq.model.layer_kinds import FULL, WINDOWED
+from flatq.model.weights import tensor_shapes
+from flatq.sources.gguf_others import OTHERS, fused_parts
+from flatq.sources.gguf_rope import ROPE_TENSORS, Described, rope_keys, with_divisors
 from flatq.sources.gguf_tokenizer import read_tokenizer
 from flatq.tokenizer import save
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BY_LAYER = "deci"
 NUMBERS_AT_ONCE = 1 << 20  # numbers dequantized in one call; gguf's temporaries are a few times as large
-ROPE_DIVISORS = "rope_freqs.weight"
 # GGUF key (below the architecture's name) -> key of config.json
 KEYS = {
     "embedding_length": "hidden_size",
@@ -67,6 +70,7 @@ class StoredBlocks:
     file: Path
     shape: tuple[int, ...]
     tensor: Any  # gguf.ReaderTensor, memory-mapped
+    rows: slice | None = None  # those of the tensor that are this one; None is all
 
 
 class GgufFile:
@@ -86,6 +90,8 @@ class GgufFile:
             for entry in self._reader.tensors
         }
         self._architecture = str(self._value("general.architecture"))
+        self._described = Described(path, self._architecture, self._value, self._vector)
+        self._other = OTHERS.get(self._architecture)
         self.family = self._family()
         self.config = self._configuration()
 
@@ -98,12 +104,16 @@ class GgufFile:
             return float(str(np.float32(value)))  # 1e-05 instead of 9.999999747378752e-06
         return value
 
+    def _vector(self, name: str) -> Tensor | None:
+        entry = self._blocks.get(name)
+        return None if entry is None else torch.from_numpy(np.array(entry.tensor.data, dtype=np.float32))
+
     def _family(self) -> Family:
         architecture = self._architecture
         if architecture == BY_LAYER:
             only_qkv = "blk.0.attn_q.bias" in self._blocks and "blk.0.attn_output.bias" not in self._blocks
             architecture = "qwen2" if only_qkv else "llama"
-        known: dict[str, Family] = {}
+        known = {name: FAMILIES[other.model_type] for name, other in OTHERS.items()}
         windowed = bool(self._value(f"{architecture}.attention.sliding_window"))
         for family in FAMILIES.values():
             if family.gguf and (family.gguf not in known or (windowed and family.window == "alternating")):
@@ -133,19 +143,23 @@ class GgufFile:
             raise ArtifactError(f"{self.path}: tensor token_embd.weight is missing; download the file again")
         values["vocab_size"] = embedding.shape[0]
         values["tie_word_embeddings"] = "output.weight" not in self._blocks
-        values["attention_bias"] = "blk.0.attn_q.bias" in self._blocks
+        values["attention_bias"] = not self._blocks.keys().isdisjoint(("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"))
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in self._blocks
-        values["rope_scaling"] = self._rope_scaling()
+        values |= rope_keys(self._described, ntk_alpha=self.family.ntk_alpha)
         values |= self._kinds_of_layers()
+        if self._other is not None and isinstance(head_dim := values.get("head_dim"), int) and head_dim > 0:
+            values |= self._other.read(self._described, head_dim, partial=self.family.partial)
         if self.family.gguf in GEMMA_27B and isinstance(heads, int) and isinstance(width, int):
             large = values.get("num_hidden_layers") == GEMMA_27B[self.family.gguf]
             values["query_pre_attn_scalar"] = width // heads if large else values["head_dim"]
         self._refuse_extras(values)
-        self._keys = values
-        config = config_from_hf(values, where=str(self.path))
+        reading = read_hf(values, where=str(self.path))
+        config, self._keys = reading.config, reading.keys
+        self._folds = self.family.gguf_folds if self._other is None else reading.folds
         if widths:
             config = config.with_layers([replace(config.layers[0], d_ff=width) for width in widths])
-        return replace(config, rope=self._with_divisors(config.rope, config.layers[0].d_qk, config.max_positions))
+        rope = with_divisors(self._described, config.rope, config.layers[0].d_qk, config.max_positions)
+        return replace(config, rope=rope)
 
     def _widths_by_layer(self, values: dict[str, Any]) -> list[int]:
         """MLP width of each layer, if the file lists them; the lists in ``values`` become single numbers."""
@@ -176,73 +190,49 @@ class GgufFile:
         local = self._value(f"{prefix}.rope.freq_base_swa")
         return found | ({} if local is None else {"rope_local_base_freq": local})
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
-        prefix = f"{self._architecture}.rope"
-        kind = self._value(f"{prefix}.scaling.type")
-        factor = self._value(f"{prefix}.scaling.factor") or self._value(f"{prefix}.scale_linear")
-        if kind is None:
-            kind = "linear" if factor not in (None, 1.0) else "none"
-        alpha = self._value(f"{prefix}.scaling.alpha")
-        if alpha and self.family.ntk_alpha and kind == "none":
-            return {"rope_type": "dynamic", "factor": 1.0, "alpha": alpha}
-        if kind not in ("none", "linear") or self._value(f"{prefix}.scaling.attn_factor") not in (None, 1.0):
-            raise UnsupportedModel(
-                f"{self.path}: {prefix}.scaling is {kind!r}, in GGUF files only 'linear' without attn_factor is "
-                "supported; use the Hugging Face folder of this model"
-            )
-        return None if kind == "none" else {"rope_type": kind, "factor": factor}
-
     def _refuse_extras(self, values: Mapping[str, Any]) -> None:
         """Reject metadata that changes the computation and cannot be expressed in a config.json of these families."""
         prefix = self._architecture
         head_dim, context = values.get("head_dim"), values.get("max_position_embeddings") or 0
         window = self._value(f"{prefix}.attention.sliding_window")
         problems = []
-        for key, allowed in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
+        partial = self._other is not None and self.family.partial
+        for key in ("attention.value_length", *(() if partial else ("rope.dimension_count",))):
             found = self._value(f"{prefix}.{key}")
-            if found not in (None, allowed):
-                problems.append(f"{self.path}: {prefix}.{key} is {found}; only the head size {allowed} is supported")
+            if found not in (None, head_dim):
+                problems.append(f"{self.path}: {prefix}.{key} is {found}; only the head size {head_dim} is supported")
+        if self._value(f"{prefix}.rope.dimension_sections"):
+            problems.append(f"{self.path}: {prefix}.rope.dimension_sections: positions of pictures are not supported")
         local, theta = self._value(f"{prefix}.rope.freq_base_swa"), values.get("rope_theta")
         if local not in (None, theta) and self.family.local_theta != "rope_local_base_freq":
             problems.append(f"{self.path}: {prefix}.rope.freq_base_swa is {local}; only rope.freq_base is supported")
         if self._value(f"{prefix}.expert_count"):
             problems.append(f"{self.path}: {prefix}.expert_count: mixtures of experts are not supported")
-        if window and window < context and self.family.window != "alternating":
+        if window and window < context and not values["sliding_window"]:
             problems.append(f"{self.path}: {prefix}.attention.sliding_window {window}: use the Hugging Face folder")
         if problems:
             raise UnsupportedModel("\n".join(problems))
 
-    def _with_divisors(self, rope: Rope, d_qk: int, positions: int) -> Rope:
-        entry = self._blocks.get(ROPE_DIVISORS)
-        if entry is None:
-            return rope
-        divisors = torch.from_numpy(np.array(entry.tensor.data, dtype=np.float32))
-        plain = rope.inverse_frequencies(d_qk)
-        if rope.scaling is None and divisors.shape == plain.shape:
-            # All Llama 3.x releases; their factor (8 or 32) is the largest divisor.
-            guess = replace(
-                rope,
-                scaling="llama3",
-                factor=float(divisors.max()),
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_positions=8192,
-            )
-            if torch.allclose(plain / divisors, guess.inverse_frequencies(d_qk), rtol=1e-5, atol=0.0):
-                return guess
-            if bool((divisors > 0).all()):
-                numbers = tuple(float(number) for number in divisors)
-                return replace(rope, scaling="longrope", divisors=numbers, original_max_positions=positions)
-        raise UnsupportedModel(
-            f"{self.path}: {ROPE_DIVISORS} of shape {list(divisors.shape)} beside rope scaling {rope.scaling}: use the "
-            "Hugging Face folder of this model"
-        )
-
     @cached_property
     def tensors(self) -> dict[str, StoredBlocks]:
         """See ``flatq.sources.source.Storage``."""
-        named = {self.family.names.from_gguf(name): entry for name, entry in self._blocks.items()}
-        return {name: entry for name, entry in named.items() if name is not None}
+        shapes, found = tensor_shapes(self.config), dict[str, StoredBlocks]()
+        for name, entry in self._blocks.items():
+            parts = self._parts(name)
+            counts = [shapes.get(part, (0,))[0] for part in parts]
+            if len(parts) < 2 or sum(counts) != entry.shape[0]:
+                found |= dict.fromkeys(parts, entry)
+                continue
+            for part, count, end in zip(parts, counts, accumulate(counts), strict=True):
+                found[part] = replace(entry, shape=(count, *entry.shape[1:]), rows=slice(end - count, end))
+        return found
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """Our tensors whose rows are in this one, in their order."""
+        if self._other is not None and (fused := fused_parts(name, self._blocks)):
+            return fused
+        ours = self.family.names.from_gguf(name)
+        return () if ours is None else (ours,)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -252,7 +242,7 @@ class GgufFile:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """See ``flatq.sources.source.Storage``."""
-        if is_folded(self.family.gguf_folds, name):
+        if is_folded(self._folds, name):
             return torch.float32
         return PLAIN_DTYPES.get(self.tensors[name].tensor.tensor_type.name, torch.float32)
 
@@ -270,7 +260,7 @@ class GgufFile:
         return [
             f"{self.path}: tensor {name} is not part of a {self.family.model_type} decoder"
             for name in self._blocks
-            if self.family.names.from_gguf(name) is None and name != ROPE_DIVISORS
+            if not self._parts(name) and name not in ROPE_TENSORS
         ]
 
     def read(self, name: str) -> Tensor:
@@ -279,9 +269,10 @@ class GgufFile:
         entry = stored.tensor
         tensor = torch.empty(stored.shape, dtype=PLAIN_DTYPES.get(entry.tensor_type.name, torch.float32))
         rows = max(1, NUMBERS_AT_ONCE // stored.shape[-1])
+        stored_rows = entry.data if stored.rows is None else entry.data[stored.rows]
         try:
             for part, data in zip(
-                tensor.split(rows), np.split(entry.data, range(rows, len(tensor), rows)), strict=True
+                tensor.split(rows), np.split(stored_rows, range(rows, len(tensor), rows)), strict=True
             ):
                 part.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type))))
         except NotImplementedError as unknown:
@@ -291,11 +282,12 @@ class GgufFile:
             ) from unknown
         self._forget()
         dims = self.config.layers[0]
-        if (self.family.gguf_permuted or self._architecture == BY_LAYER) and name.startswith("layers."):
+        permuted = self.family.gguf_permuted if self._other is None else self._other.permuted
+        if (permuted or self._architecture == BY_LAYER) and name.startswith("layers."):
             linear = name.split(".")[2]
             if linear in ("q", "k"):
                 tensor = halves_from_pairs(tensor, dims.heads if linear == "q" else dims.kv_heads)
-        return folded(self.family.gguf_folds, name, tensor, self.config, self._keys)
+        return folded(self._folds, name, tensor, self.config, self._keys)
 
     def _forget(self) -> None:
         """Release the pages of the mapped file; otherwise the whole model would stay in memory."""

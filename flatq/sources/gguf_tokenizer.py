@@ -21,9 +21,11 @@ from flatq.errors import ArtifactError, UnsupportedModel
 # Split digits, then use the pre-tokenizer of GPT-2.
 DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 AS_GPT2 = {"gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion", "granite-docling"}
+# Names with the same expression as another.
+SAME = {"glm4": "dbrx", "chatglm-bpe": "dbrx"}
 # ignore_merges: a word in the vocabulary is one token; bos is added unless the file disables it.
 # Architectures that transformers does not read; their tokenizers are read from a file of architecture llama.
-UNKNOWN_TO_TRANSFORMERS = {"deci", "hunyuan-dense"}
+UNKNOWN_TO_TRANSFORMERS = {"deci", "hunyuan-dense", "granite", "glm4"}
 WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 
@@ -43,8 +45,10 @@ def read_tokenizer(path: Path, model: str | None, pre: str | None) -> Any:
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    if model == "gpt2" and pre not in DIGITS_FIRST | AS_GPT2 | set(GGUF_PRE_TOKENIZER_SPLITS):
-        known = ", ".join(sorted(DIGITS_FIRST | AS_GPT2 | set(GGUF_PRE_TOKENIZER_SPLITS)))
+    if model == "gpt2" and pre not in (
+        supported := DIGITS_FIRST | AS_GPT2 | set(SAME) | set(GGUF_PRE_TOKENIZER_SPLITS)
+    ):
+        known = ", ".join(sorted(supported))
         raise UnsupportedModel(
             f"{path}: tokenizer.ggml.pre {pre!r} is not a supported pre-tokenizer; supported: {known}. "
             "Use the Hugging Face folder of this model"
@@ -74,8 +78,10 @@ def _readable(path: Path, folder: Path) -> Path:
     with closing(gguf.GGUFWriter(copy, "llama")) as writer:
         for key, field in fields.items():
             if key.startswith("tokenizer."):
+                value = field.contents()
+                value = SAME.get(value, value) if key == "tokenizer.ggml.pre" else value
                 inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-                writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+                writer.add_key_value(key, value, field.types[0], sub_type=inner)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
