@@ -232,10 +232,20 @@ def test_only_what_every_plan_would_hear_is_said_before_the_widths_are_known(
     assert len(raised.value.problems) == 3, "nothing is measured, so this plan is the one"
 
 
-def test_a_run_says_before_work_what_check_and_plan_say(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe(stages=[FLAT], exports=[{"safetensors": {"format": "compressed-tensors"}}])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"format": "compressed-tensors"}, "no linear is quantized"),
+        ({"format": "fp16", "pad_values": True}, "one MLP width, the layers of this model differ"),
+    ],
+    ids=str,
+)
+def test_a_run_says_before_work_what_check_and_plan_say(
+    make_recipe: MakeRecipe, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    recipe = make_recipe(stages=[FLAT], exports=[{"safetensors": options}])
     shown = [flatq("check", recipe), flatq("plan", recipe), flatq("run", recipe, "--out", tmp_path / "out")]
     assert [each.exit_code for each in shown] == [2, 2, 2]
-    assert "no linear is quantized" in shown[0].stderr
+    assert words in shown[0].stderr
     assert shown[0].stderr == shown[1].stderr == shown[2].stderr
     assert not (tmp_path / "out").exists()

@@ -47,11 +47,10 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: Safete
 def _padding(config: DecoderConfig, options: SafetensorsOptions) -> list[str]:
     if not options.pad_values:
         return []
-    widths = sorted({dims.d_ff for dims in config.layers})
-    if len(widths) > 1:
+    if len({dims.d_ff for dims in config.layers}) > 1:
         return [
-            f"pad_values: a standard {config.family} checkpoint has one MLP width, this model has {len(widths)} "
-            f"({widths[0]} to {widths[-1]}); plan with uniform: true, or leave pad_values out"
+            f"pad_values: a standard {config.family} checkpoint has one MLP width, the layers of this model differ; "
+            "plan with uniform: true, or leave pad_values out"
         ]
     if family_settings(padded_config(config)) is None:
         return [

@@ -98,3 +98,21 @@ def uneven(config: DecoderConfig, spec: FlatSpec) -> DecoderConfig:
         return config
     lower = (first.d_v - 1) // spec.rank_multiple * spec.rank_multiple
     return config.with_layers([replace(first, d_v=lower), *others])
+
+
+def uneven_mlps(config: DecoderConfig, spec: FlatSpec, steps: int = 1) -> DecoderConfig:
+    """A configuration whose MLP widths differ between layers, if the allocation may produce such; else ``config``.
+
+    Args:
+        config: of the dense model.
+        spec: the stage.
+        steps: how many multiples the first layer is narrower than the others. What is said of every number of steps
+            depends on the difference alone.
+    """
+    same = spec.uniform or spec.parts.allocation == "uniform" or spec.keep_ratio == 1
+    first, *others = config.layers
+    multiple = spec.width_multiple * config.mlp_parts
+    lower = (first.d_ff - 1) // multiple * multiple - (steps - 1) * multiple
+    if same or lower <= 0:
+        return config
+    return config.with_layers([replace(first, d_ff=lower), *others])

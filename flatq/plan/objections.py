@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flatq.compress.plan import shifted, uneven
+from flatq.compress.plan import shifted, uneven, uneven_mlps
 from flatq.errors import RecipeError
 from flatq.evaluate.tasks import absent_for_tasks
 from flatq.export.planned import PlannedExport, absent_packages_of
@@ -154,5 +154,7 @@ def certain_objections(recipe: Recipe, source: Source, exports: list[PlannedExpo
     others = exporter_objections(recipe, shifted(dense, flat, planned), exports)
     even = exporter_objections(recipe, dense, exports)
     differing = exporter_objections(recipe, uneven(dense, flat), exports)
+    once, twice = (exporter_objections(recipe, uneven_mlps(dense, flat, steps), exports) for steps in (1, 2))
+    differing += [words for words in once if words in twice]
     certain = [words for words in found if words in others] + [words for words in differing if words not in even]
     return list(dict.fromkeys(certain))

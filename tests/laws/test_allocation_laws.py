@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flatq.compress.allocate import Curves, Multiples, iprs, share_of_the_rest, uniform, widths
 from flatq.compress.budget import parameter_budget
-from flatq.compress.plan import plan_ranks, uneven
+from flatq.compress.plan import plan_ranks, uneven, uneven_mlps
 from flatq.errors import RecipeError
 from flatq.model.dims import LINEARS, LayerDims
 from flatq.recipe.grammar import FlatSpec
@@ -245,7 +245,23 @@ def test_ranks_that_will_differ_are_known_before_anything_is_measured(multiple: 
 )
 def test_ranks_that_will_be_alike_are_known_before_anything_is_measured(alike: dict[str, Any]) -> None:
     config = tiny_config()
-    assert uneven(config, FlatSpec.model_validate({"keep_ratio": 0.8, "rank_multiple": 4, **alike})) == config
+    spec = FlatSpec.model_validate({"keep_ratio": 0.8, "rank_multiple": 4, "width_multiple": 16, **alike})
+    assert uneven(config, spec) == config
+    assert (uneven_mlps(config, spec) == config) == ("values" not in alike)
+
+
+@pytest.mark.parametrize(
+    ("d_ff", "multiple", "steps", "lower"),
+    [(64, 1, 1, 63), (64, 16, 1, 48), (64, 16, 2, 32), (60, 16, 1, 48), (64, 32, 2, None), (64, 64, 1, None)],
+)
+def test_mlp_widths_that_will_differ_are_known_before_anything_is_measured(
+    d_ff: int, multiple: int, steps: int, lower: int | None
+) -> None:
+    config = tiny_config(d_ff=(d_ff, d_ff))
+    spec = FlatSpec.model_validate({"keep_ratio": 0.8, "width_multiple": multiple})
+    first, *others = uneven_mlps(config, spec, steps).layers
+    assert first == (config.layers[0] if lower is None else replace(config.layers[0], d_ff=lower))
+    assert tuple(others) == config.layers[1:]
 
 
 @given(st.lists(st.integers(1, 60), min_size=6, max_size=6))
