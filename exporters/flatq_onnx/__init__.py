@@ -27,6 +27,7 @@ from flatq.export import (
 from flatq_onnx.check import INT8_SINCE, objections
 from flatq_onnx.companions import TOKENIZER, write_companions
 from flatq_onnx.contract import CONTRACT, Contract
+from flatq_onnx.kinds_of_experts import words_on_experts
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.sizes import cached_bytes, estimated_bytes, stored_bytes
 from flatq_onnx.usage import usage
@@ -187,6 +188,7 @@ def _notes(artifact: Artifact, options: OnnxOptions) -> list[str]:
         notes.append(f"the KV cache is int8, which needs onnxruntime {INT8_SINCE} or later")
     if options.ngram_size is not None:
         notes.append("onnxruntime-genai reads ngram_size from 0.16 on, and then refuses batches of more than one row")
+    notes += words_on_experts(artifact.config, artifact.grids, options)
     if options.fused_rope:
         notes.append("a padded batch must be padded on the right; left_padding: true supports both sides")
     return notes

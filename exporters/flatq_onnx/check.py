@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.version import Version
 
 from flatq.export import DecoderConfig, Grid
+from flatq_onnx.kinds_of_experts import node_since
 from flatq_onnx.options import OnnxOptions
 from flatq_onnx.tensors import LEAST_BLOCK, block_of
 
@@ -120,6 +121,7 @@ def oldest_onnxruntime(config: DecoderConfig, grids: Mapping[str, Grid], options
     needed += [TWO_BITS_SINCE[options.activations]] if two_bits and options.precision == "int4" else []
     needed += [CAPPED_SINCE] if config.attention_cap is not None and options.attention == "reduced" else []
     needed += [INT8_SINCE] if options.cache_type == "int8" else []
+    needed += node_since(config, grids, options)
     return str(max(needed))
 
 

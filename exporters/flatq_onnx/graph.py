@@ -23,6 +23,7 @@ from torch import Tensor
 from flatq.export import DecoderConfig, Grid
 from flatq_onnx.attention import Attention, Grouped, Reduced
 from flatq_onnx.builder import FLOAT, FLOAT16, INT64, MICROSOFT, Builder, Dims, ints
+from flatq_onnx.experts import Experts
 from flatq_onnx.int8_cache import QuantizedGrouped
 from flatq_onnx.linears import TOKENS, Linears, Part, Read
 from flatq_onnx.options import OnnxOptions
@@ -68,6 +69,7 @@ class _Sheet:
             standard_lookup=options.target == "web",
             decode_on_load=options.decode_on_load,
         )
+        self.experts = Experts(self.builder, self.linears, config, grids, options)
 
     def model(self, metadata: dict[str, str]) -> Any:
         build, config = self.builder, self.config
@@ -136,40 +138,17 @@ class _Sheet:
         mixed, keys, values = attention.mix(normed, index, past)
         out = self._left(self.linears.stacked(mixed, [Part.of(self.config, index, "o")]), f"{name}.attention_post_norm")
         normed, x = self._added(x, out, f"{name}.mlp_norm")
+        return x, self._left(self._mlp(normed, index), f"{name}.mlp_post_norm"), keys, values
+
+    def _mlp(self, normed: Any, index: int) -> Any:
+        if self.config.experts and self.experts.has_node(index):
+            return self.experts.node(normed, index)
         gate, up = self.linears.project(normed, [Part.of(self.config, index, part) for part in ("gate", "up")])
         wide = [*TOKENS, self.config.layers[index].d_ff]
         product = self.builder.op("Mul", [self._active(gate, wide), up], wide)
         if self.config.experts:
-            product = self.builder.op("Mul", [product, self._routed(normed, index)], wide)
-        out = self.linears.stacked(product, [Part.of(self.config, index, "down")])
-        return x, self._left(out, f"{name}.mlp_post_norm"), keys, values
-
-    def _routed(self, normed: Any, index: int) -> Any:
-        """The routing weight of each inner channel's expert, [b, s, f]; 0 for experts that a token is not sent to.
-
-        Every expert is computed for every token, which is exact, and slow for many experts. The routing is float32 in
-        every graph, because float16 would choose other experts.
-        """
-        build, config, f = self.builder, self.config, self.config.layers[index].d_ff
-        lead, active = [*TOKENS, config.experts], [*TOKENS, config.experts_per_token]
-
-        def op(kind: str, inputs: Sequence[Any], shape: Dims = lead, **attributes: Any) -> Any:
-            return build.op(kind, inputs, shape, dtype=FLOAT, **attributes)
-
-        if build.float_type != FLOAT:
-            normed = op("Cast", [normed], [*TOKENS, config.d_model], to=FLOAT)
-        likely = op("Softmax", [op("MatMul", [normed, self.linears.router(config, index)])], axis=-1)
-        count = build.constant(f"const.[{config.experts_per_token}]", ints(config.experts_per_token))
-        share, chosen = build.ops("TopK", [likely, count], [active, active], dtype=[FLOAT, INT64], axis=-1)
-        if config.normed_routing:
-            last = build.constant("const.[-1]", ints(-1))
-            share = op("Div", [share, op("ReduceSum", [share, last], [*TOKENS, 1], keepdims=1)], active)
-        weights = op("ScatterElements", [op("Sub", [likely, likely]), chosen, share], axis=-1)
-        if build.float_type != FLOAT:
-            weights = build.op("Cast", [weights], lead, to=build.float_type)
-        each = np.repeat(np.arange(config.experts), f // config.experts)
-        owners = build.constant(f"experts.{f}", each.astype(np.int64))
-        return build.op("Gather", [weights, owners], [*TOKENS, f], axis=2)
+            product = self.builder.op("Mul", [product, self.experts.shares(normed, index)], wide)
+        return self.linears.stacked(product, [Part.of(self.config, index, "down")])
 
     def _active(self, gate: Any, shape: Dims) -> Any:
         """The activation function of the MLP."""

@@ -71,7 +71,7 @@ class Linears:
     ) -> None:
         self.builder, self.grids, self.accuracy_level = builder, grids, accuracy_level
         self.standard_lookup, self.decode_on_load = standard_lookup, decode_on_load
-        self._read = read
+        self.read = read
         self._latest: tuple[tuple[Part, ...], Tensor | QuantizedWeight] | None = None
         self._made_on_loading: dict[str, Any] = {}
 
@@ -112,7 +112,7 @@ class Linears:
         name = f"layers.{index}.router.weight"
 
         def transposed() -> NDArray[Any]:
-            return np.ascontiguousarray(dense(self._read(name)).numpy().T)
+            return np.ascontiguousarray(dense(self.read(name)).numpy().T)
 
         return self.builder.weight(name, (config.d_model, config.experts), transposed, FLOAT)
 
@@ -224,7 +224,7 @@ class Linears:
 
     def vector(self, name: str, width: int) -> Any:
         """A norm's weight as an initializer, [width]."""
-        return self.builder.weight(name, (width,), lambda: dense(self._read(name)).numpy())
+        return self.builder.weight(name, (width,), lambda: dense(self.read(name)).numpy())
 
     def _plain_table(self, part: Part) -> Any:
         return self.builder.weight(
@@ -264,14 +264,40 @@ class Linears:
 
             return make
 
-        stored = (f"{name}.codes", blocks.codes_shape, made(pack_codes), UINT8)
-        scales = (f"{name}.scales", blocks.scales_shape, made(pack_scales))
+        return self._initializers(name, blocks, [made(pack) for pack in (pack_codes, pack_scales, pack_zeros)])
+
+    def packed_experts(
+        self, name: str, blocks: Blocks, weight: Callable[[], QuantizedWeight], experts: int
+    ) -> list[Any]:
+        """Codes, scales and zeros (None if symmetric) with experts as first axis.
+
+        Args:
+            blocks: layout of the rows of all experts.
+            weight: reads these rows.
+        """
+
+        def made(pack: Callable[[QuantizedWeight, Blocks], NDArray[Any]]) -> Callable[[], NDArray[Any]]:
+            return lambda: pack(weight(), blocks).reshape(experts, blocks.rows // experts, -1)
+
+        packs = [made(pack) for pack in (pack_codes, pack_scales, pack_zeros)]
+        codes, scales, *zeros = self._initializers(name, blocks, packs, experts)
+        return [codes, scales, zeros[0] if zeros else None]
+
+    def _initializers(
+        self, name: str, blocks: Blocks, packs: Sequence[Callable[[], NDArray[Any]]], experts: int = 0
+    ) -> list[Any]:
+        def shaped(shape: tuple[int, ...]) -> tuple[int, ...]:
+            return (experts, shape[0] // experts, prod(shape[1:])) if experts else shape
+
+        codes, scales, zeros = packs
+        stored = (f"{name}.codes", shaped(blocks.codes_shape), codes, UINT8)
+        scaled = (f"{name}.scales", shaped(blocks.scales_shape), scales)
         if self.builder.float_type == FLOAT16 or not blocks.folds:
-            values = [self.builder.weight(*stored), self.builder.weight(*scales)]
+            values = [self.builder.weight(*stored), self.builder.weight(*scaled)]
         else:
-            values = [self._on_loading(*stored), self._on_loading(*scales, FLOAT16)]
+            values = [self._on_loading(*stored), self._on_loading(*scaled, FLOAT16)]
         if blocks.has_zeros:
-            values.append(self.builder.weight(f"{name}.zeros", blocks.zeros_shape, made(pack_zeros), UINT8))
+            values.append(self.builder.weight(f"{name}.zeros", shaped(blocks.zeros_shape), zeros, UINT8))
         return values
 
     def _on_loading(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]], dtype: Any) -> Any:
@@ -293,7 +319,7 @@ class Linears:
 
     def _bias(self, name: str, parts: tuple[Part, ...], rows: int) -> Any:
         def make() -> NDArray[Any]:
-            vectors = [self._shaped(part, dense(self._read(f"{part.stem}.bias"))) for part in parts]
+            vectors = [self._shaped(part, dense(self.read(f"{part.stem}.bias"))) for part in parts]
             return dense(stack_rows(vectors)).numpy()
 
         return self.builder.weight(f"{name}.bias", (rows,), make)
@@ -303,7 +329,7 @@ class Linears:
         if self._latest is None or self._latest[0] != parts:
             matrices = []
             for part in parts:
-                matrix = self._read(f"{part.stem}.weight")
+                matrix = self.read(f"{part.stem}.weight")
                 matrices.append(self._shaped(part, matrix if part.stem in self.grids else dense(matrix)))
             self._latest = parts, stack_rows(matrices)
         return self._latest[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,10 @@ PLAIN = tiny_config(family="mixtral", d_qk=32, d_v=(32, 32), d_ff=(128, 128), **
         ("onnx", {"precision": "fp32"}, None, 1e-4),
         ("onnx", {"precision": "fp16"}, None, 0.05),
         ("onnx", {"precision": "int4"}, Grid(4, 32, True), 1e-4),
-        ("onnx", {"precision": "int4", "attention": "gqa"}, Grid(4, 32, False), 1e-4),
+        ("onnx", {"precision": "int4", "attention": "gqa"}, Grid(4, 16, False), 1e-4),
+        ("onnx", {"precision": "int4"}, Grid(3, 32, True), 1e-4),
+        ("onnx", {"precision": "int4"}, Grid(8, 32, True), 1e-4),
+        ("onnx", {"precision": "int4", "target": "web"}, Grid(4, 32, True), 1e-4),
         ("safetensors", {"format": "compressed-tensors", "dtype": "fp32"}, Grid(4, 32, True), 1e-4),
     ],
 )
@@ -43,6 +48,7 @@ def test_an_export_with_experts_is_the_artifact(
 ) -> None:
     exporter, artifact = exporter_named(name), make_artifact(config, grid=grid)
     wanted = exporter.Options(**options)
+    (tmp_path / "out").mkdir()
     assert exporter.check(config, artifact.grids, wanted) == []
     exported = exporter.write(artifact, tmp_path / "out", wanted)
     if name == "onnx":
@@ -52,6 +58,56 @@ def test_an_export_with_experts_is_the_artifact(
     tokens = some_tokens(config, 2, 12)
     with closing(runner):
         assert np.abs(runner.logits(tokens) - reference_logits(artifact, tokens)).max() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "grid", "all_computed", "version"),
+    [
+        ({}, {}, Grid(4, 32, True), "", "1.24"),
+        ({}, {}, Grid(4, 16, False), "", "1.24"),
+        ({"normed_routing": False}, {}, Grid(4, 32, True), "", "1.25"),
+        ({}, {}, Grid(3, 32, True), "", "1.24"),
+        ({}, {}, Grid(8, 32, True), "only for 4 bits", "1.23"),
+        ({}, {}, Grid(2, 32, True), "only for 4 bits", "1.24"),
+        ({"layers": PLAIN.layers}, {}, Grid(4, 32, False), "two or more for zero points", "1.23"),
+        ({"activation": "gelu"}, {}, Grid(4, 32, True), "only the gated silu", "1.23"),
+        ({}, {"precision": "fp32"}, Grid(4, 32, True), "quantized alike", "1.23"),
+        ({}, {"target": "web"}, Grid(4, 32, True), "only tried with float32 on CPUs", "1.23"),
+        ({}, {"activations": "fp16"}, Grid(4, 32, True), "only tried with float32 on CPUs", "1.23"),
+    ],
+)
+def test_where_onnxruntimes_node_is_not_exact_all_experts_are_computed_and_said_to_be(
+    make_artifact: MakeArtifact,
+    tmp_path: Path,
+    changed: dict[str, Any],
+    options: dict[str, Any],
+    grid: Grid,
+    all_computed: str,
+    version: str,
+) -> None:
+    exporter, artifact = exporter_named("onnx"), make_artifact(replace(NORMED, **changed), grid=grid)
+    (tmp_path / "out").mkdir()
+    exported = exporter.write(artifact, tmp_path / "out", exporter.Options(**{"precision": "int4", **options}))
+    said = [note for note in exported.notes if "every expert is computed for every token" in note]
+    assert [all_computed in note for note in said] == [True] * bool(all_computed)
+    contract = next(path for path in exported.files if path.name == "flatq_onnx.json")
+    assert json.loads(contract.read_text())["onnxruntime"] == version
+    graph = next(path for path in exported.files if path.suffix == ".onnx")
+    assert (b"QMoE" in graph.read_bytes()) == (not all_computed)
+
+
+def test_down_may_have_other_codes_than_gate_and_up(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    exporter, four = exporter_named("onnx"), Grid(4, 32, True)
+    others = {"layers.0.down": Grid(8, 32, True), "layers.1.down": Grid(3, 32, True)}
+    artifact = make_artifact(NORMED, grid=four, overrides=others)
+    options = exporter.Options(precision="int4")
+    exported = exporter.write(artifact, tmp_path / "out", options)
+    assert any(note.startswith("in 1 of 2 layers every expert") for note in exported.notes)
+    runner = exporter.open(exported.root, options, provider="cpu", threads=1, exact=True)
+    assert runner is not None
+    tokens = some_tokens(NORMED, 2, 12)
+    with closing(runner):
+        assert np.abs(runner.logits(tokens) - reference_logits(artifact, tokens)).max() < 1e-4
 
 
 def test_gguf_says_that_it_has_no_experts() -> None:
