@@ -67,6 +67,7 @@ def test_auto_class_loads_an_artifact_with_the_decoders_logits(tmp_path: Path, k
         {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
         {"qk_norm": True},
         {"sliding_window": 4},
+        {"experts": 4, "experts_per_token": 2},
         {"rope": Rope(scaling="llama3", factor=8.0, original_max_positions=16)},
         *({"d_v": (8, 16, 4, 8), "d_ff": (96, 64, 32, 64), **switches} for switches in SWITCHES.values()),
     ],

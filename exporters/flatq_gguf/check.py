@@ -15,12 +15,21 @@ def objections(config: DecoderConfig, grids: Mapping[str, Grid], options: GgufOp
     """Reasons why this model cannot be written with these options, each with a remedy."""
     if config.family not in FAMILIES:
         return [f"gguf: family {config.family!r} is not supported; supported: {', '.join(FAMILIES)}"]
-    if config.experts:
-        return ["gguf: mixtures of experts are not written; export to onnx or safetensors"]
     chosen = architecture(config, options)
     found = [*_shapes(config), *_grids(grids, options), *k_quants.objections(options.precision, options.quantize_with)]
     found += _compact(config) if chosen.name == "mimo2" else _switches(config, chosen)
+    found += _experts(config, options) if config.experts else []
     return [f"gguf: {problem}" for problem in found]
+
+
+def _experts(config: DecoderConfig, options: GgufOptions) -> list[str]:
+    wrong = {
+        f"layout: {options.layout} has no experts; leave layout out": options.layout != "auto",
+        f"precision: {options.precision} is not made of experts; use precision: codes": options.precision
+        in k_quants.K_QUANTS,
+        "imatrix is not made of experts; leave it out": options.imatrix,
+    }
+    return [words for words, there in wrong.items() if there]
 
 
 def _shapes(config: DecoderConfig) -> list[str]:
@@ -75,6 +84,9 @@ def _switches(config: DecoderConfig, chosen: Architecture) -> list[str]:
         _having(graph.pre_norms, "norms before attention and MLP"): graph.pre_norms != config.pre_norms,
         _having(graph.post_norms, "norms after attention and MLP"): graph.post_norms != config.post_norms,
         f"norms on q and k: {graph.qk_norm}, not {qk_norm}": graph.qk_norm != qk_norm,
+        "no experts": config.experts > 0 and graph.experts is False,
+        "experts": config.experts == 0 and graph.experts is True,
+        "experts whose weights add up to 1": config.experts > 0 and not config.normed_routing,
         "a head that is tied to the embedding": graph.tied is True and not config.tied_head,
         "an untied head": graph.tied is False and config.tied_head,
         "no rope factors per frequency": not graph.factors and not native_rope(config.rope),

@@ -7,6 +7,7 @@ llama.cpp has no rank-reduced Llama, so a narrowed model is written as an existi
   ``uniform: true`` in the flat stage keeps what it removes;
 - ``deci``, made for models pruned by architecture search: MLP widths per layer, rope factors, biases, tied heads. Its
   values must be as wide as its keys, so value heads are padded with zeros (nothing is saved on v and o);
+- ``qwen3moe``, and ``llama`` for Mixtral, with experts: one MLP width for all, so narrower ones are padded with zeros;
 - ``openelm``, with norms of queries and keys and MLP widths per layer, for Qwen3 with a tied head;
 - ``mimo2``, whose values may be narrower than its keys: the V cache shrinks by rank / head size. It needs one rank and
   one MLP width for all layers, no rope factors, no biases, and an untied head. It requires a sliding window in some
@@ -49,6 +50,7 @@ class Graph:
         scaled: the embedding is multiplied by the root of d_model.
         square: heads * d_qk must be d_model.
         fused: queries, keys and values are rows of one matrix.
+        experts: MLPs must be (True) or may be (None) mixtures of experts, whose routing weights add up to 1.
     """
 
     by_layer: bool = False
@@ -68,6 +70,7 @@ class Graph:
     scaled: bool = False
     square: bool = False
     fused: bool = False
+    experts: bool | None = False
 
     @property
     def like_llama(self) -> bool:
@@ -80,11 +83,12 @@ class Graph:
 QKV = ("q", "k", "v")
 GEMMA = Graph(activation="gelu_tanh", biases=QKV, scaled=True)
 GRAPHS: Mapping[str, Graph] = {
-    "llama": Graph(factors=True),
+    "llama": Graph(factors=True, experts=None),
     "deci": Graph(by_layer=True, factors=True),
     "mimo2": Graph(biases=()),
     "qwen2": Graph(biases=QKV, square=True),
     "qwen3": Graph(biases=QKV, qk_norm="heads"),
+    "qwen3moe": Graph(biases=QKV, qk_norm="heads", experts=True),
     "openelm": Graph(by_layer=True, biases=(), qk_norm="heads", tied=True, fused=True),
     "hunyuan-dense": Graph(biases=(), qk_norm="rotated heads"),
     "smollm3": Graph(biases=QKV, still=True),
@@ -110,6 +114,10 @@ GRAPHS: Mapping[str, Graph] = {
         square=True,
     ),
 }
+
+
+# Architectures of families with experts, and whether rotary pairs are interleaved.
+OF_EXPERTS: Mapping[str, tuple[str, bool]] = {"qwen3_moe": ("qwen3moe", False), "mixtral": ("llama", True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +160,12 @@ class Architecture:
 
 def architecture(config: DecoderConfig, options: GgufOptions) -> Architecture:
     """The architecture for a model with these options."""
-    multiple, family = options.ffn_multiple, FAMILIES[config.family]
+    multiple, family = options.ffn_multiple * config.mlp_parts, FAMILIES[config.family]
     layers = [replace(dims, d_ff=math.ceil(dims.d_ff / multiple) * multiple) for dims in config.layers]
     widest = max(dims.d_ff for dims in layers)
     equal = config.with_layers([replace(dims, d_ff=widest) for dims in layers])
+    if config.experts:
+        return Architecture(*OF_EXPERTS.get(config.family, ("llama", True)), _padded(equal))
     if options.layout == "compact":
         return Architecture("mimo2", False, equal)
     own = family.gguf if family.gguf in GRAPHS else "llama"

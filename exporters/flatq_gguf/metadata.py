@@ -97,7 +97,8 @@ def dimension(writer: Any, contents: Contents) -> None:
     writer.add_context_length(context_length(contents))
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(len(layers))
-    writer.add_feed_forward_length([dims.d_ff for dims in layers] if by_layer else first.d_ff)
+    each = first.d_ff // config.mlp_parts
+    writer.add_feed_forward_length([dims.d_ff for dims in layers] if by_layer else each)
     writer.add_head_count([dims.heads for dims in layers] if by_layer else first.heads)
     writer.add_head_count_kv([dims.kv_heads for dims in layers] if by_layer else first.kv_heads)
     writer.add_key_length(first.d_qk)
@@ -111,6 +112,10 @@ def dimension(writer: Any, contents: Contents) -> None:
         _add_mimo2_keys(writer, config)
     if chosen.graph.windows:
         _add_windows(writer, config, always=chosen.graph.always_windows)
+    if config.experts:
+        writer.add_expert_count(config.experts)
+        writer.add_expert_used_count(config.experts_per_token)
+        writer.add_expert_feed_forward_length(each)
     if config.attention_cap is not None:
         writer.add_attn_logit_softcapping(config.attention_cap)
     if config.logit_cap is not None:

@@ -36,18 +36,21 @@ class Placement:
         return cls(np.arange(rows), np.arange(columns))
 
     @classmethod
-    def of(cls, linear: str, source: LayerDims, written: LayerDims, d_model: int, *, paired: bool) -> Placement:
+    def of(
+        cls, linear: str, source: LayerDims, written: LayerDims, d_model: int, *, paired: bool, experts: int = 1
+    ) -> Placement:
         """Placement of one of the seven linears.
 
         Args:
             source: widths in the artifact.
             written: widths in the file, none of them smaller.
             paired: interleave rotary pairs.
+            experts: number of parts of the MLP, each of which is padded.
         """
         stream = np.arange(d_model)
         values = _widened(source.kv_heads, source.d_v, written.d_v)
         mixed = _widened(source.heads, source.d_v, written.d_v)
-        channels = _widened(1, source.d_ff, written.d_ff)
+        channels = _widened(experts, source.d_ff // experts, written.d_ff // experts)
         rows, columns = {
             "q": (_rotary(source.heads, source.d_qk, paired), stream),
             "k": (_rotary(source.kv_heads, source.d_qk, paired), stream),
@@ -58,6 +61,10 @@ class Placement:
             "down": (stream, channels),
         }[linear]
         return cls(rows, columns)
+
+    def by_columns(self, parts: int) -> list[Placement]:
+        """The same rows with consecutive parts of the columns."""
+        return [Placement(self.rows, columns) for columns in np.split(self.columns, parts)]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flatq.export import (
     FAMILIES,
@@ -35,6 +36,7 @@ from flatq_gguf.options import GgufOptions
 from flatq_gguf.placement import Placement
 
 TABLES = ("embed", "head")
+OF_EXPERTS = ("gate", "up", "down")
 ALIGNMENT = 32
 # Types whose numbers or scales are float16, and how many scales the largest number of a block is.
 HALF_SCALED = {"F16": 1.0, "Q4_0": 8.0, "Q4_1": 7.5, "Q5_0": 16.0, "Q8_0": 127.0}
@@ -87,13 +89,23 @@ class Contents:
         if not native_rope(self.config.rope):
             yield Planned(ROPE_DIVISORS, "", (self.config.layers[0].d_qk // 2,), "F32")
         shapes = shapes_of(self.architecture.written)
-        for name, shape in shapes.items():
-            kind, carries = ("F32", False) if len(shape) == 1 else self._type(name.removesuffix(".weight"), shape)
+        for name, flat in shapes.items():
+            shape = self._stacked(name, flat)
+            whole = len(shape) == 1 or name.endswith(".router.weight")  # a rounded router chooses other experts
+            kind, carries = ("F32", False) if whole else self._type(name.removesuffix(".weight"), shape)
             plan = Planned(self.name(name), name, shape, kind, carries)
             if not self.architecture.graph.fused or name.split(".")[-2] not in QKV:
                 yield plan
             elif name.endswith("q.weight"):
                 yield self._fused(plan, [name.replace("q.weight", f"{linear}.weight") for linear in "kv"], shapes)
+
+    def _stacked(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in the file: linears of experts have the experts as first axis."""
+        experts, linear = self.config.experts, name.split(".")[-2]
+        if not experts or linear not in OF_EXPERTS:
+            return shape
+        rows, columns = shape
+        return (experts, rows, columns // experts) if linear == "down" else (experts, rows // experts, columns)
 
     def matrix(self, stem: str) -> Planned:
         """One matrix as if it were written alone; queries, keys and values are fused only in ``planned``."""
@@ -134,8 +146,16 @@ class Contents:
         """The rows of one tensor of the artifact."""
         stored = weights.tensor(source)
         self._expect(source, tuple(stored.shape))
-        stem, _, part = source.rpartition(".")
+        stem = source.rpartition(".")[0]
         place = self.placement(stem)
+        experts = self.config.experts if stem.endswith(".down") and place is not None else 0
+        places = [place] if place is None or not experts else place.by_columns(experts)
+        parts = [self._placed(source, stored, one, planned) for one in places]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _placed(
+        self, source: str, stored: Tensor | QuantizedWeight, place: Placement | None, planned: Planned
+    ) -> NDArray[np.generic]:
         if planned.carries_codes and isinstance(stored, QuantizedWeight):
             kind = carrier(stored.grid)
             assert kind is not None
@@ -144,7 +164,7 @@ class Contents:
         if (factor := self.architecture.factor(source)) != 1:
             values = values * np.float32(factor)
         if place is not None:
-            values = place.vector(values) if part == "bias" else place.matrix(values)
+            values = place.vector(values) if source.endswith(".bias") else place.matrix(values)
         return encoded(values, planned)
 
     def _expect(self, name: str, found: tuple[int, ...]) -> None:
@@ -162,7 +182,14 @@ class Contents:
             return None
         index = int(parts[1])
         source, written = self.config.layers[index], self.architecture.written.layers[index]
-        return Placement.of(parts[2], source, written, self.config.d_model, paired=self.architecture.paired)
+        return Placement.of(
+            parts[2],
+            source,
+            written,
+            self.config.d_model,
+            paired=self.architecture.paired,
+            experts=self.config.mlp_parts,
+        )
 
     def _type(self, stem: str, shape: tuple[int, ...]) -> tuple[str, bool]:
         """Type of a matrix, and whether its codes are stored exactly."""

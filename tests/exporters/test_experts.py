@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from flatq.export.protocols import exporter_named
+from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
 from tests.models import tiny_config
@@ -110,8 +111,38 @@ def test_down_may_have_other_codes_than_gate_and_up(make_artifact: MakeArtifact,
         assert np.abs(runner.logits(tokens) - reference_logits(artifact, tokens)).max() < 1e-4
 
 
-def test_gguf_says_that_it_has_no_experts() -> None:
+@pytest.mark.parametrize("config", [NORMED, replace(PLAIN, normed_routing=True)], ids=["qwen3moe", "mixtral"])
+@pytest.mark.parametrize(("precision", "grid"), [("f32", None), ("codes", Grid(4, 32, True)), ("q8_0", None)])
+def test_llamacpp_computes_the_experts_of_the_file(
+    make_artifact: MakeArtifact, tmp_path: Path, config: DecoderConfig, precision: str, grid: Grid | None
+) -> None:
+    exporter, artifact = exporter_named("gguf"), make_artifact(config, grid=grid)
+    options = exporter.Options(precision=precision, otherwise="f32")
+    assert exporter.check(config, artifact.grids, options) == []
+    if absent := exporter.missing(options):
+        pytest.skip(absent[0])
+    exported = exporter.write(artifact, tmp_path / "out", options)
+    runner = exporter.open(exported.root, options, provider="cpu", threads=1, exact=True)
+    assert runner is not None
+    tokens = some_tokens(config, 2, 12)
+    with closing(runner):
+        difference = np.abs(runner.logits(tokens) - reference_logits(artifact, tokens)).max()
+    assert difference < (1.0 if precision == "q8_0" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (PLAIN, {}, "experts whose weights add up to 1"),
+        (NORMED, {"layout": "deci"}, "layout: deci has no experts; leave layout out"),
+        (NORMED, {"precision": "q4_k_m"}, "precision: q4_k_m is not made of experts"),
+        (NORMED, {"imatrix": True}, "imatrix is not made of experts"),
+        (tiny_config(**ROUTED, normed_routing=True, family="gemma", activation="gelu_tanh"), {}, "silu"),
+    ],
+)
+def test_what_gguf_cannot_do_with_experts_is_refused_by_name(
+    config: DecoderConfig, options: dict[str, Any], words: str
+) -> None:
     exporter = exporter_named("gguf")
-    assert exporter.check(NORMED, {}, exporter.Options()) == [
-        "gguf: mixtures of experts are not written; export to onnx or safetensors"
-    ]
+    said = exporter.check(config, {}, exporter.Options(**{"precision": "f32", **options}))
+    assert any(words in one for one in said)
