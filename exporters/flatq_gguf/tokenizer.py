@@ -158,6 +158,13 @@ def _ids(
     return found | dict(zip(("eot", "eom"), further, strict=False))
 
 
+def lost_ends(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> list[int]:
+    """End tokens of the model for which the file has no key: llama.cpp knows three."""
+    ends = settings.get("eos_token_id")
+    stops = {vocabulary.ids.get(name) for name in ("eos", "eot", "eom")}
+    return [end for end in ends if end not in stops] if isinstance(ends, list) else []
+
+
 def _opened(path: Path) -> Tokenizer:
     """The tokenizer, opened by the tokenizers library, which validates the file.
 

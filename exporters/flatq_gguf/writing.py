@@ -28,7 +28,7 @@ from flatq_gguf.k_quants import (
 from flatq_gguf.metadata import context_length, describe, dimension, file_name, most_common, tokenize
 from flatq_gguf.modelfile import write_modelfile
 from flatq_gguf.tensors import Contents, Planned
-from flatq_gguf.tokenizer import Vocabulary, read_vocabulary
+from flatq_gguf.tokenizer import Vocabulary, lost_ends, read_vocabulary
 
 # Allowed KL divergence, in nats, of rounding all matrices to a type: several times the values measured on SmolLM2-135M
 # (F16 2e-5, BF16 1e-3, Q8_0 1e-3, Q5_0 0.1, Q4_1 0.2, Q4_0 0.37); small models are affected most.
@@ -62,6 +62,8 @@ def write_file(artifact: Artifact, out: Path, contents: Contents) -> Exported:
     files = [path.replace(out / path.name) for path in sorted(growing.iterdir())]
     growing.rmdir()
     notes = _notes(contents, planned, vocabulary, model_files(out), imatrix)
+    if vocabulary is not None and (lost := lost_ends(vocabulary, artifact.settings)):
+        notes.append(f"llama.cpp stops at three tokens; it does not stop at {', '.join(map(str, lost))} (token ids)")
     modelfile, note = write_modelfile(out, artifact, model_files(out), vocabulary, context_length(contents))
     return Exported(
         out,

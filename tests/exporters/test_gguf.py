@@ -499,6 +499,14 @@ def test_the_file_says_where_it_came_from(make_artifact: MakeArtifact) -> None:
     assert fields["tokenizer.ggml.model"] == "no_vocab"
 
 
+@pytest.mark.parametrize("origin", ["/models/My Model", "package:holder/Model.gguf"])
+def test_a_local_source_is_no_model_of_a_hub(make_artifact: MakeArtifact, origin: str) -> None:
+    artifact = make_artifact(tiny_config())
+    artifact.manifest["source"] = {"origin": origin, "hub_id": None}
+    fields, _ = read(export(artifact)[0])
+    assert not [key for key in fields if "base_model" in key or "url" in key]
+
+
 def test_a_quantized_source_does_not_lend_its_type_to_the_name(make_artifact: MakeArtifact) -> None:
     artifact = make_artifact(tiny_config())
     artifact.manifest["source"] = {"origin": "package:holder/Model-135M.Q4_1.gguf"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import math
 import re
 import subprocess
@@ -31,6 +33,8 @@ from tests.exporters.test_gguf_tokenizer import byte_level, save_tokenizer
 from tests.models import tiny_config
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (make llamacpp)")
+import llama_cpp
+
 from flatq_gguf.runner import LlamaCppRunner
 
 pytestmark = pytest.mark.llamacpp
@@ -263,6 +267,26 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(make_artifact: MakeArtifact, 
     runner = opened(artifact)
     text = "the other  them\n\n 12 3.45 it's <|end|>thé <think>"
     assert runner.tokenize(text) == tokenizer.encode(text).ids
+    runner.close()
+
+
+def test_llama_cpp_knows_end_tokens_templates_and_sampling(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config(vocab=300))
+    named = [{"name": name, "template": f"{{{{ {name} }}}}"} for name in ("default", "tool_use")]
+    save_tokenizer(artifact.root, byte_level(300), chat_template=named)
+    artifact.settings["eos_token_id"] = [2, 5, 7]
+    sampling = {"do_sample": True, "temperature": 0.5, "top_k": 20}
+    (artifact.root / "generation_config.json").write_text(json.dumps(sampling))
+    runner = LlamaCppRunner(export(artifact)[0].root, provider="cpu", threads=1)
+    vocabulary = llama_cpp.llama_model_get_vocab(runner._model)
+    ends = {2, 5, 7, byte_level(300).token_to_id("<|end|>")}  # llama.cpp knows some tokens by their text
+    assert {2, 5, 7} <= {i for i in range(300) if llama_cpp.llama_vocab_is_eog(vocabulary, i)} <= ends
+    assert llama_cpp.llama_model_chat_template(runner._model, None) == b"{{ default }}"
+    assert llama_cpp.llama_model_chat_template(runner._model, b"tool_use") == b"{{ tool_use }}"
+    found = ctypes.create_string_buffer(64)
+    for key, value in ((b"temp", b"0.500000"), (b"top_k", b"20")):
+        llama_cpp.llama_model_meta_val_str(runner._model, b"general.sampling." + key, found, 64)
+        assert found.value == value
     runner.close()
 
 

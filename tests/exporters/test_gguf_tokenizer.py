@@ -60,6 +60,76 @@ def test_a_byte_level_tokenizer_is_described(make_artifact: MakeArtifact) -> Non
     assert fields["tokenizer.chat_template"] == "{{ messages }}"
 
 
+SAMPLING = {"do_sample": True, "temperature": 0.5, "top_k": 20, "top_p": 0.75, "repetition_penalty": 1.25}
+WRITTEN = {"temp": 0.5, "top_k": 20, "top_p": 0.75, "penalty_repeat": 1.25}
+
+
+@pytest.mark.parametrize(
+    ("generation", "wanted"),
+    [
+        (SAMPLING, WRITTEN),
+        ({**SAMPLING, "min_p": 0.125, "typical_p": 0.9}, {**WRITTEN, "min_p": 0.125}),
+        ({**SAMPLING, "do_sample": False}, {"penalty_repeat": 1.25}),
+        ({**SAMPLING, "do_sample": "yes", "repetition_penalty": None}, {}),
+        ({}, {}),
+    ],
+    ids=["sampling", "min_p", "greedy", "damaged", "none"],
+)
+def test_the_publishers_sampling_is_in_the_file(
+    make_artifact: MakeArtifact, generation: dict[str, Any], wanted: dict[str, float]
+) -> None:
+    artifact = make_artifact(tiny_config())
+    (artifact.root / "generation_config.json").write_text(json.dumps(generation))
+    fields, _ = read(export(artifact)[0])
+    prefix = "general.sampling."
+    assert {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)} == wanted
+
+
+@pytest.mark.parametrize(
+    ("ends", "wanted", "lost"),
+    [
+        (2, {"eos": 2}, ""),
+        ([2, 5], {"eos": 2, "eot": 5}, ""),
+        ([5, 2, 7], {"eos": 5, "eot": 2, "eom": 7}, ""),
+        ([2, 5, 7, 9, 11], {"eos": 2, "eot": 5, "eom": 7}, "does not stop at 9, 11 (token ids)"),
+    ],
+)
+def test_end_tokens_are_those_at_which_llama_cpp_stops(
+    make_artifact: MakeArtifact, ends: int | list[int], wanted: dict[str, int], lost: str
+) -> None:
+    artifact = make_artifact(tiny_config())
+    save_tokenizer(artifact.root, byte_level())
+    artifact.settings["eos_token_id"] = ends
+    exported, _ = export(artifact)
+    fields, _ = read(exported)
+    stops = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    assert {name: index for name, index in stops.items() if index is not None} == wanted
+    assert [lost in note for note in exported.notes if "stop" in note] == [True] * bool(lost)
+
+
+def test_the_tokenizers_own_end_token_comes_first(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    save_tokenizer(artifact.root, byte_level(), eos_token={"content": "<|end|>"})
+    end = byte_level().token_to_id("<|end|>")
+    artifact.settings["eos_token_id"] = [2, end]
+    fields, _ = read(export(artifact)[0])
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (end, 2)
+    assert "tokenizer.ggml.eom_token_id" not in fields
+
+
+def test_named_chat_templates_are_in_the_file(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact(tiny_config())
+    named = [{"name": name, "template": f"{{{{ {name[0]} }}}}"} for name in ("default", "tool_use", "rag-2")]
+    save_tokenizer(artifact.root, byte_level(), chat_template=named)
+    fields, _ = read(export(artifact)[0])
+    assert fields["tokenizer.chat_templates"] == ["rag_2", "tool_use"]
+    assert [fields[f"tokenizer.chat_template{name}"] for name in ("", ".tool_use", ".rag_2")] == [
+        "{{ d }}",
+        "{{ t }}",
+        "{{ r }}",
+    ]
+
+
 def test_a_tokenizer_with_byte_fallback_gets_scores(make_artifact: MakeArtifact) -> None:
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x41>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7, "▁ab": 8}
     tokenizer = Tokenizer(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from flatq.artifact import INDEX, Artifact
@@ -469,6 +470,18 @@ def test_the_files_beside_the_weights_come_along_and_the_card_says_how_it_was_ma
         assert part in card
     assert "trust_remote_code=True" in card
     assert not (folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("origin", ["/models/My Model", "../model", "package:holder/Model.gguf"])
+def test_the_card_of_a_model_from_a_local_path_names_no_base_model(tmp_path: Path, origin: str) -> None:
+    """A hub refuses a base_model that is no id of it."""
+    artifact = tiny_artifact(tmp_path / "a", own_widths(), grid=FOUR)
+    manifest = {"recipe": "version: 1", "source": {"origin": origin, "hub_id": None}, "files": {}}
+    write_checksummed(artifact.root / "manifest.json", manifest)
+    card = (export(Artifact.open(artifact.root), tmp_path / "out") / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert "base_model" not in front
+    assert front["library_name"] == "transformers"
 
 
 def test_the_same_artifact_gives_the_same_bytes(tmp_path: Path) -> None:
