@@ -69,6 +69,7 @@ def test_the_layer_is_the_weighted_sum_of_its_experts() -> None:
     outputs = torch.stack([(functional.silu(x @ g.T) * (x @ u.T)) @ d.T for g, u, d in slices], -2)  # [b, s, E, m]
     wanted = (outputs.gather(-2, chosen[..., None].expand(-1, -1, -1, 64)) * share[..., None]).sum(-2)
     torch.testing.assert_close(layer.down(layer.widen(x)), wanted)
+    torch.testing.assert_close(layer.close("mlp", layer.widen(x)), wanted)
 
 
 def test_linears_of_another_class_compute_every_expert_with_the_same_result() -> None:
@@ -80,9 +81,24 @@ def test_linears_of_another_class_compute_every_expert_with_the_same_result() ->
     expected = layer.widen(x)
     other = Other(64, 128, bias=False)
     other.weight = layer.gate.weight
-    layer.gate = other
+    closed = layer.close("mlp", expected)
+    narrow = Other(128, 64, bias=False)
+    narrow.weight = layer.down.weight
+    layer.gate, layer.down = other, narrow
     torch.testing.assert_close(layer.widen(x), expected)
+    torch.testing.assert_close(layer.close("mlp", expected), closed)
     assert (expected == 0).float().mean() >= 0.5
+
+
+def test_experts_are_differentiated_as_one_wide_mlp() -> None:
+    layer, x = load_half(RandomWeights(CONFIG), 0, "mlp"), numbers(2, 5, 64).requires_grad_()
+    share = layer.router(layer.mlp_norm(x))
+    inner = functional.silu(layer.gate(layer.mlp_norm(x))) * layer.up(layer.mlp_norm(x))
+    plain = layer.down(inner * share.repeat_interleave(32, -1))
+    pull = numbers(2, 5, 64, seed=1)
+    (wanted,) = torch.autograd.grad(plain, x, pull)
+    (found,) = torch.autograd.grad(layer.output("mlp", x, ()), x, pull)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])

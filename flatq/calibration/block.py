@@ -175,7 +175,7 @@ class Block:
                     gram.update(activation)
         if self.out is not None:
             with blocks_in(self.precision, self.device):
-                left = self.layer.leave(self.half, x, self._last(seen["inner"]))
+                left = self.layer.leave(self.half, x, self.layer.close(self.half, seen["inner"]))
             self._write(left, batch, self.out)
         if self.reference is not None:
             before, output, after = self.reference.follow(self, batch)
@@ -184,7 +184,7 @@ class Block:
                 if self._last.bias is not None:
                     lacking -= self._last.bias
                 if self.layer.config.experts and self.half == "mlp":
-                    lacking = lacking - self._last(seen["inner"])
+                    lacking = lacking - self.layer.close(self.half, seen["inner"])
                 _add_product(self.drift, seen["inner"], lacking)
             if self.lag is not None:
                 with blocks_in(self.precision, self.device):

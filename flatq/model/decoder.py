@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from flatq.model.config import DecoderConfig
 from flatq.model.dims import ATTENTION_LINEARS, LINEARS, MLP_LINEARS, LayerDims
-from flatq.model.experts import Router, widened
+from flatq.model.experts import Router, summed, widened
 from flatq.model.rope import Rope
 
 __all__ = [
@@ -292,9 +292,14 @@ class DecoderLayer(nn.Module):
     def output(self, half: str, x: Tensor, positions: Sequence[Positions], cache: Cache | None = None) -> Tensor:
         """Output of a half's last linear (o or down), from the residual stream, [b, s, m] -> [b, s, m]."""
         entered = self.enter(half, x)
-        if half == "attention":
-            return self.o(self.mix(entered, positions, cache))
-        return self.down(self.widen(entered))
+        return self.close(half, self.mix(entered, positions, cache) if half == "attention" else self.widen(entered))
+
+    def close(self, half: str, inner: Tensor) -> Tensor:
+        """A half's last linear (o or down) on its input, [b, s, i] -> [b, s, m]."""
+        if half == "mlp" and self.config.experts and type(self.down) is nn.Linear and self.down.bias is None:
+            return summed(inner, self.down.weight, self.config.experts)
+        last: Tensor = (self.o if half == "attention" else self.down)(inner)
+        return last
 
     def run(self, half: str, x: Tensor, positions: Sequence[Positions], cache: Cache | None = None) -> Tensor:
         """One half (``attention`` or ``mlp``) on the residual stream, [b, s, m] -> [b, s, m]."""

@@ -68,3 +68,24 @@ def widened(x: Tensor, share: Tensor, gate: nn.Module, up: nn.Module, activation
         inner = activation(F.linear(mine, opening)) * F.linear(mine, widening) * own[used, None]
         parts.append(inner.new_zeros(len(tokens), len(opening)).index_copy(0, used, inner))
     return torch.cat(parts, -1).view(*x.shape[:-1], -1)
+
+
+def summed(inner: Tensor, down: Tensor, experts: int) -> Tensor:
+    """Sum of the experts' outputs, [..., f] -> [..., m]; an expert is computed where its slice is not 0.
+
+    Args:
+        inner: inner activation of all experts, each times its routing weight.
+        down: weight of all experts, [m, f].
+        experts: E.
+    """
+    rows = inner.reshape(-1, inner.shape[-1])
+    total, dtype = (
+        rows.new_zeros(len(rows), len(down), dtype=torch.promote_types(rows.dtype, torch.float32)),
+        rows.dtype,
+    )
+    for own, weight in zip(rows.chunk(experts, 1), down.chunk(experts, 1), strict=True):
+        used = own.any(1).nonzero()[:, 0]
+        output = F.linear(own[used], weight)
+        total.index_add_(0, used, output.to(total.dtype))
+        dtype = output.dtype
+    return total.to(dtype).view(*inner.shape[:-1], -1)

@@ -2,7 +2,7 @@
 
 Counted are operations that grow with the cube of a width or with tokens times a squared width, and element-wise
 operations on whole weights. Constants of an algorithm are explained next to its formula. Of a mixture of n experts,
-gate and up are computed for the k experts of a token, down for all; the solves are of each expert.
+those of a token are computed; the solves are of each expert.
 
 Axes: t tokens, s positions, m d_model, f d_ff, o out_features, i in_features.
 """
@@ -82,7 +82,7 @@ def _halves(config: DecoderConfig, dims: LayerDims, s: int) -> tuple[float, floa
     m = config.d_model
     mlp, used = 3 * m * dims.d_ff, config.experts_per_token / config.experts if config.experts else 1.0
     attention = 2 * (dims.parameters(m) - mlp) + dims.heads * (dims.d_qk + dims.d_v) * s
-    return attention, 2 * mlp * (1 + 2 * used) / 3
+    return attention, 2 * mlp * used
 
 
 def _forward(config: DecoderConfig, t: int, s: int) -> float:
