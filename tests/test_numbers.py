@@ -107,6 +107,76 @@ def test_a_factor_that_moved_within_a_pair_is_taken_back_and_the_function_stays(
     assert all(torch.equal(before[name], moved.tensors[name]) for name in before), "the source is left as it is"
 
 
+def moved_in_one_channel(pair: str, weights: RandomWeights, factor: float) -> None:
+    """Channel 5 of a pair times a factor on one side and its inverse on the other; of the second of two kv heads."""
+    tensors = weights.tensors
+    if pair == "mlp":
+        tensors["layers.0.up.weight"][5] *= factor
+        tensors["layers.0.up.bias"][5] *= factor
+        tensors["layers.0.down.weight"][:, 5] /= factor
+    elif pair == "values":
+        tensors["layers.0.v.weight"][16 + 5] *= factor
+        tensors["layers.0.v.bias"][16 + 5] *= factor
+        for head in (2, 3):
+            tensors["layers.0.o.weight"][:, 16 * head + 5] /= factor
+    else:  # rows 5 and 13 of a head rotate together
+        for row in (5, 13):
+            for head in (2, 3):
+                tensors["layers.0.q.weight"][16 * head + row] *= factor
+                tensors["layers.0.q.bias"][16 * head + row] *= factor
+            tensors["layers.0.k.weight"][16 + row] /= factor
+            tensors["layers.0.k.bias"][16 + row] /= factor
+
+
+@pytest.mark.parametrize("power", [8, 20, -24])
+@pytest.mark.parametrize("pair", ["mlp", "values", "queries"])
+def test_a_factor_that_moved_within_one_channel_is_taken_back(pair: str, power: int) -> None:
+    config = tiny_config(qkv_bias=True, mlp_bias=True)
+    weights, moved = RandomWeights(config), RandomWeights(config)
+    half = "mlp" if pair == "mlp" else "attention"
+    moved_in_one_channel(pair, moved, 2.0**power)
+    layer, other = load_half(weights, 0, half), load_half(moved, 0, half)
+    (note,) = balance(other, half)
+    assert "1 of " in note
+    x = torch.randn(2, 8, config.d_model, generator=torch.Generator().manual_seed(0))
+    at = locate(config, 2, 8)
+    assert torch.equal(other.run(half, x, at), load_half(moved, 0, half).run(half, x, at)), "to the last bit"
+    for name, parameter in other.named_parameters():
+        ratio = (parameter / layer.get_parameter(name)).log2()
+        assert ratio.abs().max() <= 1, "what is left of the factor is a channel's own"
+
+
+@pytest.mark.parametrize("power", [0, 6, -6])
+def test_a_channel_that_is_a_little_apart_stays(power: int) -> None:
+    moved = RandomWeights(tiny_config(qkv_bias=True, mlp_bias=True))
+    moved_in_one_channel("mlp", moved, 2.0**power)
+    assert not balance(load_half(moved, 0, "mlp"), "mlp")
+
+
+def test_dead_channels_stay_and_tell_nothing_of_the_others() -> None:
+    moved = RandomWeights(tiny_config(qkv_bias=True, mlp_bias=True))
+    moved_in_one_channel("mlp", moved, 2.0**20)
+    moved.tensors["layers.0.up.weight"][7:40] = 0
+    moved.tensors["layers.0.up.bias"][7:40] = 0
+    layer = load_half(moved, 0, "mlp")
+    (note,) = balance(layer, "mlp")
+    assert note.startswith("up and down: 1 of 96 channels rescaled, by up to 2^20")
+    assert not layer.get_parameter("up.weight")[7:40].any()
+
+
+def test_groups_hold_the_neighbours_of_a_channel_that_had_a_factor() -> None:
+    """Without it the group's other columns are rounded to 0, and the row of the other side too."""
+    grid, errors = Grid(4, 32), []
+    for power in (0, 20):
+        weights = RandomWeights(tiny_config(mlp_bias=True))
+        moved_in_one_channel("mlp", weights, 2.0**-power)
+        layer = load_half(weights, 0, "mlp")
+        balance(layer, "mlp")
+        found = [layer.get_parameter(f"{linear}.weight").detach() for linear in ("up", "down")]
+        errors.append([float((round_to_nearest(w, grid).dequantize() - w).norm() / w.norm()) for w in found])
+    assert errors[1] == pytest.approx(errors[0], rel=0.2)
+
+
 def test_a_rescaled_pair_is_compressed_as_well_as_the_model_it_came_from(
     make_recipe: MakeRecipe, model_copy: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
