@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flatq.files import as_json
-from flatq.recipe.budget import LIMITS, SPEEDS
+from flatq.recipe.budget import LIMITS, SPEEDS, BudgetSpec
 from flatq.recipe.grammar import Recipe
 from flatq.recipe.messages import shown
 
@@ -26,13 +26,14 @@ OBSERVED = (*MODEL, "calibration.precision", "calibration.states", "inputs.token
 PRICED = "priced"  # the exports of a recipe with a budget, which is spent at their prices
 BUILT = (*OBSERVED, "stages", "budget", PRICED)
 LIMITED = tuple(f"-budget.{key}" for key in (*LIMITS, *SPEEDS, "context", "prompt", "threads"))
+BUDGETED = ("budget", *(f"-budget.{key}" for key in BudgetSpec.model_fields))  # whether there is one
 JUDGED = "inputs.tokens.judged"
 NEEDS: dict[str, tuple[str, ...]] = {
     "self-text": ("model", "calibration", "evaluation"),
     "baseline": (*MODEL, JUDGED),
     "sensitivity": OBSERVED,
     "importance": OBSERVED,
-    "curves": (*OBSERVED, "stages.flat.ridge"),
+    "curves": (*OBSERVED, "stages.flat.ridge", *BUDGETED),
     "bits": (*OBSERVED, "stages.gptq", "-stages.gptq.average_bits"),
     "choices": (*OBSERVED, "stages.gptq", "budget", *LIMITED, PRICED),
     "plan": BUILT,

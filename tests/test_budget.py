@@ -231,6 +231,8 @@ def test_a_changed_limit_keeps_what_was_measured_and_other_prices_do_not() -> No
     assert affected(known("size: 70MB")) == affected(known("memory: 70MB, context: 7")) == walked
     assert affected(known("size: 60MB, bits: [4]")) == walked | {"choices"}
     assert affected(known("size: 60MB", "[gguf: {}]")) == walked | {"choices"}
+    without = facts(Recipe.parse(f"{HEAD}stages: [flat: {{keep_ratio: 0.8}}, gptq: {{}}]\nexports: [onnx: {{}}]"))
+    assert affected(without) == walked | {"choices", "curves"}, "curves of a budget are judged on held-out rows"
     said = changes(known("size: 60MB"), known("size: 60MB", "[gguf: {}]"))
     assert said == ["exports.gguf: added", "exports.onnx: removed"]
 

@@ -49,7 +49,7 @@ def keys_of(recipe: Recipe, source: Source, tokens: Tensor, problem: Problem) ->
     }
     found = {"sensitivity": about}
     if recipe.flat is not None:
-        found["curves"] = about | {"ridge": recipe.flat.ridge}
+        found["curves"] = about | {"ridge": recipe.flat.ridge, "judged": "held-out rows"}
     if recipe.gptq is not None:
         units = [[unit.stems, [(c.name, *map(str, c.grids.values())) for c in unit.choices]] for unit in problem.units]
         found["choices"] = about | {"units": units} | {key: getattr(recipe.gptq, key) for key in SOLVER}
@@ -73,7 +73,8 @@ def measure(job: Job, problem: Problem) -> Measured:
         assert recipe.flat is not None
         measure_sensitivity(job, problem)
         fisher = Sensitivity(source.config, work)
-        return error_curves(source, tokens, fisher, work, ridge=recipe.flat.ridge, execution=execution)
+        ridge = recipe.flat.ridge
+        return error_curves(source, tokens, fisher, work, ridge=ridge, held_out=True, execution=execution)
 
     def errors() -> ERRORS:
         assert recipe.gptq is not None

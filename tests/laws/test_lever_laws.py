@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flatq.calibration.sensitivity import LONGEST, output_sensitivity, unsure, weighted
+from flatq.calibration.walk import dense_blocks
 from flatq.compress.allocate import Curves, Multiples, spend
 from flatq.compress.budget import parameter_budget
 from flatq.compress.error_curves import error_curves
@@ -157,6 +159,49 @@ def test_curves_start_at_zero_rise_and_end_at_all_ranks(tmp_path: Path) -> None:
             assert line[0] == 0
             assert list(line) == sorted(line)
     assert not (tmp_path / "curves").exists()
+
+
+def held_out_errors(weights: RandomWeights, rows: Tensor, work: Path) -> list[float]:
+    """For every block the error of half the value ranks, or of the deepest cut of the MLP.
+
+    Fitted on all rows but the last quarter, and judged on that.
+    """
+    found, held = [], len(rows) // 4
+    for block in dense_blocks(weights, rows, work, name="by-hand", execution=EXACT):
+        block.observe()
+        inner = block.activations(block.inputs().float())["inner"].double()
+        fit, judge = (part.flatten(0, 1) for part in (inner[:-held], inner[-held:]))
+        gram, dims = shrunk(fit.T @ fit / len(fit), 0.1), block.dims
+        if block.half == "mlp":
+            w = block.layer.down.weight.double()
+            keep = eliminate(w, gram, int(0.1 * len(gram)), 0.01).kept(len(gram))
+            error = judge @ w.T - judge[:, keep] @ nystroem(w, gram, keep).T
+        else:
+            w = block.layer.o.weight.double()
+            encode = output_basis(gram, w, dims.kv_heads, dims.group)[0][..., : dims.d_v // 2]
+            spread = spread_over_queries(encode, dims.group)
+            error = judge @ w.T - judge @ spread @ refit_output(w, gram, encode, dims.group).T
+        found.append(float(error.square().sum(1).mean()))
+    return found
+
+
+def test_held_out_curves_are_the_errors_on_rows_that_were_not_fitted(tmp_path: Path) -> None:
+    weights = RandomWeights(tiny_config())
+    tokens = torch.randint(0, 128, (8, 24), generator=torch.Generator().manual_seed(1))
+    settings: Any = {"ridge": 0.01, "execution": EXACT}
+    plain = error_curves(weights, tokens, None, tmp_path, **settings)
+    found = error_curves(weights, tokens, None, tmp_path, held_out=True, **settings)
+    errors = held_out_errors(weights, tokens, tmp_path)
+    for curve, seen, values, mlp in zip(found, plain, errors[::2], errors[1::2], strict=True):
+        assert curve.value[8] == pytest.approx(values, rel=1e-3)
+        assert curve.mlp[-1] == pytest.approx(mlp, rel=1e-3)
+        assert curve.mlp[-1] > seen.mlp[-1], "a fit loses more on other tokens than on its own"
+        for line, other in ((curve.value, seen.value), (curve.mlp, seen.mlp)):
+            assert len(line) == len(other)
+            assert line[0] == 0
+            assert list(line) == sorted(line)
+    few = error_curves(weights, tokens[:1], None, tmp_path, held_out=True, **settings)
+    assert all(curve.mlp[-1] > 0 for curve in few), "a single row is cut into four"
 
 
 DIMS = LayerDims(heads=2, kv_heads=2, d_qk=4, d_v=4, d_ff=8)
