@@ -8,7 +8,7 @@ Pairs: a norm and the linears that read it; ``v`` and ``o``; ``up`` and ``down``
 them. Nothing is done to a pair whose largest weights are both within ``USUAL``, as in every model seen so far.
 
 A factor may also have moved in one channel of a pair: a row of ``up`` is too small for the scale of its group, and the
-column of ``down`` hides its neighbours in their groups. A channel whose two sides are further apart than the median
+column of ``down`` hides the other columns of its group. A channel whose two sides are further apart than the median
 channel's by ``MOVED`` is brought back first. In Qwen2.5-Coder-0.5B the furthest channel is at 2^4.6, in SmolLM2-135M at
 2^1.4.
 
