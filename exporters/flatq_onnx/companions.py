@@ -111,22 +111,20 @@ def transformers_config(artifact: Artifact) -> dict[str, Any]:
     config = artifact.config
     first, widest = config.layers[0], max(layer.d_ff for layer in config.layers)
     dims = replace(first, d_v=first.d_qk, d_ff=widest)
+    plain = DecoderConfig(
+        "llama",
+        config.d_model,
+        config.vocab,
+        config.layers,
+        Rope(),
+        config.norm_eps,
+        config.tied_head,
+        config.max_positions,
+    )
     try:
-        settings = config_to_hf(config, dims)
+        settings = config_to_hf(plain if config.experts else config, dims)
     except UnsupportedModel:  # optimum only takes widths from the file, which a llama has, too
-        settings = config_to_hf(
-            DecoderConfig(
-                "llama",
-                config.d_model,
-                config.vocab,
-                config.layers,
-                Rope(),
-                config.norm_eps,
-                config.tied_head,
-                config.max_positions,
-            ),
-            dims,
-        )
+        settings = config_to_hf(plain, dims)
     return {**settings, "torch_dtype": "float32", **_token_ids(artifact)}
 
 

@@ -52,7 +52,7 @@ def _padding(config: DecoderConfig, options: SafetensorsOptions) -> list[str]:
             f"pad_values: a standard {config.family} checkpoint has one MLP width, the layers of this model differ; "
             "plan with uniform: true, or leave pad_values out"
         ]
-    if family_settings(padded_config(config)) is None:
+    if family_settings(padded_config(config), codes=options.keeps_codes) is None:
         return [
             f"pad_values: the switches of this model are not those of a {config.family} checkpoint; "
             "leave pad_values out"
@@ -67,7 +67,7 @@ def _packed_embedding(config: DecoderConfig, grids: Mapping[str, Grid], options:
         return [f"packed_embedding: no reader of format {options.format} supports it; write format compressed-tensors"]
     if "embed" not in grids:
         return ["packed_embedding: the embedding is not quantized; add embedding: {bits: 8} to the gptq stage"]
-    if family_settings(padded_config(config) if options.pad_values else config) is not None:
+    if family_settings(padded_config(config) if options.pad_values else config, codes=True) is not None:
         return [
             f"packed_embedding: the {config.family} class of transformers uses the embedding's weight before it is "
             "unpacked, so it works only for models with widths per layer; leave packed_embedding out"

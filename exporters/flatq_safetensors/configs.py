@@ -32,12 +32,14 @@ def hub_module(stem: str) -> str:
     return NAMES.to_hf(f"{stem}.weight").removesuffix(".weight")
 
 
-def family_settings(config: DecoderConfig) -> dict[str, Any] | None:
+def family_settings(config: DecoderConfig, *, codes: bool) -> dict[str, Any] | None:
     """``config.json`` of a standard checkpoint of the family; None if the family cannot express the configuration.
 
-    Families with other names of tensors than Llama's are written as models with widths per layer, too.
+    Families with other names of tensors than Llama's are written as models with widths per layer, too, and so are
+    experts as codes, of which transformers has no linears.
     """
-    if config.family in FAMILIES and FAMILIES[config.family].names != NAMES:
+    other = config.family in FAMILIES and FAMILIES[config.family].names != NAMES
+    if (config.experts and codes) or (other and not config.experts):
         return None
     try:
         return config_to_hf(config)

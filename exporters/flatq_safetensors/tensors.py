@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flatq.export import (
+    FAMILIES,
     LINEARS,
     DecoderConfig,
     ExportError,
@@ -93,7 +94,14 @@ class Layout:
     @property
     def plain(self) -> bool:
         """Whether the folder is a standard checkpoint of the model's family."""
-        return family_settings(self.config) is not None
+        return family_settings(self.config, codes=bool(self.grids)) is not None
+
+    def _written(self, name: str) -> list[str]:
+        """Names in the files of an unquantized tensor; in a standard checkpoint every expert has a tensor."""
+        if not (self.config.experts and self.plain):
+            return [NAMES.to_hf(name)]
+        hub = FAMILIES[self.config.family].names.to_hf(name)
+        return [hub.replace("*", str(number)) for number in range(self.config.experts)] if "*" in hub else [hub]
 
     def names(self) -> list[str]:
         """The artifact's tensors in the order in which they are written."""
@@ -102,9 +110,10 @@ class Layout:
     def planned(self, name: str) -> dict[str, Planned]:
         """The written tensors for one tensor of the artifact, by name in the files."""
         hub, stem = NAMES.to_hf(name), name.removesuffix(".weight")
-        shape = self._shape(name)
         if stem not in self.grids or not name.endswith(".weight"):
-            return {hub: Planned(shape, self.vectors.get(name, self.dtype))}
+            written, shape = self._written(name), list(self._shape(name))
+            shape[_axis_of_experts(name)] //= len(written)
+            return dict.fromkeys(written, Planned(tuple(shape), self.vectors.get(name, self.dtype)))
         (rows, columns), grid = matrix_shape(self.config, stem), self.grids[stem]
         groups, bits = grid.groups(columns), grid.bits
         if self.options.gptq_version is not None:
@@ -170,7 +179,13 @@ class Layout:
             raise ExportError(
                 f"{name}: its largest number {float(tensor.abs().max()):g} is beyond {self.dtype}; write bf16 or fp32"
             )
-        return {NAMES.to_hf(name): cast.contiguous()}
+        written = self._written(name)
+        parts = cast.chunk(len(written), _axis_of_experts(name))
+        return {hub: part.contiguous() for hub, part in zip(written, parts, strict=True)}
+
+
+def _axis_of_experts(name: str) -> int:
+    return 1 if name.endswith(".down.weight") else 0
 
 
 @lru_cache(maxsize=4)

@@ -84,7 +84,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _settings(artifact: Artifact, layout: Layout) -> dict[str, Any]:
-    settings = family_settings(layout.config) or hub_settings(layout.config)
+    settings = family_settings(layout.config, codes=bool(layout.grids)) or hub_settings(layout.config)
     settings |= {key: artifact.settings[key] for key in TOKEN_IDS if key in artifact.settings}
     settings["dtype"] = settings["torch_dtype"] = str(layout.dtype).removeprefix("torch.")
     if layout.grids:

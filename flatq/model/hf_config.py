@@ -301,8 +301,6 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
     Raises:
         UnsupportedModel: the family's configuration cannot express all of it.
     """
-    if config.experts:
-        raise UnsupportedModel(f"{config.family}: flatq does not write checkpoints with a tensor for each expert")
     stated = dims or config.layers[0]
     same = config.with_layers((stated,) * len(config.layers))
     family = family_named(config.family, "config_to_hf")
@@ -316,7 +314,8 @@ def config_to_hf(config: DecoderConfig, dims: LayerDims | None = None) -> dict[s
         "model_type": family.model_type,
         "architectures": [family.architecture],
         "hidden_size": config.d_model,
-        "intermediate_size": stated.d_ff,
+        "intermediate_size": (each := stated.d_ff // config.mlp_parts),
+        **({family.expert_width: each} if family.expert_width else {}),
         "num_hidden_layers": len(config.layers),
         "num_attention_heads": stated.heads,
         "num_key_value_heads": stated.kv_heads,

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from flatq.export.protocols import exporter_named
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
+from flatq.sources.source import open_model
 from tests.exporters.conftest import MakeArtifact, reference_logits, some_tokens
 from tests.models import tiny_config
 
@@ -59,6 +62,28 @@ def test_an_export_with_experts_is_the_artifact(
     tokens = some_tokens(config, 2, 12)
     with closing(runner):
         assert np.abs(runner.logits(tokens) - reference_logits(artifact, tokens)).max() < tolerance
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("grid", [None, Grid(4, 32, True)])
+def test_experts_of_one_width_are_a_standard_checkpoint(
+    make_artifact: MakeArtifact, tmp_path: Path, family: str, grid: Grid | None
+) -> None:
+    qwen = family == "qwen3_moe"
+    config = tiny_config(family=family, qk_norm=qwen, normed_routing=True, d_ff=(128, 128), tied_head=False, **ROUTED)
+    exporter, artifact = exporter_named("safetensors"), make_artifact(config, grid=grid)
+    options = exporter.Options(format="fp32", max_shard_size=100_000)
+    exported = exporter.write(artifact, tmp_path / "out", options)
+    assert exporter.bytes(config, artifact.grids, options, itemsize=4) == 4 * config.parameters()
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported.root)
+    assert model.config.model_type == family
+    tokens = some_tokens(config, 2, 12)
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(found - reference_logits(artifact, tokens)).max() < 1e-4
+    again = open_model(str(exported.root))
+    again.validate()
+    assert again.config == config
 
 
 @pytest.mark.parametrize(
