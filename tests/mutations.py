@@ -144,8 +144,8 @@ FAULTS = [
     Fault("damping ignored", "damping=spec.damping", "damping=0.01", (f"{KEYS}[gptq.damping]",)),
     Fault(
         "width_multiple ignored",
-        "else spec.rank_multiple, spec.width_multiple)",
-        "else spec.rank_multiple, 32)",
+        "Multiples(rank, spec.width_multiple * config.mlp_parts)",
+        "Multiples(rank, 32 * config.mlp_parts)",
         (f"{KEYS}[flat.width_multiple]",),
     ),
     Fault(
@@ -199,6 +199,7 @@ CANDIDATES: tuple[list[str], ...] = (
         "tests/laws/test_budget_laws.py",
         "tests/laws/test_allocation_laws.py",
         "tests/test_bits.py",
+        "tests/test_experts.py",
         "tests/test_plan.py",
     ],
 )

@@ -20,7 +20,7 @@ from flatq.calibration.walk import walk
 from flatq.compress.allocate import Curves
 from flatq.compress.error_curves import error_curves
 from flatq.compress.mlp import eliminate, leading_channels, nystroem, output_error, ridge_leverage
-from flatq.compress.plan import RankPlan, plan_ranks, shifted
+from flatq.compress.plan import RankPlan, plan_ranks, shifted, uneven_mlps
 from flatq.compress.stage import FlatStage
 from flatq.errors import ArtifactError, RecipeError, UnsupportedModel
 from flatq.linalg import drift_correction, relative_energy, shrunk
@@ -420,6 +420,11 @@ def test_widths_are_planned_in_steps_of_all_experts(tmp_path: Path) -> None:
         assert {dims.d_ff % 32 for dims in planned} == {0}
         assert planned != CONFIG.layers
         assert {dims.d_ff % 32 for dims in shifted(CONFIG, spec, planned).layers} == {0}
+        assert shifted(CONFIG, spec, planned).layers != planned
+    assert [dims.d_ff for dims in uneven_mlps(CONFIG, spec.model_copy(update={"width_multiple": 8})).layers] == [
+        96,
+        128,
+    ]
 
 
 @pytest.mark.parametrize(

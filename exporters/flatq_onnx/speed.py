@@ -83,6 +83,8 @@ class OnnxSpeed(SpeedModel):
                 f"onnx: the speed of target: {options.target} with activations: {options.activations} cannot be "
                 "predicted on this CPU; limit the size, or use target: ort, genai or optimum with fp32"
             )
+        if config.experts:
+            raise ExportError("onnx: the speed of a mixture of experts cannot be predicted; limit the size")
         self.config, self.options, self.load = config, options, load
         self.limit = options.positions(config)
         if max(load.context, load.prompt) > self.limit - STEPS:

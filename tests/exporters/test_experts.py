@@ -13,7 +13,9 @@ import pytest
 import torch
 import transformers
 
+from flatq.errors import ExportError
 from flatq.export.protocols import exporter_named
+from flatq.export.speed import SpeedLoad
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.sources.source import open_model
@@ -120,6 +122,12 @@ def test_where_onnxruntimes_node_is_not_exact_all_experts_are_computed_and_said_
     assert json.loads(contract.read_text())["onnxruntime"] == version
     graph = next(path for path in exported.files if path.suffix == ".onnx")
     assert (b"QMoE" in graph.read_bytes()) == (not all_computed)
+
+
+def test_speed_is_not_predicted() -> None:
+    exporter = exporter_named("onnx")
+    with pytest.raises(ExportError, match="speed of a mixture of experts cannot be predicted"):
+        exporter.speed_model(NORMED, exporter.Options(), SpeedLoad(64, 64))
 
 
 def test_down_may_have_other_codes_than_gate_and_up(make_artifact: MakeArtifact, tmp_path: Path) -> None:
