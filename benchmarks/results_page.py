@@ -35,7 +35,7 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 FIGURE = "docs/images/results.svg"
-README_TABLE, SPEED_TABLE = "01-quickstart", "20-onnx-speed"
+README_TABLE, SPEED_TABLE, BUDGET_TABLE = "01-quickstart", "20-onnx-speed", "14-joint"
 
 INTRODUCTION = f"""# Results
 
@@ -46,7 +46,7 @@ Every measured table, with the command that measures it. `python benchmarks/resu
 The model is SmolLM2-135M-Instruct where nothing else is said. *Damage* is `ln(perplexity / dense perplexity)` on
 held-out text: 0 is no loss, 0.1 is a perplexity 10.5 % higher.
 
-![Damage by share removed, and decoding speed]({FIGURE.removeprefix("docs/")})
+![Damage by share removed, damage by size of the file, and decoding speed]({FIGURE.removeprefix("docs/")})
 
 ## Quality
 
@@ -163,10 +163,10 @@ def readme(text: str, results: Path = RESULTS) -> str:
 
 
 def figure(results: Path = RESULTS) -> str:
-    """Damage of the two methods and speed of the graphs side by side: the text of an SVG file."""
+    """Damage of the two methods, damage by bytes, and speed of the graphs side by side: the text of an SVG file."""
     with matplotlib.rc_context({"svg.hashsalt": "flatq", "font.size": 9, "svg.fonttype": "none"}):
-        drawing = Figure(figsize=(8.4, 3.0), layout="constrained")
-        left, right = drawing.subplots(1, 2)
+        drawing = Figure(figsize=(12.0, 3.0), layout="constrained")
+        left, middle, right = drawing.subplots(1, 3)
         groups = quality_tables.grouped(read_quality(results).values())
         for label, name in (("paper iprs", "FLAT-LLM as published"), ("default curves", "flatq's default")):
             chosen = [g for g in groups if g[0]["label"] == label and len(g) == 3 and not g[0]["gptq"]]
@@ -175,6 +175,13 @@ def figure(results: Path = RESULTS) -> str:
         left.set(xlabel="% of the decoder removed", ylabel="damage, ln(ppl / dense ppl)", ylim=(0, None))
         left.set_title("WikiText-2, three seeds", loc="left")
         left.legend(frameon=False)
+        budget = Table.model_validate_json((results / "tables" / f"{BUDGET_TABLE}.json").read_bytes())
+        for kind in sorted({str(row[0]) for row in budget.rows}):
+            points = sorted((float(row[1]), float(row[-1])) for row in budget.rows if row[0] == kind)
+            middle.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=kind)
+        middle.set(xlabel="ONNX file, MB", ylabel="damage, other texts", yscale="log")
+        middle.set_title("Widths and bits at equal bytes", loc="left")
+        middle.legend(frameon=False)
         speed = Table.model_validate_json((results / "tables" / f"{SPEED_TABLE}.json").read_bytes())
         column = speed.columns.index("2 threads, 128")
         bars = right.barh(
@@ -191,7 +198,8 @@ def figure(results: Path = RESULTS) -> str:
 
 def _stamp(results: Path) -> str:
     """What the figure was drawn from: its text differs between versions of matplotlib, its data must not."""
-    data = (results / "quality.json").read_bytes() + (results / "tables" / f"{SPEED_TABLE}.json").read_bytes()
+    tables = ((results / "tables" / f"{name}.json").read_bytes() for name in (BUDGET_TABLE, SPEED_TABLE))
+    data = b"".join(((results / "quality.json").read_bytes(), *tables))
     return f"<!-- drawn from {hashlib.sha256(data).hexdigest()} -->"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from tests.models import EXACT, RandomWeights, tiny_config
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import baselines
+import budget
 import quality
 import quality_grid as grid
 import quality_lab
@@ -418,3 +421,22 @@ def test_a_table_is_written_with_its_day_and_commit_and_read_again(tmp_path: Pat
     with pytest.raises(ValidationError, match="has 1 cells for 2 columns"):
         results_page.write_table(tmp_path / "2.json", columns=["", "a"], rows=[["one"]], **about)
     assert not (tmp_path / "2.json").exists()
+
+
+def test_a_budget_s_table_ranks_its_predictions_and_names_what_is_missing() -> None:
+    def row(kind: str, share: float, predicted: float, lost: float) -> dict[str, Any]:
+        found = {"docs": 8 * math.exp(lost), "code": 16 * math.exp(2 * lost), "self": 99.0}
+        about = {"kind": kind, "share": share, "predicted": predicted, "perplexity": found}
+        return about | {"bytes": 75e6 * share, "planned": 75e6 * share, "tokens": 512}
+
+    rows = [row("dense", 0, 0, 0), row("joint", 1.0, 0.1, 0.2), row("bits", 1.0, 0.2, 0.1), row("joint", 0.45, 3, 2)]
+    rows.append(row("average", 1.0, math.nan, 0.5))
+    found = budget.table(rows, argparse.Namespace(calibration="self", rows=1, samples=2))
+    assert [line[0] for line in found["rows"]] == ["joint", "average", "bits", "joint"]
+    assert found["rows"][0] == ["joint", 33.75, 0.0, "3.000", "2.000", "4.000", "0.000", "3.000"], (
+        "self was calibrated on"
+    )
+    assert found["rows"][1][3] == "", "not all of its choices were measured"
+    assert "predicted and mean damage: 0.50 (3 plans)" in found["note"]
+    assert "widths at 33.7 MB" in found["note"]
+    assert "bits at 33.7 MB" not in found["note"], "impossible"
