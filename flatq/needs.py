@@ -28,8 +28,9 @@ BUILT = (*OBSERVED, "stages", "budget", PRICED)
 LIMITED = tuple(f"-budget.{key}" for key in (*LIMITS, *SPEEDS, "context", "prompt", "threads"))
 BUDGETED = ("budget", *(f"-budget.{key}" for key in BudgetSpec.model_fields))  # whether there is one
 JUDGED = "inputs.tokens.judged"
+DRAWN = ("model", "calibration", "evaluation", "stages.recover.samples")
 NEEDS: dict[str, tuple[str, ...]] = {
-    "self-text": ("model", "calibration", "evaluation"),
+    "self-text": DRAWN,
     "baseline": (*MODEL, JUDGED),
     "sensitivity": OBSERVED,
     "importance": OBSERVED,
@@ -38,6 +39,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "choices": (*OBSERVED, "stages.gptq", "budget", *LIMITED, PRICED),
     "plan": BUILT,
     "compress": BUILT,
+    "recover": (*BUILT, JUDGED, "inputs.tokens.recovery"),
     "evaluate": (*BUILT, JUDGED),
     "baseline-quantized": (*OBSERVED, "stages.gptq", "stages.flat.context", JUDGED),
     "baseline-same_bytes": (*BUILT, JUDGED),

@@ -24,13 +24,13 @@ from flatq.errors import ArtifactError, NumericsError, RecipeError
 from flatq.files import as_json, as_noted, first_fault, note_digest, read_json, write_checksummed
 from flatq.machine import distributed
 from flatq.machine.memory import forget_peak, give_back, peak_device_bytes, peak_rss_bytes
-from flatq.needs import digest_of, facts, needs
+from flatq.needs import DRAWN, digest_of, facts, needs
 from flatq.recipe.grammar import Recipe
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 FRESH = "start over with --fresh"
-ARTIFACT, EXPORTS = "artifact", "exports"
+ARTIFACT, EXPORTS, WALKED = "artifact", "exports", "walked"
 
 
 class Phase(BaseModel):
@@ -50,6 +50,7 @@ class Phases:
 
     Attributes:
         inputs: what the run depends on besides its recipe, see ``depend_on``; JSON-ready.
+        walked: what the walk makes: the artifact, or with a stage ``recover`` what that stage starts from.
     """
 
     def __init__(self, root: Path, recipe: Recipe, inputs: Mapping[str, Any] | None = None) -> None:
@@ -57,6 +58,7 @@ class Phases:
         self.inputs = dict(inputs or {})
         self.work = root / "work"
         self.artifact = root / ARTIFACT
+        self.walked = self.artifact if recipe.recover is None else self.work / WALKED
         self.partial = root / f"{ARTIFACT}.partial"
         self.exports = root / EXPORTS
         self._asked: set[str] = set()  # names of the phases of this recipe
@@ -72,7 +74,7 @@ class Phases:
             ArtifactError: ``inputs.json`` is damaged.
         """
         path, found = self.work / "inputs.json", as_json(inputs)
-        drawn = digest_of(facts(self.recipe), ("calibration", "evaluation"))
+        drawn = digest_of(facts(self.recipe), DRAWN)
         if path.exists():
             noted = read_json(path, dict[str, Any], FRESH, checksummed=True)
             if noted.get("drawn") != drawn:
@@ -110,7 +112,7 @@ class Phases:
         """
         if distributed.first():
             self._remove_other_walk()
-        return distributed.broadcast(self.artifact.exists())
+        return distributed.broadcast(self.artifact.exists() or self.walked.exists())
 
     def _remove_other_walk(self) -> None:
         note, mine = self.work / "walk.json", {"needs": self.needs("compress")}
@@ -120,9 +122,9 @@ class Phases:
                 return
         except ArtifactError as damaged:
             log.warning("%s", damaged)
-        for place in (self.artifact, self.partial, self.work / "blocks"):
+        for place in (self.artifact, self.partial, self.work / WALKED, self.work / "blocks"):
             shutil.rmtree(place, ignore_errors=True)
-        for pattern in ("state.json", "states-?", "dense-?"):
+        for pattern in ("state.json", "states-?", "dense-?", "recover*"):
             for path in self.work.glob(pattern):
                 path.unlink()
         write_checksummed(note, mine)

@@ -178,6 +178,16 @@ def test_the_digest_changes_with_every_value(old: str, new: str) -> None:
         ),
         ("stages: [{gptq: {correction: 1.5}}]", "1.5 is not allowed; a number in [0, 1]"),
         ("stages: [{gptq: {}}, {gptq: {}}]", "stages[1]: a second gptq stage; keep one"),
+        ("stages: [{recover: {}}]", "stages[0]: nothing to recover; add `- flat: {...}` or `- gptq: {...}` before it"),
+        ("stages: [{recover: {}}, {gptq: {}}]", "stages[0]: recover comes before a stage that changes the weights"),
+        ("stages: [{gptq: {}}, {recover: {}}, {recover: {}}]", "stages[2]: a second recover stage; keep one"),
+        ("stages: [{gptq: {}}, {recover: {steps: -1}}]", "-1 is not allowed; a whole number in [0, "),
+        ("stages: [{gptq: {}}, {recover: {samples: 1}}]", "samples: 1 is not allowed; a whole number in [2, "),
+        ("stages: [{gptq: {}}, {recover: {learning_rate: 0}}]", "0 is not allowed; a number in (0, 0.1]"),
+        (
+            "budget: {max_damage: 0.1}\nstages: [{gptq: {}}, {recover: {}}]",
+            "stages[1]: max_damage is searched by walks without it; remove this stage, or give a size",
+        ),
         ("stages: []", "nothing to do; add at least one stage or one export"),
         ("exports: [onnx]", "exports[0]: 'onnx' is not allowed; one format with its options, as in `- onnx: {}`"),
         ("exports: [{onnx: }]", "one format with its options"),
@@ -432,7 +442,7 @@ def test_the_schema_has_the_shape_of_the_file() -> None:
     schema = json_schema()
     stage = schema["properties"]["stages"]["items"]
     entries = [schema["$defs"][ref["$ref"].rsplit("/", 1)[-1]] for ref in stage.get("oneOf", stage.get("anyOf"))]
-    assert [list(entry["properties"]) for entry in entries] == [["flat"], ["gptq"]]
+    assert [list(entry["properties"]) for entry in entries] == [["flat"], ["gptq"], ["recover"]]
     assert schema["properties"]["exports"]["items"]["maxProperties"] == 1
     assert {"type": "string"} in [dict(kind) for kind in schema["properties"]["model"]["anyOf"]]
     assert schema["required"] == ["version", "model"]

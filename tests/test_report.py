@@ -148,7 +148,7 @@ def test_json_has_the_contracts_keys_and_comes_back_equal(report: Report, tmp_pa
     assert set(written) == {
         "schema_version", "model", "recipe", "environment", "baseline", "result", "layers", "head", "exports",
         "bench", "timing", "memory", "device_memory", "forecast", "peak_rss_bytes", "notes", "quality",
-        "recipe_text", "baselines", "tasks",
+        "recipe_text", "baselines", "tasks", "recovery",
     }  # fmt: skip
     assert {"parameters", "decoder_parameters", "bytes", "perplexity"} <= set(written["result"])
     assert {"files", "bytes", "sha256", "verify"} <= set(written["exports"][0])

@@ -34,6 +34,7 @@ from flatq.plan.limits import prices_of
 from flatq.recipe import blocks
 from flatq.recipe.budget import BudgetSpec
 from flatq.recipe.grammar import Recipe
+from flatq.recipe.recovery import RecoverSpec
 from flatq.sources.source import open_model
 from flatq_onnx import OnnxExporter
 from tests.conftest import flatq
@@ -53,6 +54,7 @@ SPECS = {
     "budget": BudgetSpec,
     "flat": blocks.FlatSpec,
     "gptq": blocks.GptqSpec,
+    "recover": RecoverSpec,
     "gptq.embedding": blocks.EmbeddingSpec,
     "gptq.overrides": blocks.OverrideSpec,
     "exports": blocks.ExportSpec,
@@ -775,6 +777,48 @@ def _(runs: Runs) -> None:
     assert 0.5 < min(alike.values()) < 0.99
     assert strayed(runs, tuned) < 0.95 * strayed(runs, without)
     assert tuned.errors(0) != without.errors(0)
+
+
+# ---- recover
+
+
+def recovered(runs: Runs, **changed: Any) -> Made:
+    stage = {"steps": 6, "samples": 16, "tokens": 256, "learning_rate": 0.01} | changed
+    return runs(stages=[{"gptq": GPTQ}, {"recover": stage}])
+
+
+def moved(runs: Runs, made: Made) -> float:
+    """Mean change of the logarithm of a scale of layer 0."""
+    names = of_layer(0)
+    pairs = [(gptq(runs).codes(name).scale.float(), made.codes(name).scale.float()) for name in names]
+    return float(torch.stack([(after / before).log().abs().mean() for before, after in pairs]).mean())
+
+
+@case("recover.steps")
+def _(runs: Runs) -> None:
+    none, some = pairs(runs, recovered, "steps", 0, 6)
+    assert none.artifact.manifest["recover"]["step"] == 0
+    assert moved(runs, none) == 0
+    assert moved(runs, some) > 0
+    assert some.perplexity < none.perplexity == gptq(runs).perplexity
+
+
+@case("recover.samples")
+def _(runs: Runs) -> None:
+    few, many = pairs(runs, recovered, "samples", 10, 16)
+    assert few.artifact.manifest["recover"]["before"] != many.artifact.manifest["recover"]["before"]
+
+
+@case("recover.tokens")
+def _(runs: Runs) -> None:
+    one, four = pairs(runs, recovered, "tokens", 1, 256)
+    assert not same(one, four, "layers.0.q"), "one sequence a step, and four"
+
+
+@case("recover.learning_rate")
+def _(runs: Runs) -> None:
+    slow, usual = pairs(runs, recovered, "learning_rate", 0.001, 0.01)
+    assert 0 < moved(runs, slow) < 0.3 * moved(runs, usual)
 
 
 @case("gptq.overrides")

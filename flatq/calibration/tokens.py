@@ -28,6 +28,7 @@ from torch import Tensor
 
 from flatq.calibration.corpora import Corpus, read_text
 from flatq.errors import RecipeError
+from flatq.recipe.blocks import rows_by_share
 
 if TYPE_CHECKING:
     from flatq.recipe.blocks import CalibrationSpec, EvaluationSpec, TextSpec
@@ -69,11 +70,13 @@ class Tokens:
         calibration: int64 [samples, seq_len].
         evaluation: at least one evaluation text, in the order of the recipe.
         description: origin and digests of all texts; JSON-ready.
+        recovery: further rows of the calibration texts for the stage ``recover``, int64 [any, seq_len]; None without.
     """
 
     calibration: Tensor
     evaluation: tuple[EvaluationText, ...]
     description: dict[str, Any]
+    recovery: Tensor | None = None
 
     @property
     def heldout(self) -> Tensor:
@@ -82,7 +85,12 @@ class Tokens:
 
 
 def token_batches(
-    calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec], tokenizer: Any, writer: Writer | None = None
+    calibration: CalibrationSpec,
+    evaluation: Sequence[EvaluationSpec],
+    tokenizer: Any,
+    writer: Writer | None = None,
+    *,
+    recovery: int = 0,
 ) -> Tokens:
     """Read or generate texts, tokenise, split off the held-out parts, choose the calibration windows.
 
@@ -91,19 +99,20 @@ def token_batches(
         evaluation: evaluation texts and their number of tokens.
         tokenizer: the model's, a ``PreTrainedTokenizerFast``.
         writer: generates the rows of dataset self; None if dataset self is not used.
+        recovery: number of rows for the stage ``recover``, disjoint from the others.
 
     Raises:
         RecipeError: a text cannot be read or generated, or is too short; the message contains the numbers.
     """
     split = _Split(calibration, _unfolded(calibration, evaluation), tokenizer, writer)
-    drawn, seen = [], []
-    for part, count in zip(calibration.parts, calibration.counts(), strict=True):
-        windows, available = split.observed(corpus_of(part), count)
-        drawn.append(windows)
-        seen.append(_describe(corpus_of(part), windows, available))
-    rows = torch.cat(drawn)
-    if len(drawn) > 1:
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))]
+    drawn, further, seen = [], [], []
+    shares = rows_by_share([part.share for part in calibration.parts], recovery)
+    for part, count, more in zip(calibration.parts, calibration.counts(), shares, strict=True):
+        windows, available = split.observed(corpus_of(part), count, more)
+        drawn.append(windows[:count])
+        further.append(windows[count:])
+        seen.append(_describe(corpus_of(part), windows[:count], available))
+    rows, others = (_shuffled(parts, calibration.seed) for parts in (drawn, further))
     about = seen[0] if len(seen) == 1 else {"dataset": "mix", "parts": seen, **_shape(rows)}
     judged, described = [], []
     for name, spec, corpus in split.wanted:
@@ -111,12 +120,22 @@ def token_batches(
         judged.append(EvaluationText(name, kept, corpus in split.sources))
         described.append({"name": name, "calibrated": corpus in split.sources} | _describe(corpus, kept, available))
     description = {"calibration": about | {"seed": calibration.seed}, "heldout": described[0], "judged": described}
-    return Tokens(rows, tuple(judged), description)
+    if not recovery:
+        return Tokens(rows, tuple(judged), description)
+    return Tokens(rows, tuple(judged), description | {"recovery": _shape(others)}, others)
 
 
-def self_tokens(calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec]) -> int:
-    """Number of tokens that the model generates for dataset self."""
-    seen = zip(calibration.parts, calibration.counts(), strict=True)
+def _shuffled(parts: Sequence[Tensor], seed: int) -> Tensor:
+    """Rows of all parts; those of several parts in random order."""
+    rows = torch.cat([*parts])
+    return rows if len(parts) == 1 else rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+
+
+def self_tokens(calibration: CalibrationSpec, evaluation: Sequence[EvaluationSpec], recovery: int = 0) -> int:
+    """Number of tokens that the model generates for dataset self; arguments of ``token_batches``."""
+    further = rows_by_share([part.share for part in calibration.parts], recovery)
+    counts = [count + more for count, more in zip(calibration.counts(), further, strict=True)]
+    seen = zip(calibration.parts, counts, strict=True)
     written = calibration.seq_len * sum(count for part, count in seen if part.dataset == "self")
     judged = [spec for spec, corpus in _unfolded(calibration, evaluation) if corpus.dataset == "self"]
     return written + sum(spec.tokens // spec.seq_len * spec.seq_len for spec in judged)
@@ -182,9 +201,13 @@ class _Split:
             self._text_tokens("evaluation", spec.seq_len)
             _rows_of(spec)
 
-    def observed(self, corpus: Corpus, samples: int) -> tuple[Tensor, int]:
-        """Calibration rows of a text, int64 [samples, seq_len], and the number of tokens they were chosen from."""
-        seq_len, seed = self._calibration.seq_len, self._calibration.seed
+    def observed(self, corpus: Corpus, count: int, more: int = 0) -> tuple[Tensor, int]:
+        """Rows of a text, and the number of tokens that they were chosen from.
+
+        Returns:
+            int64 [count + more, seq_len]: those for calibration, then those for the stage ``recover``.
+        """
+        seq_len, seed, samples = self._calibration.seq_len, self._calibration.seed, count + more
         if corpus.dataset == "self":
             return self._written(samples, seq_len, seed), samples * seq_len
         own = self._text_tokens("calibration", seq_len)
@@ -193,7 +216,8 @@ class _Split:
         apart = self._kept(corpus)
         if apart and not corpus.has_test:
             stream, self._rest[corpus] = _set_apart(stream, apart, corpus.label)
-        return self._opened(draw_windows(stream, samples, own, seed, corpus.label)), len(stream)
+        label = f"{corpus.label} (with the {more} samples of recover)" if more else corpus.label
+        return self._opened(draw_windows(stream, samples, own, seed, label)), len(stream)
 
     def evaluation(self, spec: EvaluationSpec, corpus: Corpus) -> tuple[Tensor, int]:
         """Evaluation rows of a text, int64 [windows, seq_len], and the number of held-out tokens."""

@@ -45,7 +45,7 @@ def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mappi
     """Compress and quantize block by block; resumes an interrupted run of the same folder.
 
     Args:
-        job: the artifact is built in ``folder.partial`` and renamed to ``folder.artifact`` at the end.
+        job: the artifact is built in ``folder.partial`` and renamed to ``folder.walked`` at the end.
         plan: widths of the compressed model.
         grids: grid of every weight to quantize, by stem.
         provenance: written to the manifest; must be the same for two runs of one recipe.
@@ -65,7 +65,7 @@ def build(job: Job, plan: RankPlan, grids: Mapping[str, Grid], provenance: Mappi
         head = save_last(source, grids, moment, recipe.gptq, partial)
         save_shard(partial / ENERGIES, energies(work))
         manifest = {**provenance, "plan": asdict(plan), "blocks": block_reports(work), "head": head}
-        _finish(source, config, grids, manifest, partial, job.folder.artifact)
+        _finish(source, config, grids, manifest, partial, job.folder.walked)
     distributed.barrier()
 
 

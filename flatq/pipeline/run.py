@@ -1,6 +1,7 @@
 """``flatq run``: from a recipe to a verified and measured model.
 
-    load -> baseline -> importance -> rank plan -> walk (FLAT, GPTQ) -> artifact -> exports -> verify -> bench -> report
+    load -> baseline -> importance -> rank plan -> walk (FLAT, GPTQ) -> recover -> artifact -> exports -> verify
+    -> bench -> report
 
 Each step is one call below and a phase of the run folder, so that an interrupted run can be resumed.
 """
@@ -33,6 +34,7 @@ from flatq.pipeline.build import build
 from flatq.pipeline.dense import dense_once
 from flatq.pipeline.fit import fitted
 from flatq.pipeline.quality import dense_quality, export_quality, log_quality, model_quality, stop_if_ruined
+from flatq.pipeline.recover import recovered
 from flatq.pipeline.tasks import require_tasks, task_results
 from flatq.pipeline.texts import run_tokens
 from flatq.plan import sizes
@@ -124,6 +126,8 @@ def _run(
             log.info(line)
         raise_objections(recipe, source.config.with_layers(plan.layers), exports, grids)
         artifact = compressed(job, plan, grids, origins)
+        if recipe.recover is not None:
+            artifact = recovered(job, recipe.recover, dense, artifact)
         quality = folder.phase(
             "evaluate", lambda: model_quality(dense, artifact, tokens.evaluation), list[dict[str, Any]]
         )
@@ -179,6 +183,7 @@ def finish(
         exports=written,
         bench=bench,
         tasks=tasks,
+        before_recovery=folder.known("recover", list[dict[str, Any]]) or (),
         curves=(folder.known("curves", list[Curves]) or ()) if "curves" in folder.timing() else (),
         timing=folder.timing(),
         peak_rss_bytes=folder.peak_rss_bytes(),
@@ -209,7 +214,7 @@ def open_source(recipe: Recipe) -> Source:
 
 
 def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Mapping[str, Any]) -> Artifact:
-    """The artifact, built by one walk over the blocks, or finished by an earlier run."""
+    """The artifact of one walk over the blocks, built now or finished by an earlier process."""
     folder = job.folder
 
     def make() -> None:
@@ -221,7 +226,7 @@ def compressed(job: Job, plan: RankPlan, grids: Mapping[str, Grid], origins: Map
         build(job, plan, grids, origins)
 
     folder.phase("compress", make, NoneType)
-    return Artifact.open(folder.artifact, check=distributed.first())
+    return Artifact.open(folder.walked, check=distributed.first())
 
 
 def measure_cache_ranges(job: Job, artifact: Artifact) -> None:

@@ -28,10 +28,12 @@ def run_tokens(recipe: Recipe, source: Source, folder: RunFolder, device: str, p
     """
     writer = SelfText(source, place / SELF_TEXT, device, recipe.calibration.precision)
 
-    def drawn() -> Tokens:
-        return distributed.on_first(lambda: _drawn(recipe, source.tokenizer(), source.config.vocab, writer))
+    further = 0 if recipe.recover is None else recipe.recover.samples
 
-    if self_tokens(recipe.calibration, recipe.evaluation):
+    def drawn() -> Tokens:
+        return distributed.on_first(lambda: _drawn(recipe, source.tokenizer(), source.config.vocab, writer, further))
+
+    if self_tokens(recipe.calibration, recipe.evaluation, further):
         folder.phase("self-text", lambda: drawn().description, dict[str, Any])
     return drawn()
 
@@ -55,9 +57,11 @@ def tokens_of(recipe: Recipe, tokenizer: Any, rows: int) -> Tokens:
         return _drawn(recipe, source.tokenizer(), source.config.vocab, writer)
 
 
-def _drawn(recipe: Recipe, tokenizer: Any, rows: int, writer: SelfText | None = None) -> Tokens:
-    tokens = token_batches(recipe.calibration, recipe.evaluation, tokenizer, writer)
+def _drawn(recipe: Recipe, tokenizer: Any, rows: int, writer: SelfText | None = None, further: int = 0) -> Tokens:
+    tokens = token_batches(recipe.calibration, recipe.evaluation, tokenizer, writer, recovery=further)
     refuse_beyond(tokens.calibration, tokenizer, rows, f"calibration: {recipe.calibration.label}")
+    if tokens.recovery is not None:
+        refuse_beyond(tokens.recovery, tokenizer, rows, f"recover: {recipe.calibration.label}")
     for text in tokens.evaluation:
         refuse_beyond(text.tokens, tokenizer, rows, f"evaluation: {text.name}")
     return tokens

@@ -48,6 +48,8 @@ def explanation(recipe: Recipe) -> list[str]:
         for pattern, rule in gptq.overrides.items():
             changed = ", ".join(f"{key} {value}" for key, value in rule.model_dump(exclude_unset=True).items())
             lines.append(f"             {pattern}: {changed}")
+    if (recover := recipe.recover) is not None:
+        lines.append(f"recover      {recover.steps} steps of {recover.tokens} tokens, trains scales and norm gains")
     for spec in recipe.exports:
         options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
         unverified = "" if spec.verify else " (not verified)"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flatq.calibration import cache_ranges, sensitivity, states
+from flatq.calibration import cache_ranges, distillation, sensitivity, states
 from flatq.calibration.perplexity import LOGITS_AT_ONCE
 from flatq.calibration.self_text import SIDE_BY_SIDE, writing_bytes
 from flatq.calibration.states import WORKING_SET, activation_bytes
@@ -30,7 +30,7 @@ from flatq.machine.precision import resolved
 from flatq.machine.speed import measured_speed
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.plan.decide import measurements
-from flatq.plan.operations import operations
+from flatq.plan.operations import after_walk, operations
 from flatq.quantize import bit_errors, choice_errors
 from flatq.quantize.embedding_and_head import HEAD_AT_ONCE
 from flatq.quantize.gptq import WEIGHTS_AT_ONCE
@@ -84,8 +84,9 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
     """Number of tokens that each phase processes."""
     calibration = recipe.calibration.samples * recipe.calibration.seq_len
     scored = recipe.evaluation[0].tokens
+    further = 0 if recipe.recover is None else recipe.recover.samples
     return {
-        "self-text": self_tokens(recipe.calibration, recipe.evaluation),
+        "self-text": self_tokens(recipe.calibration, recipe.evaluation, further),
         "baseline": scored,
         "sensitivity": min(calibration, sensitivity.TOKENS),
         "curves": min(calibration, error_curves.TOKENS),
@@ -93,6 +94,7 @@ def _tokens(recipe: Recipe) -> dict[str, int]:
         "bits": min(calibration, bit_errors.TOKENS),
         "choices": min(calibration, choice_errors.TOKENS),
         "compress": calibration,
+        "recover": further * recipe.calibration.seq_len,
         "evaluate": scored,
         "cache-ranges": min(calibration, max(recipe.calibration.seq_len, cache_ranges.TOKENS)),
     }
@@ -137,6 +139,9 @@ def working_bytes(
     ranging = 4 * _tokens(recipe)["cache-ranges"] * m + max(half + cache_ranges.ROWS * one, embedding)
     gradients = 8 * min(sensitivity.TOKENS, text.samples * text.seq_len) * m
     length = min(sensitivity.LENGTH, text.seq_len)
+    step = max(text.seq_len, recipe.recover.tokens if recipe.recover is not None else 0)
+    recovering = 4 * half + 3 * batch  # weights, as they were, gradients and their sums; activations with gradients
+    judged = 8 * tables + 24 * distillation.LOGITS * config.vocab  # both heads
     found = {
         "self-text": writing_bytes(
             config,
@@ -151,11 +156,13 @@ def working_bytes(
         "bits": max(half + 4 * m**2 + outputs + max(batch + 2 * grams, grams + 16 * f**2 + solved), embedding),
         "choices": max(half + 4 * m**2 + outputs + max(batch + 4 * grams, 2 * grams + 16 * f**2 + solved), judging),
         "compress": max(half + max(batch + grams, narrowing, rounding + tuning), heading),
+        "recover": 8 * step * m + max(recovering, judged, evaluated),
         "evaluate": evaluated,
         "cache-ranges": ranging,
     }
     phases = ["self-text"] if self_tokens(text, recipe.evaluation) else []
-    phases += ["baseline", *measurements(recipe), "compress", "evaluate", *(["cache-ranges"] if ranges else [])]
+    phases += ["baseline", *measurements(recipe), "compress", *after_walk(recipe), "evaluate"]
+    phases += ["cache-ranges"] if ranges else []
     return {phase: int(found[phase]) for phase in phases}
 
 

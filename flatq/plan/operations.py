@@ -28,6 +28,7 @@ PASSES = 12 * len(CLIPS) + 60  # float32 passes over a weight: scale search and 
 CHOICES = 6  # grids that a budget typically chooses from
 STEP_PASSES = 40  # float32 passes over a weight in a step of training: decoding, its gradient, the update
 READING = 12  # bytes moved for each weight that is read and converted to float32
+FACTOR_BYTES = 40  # bytes moved for each weight in a step of recover: its gradient, sums over what a factor scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,13 @@ def operations(
         "bits": lambda t: _bits(recipe, config, t, length),
         "choices": lambda t: _choices(config, t, length),
         "compress": lambda t: _compressed(recipe, config, planned, t),
+        "recover": lambda t: _recovered(recipe, config, planned, t) + _evaluated(planned, tokens["evaluate"], scored),
         "evaluate": lambda t: _evaluated(planned, t, scored),
         "cache-ranges": lambda t: _passed(planned, t, length),
     }
     wanted = ["self-text"] if tokens["self-text"] else []
     wanted += ["baseline", *measurements(recipe, narrows=planned.layers != config.layers)]
-    wanted += ["compress", "evaluate", *(["cache-ranges"] if ranges else [])]
+    wanted += ["compress", *after_walk(recipe), "evaluate", *(["cache-ranges"] if ranges else [])]
     return {phase: phases[phase](tokens[phase]) for phase in wanted}
 
 
@@ -190,6 +192,27 @@ def _tuned(config: DecoderConfig, steps: int, t: int, s: int) -> Operations:
     """Training of codes and scales: the outputs to reach, the steps (a backward pass is two forward), the checks."""
     passes = t + CHECKS * t / HELD_OUT + 3 * steps * s * max(1, STEP_TOKENS // s)
     return _passed(config, t, s, passes / t) + Operations(moved=4 * STEP_PASSES * steps * config.decoder_parameters())
+
+
+def after_walk(recipe: Recipe) -> list[str]:
+    """Names of the phases between the walk and the evaluation."""
+    return [] if recipe.recover is None else ["recover"]
+
+
+def _recovered(recipe: Recipe, config: DecoderConfig, planned: DecoderConfig, t: int) -> Operations:
+    """Distillation: dense states of all tokens, checks on those held out, and steps.
+
+    A step is four forward passes. Both heads are computed for every token of a step and of a check, and a product for
+    the gradient. A step reads all weights twice, and has a gradient of each.
+    """
+    assert recipe.recover is not None
+    s, m, v = recipe.calibration.seq_len, config.d_model, config.vocab
+    checked = (CHECKS + 1) * -(-t // HELD_OUT)
+    trained = recipe.recover.steps * s * max(1, recipe.recover.tokens // s)
+    heads = Operations(2 * m * v * (2 * checked + 3 * trained), moved=40 * v * (checked + trained))
+    passes = _passed(config, t, s) + _passed(planned, checked + 4 * trained, s)
+    weights = recipe.recover.steps * planned.decoder_parameters() * (2 * READING + FACTOR_BYTES)
+    return passes + heads + Operations(moved=weights)
 
 
 def _bits(recipe: Recipe, config: DecoderConfig, t: int, s: int) -> Operations:

@@ -13,6 +13,7 @@ from flatq.model.weights import HALVES
 from flatq.plan.decide import measurements
 from flatq.recipe.blocks import CONTEXT
 from flatq.recipe.grammar import Recipe
+from flatq.stages import dense_states_needed
 
 # Tokens per input of the widest linear that are needed without shrinkage. SmolLM2-135M, method paper, 20 % removed,
 # 1,536 inputs, dense perplexity 7.67: 36.9 with 1 token per input, 14.0 with 1.3, 10.7 with 5.3; with shrinkage 9.6
@@ -30,12 +31,16 @@ def disk_bytes(config: DecoderConfig, recipe: Recipe, itemsize: int) -> int:
     """Bytes that a run writes without exports: artifact, hidden states, gradients for the sensitivity."""
     text, m, blocks = recipe.calibration, config.d_model, len(HALVES) * len(config.layers)
     tokens = text.samples * text.seq_len
-    files = 4 if any(stage.corrects for stage in recipe.stages) else 2  # the dense model's, too
+    files = 4 if any(dense_states_needed(recipe)) else 2  # the dense model's, too
     states = files * tokens * m * stored_as(text.states, tokens, m).itemsize
     if "sensitivity" in measurements(recipe, narrows=recipe.flat is not None and recipe.flat.keep_ratio != 1):
         few = min(tokens, sensitivity.TOKENS)
         gradients = (blocks + 1) * few * m * stored_as(text.states, blocks * few, m).itemsize
         states = max(states, gradients) + 4 * blocks * m**2
+    if recipe.recover is not None:  # a second artifact; the dense model's states, and those of a step between blocks
+        step = (blocks + 1) * max(text.seq_len, recipe.recover.tokens) * m * 4
+        trained = recipe.recover.samples * text.seq_len * m * 4
+        states += artifact_bytes(config, recipe, itemsize) + trained + step
     return artifact_bytes(config, recipe, itemsize) + states
 
 

@@ -44,6 +44,7 @@ from flatq.recipe.blocks import (
 from flatq.recipe.budget import BudgetSpec
 from flatq.recipe.messages import explain, shown, written
 from flatq.recipe.reader import Document, Place, Unreadable, read
+from flatq.recipe.recovery import RecoverSpec
 from flatq.recipe.rules import broken_rules, said_twice
 
 LARGEST_FILE = 1_000_000  # bytes
@@ -51,7 +52,7 @@ LARGEST_FILE = 1_000_000  # bytes
 
 def _kind(entry: Any) -> str | None:
     """The stage that an entry of ``stages`` names."""
-    if isinstance(entry, FlatSpec | GptqSpec):
+    if isinstance(entry, FlatSpec | GptqSpec | RecoverSpec):
         return entry.kind
     return next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else None
 
@@ -87,9 +88,11 @@ ModelEntry = Annotated[
 ]
 FlatEntry = create_model("FlatEntry", __base__=Spec, flat=FlatSpec)
 GptqEntry = create_model("GptqEntry", __base__=Spec, gptq=GptqSpec)
+RecoverEntry = create_model("RecoverEntry", __base__=Spec, recover=RecoverSpec)
 Stage = Annotated[
     Annotated[FlatSpec, BeforeValidator(_inside, json_schema_input_type=FlatEntry), Tag("flat")]
-    | Annotated[GptqSpec, BeforeValidator(_inside, json_schema_input_type=GptqEntry), Tag("gptq")],
+    | Annotated[GptqSpec, BeforeValidator(_inside, json_schema_input_type=GptqEntry), Tag("gptq")]
+    | Annotated[RecoverSpec, BeforeValidator(_inside, json_schema_input_type=RecoverEntry), Tag("recover")],
     Discriminator(_kind),
     PlainSerializer(lambda stage: {stage.kind: stage.model_dump()}),
 ]
@@ -124,7 +127,7 @@ class Recipe(Spec):
     """One limit for the whole model, from which widths and bits of the stages are chosen; null leaves both to the
     stages."""
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
-    """The compression stages, in this order: flat, gptq, or both."""
+    """The compression stages, in this order: flat, gptq, or both; then recover, a short training after them."""
     exports: Annotated[tuple[Export, ...], Field(strict=False)] = ()
     """The formats to write."""
     bench: BenchSpec | None = None
@@ -205,6 +208,11 @@ class Recipe(Spec):
     def gptq(self) -> GptqSpec | None:
         """The quantization stage."""
         return next((stage for stage in self.stages if isinstance(stage, GptqSpec)), None)
+
+    @property
+    def recover(self) -> RecoverSpec | None:
+        """The training after the walk."""
+        return next((stage for stage in self.stages if isinstance(stage, RecoverSpec)), None)
 
     @property
     def tasks(self) -> tuple[str, ...]:

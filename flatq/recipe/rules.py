@@ -33,6 +33,7 @@ def broken_rules(recipe: Mapping[str, Any]) -> Broken:
     if isinstance(whole, Mapping):
         yield from _budget(whole, recipe)
     yield from _tuned(recipe)
+    yield from _recovered(recipe)
     yield from _exports(_entries(recipe, "exports"))
     yield from _calibration(recipe)
     yield from _evaluation(recipe)
@@ -146,6 +147,20 @@ def _tuned(recipe: Mapping[str, Any]) -> Broken:
             yield place, "trains towards the outputs before rounding, which undoes `correction`; remove one of the two"
         if _mapping(recipe, "calibration").get("samples") == 1:
             yield place, "a tenth of the sequences is held out of the training; set calibration.samples to 2 or more"
+
+
+def _recovered(recipe: Mapping[str, Any]) -> Broken:
+    kinds = [kind for _, kind, _ in _entries(recipe, "stages")]
+    for index, kind, _ in _entries(recipe, "stages"):
+        place: Place = ("stages", index)
+        if kind != "recover":
+            continue
+        if kinds.index(kind) < len(kinds) - 1 and kinds[-1] != kind:
+            yield place, "recover comes before a stage that changes the weights again; move it to the end"
+        if not {"flat", "gptq"} & set(kinds):
+            yield place, "nothing to recover; add `- flat: {...}` or `- gptq: {...}` before it, or remove it"
+        if _mapping(recipe, "budget").get("max_damage") is not None:
+            yield place, "max_damage is searched by walks without it; remove this stage, or give a size"
 
 
 def _number(value: Any) -> bool:

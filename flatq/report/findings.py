@@ -35,6 +35,7 @@ def findings(report: Report) -> Findings:
     found = Findings()
     _compare_model(report, found)
     _compare_texts(report, found)
+    _compare_recovery(report, found)
     for other in report.baselines:
         _compare_baseline(other, report, found)
     dense = report.bench_of(BASELINE)
@@ -132,6 +133,22 @@ def _compare_texts(report: Report, found: Findings) -> None:
     for seen in inside:
         for other in (text for text in report.quality if not text.calibrated):
             _warn_where_apart(seen, other, found)
+
+
+def _compare_recovery(report: Report, found: Findings) -> None:
+    """What the stage ``recover`` gained on each text."""
+    if report.recovery is None:
+        return
+    if report.recovery.step == 0:
+        found.notes.append("recover: no step lowered the divergence on the rows held out, so nothing was changed")
+        return
+    after = {text.text: text for text in report.quality}
+    for text in report.recovery.quality:
+        damage = after[text.text].damage
+        (found.gains if damage < text.damage else found.costs).append(
+            f"recover (distillation, a kind of training) on {_kind(text)}: {text.damage:+.3f} → {damage:+.3f} nats per "
+            "token"
+        )
 
 
 def _compare_baseline(other: BaselineReport, report: Report, found: Findings) -> None:

@@ -47,6 +47,7 @@ def qualities(report: Report) -> list[tuple[TextQuality, str]]:
         for baseline in report.baselines
         for text in baseline.quality
     ]
+    found += [(text, "before recover") for text in (report.recovery.quality if report.recovery else ())]
     found += [(text, export.name) for export in report.exports for text in export.quality]
     order = list(dict.fromkeys(text.text for text, _ in found))
     return sorted(found, key=lambda pair: order.index(pair[0].text))

@@ -150,6 +150,21 @@ class HeadReport(Section):
     notes: list[str] = []
 
 
+class RecoveryReport(Section):
+    """The stage ``recover``: mean KL divergence from the dense model on the calibration rows held out, nats per token.
+
+    Attributes:
+        before, after: of the start, and of the state that was kept.
+        step: steps of that state; 0 is the start.
+        quality: of the model before the training, on each text.
+    """
+
+    before: float
+    after: float
+    step: int
+    quality: list[TextQuality]
+
+
 class ExportReport(Section):
     """One export; ``sha256`` by file; ``verify`` is None if it was not verified, with the reason in ``unverified``.
 
@@ -195,6 +210,7 @@ class Report(Section):
     recipe_text: str = ""
     layers: list[LayerReport]
     head: HeadReport | None = None
+    recovery: RecoveryReport | None = None
     exports: list[ExportReport]
     bench: list[BenchResult]
     tasks: list[TaskResult] = []

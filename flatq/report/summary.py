@@ -77,6 +77,7 @@ def summarize(
     exports: Sequence[Mapping[str, Any]],
     bench: Sequence[Mapping[str, Any]],
     tasks: Sequence[Mapping[str, Any]] = (),
+    before_recovery: Sequence[Mapping[str, Any]] = (),
     curves: Sequence[Curves] = (),
     timing: Mapping[str, float],
     peak_rss_bytes: int,
@@ -96,6 +97,7 @@ def summarize(
         exports: JSON-ready ``ExportReport`` of each export.
         bench: JSON-ready ``BenchResult`` of each runner.
         tasks: JSON-ready ``TaskResult`` of each task and model.
+        before_recovery: JSON-ready ``TextQuality`` of each text before the stage ``recover``.
         curves: cost of narrowing of each layer, if it was measured.
         timing: seconds per phase.
         peak_rss_bytes: peak resident memory of this process.
@@ -125,6 +127,7 @@ def summarize(
             "recipe_text": recipe.text,
             "layers": _layers(config, artifact, curves),
             "head": artifact.manifest["head"] or None,
+            "recovery": recovery(artifact, before_recovery),
             "exports": list(exports),
             "bench": list(bench),
             "tasks": list(tasks),
@@ -136,6 +139,12 @@ def summarize(
             "peak_rss_bytes": peak_rss_bytes,
         }
     )
+
+
+def recovery(artifact: Artifact, quality: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """JSON-ready ``RecoveryReport``; None if the recipe has no stage ``recover``."""
+    found = artifact.manifest.get("recover")
+    return None if found is None else {**found, "quality": list(quality)}
 
 
 def _measure(
