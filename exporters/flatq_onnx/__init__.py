@@ -188,6 +188,11 @@ def _notes(artifact: Artifact, options: OnnxOptions) -> list[str]:
         notes.append(f"the KV cache is int8, which needs onnxruntime {INT8_SINCE} or later")
     if options.ngram_size is not None:
         notes.append("onnxruntime-genai reads ngram_size from 0.16 on, and then refuses batches of more than one row")
+        if options.precision == "int4" and options.accuracy_level == 4:
+            notes.append(
+                "ngram_size: with accuracy_level: 4 onnxruntime rounds one row otherwise than several, so a text may "
+                "differ from that without ngram_size; accuracy_level: 0 keeps it"
+            )
     notes += words_on_experts(artifact.config, artifact.grids, options)
     if options.fused_rope:
         notes.append("a padded batch must be padded on the right; left_padding: true supports both sides")

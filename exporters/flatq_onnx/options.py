@@ -53,7 +53,8 @@ class OnnxOptions(BaseModel):
             left-padded batches. Without it a padded batch must be padded on the right.
         ngram_size: only for ``genai``: speculative decoding without a second model. The last ``ngram_size - 1`` tokens
             are looked up in the text so far, the tokens that followed them are proposed, and one step of the model
-            confirms or rejects them. The text is the same; batches are refused by the program. None is off.
+            confirms or rejects them. The text is the same where products of one row and of several are, which they are
+            with float weights and ``accuracy_level`` 0; batches are refused by the program. None is off.
         max_draft_tokens: with ``ngram_size``: most tokens that are proposed at once; None is the program's own 4.
         context_length: maximum number of positions; None is the model's. It is stated in ``flatq_onnx.json``, and
             ``gqa`` without ``left_padding`` has rotary tables of that length.

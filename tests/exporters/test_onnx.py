@@ -887,6 +887,18 @@ def test_speculation_is_stated_for_genai(
     assert any("refuses batches" in note for note in exported.notes) == ("ngram_size" in options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"ngram_size": 3}, True), ({"ngram_size": 3, "accuracy_level": 0}, False), ({}, False)],
+)
+def test_rounding_that_changes_speculated_text_is_said(
+    make_artifact: MakeArtifact, options: dict[str, Any], said: bool
+) -> None:
+    artifact = make_artifact(tiny_config(), grid=Grid(4, 32))
+    exported, _ = export(artifact, **{"target": "genai", "accuracy_level": 4, **options})
+    assert any("a text may differ" in note for note in exported.notes) == said
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_tied_table_is_in_the_file_once(make_artifact: MakeArtifact, precision: str) -> None:
     sizes = []
