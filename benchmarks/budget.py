@@ -170,8 +170,11 @@ def _by_bits(costs: dict[str, float]) -> dict[str, float]:
 
 
 def _made(problem: Problem, errors: Measured, grids: dict[str, Grid]) -> JointPlan:
-    """Grids as a plan without narrowing; predicted from the errors where all of its choices were measured."""
-    loss = sum(errors.errors[unit.name].get(named(grids[unit.name]), math.nan) for unit in problem.units)
+    """Grids as a plan without narrowing, predicted where its choices were measured, with or without zero points."""
+    loss = 0.0
+    for unit in problem.units:
+        costs, name = errors.errors[unit.name], named(grids[unit.name])
+        loss += costs.get(name, costs.get(f"{name}-zeros", math.nan))
     cost = problem.prices.exact(problem.config, grids)
     return JointPlan(RankPlan(problem.config.layers, cost, cost, "size"), grids, loss / 2, 0.0)
 
