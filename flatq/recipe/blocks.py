@@ -299,7 +299,7 @@ class GptqSpec(Spec):
     correction: Annotated[float, Field(ge=0, le=1)] = 0
     """Fraction of the accumulated error from the dense model that is corrected before rounding (as in GPTAQ)."""
     tune_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
-    """Steps of training of codes and scales after GPTQ, for each half of a layer; for 2 bits. 0 trains nothing."""
+    """Steps of training of codes and scales after GPTQ, per half layer; for 2 and 3 bits. 0 trains nothing."""
     overrides: Mapping[str, OverrideSpec] = Field(default_factory=dict)
     """Settings by linear name pattern, such as {"*.down": {bits: 8}, "layers.0.*": {quantize: false}}; the longer
     pattern wins. The linears of a layer are q, k, v, o, gate, up and down."""
