@@ -227,7 +227,7 @@ def test_a_changed_limit_keeps_what_was_measured_and_other_prices_do_not() -> No
         before = known("size: 60MB")
         return {phase for phase in NEEDS if needs(phase, before) != needs(phase, other)}
 
-    walked = {"plan", "compress", "evaluate", "baseline-same_bytes", "cache-ranges"}
+    walked = {"plan", "compress", "recover", "evaluate", "baseline-same_bytes", "cache-ranges"}
     assert affected(known("size: 70MB")) == affected(known("memory: 70MB, context: 7")) == walked
     assert affected(known("size: 60MB, bits: [4]")) == walked | {"choices"}
     assert affected(known("size: 60MB", "[gguf: {}]")) == walked | {"choices"}
