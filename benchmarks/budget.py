@@ -239,8 +239,8 @@ def table(rows: Sequence[dict[str, Any]], given: argparse.Namespace) -> dict[str
         "those that were not calibrated on. joint: flat and gptq by one budget; bits: gptq alone by the same budget, "
         "2, 4 and 8 bits mixed; widths: flat, and 4 bits in groups of 64; average: `average_bits` of 2, 4 and 8; "
         "uniform: one setting for all linears, where one has nearly this size (by size: 2 bits in groups of 64 with "
-        "zero points, 2 bits in groups of 16 without, 4 bits in groups of 64 with zero points). Embedding and head of the "
-        "last two: 4 bits in groups of 32. Bits alone cannot make less than 45.8 MB." + more,
+        "zero points, 2 bits in groups of 16 without, 4 bits in groups of 64 with zero points). Embedding and head of "
+        "the last two: 4 bits in groups of 32. Bits alone cannot make less than 45.8 MB." + more,
         "columns": ["plan", "file, MB", "predicted size, % off", "predicted", *dense, "mean, not calibrated on"],
         "machine": f"{cpu_name()}, one of 2 cores, shared with other work",
         "command": "python benchmarks/budget.py --work DIR --text wikipedia=FILE "
