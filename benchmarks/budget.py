@@ -31,6 +31,10 @@ from calibration_text import LENGTH, SMOLLM2, middle, source_code
 from results_page import write_table
 from torch import Tensor
 
+from flatq.budget.bought import bought
+from flatq.budget.joint import JointPlan, Measured, plan_jointly
+from flatq.budget.measure import measure, measure_sensitivity
+from flatq.budget.problem import Problem, problem_of
 from flatq.calibration.perplexity import perplexity
 from flatq.calibration.self_text import SelfText
 from flatq.calibration.states import WORKING_SET, Execution
@@ -43,10 +47,6 @@ from flatq.machine.environment import cpu_name
 from flatq.model.grid import Grid
 from flatq.model.weights import Weights
 from flatq.pipeline.run import compressed, open_source
-from flatq.plan.bought import bought
-from flatq.plan.joint import JointPlan, Measured, plan_jointly
-from flatq.plan.measure import measure, measure_sensitivity
-from flatq.plan.problem import Problem, problem_of
 from flatq.quantize.bits import choose
 from flatq.quantize.choices import named
 from flatq.quantize.grids import planned_grids

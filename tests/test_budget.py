@@ -13,15 +13,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flatq.artifact import Artifact
+from flatq.budget.bought import bought
+from flatq.budget.joint import JointPlan, guessed, plan_jointly, plan_of_loss
+from flatq.budget.problem import problem_of
 from flatq.compress.allocate import Curves
 from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.model.grid import Grid
 from flatq.needs import NEEDS, changes, facts, needs
 from flatq.pipeline.fit import WALKS, search
-from flatq.plan.bought import bought
-from flatq.plan.joint import JointPlan, guessed, plan_jointly, plan_of_loss
-from flatq.plan.problem import problem_of
 from flatq.quantize.choice_errors import choice_errors
 from flatq.quantize.choices import Choice, ChoiceUnit, layer_units, table_units
 from flatq.recipe.blocks import GptqSpec
@@ -190,7 +190,7 @@ def test_another_limit_is_planned_from_the_measurements_of_the_first(
         assert artifact.manifest["plan"]["achieved"] <= limit
         assert any(line.startswith("budget: ") and "(export onnx)" in line for line in report["notes"])
         for what in ("error_curves", "choice_errors", "output_sensitivity"):
-            monkeypatch.setattr(f"flatq.plan.measure.{what}", lambda *_, **__: pytest.fail("measured again"))
+            monkeypatch.setattr(f"flatq.budget.measure.{what}", lambda *_, **__: pytest.fail("measured again"))
     assert sizes["b"] < sizes["a"]
     planned = flatq("plan", recipe, "--measurements", tmp_path / "kept")
     assert next(line for line in report["notes"] if line.startswith("budget: ")) in planned.stdout

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from flatq.budget.bought import bought
+from flatq.budget.joint import guessed, plan_jointly
+from flatq.budget.limits import matrices_of
+from flatq.budget.problem import Problem, problem_of
 from flatq.errors import ExportError, RecipeError
 from flatq.export.planned import planned_exports
 from flatq.export.speed import Grids, Seconds, SpeedLoad, SpeedModel
 from flatq.model.decoder import DecoderConfig, LayerDims
 from flatq.model.grid import Grid
 from flatq.plan import decide
-from flatq.plan.bought import bought
-from flatq.plan.joint import guessed, plan_jointly
-from flatq.plan.limits import matrices_of
-from flatq.plan.problem import Problem, problem_of
 from flatq.recipe.grammar import Recipe
 from flatq_onnx import OnnxExporter
 from tests.models import tiny_config

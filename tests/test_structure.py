@@ -20,7 +20,7 @@ NUMERICS = ["compress/heads", "compress/mlp", "compress/allocate", "quantize/gpt
 WITHOUT_TORCH = ["flatq", "flatq.recipe", "flatq.cli", "flatq.errors", "flatq.units"]
 # From top to bottom: a folder (or file) imports only what stands below it, or itself.
 FLOORS = [
-    "cli", "verbs", "doctor", "sweep", "pipeline", "plan", "stages", "report", "evaluate", "integrity", "job",
+    "cli", "verbs", "doctor", "sweep", "pipeline", "plan", "budget", "stages", "report", "evaluate", "integrity", "job",
     "compress",
     "export", "quantize", "sources", "hf", "calibration", "artifact", "run_folder", "phases", "needs",
     "kept", "chats", "tokenizer", "model", "recipe",

@@ -321,7 +321,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *places: str) -> dict[str, int]:
 
 
 MEASURED = (
-    "flatq.plan.measure.output_sensitivity",
+    "flatq.budget.measure.output_sensitivity",
     "flatq.plan.decide.error_curves",
     "flatq.plan.decide.bit_errors",
     "flatq.pipeline.run.dense_quality",
@@ -538,7 +538,7 @@ def test_a_budget_of_another_limit_becomes_one_of_a_size() -> None:
 def test_a_front_measures_once_and_picks_what_is_small_enough(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = counted(monkeypatch, "flatq.plan.measure.choice_errors", "flatq.plan.measure.output_sensitivity")
+    calls = counted(monkeypatch, "flatq.budget.measure.choice_errors", "flatq.budget.measure.output_sensitivity")
     budget = {"size": "70kB", "bits": [4, 8], "group_sizes": [32]}
     recipe = tiny_recipe(tiny_model, text_file, stages=[{"gptq": {}}], budget=budget)
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(recipe))

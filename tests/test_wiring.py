@@ -22,6 +22,8 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flatq.budget.joint import JointPlan, guessed, plan_jointly
+from flatq.budget.limits import prices_of
 from flatq.calibration.perplexity import final_hidden
 from flatq.errors import NumericsError, RecipeError
 from flatq.export.planned import planned_exports
@@ -29,8 +31,6 @@ from flatq.export.speed import SpeedLoad, SpeedModel
 from flatq.model.decoder import LINEARS, DecoderConfig
 from flatq.model.footprint import decode_bytes
 from flatq.model.grid import round_to_nearest
-from flatq.plan.joint import JointPlan, guessed, plan_jointly
-from flatq.plan.limits import prices_of
 from flatq.recipe import blocks
 from flatq.recipe.budget import BudgetSpec
 from flatq.recipe.grammar import Recipe

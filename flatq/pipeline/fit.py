@@ -17,6 +17,10 @@ from functools import partial
 from typing import Any
 
 from flatq.artifact import Artifact
+from flatq.budget.bought import bought
+from flatq.budget.joint import JointPlan, plan_of_loss
+from flatq.budget.measure import measure, measure_sensitivity
+from flatq.budget.problem import problem_of
 from flatq.calibration.divergence import DenseStates
 from flatq.calibration.sensitivity import FILE
 from flatq.compress.plan import RankPlan
@@ -28,11 +32,7 @@ from flatq.machine import distributed
 from flatq.model.grid import Grid
 from flatq.pipeline.build import build
 from flatq.pipeline.quality import log_quality, model_quality
-from flatq.plan.bought import bought
-from flatq.plan.joint import JointPlan, plan_of_loss
-from flatq.plan.measure import measure, measure_sensitivity
 from flatq.plan.objections import raise_objections
-from flatq.plan.problem import problem_of
 from flatq.run_folder import RunFolder
 from flatq.units import size
 

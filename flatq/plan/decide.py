@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from flatq.budget.bought import bought
+from flatq.budget.joint import JointPlan, guessed, plan_jointly
+from flatq.budget.measure import measure, measure_sensitivity
+from flatq.budget.problem import Problem, problem_of
 from flatq.calibration.importance import layer_importance
 from flatq.calibration.sensitivity import Sensitivity
 from flatq.compress.allocate import Curves
@@ -17,10 +21,6 @@ from flatq.compress.plan import RankPlan, plan_ranks
 from flatq.export.planned import PlannedExport
 from flatq.job import Job
 from flatq.model.grid import Grid
-from flatq.plan.bought import bought
-from flatq.plan.joint import JointPlan, guessed, plan_jointly
-from flatq.plan.measure import measure, measure_sensitivity
-from flatq.plan.problem import Problem, problem_of
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
 from flatq.quantize.grids import planned_grids

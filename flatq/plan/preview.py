@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from flatq.budget.bought import bought
+from flatq.budget.joint import plan_jointly, plan_of_loss
+from flatq.budget.measure import keys_of, known
+from flatq.budget.problem import problem_of
+from flatq.budget.speeds import predicted_speeds
 from flatq.calibration.self_text import SelfText
 from flatq.calibration.tokens import SELF_TEXT, self_tokens, token_batches
 from flatq.compress.plan import RankPlan
 from flatq.export.planned import PlannedExport, needs_cache_ranges, planned_exports
 from flatq.machine.device import resolve_device
 from flatq.model.grid import Grid
-from flatq.plan.bought import bought
 from flatq.plan.decide import drafted
 from flatq.plan.describe import described, explanation, forecast, of_experts
 from flatq.plan.forecast import forecasts
-from flatq.plan.joint import plan_jointly, plan_of_loss
-from flatq.plan.measure import keys_of, known
 from flatq.plan.objections import absent_packages, raise_early_objections, raise_objections, tokenizer_cautions
-from flatq.plan.problem import problem_of
-from flatq.plan.speeds import predicted_speeds
 from flatq.quantize.grids import planned_grids
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source, open_named

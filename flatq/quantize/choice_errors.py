@@ -1,4 +1,4 @@
-"""Error of every choice of every unit, measured: the input of ``plan.joint``.
+"""Error of every choice of every unit, measured: the input of ``budget.joint``.
 
 As in ``bit_errors``, each unit is quantized alone in the dense model, fitted on the first half of every sample and
 judged on the second half, and its error is weighted with the Fisher information of the loss, so that the errors of all

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flatq.budget.allocation import Option, Point, Variant, frontier, points_of, spend, total, vertices
+from flatq.budget.joint import JointPlan, Measured, guessed, items_of, plan_jointly, widths_of
+from flatq.budget.limits import matrices_of, prices_of
+from flatq.budget.problem import Problem, problem_of
 from flatq.compress.allocate import Curves
 from flatq.errors import RecipeError
 from flatq.export.planned import PlannedExport, planned_exports
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
-from flatq.plan.allocation import Option, Point, Variant, frontier, points_of, spend, total, vertices
-from flatq.plan.joint import JointPlan, Measured, guessed, items_of, plan_jointly, widths_of
-from flatq.plan.limits import matrices_of, prices_of
-from flatq.plan.problem import Problem, problem_of
 from flatq.quantize.choices import candidates, named
 from flatq.recipe.grammar import Recipe
 from tests.models import tiny_artifact, tiny_config

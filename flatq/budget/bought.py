@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import groupby
 
+from flatq.budget.joint import JointPlan
+from flatq.budget.problem import Problem
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
-from flatq.plan.joint import JointPlan
-from flatq.plan.problem import Problem
 from flatq.quantize.bits import UNITS
 
 NAMES = {"d_v": "value heads", "d_ff": "MLP"}

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from flatq.budget.joint import Measured
+from flatq.budget.problem import Problem
 from flatq.calibration.sensitivity import FILE, Sensitivity, output_sensitivity
 from flatq.compress.allocate import Curves
 from flatq.compress.error_curves import error_curves
 from flatq.job import Job
 from flatq.kept import entry_of, kept, read
-from flatq.plan.joint import Measured
-from flatq.plan.problem import Problem
 from flatq.quantize.choice_errors import choice_errors
 from flatq.recipe.grammar import Recipe
 from flatq.sources.source import Source

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flatq.budget.limits import Prices, prices_of
+from flatq.budget.speed_limits import speed_prices
 from flatq.errors import RecipeError
 from flatq.export.planned import PlannedExport
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
-from flatq.plan.limits import Prices, prices_of
-from flatq.plan.speed_limits import speed_prices
 from flatq.quantize.choices import ChoiceUnit, candidates, layer_units, table_units
 from flatq.recipe.blocks import FlatSpec
 from flatq.recipe.budget import SPEEDS, BudgetSpec

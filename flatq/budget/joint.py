@@ -7,7 +7,7 @@ For every half layer the predicted loss of a width ``k`` and of a grid for each 
 with ``e`` the error curve of the width, ``q`` the measured error of quantizing a unit alone, both weighted with the
 Fisher information of the loss (both are twice a loss increase in nats), and ``rho`` the fraction of the unit's weights
 that is left at this width. Embedding and head have only the second term. The sum of E over the model is minimised under
-the limit by ``plan.allocation``. That the terms add up is an assumption.
+the limit by ``budget.allocation``. That the terms add up is an assumption.
 
 A plan of widths with one grid for everything and a plan of bits alone are also made, and the plan with the least
 predicted loss is taken: what is left of a limit is spent greedily, which could otherwise make the joint plan worse.
@@ -19,14 +19,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from flatq.budget.allocation import Option, Point, Variant, frontier, spend, total
+from flatq.budget.problem import Problem
 from flatq.compress.allocate import Curves
 from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.model.names import matrix_shape
-from flatq.plan.allocation import Option, Point, Variant, frontier, spend, total
-from flatq.plan.problem import Problem
 from flatq.quantize.choices import Choice, ChoiceUnit
 
 MOST_WIDTHS = 64  # of one half layer that are tried
@@ -102,7 +102,7 @@ def plan_of_loss(problem: Problem, measured: Measured, loss: float) -> JointPlan
 
     Args:
         problem: the model, its units and prices.
-        measured: by ``plan.measure``.
+        measured: by ``budget.measure``.
         loss: predicted.
     """
     items = items_of(problem, measured)

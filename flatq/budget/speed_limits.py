@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flatq.budget.limits import Prices, export_prices
 from flatq.errors import ExportError, RecipeError
 from flatq.export.planned import PlannedExport
 from flatq.export.speed import Seconds, SpeedLoad
 from flatq.model.decoder import DecoderConfig
 from flatq.model.grid import Grid
 from flatq.model.names import Stem
-from flatq.plan.limits import Prices, export_prices
 from flatq.recipe.budget import BudgetSpec
 
 ENDS = ("embed", "head")
