@@ -126,6 +126,7 @@ def test_cuda_is_missed_before_anything_is_computed(tmp_path: Path) -> None:
     assert "fast.yaml:5: bench.provider: cuda is not available in the installed runtime of onnx" in shown.stderr
 
 
+@pytest.mark.slow
 def test_graphs_of_other_programs_are_measured_beside_ours(artifact: Artifact, tmp_path: Path) -> None:
     ours, theirs = tmp_path / "run" / "ours", tmp_path / "theirs"
     deliver(onnx(attention="gqa"), artifact, ours, None)

