@@ -175,7 +175,7 @@ TARGETS = (
 # or measure speed, and keys that reach nothing which the others do not.
 CANDIDATES: tuple[list[str], ...] = (
     [WIRING, "-k", "flat or gptq or perplexities or default or stop_above or baselines or budget"],
-    ["tests/test_budget.py", "tests/test_speed_limits.py"],
+    ["tests/test_budget.py", "tests/test_speed_limits.py", "tests/test_recover.py"],
     [
         "tests/test_evaluate.py",
         "tests/test_quality.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from flatq.compress.plan import RankPlan
 from flatq.errors import RecipeError
 from flatq.model.grid import Grid
 from flatq.needs import NEEDS, changes, facts, needs
-from flatq.pipeline.fit import WALKS, search
+from flatq.pipeline.fit import MARGIN, WALKS, Walk, next_target, search
 from flatq.quantize.choice_errors import choice_errors
 from flatq.quantize.choices import Choice, ChoiceUnit, layer_units, table_units
 from flatq.recipe.blocks import GptqSpec
@@ -308,6 +309,12 @@ def test_the_search_for_a_damage_ends_close_below_it(wanted: float, scale: float
     assert kept
     assert max(kept) > 0.5 * wanted
     assert [walk.number for walk in walks] == list(range(len(walks)))
+
+
+def test_the_next_walk_is_aimed_between_the_nearest_two_by_the_logarithm_of_their_damage() -> None:
+    walks = [Walk(0, stub(0.4), 0.4), Walk(1, stub(0.1), 0.0)]
+    share = math.log(MARGIN * 0.2 / 0.002) / math.log(0.4 / 0.002)  # no damage counts as a hundredth of the limit
+    assert next_target(0.2, walks) == pytest.approx(0.1 * 4**share)
 
 
 def test_a_search_ends_where_plans_stay_the_same() -> None:

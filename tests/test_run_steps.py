@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ from flatq.export.protocols import exporter_named
 from flatq.job import Job
 from flatq.machine import distributed
 from flatq.model.decoder import DecoderConfig
-from flatq.pipeline.run import open_source, run
+from flatq.pipeline.run import finish, open_source, run
 from flatq.plan.decide import draft
 from flatq.recipe.grammar import Recipe
 from flatq.report.render import read_report
@@ -425,3 +426,41 @@ def test_a_walk_for_a_damage_shares_the_sensitivity_and_checks_what_it_built(
         damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ArtifactError, match=damaged.name):
             _damage(job, 3, plan, {}, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [None, "is broken"])
+def test_measurements_are_complete_if_no_export_failed(error: str | None) -> None:
+    said = list[bool]()
+    folder = SimpleNamespace(
+        root=Path("RUN"), known=lambda *_: None, timing=dict, peak_rss_bytes=lambda: 0, memory=dict,
+        device_memory=dict, seal=lambda: None,
+    )  # fmt: skip
+    job: Any = SimpleNamespace(folder=folder, recipe=None, source=None)
+
+    def measured(*_: Any, complete: bool) -> list[Any]:
+        said.append(complete)
+        return []
+
+    with patched(
+        run__exported=lambda *_: {"name": "one", "error": error},
+        run__benched=measured,
+        run__task_results=measured,
+        run__summarize=lambda *_, **__: None,
+        run__write_report=lambda *_: None,
+    ):
+        item: Any = SimpleNamespace(name="one")
+        with pytest.raises(ExportError, match=r"exports\.one: is broken") if error else contextlib.nullcontext():
+            finish(job, [item], None, {}, [], [], {}, [])  # type: ignore[arg-type]
+    assert said == [error is None] * 2
+
+
+def test_a_token_without_an_embedding_is_refused_in_the_rows_for_recovery(finished: Finished) -> None:
+    from flatq.pipeline.texts import _drawn
+
+    drawn = SimpleNamespace(calibration=torch.tensor([[1, 2]]), recovery=torch.tensor([[1, 7]]), evaluation=[])
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda number: f"<{number}>")
+    with patched(texts__token_batches=lambda *_, **__: drawn):
+        with pytest.raises(RecipeError, match=r"recover: .* holds the token '<7>' \(id 7\)"):
+            _drawn(finished.recipe, tokenizer, 7)
+        drawn.recovery = None
+        assert _drawn(finished.recipe, tokenizer, 7) is drawn  # type: ignore[comparison-overlap]
