@@ -23,11 +23,11 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from quality_lab import Overlay, Remembered
@@ -39,9 +39,10 @@ from flatq.calibration.tokens import tokenise
 from flatq.calibration.walk import walk
 from flatq.export.baseline import dense_artifact
 from flatq.files import write_atomically, write_json
-from flatq.model.decoder import LINEARS, DecoderConfig
+from flatq.model.decoder import DecoderConfig
 from flatq.model.families import FAMILIES
 from flatq.model.grid import Grid, round_to_nearest
+from flatq.model.names import stems_of
 from flatq.model.weights import tensor_shapes
 from flatq.quantize.bit_errors import bit_errors
 from flatq.quantize.bits import choose
@@ -86,22 +87,85 @@ class First(Remembered):
 
 
 @dataclass
-class Bench:
-    """One model, one text, one peer."""
+class Rounding:
+    """Rounds the first ``layers`` (0: all) of one model, by flatq and by programs that read a folder."""
 
-    text: str
+    kind: ClassVar[type[First]] = First
     model: str
-    peer: Path | None
-    layers: int = 0
+    layers: int
 
     @cached_property
     def source(self) -> First:
-        """The model, all of it read: GPTQModel's clock, too, starts when its model is in memory."""
+        """The layers that are rounded, all of it read: a peer's clock, too, starts when its model is in memory."""
         opened = open_model(self.model)
-        source = First(opened.storage, opened.origin, opened.wanted, layers=self.layers)
+        source = self.kind(opened.storage, opened.origin, opened.wanted, layers=self.layers)
         for name in source.names():
             source.tensor(name)
         return source
+
+    @cached_property
+    def whole(self) -> First:
+        """All layers."""
+        return replace(self.source, layers=0)
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Calibration tokens, int64 [n, s]."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> list[str]:
+        """The weights that are rounded."""
+        return [f"{stem}.weight" for stem in stems_of(self.source.config)]
+
+    def nearest(self, settings: dict[str, Any]) -> tuple[Overlay, Cell]:
+        """Round-to-nearest, scales from the largest weight of each group."""
+        made, grid, clock = Overlay(self.whole, self.whole.config), Grid(**settings), Clock()
+        for name in self.names:
+            made.tensors[name] = round_to_nearest(self.source.tensor(name), grid)
+        return made, clock.read()
+
+    def ours(self, settings: dict[str, Any]) -> tuple[Overlay, Cell]:
+        """GPTQ by flatq's defaults."""
+        tokens = self.calibration  # may have to be written first, which is not part of the time
+        made, spec, clock = Overlay(self.whole, self.whole.config), GptqSpec(**settings), Clock()
+        with tempfile.TemporaryDirectory() as work:
+            stage = GptqStage(spec, self.grids(spec, Path(work)))
+            for block in walk(self.source, tokens, Path(work), made.save):
+                stage.apply(block)
+        return made, clock.read()
+
+    def grids(self, spec: GptqSpec, work: Path) -> dict[str, Grid]:
+        """Grid of every linear; with ``average_bits`` measured, as a run would."""
+        config, tokens = self.source.config, self.calibration
+        if spec.average_bits is None:
+            return planned_grids(config, spec)
+        fisher = output_sensitivity(self.source, tokens, work)
+        return planned_grids(config, spec, choose(config, spec, bit_errors(self.source, tokens, spec, fisher, work)))
+
+    def folder(self, root: Path) -> Path:
+        """The layers that are rounded as a checkpoint in float32, for programs that read one."""
+        dense = root / "dense"
+        SafetensorsExporter().write(
+            dense_artifact(self.source, root / "artifact"), dense, SafetensorsOptions(format="fp32")
+        )
+        self.source.tokenizer().save_pretrained(str(dense))
+        return dense
+
+    def theirs(self, state: Mapping[str, Tensor]) -> Overlay:
+        """The model with what another program made of its weights, by their names in transformers."""
+        names = FAMILIES[self.source.config.family].names
+        made = Overlay(self.whole, self.whole.config)
+        made.tensors |= {name: state[names.to_hf(name)] for name in self.names}
+        return made
+
+
+@dataclass
+class Bench(Rounding):
+    """One model, one text, one peer."""
+
+    text: str
+    peer: Path | None
 
     @cached_property
     def lines(self) -> list[str]:
@@ -122,7 +186,7 @@ class Bench:
     @cached_property
     def dense(self) -> float:
         """Perplexity before quantization."""
-        return perplexity(replace(self.source, layers=0), self.scored).value
+        return perplexity(self.whole, self.scored).value
 
     def cell(self, settings: dict[str, Any], method: str) -> Cell:
         """Measure one method on one row."""
@@ -139,32 +203,6 @@ class Bench:
         value = perplexity(made, self.scored).value
         return {"perplexity": value, "damage": math.log(value / self.dense)}
 
-    def nearest(self, settings: dict[str, Any]) -> tuple[Overlay, Cell]:
-        """Round-to-nearest, scales from the largest weight of each group."""
-        made, grid, clock = Overlay(self.source, self.source.config), Grid(**settings), Clock()
-        for index in range(len(self.source.config.layers)):
-            for linear in LINEARS:
-                name = f"layers.{index}.{linear}.weight"
-                made.tensors[name] = round_to_nearest(self.source.tensor(name), grid)
-        return made, clock.read()
-
-    def ours(self, settings: dict[str, Any]) -> tuple[Overlay, Cell]:
-        """GPTQ by flatq's defaults."""
-        made, spec, clock = Overlay(self.source, self.source.config), GptqSpec(**settings), Clock()
-        with tempfile.TemporaryDirectory() as work:
-            stage = GptqStage(spec, self.grids(spec, Path(work)))
-            for block in walk(self.source, self.calibration, Path(work), made.save):
-                stage.apply(block)
-        return made, clock.read()
-
-    def grids(self, spec: GptqSpec, work: Path) -> dict[str, Grid]:
-        """Grid of every linear; with ``average_bits`` measured, as a run would."""
-        config, tokens = self.source.config, self.calibration
-        if spec.average_bits is None:
-            return planned_grids(config, spec)
-        fisher = output_sensitivity(self.source, tokens, work)
-        return planned_grids(config, spec, choose(config, spec, bit_errors(self.source, tokens, spec, fisher, work)))
-
     def peers(self, settings: dict[str, Any]) -> tuple[Overlay, Cell]:
         """GPTQ by GPTQModel, in its own environment; beside its own what flatq took, and gave, just before."""
         assert self.peer is not None
@@ -172,11 +210,7 @@ class Bench:
         other, took = self.ours({name: value for name, value in settings.items() if name != "mse"})
         ours = took | self.score(other)
         with tempfile.TemporaryDirectory() as root:
-            dense, texts, out = Path(root, "dense"), Path(root, "texts.json"), Path(root, "out")
-            SafetensorsExporter().write(
-                dense_artifact(self.source, Path(root, "artifact")), dense, SafetensorsOptions(format="fp32")
-            )
-            self.source.tokenizer().save_pretrained(str(dense))
+            dense, texts, out = self.folder(Path(root)), Path(root, "texts.json"), Path(root, "out")
             texts.write_text(json.dumps(self.lines))
             script = Path(__file__).absolute().with_name("gptq_peer.py")
             command = [str(self.peer.absolute()), str(script), str(dense), str(texts), str(out), json.dumps(described)]
@@ -184,13 +218,7 @@ class Bench:
             done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
             theirs = json.loads(done.stdout.splitlines()[-1])
             state = decoded_state(out, json.loads((out / "config.json").read_text())["quantization_config"])
-        names = FAMILIES[self.source.config.family].names
-        made = Overlay(self.source, self.source.config)
-        for index in range(len(self.source.config.layers)):
-            for linear in LINEARS:
-                name = f"layers.{index}.{linear}.weight"
-                made.tensors[name] = state[names.to_hf(name)]
-        return made, theirs | {f"flatq_{name}": value for name, value in ours.items()}
+        return self.theirs(state), theirs | {f"flatq_{name}": value for name, value in ours.items()}
 
 
 class Clock:
@@ -249,7 +277,7 @@ def main() -> None:
     parser.add_argument("--redo", action="append", choices=METHODS, default=[], help="measure this method again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    bench = Bench(options.text.read_text(encoding="utf-8"), options.model, options.peer, options.layers)
+    bench = Bench(options.model, options.layers, options.text.read_text(encoding="utf-8"), options.peer)
     if options.out.exists():
         found: dict[str, Any] = json.loads(options.out.read_text())
         bench.dense = found["dense"]

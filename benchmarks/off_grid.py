@@ -15,7 +15,6 @@ import logging
 import math
 import sys
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,17 +63,10 @@ class OffGrid(First):
         return tensor * inner if part == "down" else tensor
 
 
-@dataclass
 class Bench(peers.Bench):
     """The same bench with such a model."""
 
-    off: bool = True
-
-    @cached_property
-    def source(self) -> First:
-        """All layers."""
-        opened = super().source
-        return OffGrid(opened.storage, opened.origin, opened.wanted) if self.off else opened
+    kind = OffGrid
 
 
 def table(found: dict[tuple[str, bool], dict[str, Any]], bytes_: dict[str, int]) -> dict[str, Any]:
@@ -113,7 +105,7 @@ def main(
     logging.getLogger("flatq").setLevel(logging.WARNING)
     peers.WORK.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[str, bool], dict[str, Any]] = {(line["grid"], line["off"]): line for line in ct.lines(out)}
-    benches = {off: Bench(model, text or [], 0, None, off) for off in (True, False)}
+    benches = {off: kind(model, 0, text or [], None) for off, kind in ((True, Bench), (False, peers.Bench))}
     for off, bench in benches.items():
         if ("dense", off) not in found:
             found["dense", off] = {"grid": "dense", "off": off, "perplexity": bench.lab.judge(bench.source)}

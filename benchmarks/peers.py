@@ -23,29 +23,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import calibration_text as ct
 import typer
-from gptq import Clock, First
+from gptq import Rounding
 from quality_lab import Overlay
 from results_page import write_table
 from safetensors.torch import load_file
 from torch import Tensor
-
-from flatq.calibration.walk import walk
-from flatq.export.baseline import dense_artifact
-from flatq.model.families import FAMILIES
-from flatq.model.grid import Grid, round_to_nearest
-from flatq.model.names import stems_of
-from flatq.quantize.grids import planned_grids
-from flatq.quantize.stage import GptqStage
-from flatq.recipe.blocks import GptqSpec
-from flatq.sources.source import open_model
-from flatq_safetensors import SafetensorsExporter, SafetensorsOptions
 
 log = logging.getLogger("peers")
 HERE = Path(__file__).parent
@@ -61,24 +50,11 @@ STEPS = 200
 
 
 @dataclass
-class Bench:
+class Bench(Rounding):
     """One model, the first ``layers`` of which (0: all) are rounded by each program."""
 
-    model: str
     texts: list[str]
-    layers: int
     autoround: Path | None
-
-    @cached_property
-    def source(self) -> First:
-        """The layers that are rounded, in memory."""
-        opened = open_model(self.model)
-        return First(opened.storage, opened.origin, opened.wanted, layers=self.layers)
-
-    @cached_property
-    def whole(self) -> First:
-        """All layers."""
-        return replace(self.source, layers=0)
 
     @cached_property
     def lab(self) -> ct.Laboratory:
@@ -102,31 +78,11 @@ class Bench:
         }
         return found | ({"AutoRound": self.auto_round} if self.autoround else {})
 
-    def nearest(self, row: dict[str, Any]) -> tuple[Overlay, dict[str, Any]]:
-        """Round-to-nearest, scales from the largest weight of each group."""
-        made, clock = Overlay(self.whole, self.whole.config), Clock()
-        for name in self.names:
-            made.tensors[name] = round_to_nearest(self.source.tensor(name), Grid(**row))
-        return made, clock.read()
-
-    def ours(self, row: dict[str, Any]) -> tuple[Overlay, dict[str, Any]]:
-        """The gptq stage with its defaults."""
-        made, spec, clock = Overlay(self.whole, self.whole.config), GptqSpec(**row), Clock()
-        with tempfile.TemporaryDirectory(dir=WORK) as work:
-            stage = GptqStage(spec, planned_grids(self.source.config, spec))
-            for block in walk(self.source, self.calibration, Path(work), made.save):
-                stage.apply(block)
-        return made, clock.read()
-
     def auto_round(self, row: dict[str, Any]) -> tuple[Overlay, dict[str, Any]]:
         """AutoRound with its defaults, in its own environment."""
         settings = {"bits": row["bits"], "group_size": row["group_size"], "sym": row["symmetric"]}
-        names = FAMILIES[self.source.config.family].names
         with tempfile.TemporaryDirectory(dir=WORK) as root:
-            dense, rows, out = Path(root, "dense"), Path(root, "rows.json"), Path(root, "out.safetensors")
-            artifact = dense_artifact(self.source, Path(root, "artifact"))
-            SafetensorsExporter().write(artifact, dense, SafetensorsOptions(format="fp32"))
-            self.source.tokenizer().save_pretrained(str(dense))
+            dense, rows, out = self.folder(Path(root)), Path(root, "rows.json"), Path(root, "out.safetensors")
             rows.write_text(json.dumps(self.calibration.tolist()))
             script = Path(__file__).absolute().with_name("peer_autoround.py")
             command = [str(self.autoround and self.autoround.absolute()), str(script), str(dense), str(rows), str(out)]
@@ -134,14 +90,7 @@ class Bench:
                 [*command, json.dumps(settings)], cwd=root, stdout=subprocess.PIPE, text=True, check=True
             )
             state = load_file(out)
-        made = Overlay(self.whole, self.whole.config)
-        made.tensors |= {name: state[names.to_hf(name)] for name in self.names}
-        return made, json.loads(done.stdout.splitlines()[-1])
-
-    @property
-    def names(self) -> list[str]:
-        """The weights that are rounded."""
-        return [f"{stem}.weight" for stem in stems_of(self.source.config)]
+        return self.theirs(state), json.loads(done.stdout.splitlines()[-1])
 
 
 def table(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -163,7 +112,8 @@ def table(found: list[dict[str, Any]]) -> dict[str, Any]:
         "symmetric, W2 is asymmetric. Seconds are of one processor. One seed.",
         "columns": ["bits, group; layers", "", *dense, "mean", "seconds"],
         "machine": "AMD EPYC, one of 2 cores, shared with other work",
-        "command": "python benchmarks/peers.py --autoround PYTHON --layers 4 --row 'W3 g128' --write",
+        "command": "python benchmarks/peers.py --text wikipedia=FILE --autoround PYTHON --layers 4 --row 'W3 g128' "
+        "--write",
         "rows": rows,
     }
 
@@ -186,7 +136,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("flatq").setLevel(logging.WARNING)
     WORK.mkdir(parents=True, exist_ok=True)
-    bench = Bench(model, text or [], layers, autoround)
+    bench = Bench(model, layers, text or [], autoround)
     done = {(line["row"], line["way"], line["layers"]) for line in ct.lines(out)}
     if ("dense", "", layers) not in done:
         ct._add(out, {"row": "dense", "way": "", "layers": layers, "perplexity": bench.lab.judge(bench.whole)})

@@ -42,23 +42,24 @@ def computes_all(config: DecoderConfig, index: int, grids: Mapping[str, Grid], o
     return ""
 
 
+def _reasons(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
+    """``computes_all`` of every layer; empty without experts."""
+    used = grids if options.precision == "int4" else {}
+    return [computes_all(config, index, used, options) for index in range(len(config.layers) if config.experts else 0)]
+
+
 def node_since(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[Version]:
     """Oldest onnxruntime with which a graph's node for experts is exact; empty for one that every version has."""
-    used = grids if options.precision == "int4" else {}
-    for index in range(len(config.layers)):
-        if config.experts and not computes_all(config, index, used, options):
-            return [CODES_SINCE if config.normed_routing else WEIGHTS_SINCE]
-    return []
+    has_node = "" in _reasons(config, grids, options)
+    return [CODES_SINCE if config.normed_routing else WEIGHTS_SINCE] if has_node else []
 
 
 def words_on_experts(config: DecoderConfig, grids: Mapping[str, Grid], options: OnnxOptions) -> list[str]:
     """A sentence for the export's notes if any layer computes all experts for every token."""
-    used = grids if options.precision == "int4" else {}
-    layers = range(len(config.layers) if config.experts else 0)
-    reasons = [reason for index in layers if (reason := computes_all(config, index, used, options))]
+    reasons = [reason for reason in _reasons(config, grids, options) if reason]
     if not reasons:
         return []
     return [
-        f"in {len(reasons)} of {len(layers)} layers every expert is computed for every token, which is exact and slow, "
-        f"because {'; '.join(dict.fromkeys(reasons))}"
+        f"in {len(reasons)} of {len(config.layers)} layers every expert is computed for every token, which is exact "
+        f"and slow, because {'; '.join(dict.fromkeys(reasons))}"
     ]

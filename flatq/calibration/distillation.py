@@ -36,7 +36,7 @@ from flatq.calibration.block import REMEDY
 from flatq.calibration.factors import ROWS, Factored, factor_shapes, slopes
 from flatq.calibration.half_layers import half_layers
 from flatq.calibration.states import Execution, HiddenStates, batch_tokens, embedded, stored_as
-from flatq.calibration.training import CHECKS, HELD_OUT
+from flatq.calibration.training import HELD_OUT, held_out, is_compared
 from flatq.errors import NumericsError
 from flatq.files import as_noted, note_digest
 from flatq.machine.precision import blocks_in, forward_precision
@@ -89,8 +89,8 @@ class Distillation:
         self.weights, self.grids, self.dense, self.tokens = weights, grids, dense, tokens
         self.work, self.execution, self.device = work, execution, execution.device
         self.on_half = on_half
-        self.held = tokens[::HELD_OUT]
-        self.rest = torch.arange(len(tokens))[torch.arange(len(tokens)) % HELD_OUT != 0]
+        held, self.rest = held_out(len(tokens))
+        self.held = tokens[held]
         self.logs = {name: torch.zeros(shape) for name, shape in factor_shapes(weights.config, grids).items()}
         self.moments = {name: (torch.zeros_like(log), torch.zeros_like(log)) for name, log in self.logs.items()}
         self.best = {name: log.clone() for name, log in self.logs.items()}
@@ -127,10 +127,10 @@ class Distillation:
             while self.done < steps:
                 self._step(drawn_rows(self.rest, rows, self.done, seed), dense, rate * share_of_rate(self.done, steps))
                 self.done += 1
-                checked = self.done * CHECKS // steps > (self.done - 1) * CHECKS // steps
-                if checked:
+                compared = is_compared(self.done, steps)
+                if compared:
                     self._compare(dense)
-                if checked or self.done % SAVE_EVERY == 0:
+                if compared or self.done % SAVE_EVERY == 0:
                     self._save()
                 advance()
         self._remove_states()

@@ -37,6 +37,17 @@ HELD_OUT = 10  # every n-th row is held out
 CHECKS = 6  # comparisons with the best state, spread evenly over the steps
 
 
+def held_out(rows: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows that are held out, and of the others, int64."""
+    numbers = torch.arange(rows)
+    return numbers[::HELD_OUT], numbers[numbers % HELD_OUT != 0]
+
+
+def is_compared(done: int, steps: int) -> bool:
+    """Whether the state after ``done`` of ``steps`` steps, from 1, is compared with the best one."""
+    return done * CHECKS // steps > (done - 1) * CHECKS // steps
+
+
 class Trainable(Protocol):
     """Tensors that are trained, and the weights that follow from them."""
 
@@ -95,8 +106,7 @@ class OutputTraining:
             steps: number of steps.
             seed: of the order of the rows.
         """
-        rows = torch.arange(len(self.inputs))
-        held, rest = rows[::HELD_OUT], rows[rows % HELD_OUT != 0]
+        held, rest = held_out(len(self.inputs))
         draw, step = torch.Generator().manual_seed(seed), max(1, STEP_TOKENS // self.inputs.shape[1])
         tensors = [tensor for tensor, _ in trained.parameters()]
         with forward_precision(self.block.precision, self.block.device, gradients=True):
@@ -109,7 +119,7 @@ class OutputTraining:
                 rows, *order = order
                 self._step(rows, trained, 1 - number / steps)
                 self.block.forget()
-                if (number + 1) * CHECKS // steps > number * CHECKS // steps:
+                if is_compared(number + 1, steps):
                     error = self._error(held, trained)
                     if error < least:
                         least, best = error, [tensor.detach().clone() for tensor in tensors]

@@ -97,7 +97,6 @@ def _channels(layer: DecoderLayer, half: str) -> list[tuple[dict[str, Shape], di
     """Tensors of both sides of each pair, seen so that some of their axes number the channels."""
     config, names = layer.config, dict(layer.named_parameters())
     dims, width = config.layers[layer.index], config.d_model
-    group = dims.heads // dims.kv_heads
 
     def rows(linear: str, *axes: tuple[int, bool]) -> dict[str, Shape]:
         found = {f"{linear}.weight": (*axes, (width, False)), f"{linear}.bias": axes}
@@ -106,11 +105,11 @@ def _channels(layer: DecoderLayer, half: str) -> list[tuple[dict[str, Shape], di
     if half == "mlp":
         return [(rows("up", (dims.d_ff, True)), {"down.weight": ((width, False), (dims.d_ff, True))})]
     heads, inside = (dims.kv_heads, True), (dims.d_v, True)
-    o: dict[str, Shape] = {"o.weight": ((width, False), heads, (group, False), inside)}
+    o: dict[str, Shape] = {"o.weight": ((width, False), heads, (dims.group, False), inside)}
     found = [(rows("v", heads, inside), o)]
     if not config.qk_norm:  # the two rows of a rotary pair, half a head apart, have one factor
         pair = ((2, False), (dims.d_qk // 2, True))
-        found.append((rows("q", heads, (group, False), *pair), rows("k", heads, *pair)))
+        found.append((rows("q", heads, (dims.group, False), *pair), rows("k", heads, *pair)))
     return found
 
 

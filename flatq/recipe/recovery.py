@@ -16,7 +16,7 @@ class RecoverSpec(Spec):
     steps: Annotated[int, Field(ge=0, le=100_000)] = 60
     """Number of steps; 0 trains nothing."""
     samples: Annotated[int, Field(ge=2, le=100_000)] = 128
-    """Sequences of the calibration text, of calibration.seq_len tokens and drawn with another seed, that are trained
+    """Sequences of the calibration text, of calibration.seq_len tokens and none of those of the walk, that are trained
     on; a tenth of them is held out."""
     tokens: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Tokens of a step, at least one sequence."""

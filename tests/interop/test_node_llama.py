@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from flatq.artifact import Artifact
 from flatq_gguf import GgufExporter, GgufOptions
 from tests.interop.greedy import greedy
+from tests.interop.node import in_node
 
 HERE = Path(__file__).parent / "gguf"
 NEW, PROMPTS = 8, ["the bright river", "a slow bird sings under the stone of"]
@@ -27,12 +26,7 @@ pytestmark = [
 
 def written(file: Path) -> list[dict[str, list[int]]]:
     """Ids of the prompts and of what follows them."""
-    task = json.dumps({"prompts": PROMPTS, "newTokens": NEW})
-    ran = subprocess.run(
-        ["node", HERE / "run.mjs", file, task], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found: list[dict[str, list[int]]] = json.loads(ran.stdout)
+    found: list[dict[str, list[int]]] = in_node(HERE / "run.mjs", file, {"prompts": PROMPTS, "newTokens": NEW})
     return found
 
 

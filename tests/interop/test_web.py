@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,9 @@ import pytest
 from flatq.artifact import Artifact
 from flatq_onnx import OnnxExporter, OnnxOptions
 from tests.interop.greedy import greedy
+from tests.interop.node import CHROMIUM, in_node
 
 HERE = Path(__file__).parent / "web"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
 NEW, PROMPTS = 8, ["the bright river", "a slow bird sings under the stone of"]
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}the {% endif %}"
 pytestmark = [
@@ -41,17 +38,7 @@ CASES = [
 
 def written(engine: str, folder: Path) -> dict[str, Any]:
     """What transformers.js writes for the prompts: alone, as chats, in one batch."""
-    task = json.dumps({"prompts": PROMPTS, "newTokens": NEW})
-    ran = subprocess.run(
-        ["node", HERE / "run.mjs", engine, folder, task],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "CHROMIUM": CHROMIUM},
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found: dict[str, Any] = json.loads(ran.stdout)
+    found: dict[str, Any] = in_node(HERE / "run.mjs", engine, folder, {"prompts": PROMPTS, "newTokens": NEW})
     if "absent" in found:
         pytest.skip(found["absent"])
     return found

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,9 +13,9 @@ from flatq.artifact import Artifact
 from flatq.tokenizer import open_tokenizer
 from flatq_gguf import GgufExporter, GgufOptions
 from tests.interop.greedy import greedy
+from tests.interop.node import CHROMIUM, in_node
 
 HERE = Path(__file__).parent / "web"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
 WORDS = ["the", "bright", "river", "bird", "under", "stone"]
 NEW = 6
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}the {% endif %}"
@@ -55,21 +51,7 @@ def test_it_writes_what_the_artifact_writes(exported_run: tuple[Path, Path], tmp
     assert chats, "no chat has a readable continuation"
     (tmp_path / "file").mkdir()
     exported = GgufExporter().write(artifact, tmp_path / "file", GgufOptions(precision="f32"))
-    found = written(exported.files[0], {"prompts": list(texts), "chats": list(chats), "newTokens": NEW})
+    task = {"prompts": list(texts), "chats": list(chats), "newTokens": NEW}
+    found = in_node(HERE / "wllama.mjs", exported.files[0], task)
     assert found["texts"] == list(texts.values())
     assert found["chats"] == list(chats.values())
-
-
-def written(file: Path, task: dict[str, Any]) -> dict[str, list[str]]:
-    """What wllama writes."""
-    ran = subprocess.run(
-        ["node", HERE / "wllama.mjs", file, json.dumps(task)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "CHROMIUM": CHROMIUM},
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found: dict[str, list[str]] = json.loads(ran.stdout)
-    return found
