@@ -47,6 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "W2 g64": {"bits": 2, "group_size": 64, "symmetric": False},
 }
 STEPS = 200
+WAYS = ("round-to-nearest", "flatq", f"flatq, tune_steps: {STEPS}", "AutoRound")
 
 
 @dataclass
@@ -71,12 +72,8 @@ class Bench(Rounding):
     @property
     def ways(self) -> dict[str, Callable[[dict[str, Any]], tuple[Overlay, dict[str, Any]]]]:
         """What rounds, by name."""
-        found = {
-            "round-to-nearest": self.nearest,
-            "flatq": self.ours,
-            f"flatq, tune_steps: {STEPS}": lambda row: self.ours(row | {"tune_steps": STEPS}),
-        }
-        return found | ({"AutoRound": self.auto_round} if self.autoround else {})
+        ours = [self.nearest, self.ours, lambda row: self.ours(row | {"tune_steps": STEPS})]
+        return dict(zip(WAYS, [*ours, *([self.auto_round] if self.autoround else [])], strict=False))
 
     def auto_round(self, row: dict[str, Any]) -> tuple[Overlay, dict[str, Any]]:
         """AutoRound with its defaults, in its own environment."""
@@ -97,7 +94,10 @@ def table(found: list[dict[str, Any]]) -> dict[str, Any]:
     """All results, for ``results_page.py``."""
     dense = next(line for line in found if line["row"] == "dense")["perplexity"]
     rows = []
-    for line in sorted((line for line in found if line["row"] != "dense"), key=lambda line: [*ROWS].index(line["row"])):
+    measured = (line for line in found if line["row"] != "dense")
+    for line in sorted(
+        measured, key=lambda line: ([*ROWS].index(line["row"]), line["layers"], WAYS.index(line["way"]))
+    ):
         damage = [math.log(value / dense[text]) for text, value in line["perplexity"].items()]
         mean = sum(damage) / len(damage)
         rounded = f"{line['row']}, {line['layers'] or 'all'}"
