@@ -180,12 +180,12 @@ interop-web: $(installed) $(web)/node_modules/.package-lock.json
 $(web)/node_modules/.package-lock.json: $(web)/package-lock.json
 	npm ci --ignore-scripts --no-audit --no-fund --silent --prefix $(web)
 
-# Without the optional packages, which are builds for other machines and GPUs.
+# Without the optional packages, which are builds for other machines and GPUs; `npm ci` demands their entries in the lock.
 interop-gguf: $(installed) $(node_llama)/node_modules/.package-lock.json
 	$(bin)/python -m pytest -m node_llama tests/interop
 
 $(node_llama)/node_modules/.package-lock.json: $(node_llama)/package-lock.json
-	npm ci --ignore-scripts --omit=optional --no-audit --no-fund --silent --prefix $(node_llama)
+	npm install --ignore-scripts --omit=optional --no-save --no-audit --no-fund --silent --prefix $(node_llama)
 
 interop-cpp: $(installed) $(cpp)/node_modules/.package-lock.json
 	$(bin)/python -m pytest -m cpp tests/interop
